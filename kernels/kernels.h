@@ -1,0 +1,160 @@
+// The CPU kernel contract: one table of function pointers per instruction set, and the structs they take.
+//
+// Every kernel is a pure function over pointers: no allocation, no I/O, no globals, no exceptions. Law L1 lives here:
+// the bits of an output element depend on the operands of that element and on the ISA name, never on how many rows,
+// tiles, heads or threads share a call. Buffers are 64-byte aligned unless said otherwise; strides are in elements.
+#pragma once
+
+#include "kernels/format.h"
+
+namespace deepcalm {
+
+// Activation rows prepared for products of one ActKind, all rows with the same stride. cols_pad = round_up(cols, 32);
+// elements cols..cols_pad-1 are zero.
+struct Activation {
+    void* x = nullptr;         // [n, stride] f32 | u16 bf16 | int8, by kind
+    float* d = nullptr;        // kI8: [n, stride / 32] f32 group scales; else null
+    int32_t* sum = nullptr;    // kI8: [n, stride / 32] sum of the codes of each group; else null
+    int64_t stride = 0;        // elements between rows, a multiple of 32
+};
+
+// y[i, 16*(t - tile_begin) + r] = sum_c w[slice, 16*t + r, c] * x[row(i), c]   for t in [tile_begin, tile_end), i < n.
+// All 16 lanes of every tile are written, padding rows included.
+//
+// Order of the sum (DESIGN: the same for every n): blocks of sum_block_cols columns (f8: the scale block's columns where
+// those are fewer), each block one chain of multiply-adds from zero in column order (bf16 pairs on avx512x: vdpbf16ps,
+// odd column of the pair as that instruction defines it), blocks added in order from zero:
+//   f32, f16, bf16:  acc = acc + block
+//   f8:              acc = fma(block, scale, acc)
+//   q8, q4:          acc = fma(float(int32 block), d_w * d_x, acc)
+struct MatmulArgs {
+    const PackedTensor* w = nullptr;
+    int slice = 0;
+    int tile_begin = 0, tile_end = 0;  // row tiles
+    Activation x;
+    const int32_t* x_row = nullptr;  // [n] row of x for output row i; null = identity
+    int n = 0;                       // activation rows, >= 1
+    float* y = nullptr;              // [n, y_stride] f32, 64-byte aligned rows not required
+    int64_t y_stride = 0;
+};
+
+// One partial of absorbed attention (MODELS.md 4.1): queries of n_rows tokens x n_heads heads against cache positions
+// pos_begin <= j < row_end[i]. pos_begin is a multiple of kPartialLen and row_end[i] <= pos_begin + kPartialLen.
+// Positions are walked in chunks of kChunkLen aligned to 0; inside a chunk: scores, running maximum, exponentials, then
+// values, so a row's bits do not depend on the other rows of the call. Rows with row_end[i] <= pos_begin get m = -inf,
+// l = 0, o = 0. Cache positions >= row_end[i] are not used for row i (they may hold anything, NaN included).
+inline constexpr int kChunkLen = 64;     // positions that share one cache tile
+inline constexpr int kPartialLen = 1024; // positions per partial (16 chunks)
+
+struct MlaPartialArgs {
+    CacheType type = CacheType::kF16;
+    const std::byte* cache = nullptr;  // row 0 of this layer's cache; row stride row_bytes
+    int64_t row_bytes = 0;
+    int c_pad = 0, r_pad = 0;          // padded widths of the latent and rope parts, see format.h
+    int n_rows = 0, n_heads = 0;
+    const float* q = nullptr;          // [n_rows, q_row_stride]: per head [c_pad + r_pad] = q_absorbed | rotated q_rope, zero-padded
+    int64_t q_row_stride = 0;
+    int pos_begin = 0;
+    const int32_t* row_end = nullptr;  // [n_rows] one past the last position that row i sees
+    float softmax_scale = 0;           // multiplies the whole score
+    float* m = nullptr;                // [n_rows, ml_row_stride]: [n_heads] running maximum (natural-log units)
+    float* l = nullptr;                // [n_rows, ml_row_stride]: [n_heads] sum of exponentials relative to m
+    int64_t ml_row_stride = 0;
+    float* o = nullptr;                // [n_rows, o_row_stride]: [n_heads, c_pad] unnormalised sum of exp * c_kv
+    int64_t o_row_stride = 0;
+    void* scratch = nullptr;           // mla_scratch_bytes(), private to the calling thread
+};
+constexpr int64_t mla_scratch_bytes(int c_pad, int r_pad, int n_heads) {
+    // the chunk as f32 [kChunkLen, c_pad + r_pad], scores [n_heads, kChunkLen], one query block [n_heads, c_pad + r_pad]
+    return 4 * (int64_t{kChunkLen} * (c_pad + r_pad) + int64_t{n_heads} * kChunkLen +
+                int64_t{n_heads} * (c_pad + r_pad)) + 256;
+}
+
+struct CpuKernels {
+    const char* isa;     // "scalar" | "avx2" | "avx512" | "avx512x"
+    uint32_t required;   // CpuFeature bits that the OS must have enabled
+
+    // Rounds one row: x [cols] f32 -> out row `row` of kind k (zero-fills up to round_up(cols, 32); computes d and sum for
+    // kI8). Group with max|x| = 0 -> d = 0, codes 0. Non-finite x gives defined garbage, never undefined behaviour.
+    void (*prepare[kNumActKinds])(const float* x, int cols, const Activation& out, int64_t row) noexcept;
+    void (*matmul[kNumFormats])(const MatmulArgs& args) noexcept;
+
+    // out[i] = w[i] * x[i] / sqrt(mean(x^2) + eps); out may alias x.
+    void (*rmsnorm)(const float* x, const float* w, float* out, int n, float eps) noexcept;
+    // Half-split rotation in place: v [2*half]; cos, sin [half].  (a, b) -> (a cos - b sin, a sin + b cos)
+    void (*rope)(float* v, const float* cos, const float* sin, int half) noexcept;
+    // gate_up [2*n_pad16]: 16 gate, 16 up, 16 gate, ...; out[i] = silu(gate_i) * up_i for i < n, n_pad16 = round_up(n, 16).
+    void (*swiglu)(const float* gate_up, float* out, int n) noexcept;
+    // y[i] = fma(a, x[i], y[i])
+    void (*axpy)(float a, const float* x, float* y, int n) noexcept;
+
+    // Cache row of one position: c_kv [kv_lora_rank], k_rope [dr] -> row bytes of `type` (padding written as zeros).
+    void (*cache_write)(CacheType type, const float* c_kv, int c, const float* k_rope, int dr, std::byte* row) noexcept;
+    // The same row back as f32 [c_pad + r_pad]; used by taps, sessions and tests.
+    void (*cache_read)(CacheType type, const std::byte* row, int c_pad, int r_pad, float* out) noexcept;
+    void (*mla_partial)(const MlaPartialArgs& args) noexcept;
+    // Partials in order: n_partials x {m, l, o [c_pad]} of one (row, head) -> out [c_pad] = sum(o) / sum(l). A partial with
+    // l = 0 is skipped. m, l: stride ml_stride; o: stride o_stride (elements between partials).
+    void (*mla_combine)(const float* m, const float* l, int64_t ml_stride, const float* o, int64_t o_stride,
+                        int n_partials, int c_pad, float* out) noexcept;
+};
+
+enum CpuFeature : uint32_t {
+    kCpuAvx2 = 1U << 0,       // AVX2, FMA, F16C
+    kCpuAvx512 = 1U << 1,     // F BW DQ VL (and the above)
+    kCpuAvx512X = 1U << 2,    // VNNI VBMI BF16 (and the above)
+};
+uint32_t cpu_features() noexcept;                      // CPUID and XCR0
+const CpuKernels* const* all_cpu_kernels() noexcept;   // null-terminated, best first; only those compiled in
+// The first supported table, or the one called `name`; null if unknown or unsupported by this processor.
+const CpuKernels* select_cpu_kernels(const char* name /* may be null */) noexcept;
+
+// kernels/cpu/router.cc: routing of one token (MODELS.md section 5, variants A, B, C), f32, ties to the lowest index.
+enum class ScoringFunc : uint8_t { kSoftmax, kSigmoid };
+enum class TopkMethod : uint8_t { kGreedy, kGroupLimitedGreedy, kNoauxTc };
+struct RouterArgs {
+    const float* gate_logits = nullptr;  // [n_routed_experts]
+    const float* bias = nullptr;         // [n_routed_experts] e_score_correction_bias; selection only; null = none
+    int n_routed_experts = 0, num_experts_per_tok = 0, n_group = 1, topk_group = 1;
+    ScoringFunc scoring_func = ScoringFunc::kSoftmax;
+    TopkMethod topk_method = TopkMethod::kGreedy;
+    bool norm_topk_prob = false;
+    float routed_scaling_factor = 1;
+    float* scratch = nullptr;      // [2 * n_routed_experts + n_group]
+    int32_t* topk_idx = nullptr;   // [num_experts_per_tok] ascending expert index, always 0..n_routed_experts-1 and distinct
+    float* topk_weight = nullptr;  // [num_experts_per_tok]
+};
+void route(const RouterArgs& args) noexcept;
+
+// kernels/pack.cc: the byte-level definition of every format, scalar and slow to read back, fast to write.
+// Quantises w [rows, cols] f32, row stride w_stride, into row tiles [0, ceil(rows/16)) of a zero-padded matrix.
+// f8: `scales` receives [ceil(rows/scale_rows), ceil(cols/scale_cols)] (amax / 448). Returns false, and says where in
+// *bad_row, *bad_col, when an element or a scale is not finite or does not fit the format.
+struct PackArgs {
+    const float* w = nullptr;
+    int64_t w_stride = 0;
+    int rows = 0, cols = 0;
+    Format format = Format::kF32;
+    std::byte* out = nullptr;
+    float* scales = nullptr;
+    int scale_rows = 128, scale_cols = 128;
+    int bad_row = -1, bad_col = -1;
+};
+bool pack_tiles(PackArgs& args) noexcept;
+// Codes that already exist: e4m3 bytes [rows, cols] into f8 tiles (bytes unchanged). NaN codes (0x7F, 0xFF) are refused.
+bool pack_f8_codes(const uint8_t* codes, int64_t stride, int rows, int cols, std::byte* out, int* bad_row, int* bad_col) noexcept;
+// int4 codes 0..15 (value = (code - 8) * scale): nibbles [rows, cols/2] low first, 16-bit scales [rows, cols/32] -> q4/q4b tiles.
+bool pack_q4_codes(const uint8_t* nibbles, int64_t stride, const uint16_t* scales, int64_t scale_stride, Format format,
+                   int rows, int cols, std::byte* out, int* bad_row, int* bad_col) noexcept;
+// One slice back to f32 [rows, cols], row stride out_stride.
+void unpack_tiles(const PackedTensor& w, int slice, float* out, int64_t out_stride) noexcept;
+
+// Scalar conversions shared by pack.cc, runtime and tests (exact definitions; round to nearest even).
+float f16_to_f32(uint16_t h) noexcept;
+uint16_t f32_to_f16(float f) noexcept;
+float bf16_to_f32(uint16_t h) noexcept;
+uint16_t f32_to_bf16(float f) noexcept;
+float e4m3_to_f32(uint8_t b) noexcept;
+uint8_t f32_to_e4m3(float f) noexcept;  // saturates at 448; NaN -> 0x7F
+
+}  // namespace deepcalm

@@ -1,0 +1,35 @@
+"""The one family of exceptions that deepcalm raises for bad input and environment failures.
+
+The extension module raises these classes by name; programming errors surface as ordinary ``TypeError``/``ValueError``.
+Every message is one line: which file, tensor or key, what was found, what was expected.
+"""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    """Base of all deepcalm errors."""
+
+
+class CheckpointError(Error):
+    """A Hugging Face checkpoint folder cannot be read or is not supported."""
+
+
+class ConfigError(CheckpointError):
+    """A value of the model configuration is missing, unknown or out of range."""
+
+
+class PackedFileError(Error):
+    """A packed ``.dcalm`` file is damaged, truncated or of an unknown version."""
+
+
+class SessionError(Error):
+    """A session call does not fit the session's state (context full, bad token id, wrong saved session)."""
+
+
+class ResourceError(Error):
+    """The machine cannot do it: memory, disk, instruction set, device."""
+
+
+class UnsupportedError(Error):
+    """A well-formed request for something this build does not do."""
