@@ -32,7 +32,8 @@ inline constexpr int kNumFormats = 7;
 enum class ActKind : uint8_t {
     kF32,   // f32, unrounded
     kBF16,  // nearest-even bf16
-    kI8,    // int8 per row and group of 32 columns: d = max|x| / 127, code = rint(x * 127 / max|x|)
+    kI8,    // int8 per row and group of 32 columns, in f32: d = amax / 127, code = rint(x * (127 / amax)), amax = max|x|;
+            // amax < 2^-119 counts as zero (d = 0, codes 0); a NaN or Inf makes d not finite, so outputs show it
 };
 inline constexpr int kNumActKinds = 3;
 

@@ -75,7 +75,7 @@ struct CpuKernels {
     uint32_t required;   // CpuFeature bits that the OS must have enabled
 
     // Rounds one row: x [cols] f32 -> out row `row` of kind k (zero-fills up to round_up(cols, 32); computes d and sum for
-    // kI8). Group with max|x| = 0 -> d = 0, codes 0. Non-finite x gives defined garbage, never undefined behaviour.
+    // kI8, as ActKind says). Non-finite x gives non-finite d or bf16 and defined codes, never undefined behaviour.
     void (*prepare[kNumActKinds])(const float* x, int cols, const Activation& out, int64_t row) noexcept;
     void (*matmul[kNumFormats])(const MatmulArgs& args) noexcept;
 

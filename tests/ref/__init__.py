@@ -1,0 +1,1 @@
+"""Independent references in numpy: the specification written a second time. Nothing here imports ``deepcalm``."""
