@@ -12,7 +12,8 @@ namespace deepcalm {
 enum class RopeType : uint8_t { kDefault, kYarn };
 
 struct ModelConfig {
-    std::string model_type;  // deepseek_v2 | deepseek_v3 | kimi_k2 | glm4_moe_lite; informative, no branch depends on it
+    std::string
+        model_type;  // deepseek_v2 | deepseek_v3 | kimi_k2 | glm4_moe_lite; informative, no branch depends on it
     int hidden_size = 0;
     int num_hidden_layers = 0;
     int num_attention_heads = 0;

@@ -1,1 +1,535 @@
-// placeholder until the runtime lands
+// The forward pass, CPU transcription. Every thread of the pool runs it from top to bottom; a barrier ends each stage.
+// Sections: embed, attention, dense FFN, MoE, layer, main pass, MTP pass. MODELS.md section 3 and appendix A; the numpy
+// transcription is tests/ref/model.py, and taps of the same names compare the two.
+//
+// Law L1: a row's bits depend on its own history only. Rows, tiles, heads and experts are dealt to threads in any way that
+// is convenient, sums never are: each output element is computed by one thread in the order its kernel fixes.
+#include "runtime/session.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace deepcalm {
+namespace {
+
+class Pass {
+  public:
+    Pass(const PassArgs& a, int tid)
+        : a_(a), s_(a.state), c_(a.model.cfg()), w_(a.model.weights()), k_(a.model.kernels()), pool_(a.model.pool()),
+          tid_(tid), threads_(pool_.size()), n_(static_cast<int>(a.ids.size())), d_(c_.hidden_size),
+          heads_(c_.num_attention_heads) {}
+
+    void run_main() {
+        const Range rows = split(n_, tid_, threads_);
+        for (int i = rows.begin; i < rows.end; ++i) embed(a_.ids[static_cast<size_t>(i)], x_row(i));
+        pool_.barrier();
+        tap("embed", s_.x, {d_}, d_stride());
+        for (int i = 0; i < c_.num_hidden_layers; ++i) {
+            if (a_.trace.on()) prefix_ = "layers." + std::to_string(i) + ".";
+            layer(w_.layers[static_cast<size_t>(i)], i);
+        }
+        prefix_.clear();
+        head(w_.final_norm, "final_norm", "logits");
+    }
+
+    // MODELS.md 6.1: z = eh_proj [norm(embed(t_next)); norm(h)], one decoder layer with its own cache, own final norm.
+    void run_mtp() {
+        prefix_ = "mtp.";
+        const Range rows = split(n_, tid_, threads_);
+        for (int i = rows.begin; i < rows.end; ++i) {
+            float* eh = s_.eh.row(i);
+            embed(a_.ids[static_cast<size_t>(i)], s_.h.row(i));
+            k_.rmsnorm(s_.h.row(i), w_.mtp_enorm, eh, d_, c_.rms_norm_eps);
+            k_.rmsnorm(a_.hidden + int64_t{i} * d_, w_.mtp_hnorm, eh + d_, d_, c_.rms_norm_eps);
+            prepare(s_.eh, i, {&w_.mtp_eh_proj});
+        }
+        pool_.barrier();
+        const Range tiles = split(w_.mtp_eh_proj.row_tiles(), tid_, threads_);
+        matmul(w_.mtp_eh_proj, 0, tiles, s_.eh, n_, s_.out + 16 * tiles.begin, d_stride());
+        for (int i = 0; i < n_; ++i) copy_tiles(s_.out + i * d_stride(), x_row(i), tiles);
+        pool_.barrier();
+        tap("embed", s_.x, {d_}, d_stride());
+        layer(w_.mtp_layer, 0);
+        head(w_.mtp_final_norm, "final_norm", "logits");
+    }
+
+  private:
+    // ---- helpers ---------------------------------------------------------------------------------------------------
+
+    int64_t d_stride() const { return s_.h.stride(); }
+    float* x_row(int64_t i) const { return s_.x + i * d_stride(); }
+
+    static bool needs(std::initializer_list<const PackedTensor*> readers, ActKind kind) {
+        return std::any_of(readers.begin(), readers.end(),
+                           [&](const PackedTensor* t) { return t->rows > 0 && info(t->format).act == kind; });
+    }
+    // Rounds row i of a site for the weights that will read it. The f32 form is the site itself.
+    void prepare(const ActSite& site, int64_t i, std::initializer_list<const PackedTensor*> readers) const {
+        for (const ActKind kind : {ActKind::kBF16, ActKind::kI8}) {
+            if (needs(readers, kind)) {
+                k_.prepare[static_cast<int>(kind)](site.row(i), site.cols, site.kind[static_cast<int>(kind)], i);
+            }
+        }
+    }
+
+    // Rows first, first + step, ... of a site as the activation operand for `t`.
+    static Activation operand(const ActSite& site, const PackedTensor& t, int64_t first, int64_t step) {
+        const ActKind kind = info(t.format).act;
+        Activation x = site.kind[static_cast<int>(kind)];
+        const int64_t offset = first * x.stride;
+        switch (kind) {
+        case ActKind::kF32: x.x = static_cast<float*>(x.x) + offset; break;
+        case ActKind::kBF16: x.x = static_cast<uint16_t*>(x.x) + offset; break;
+        case ActKind::kI8:
+            x.x = static_cast<int8_t*>(x.x) + offset;
+            x.d += offset / kTileCols;
+            x.sum += offset / kTileCols;
+            break;
+        }
+        x.stride *= step;
+        return x;
+    }
+
+    // y: where the first tile of the range goes.
+    void matmul(const PackedTensor& t, int slice, Range tiles, const ActSite& site, int n, float* y, int64_t y_stride,
+                int64_t first = 0, int64_t step = 1, const int32_t* rows = nullptr) const {
+        if (tiles.begin >= tiles.end || n == 0) return;
+        k_.matmul[static_cast<int>(t.format)]({.w = &t,
+                                               .slice = slice,
+                                               .tile_begin = tiles.begin,
+                                               .tile_end = tiles.end,
+                                               .x = operand(site, t, first, step),
+                                               .x_row = rows,
+                                               .n = n,
+                                               .y = y,
+                                               .y_stride = y_stride});
+    }
+    // This thread's share of a plain product over all rows of the pass.
+    Range matmul_share(const PackedTensor& t, const ActSite& site, float* y, int64_t y_stride) const {
+        const Range tiles = split(t.row_tiles(), tid_, threads_);
+        matmul(t, 0, tiles, site, n_, y + 16 * int64_t{tiles.begin}, y_stride);
+        return tiles;
+    }
+    // fn(slice, tiles) over this thread's share of n_slices x tiles_per_slice units.
+    template <class Fn> void deal(int n_slices, int tiles_per_slice, Fn&& fn) const {
+        const Range units = split(int64_t{n_slices} * tiles_per_slice, tid_, threads_);
+        for (int u = units.begin; u < units.end;) {
+            const int slice = u / tiles_per_slice, begin = u % tiles_per_slice;
+            const int end = std::min(tiles_per_slice, begin + units.end - u);
+            fn(slice, Range{begin, end});
+            u += end - begin;
+        }
+    }
+    // Columns of `tiles` that exist in a vector of hidden_size.
+    Range columns(Range tiles) const { return {std::min(16 * tiles.begin, d_), std::min(16 * tiles.end, d_)}; }
+    void copy_tiles(const float* src, float* dst, Range tiles) const {
+        const Range c = columns(tiles);
+        std::copy(src + c.begin, src + c.end, dst + c.begin);
+    }
+    void add_tiles(const float* src, float* dst, Range tiles) const {
+        const Range c = columns(tiles);
+        for (int j = c.begin; j < c.end; ++j) dst[j] += src[j];
+    }
+
+    template <class T> void tap(const char* name, const T* src, std::vector<int64_t> dims, int64_t stride) const {
+        if (!a_.trace.on()) return;
+        pool_.barrier();
+        if (tid_ == 0) a_.trace.record(prefix_ + name, src, n_, std::move(dims), stride);
+        pool_.barrier();
+    }
+
+    void embed(int32_t id, float* out) const {
+        const std::byte* row = w_.embed + int64_t{id} * d_ * (w_.embed_format == Format::kF32 ? 4 : 2);
+        if (w_.embed_format == Format::kF32) {
+            std::memcpy(out, row, static_cast<size_t>(d_) * 4);
+            return;
+        }
+        for (int j = 0; j < d_; ++j) {
+            uint16_t v;
+            std::memcpy(&v, row + 2 * int64_t{j}, 2);
+            out[j] = w_.embed_format == Format::kBF16 ? bf16_to_f32(v) : f16_to_f32(v);
+        }
+    }
+
+    // ---- attention -------------------------------------------------------------------------------------------------
+
+    void attention(const LayerWeights& w, int layer_idx) {
+        const int dn = c_.qk_nope_head_dim, dr = c_.qk_rope_head_dim, dqk = dn + dr, r = c_.kv_lora_rank,
+                  dv = c_.v_head_dim;
+        const Range rows = split(n_, tid_, threads_);
+        const bool q_lora = c_.q_lora_rank > 0;
+        const int64_t kv_offset = round_up(q_lora ? c_.q_lora_rank : heads_ * dqk, kTileRows);
+
+        for (int i = rows.begin; i < rows.end; ++i) {
+            k_.rmsnorm(x_row(i), w.attn_norm, s_.h.row(i), d_, c_.rms_norm_eps);
+            prepare(s_.h, i, {&w.wqkv_a});
+        }
+        pool_.barrier();
+        tap("attn_norm", s_.h.f32, {d_}, d_stride());
+
+        matmul_share(w.wqkv_a, s_.h, s_.qkv_a, s_.qkv_a_stride);
+        pool_.barrier();
+
+        // latent norms, key rotation, cache write; the cache row is what every later reader sees, this pass included
+        for (int i = rows.begin; i < rows.end; ++i) {
+            const int pos = a_.pos + i;
+            float* kv = s_.qkv_a + i * s_.qkv_a_stride + kv_offset;
+            float* c_kv = s_.c_kv + int64_t{i} * r;
+            float* k_rope = s_.k_rope + int64_t{i} * dr;
+            k_.rmsnorm(kv, w.kv_a_norm, c_kv, r, kLatentNormEps);
+            std::copy(kv + r, kv + r + dr, k_rope);
+            a_.model.rope().fill(pos, cos_.data(), sin_.data());
+            k_.rope(k_rope, cos_.data(), sin_.data(), dr / 2);
+            k_.cache_write(a_.cache.type(), c_kv, r, k_rope, dr, a_.cache.row(layer_idx, pos));
+            s_.row_end[i] = pos + 1;
+            if (q_lora) {
+                k_.rmsnorm(s_.qkv_a + i * s_.qkv_a_stride, w.q_a_norm, s_.q_a.row(i), c_.q_lora_rank, kLatentNormEps);
+                prepare(s_.q_a, i, {&w.wq_b});
+            }
+        }
+        pool_.barrier();
+        tap("c_kv", s_.c_kv, {r}, r);
+        tap("k_rope", s_.k_rope, {dr}, dr);
+        if (q_lora) {
+            tap("q_a", s_.q_a.f32, {c_.q_lora_rank}, s_.q_a.stride());
+            matmul_share(w.wq_b, s_.q_a, s_.q, s_.q_stride);
+            pool_.barrier();
+        }
+
+        // rotate query heads; nope parts become operands of W_UK, rope parts stand beside its output
+        const Range row_heads = split(int64_t{n_} * heads_, tid_, threads_);
+        for (int u = row_heads.begin; u < row_heads.end; ++u) {
+            const int i = u / heads_, h = u % heads_;
+            float* q = s_.q + i * s_.q_stride + int64_t{h} * dqk;
+            if (u == row_heads.begin || h == 0) a_.model.rope().fill(a_.pos + i, cos_.data(), sin_.data());
+            k_.rope(q + dn, cos_.data(), sin_.data(), dr / 2);
+            std::copy(q, q + dn, s_.q_nope.row(u));
+            prepare(s_.q_nope, u, {&w.w_uk});
+            std::copy(q + dn, q + dqk, s_.q_full + u * s_.q_width + a_.cache.c_pad());
+        }
+        pool_.barrier();
+        tap("q", s_.q, {heads_, dqk}, s_.q_stride);
+
+        deal(heads_, w.w_uk.row_tiles(), [&](int h, Range t) {
+            matmul(w.w_uk, h, t, s_.q_nope, n_, s_.q_full + h * s_.q_width + 16 * int64_t{t.begin}, heads_ * s_.q_width,
+                   h, heads_);
+        });
+        pool_.barrier();
+        if (a_.trace.on()) tap_q_absorbed(r);
+
+        latent_attention(w, layer_idx);
+        pool_.barrier();
+        tap("attn_latent", s_.attn_latent.f32, {heads_, r}, heads_ * s_.attn_latent.stride());
+
+        const int64_t v_pad = round_up(dv, kTileRows);
+        deal(heads_, w.w_uv.row_tiles(), [&](int h, Range t) {
+            float* y = s_.uv_tmp + int64_t{h} * s_.max_rows * v_pad + 16 * int64_t{t.begin};
+            matmul(w.w_uv, h, t, s_.attn_latent, n_, y, v_pad, h, heads_);
+        });
+        pool_.barrier();
+        for (int i = rows.begin; i < rows.end; ++i) {
+            for (int h = 0; h < heads_; ++h) {
+                const float* v = s_.uv_tmp + (int64_t{h} * s_.max_rows + i) * v_pad;
+                std::copy(v, v + dv, s_.attn_v.row(i) + int64_t{h} * dv);
+            }
+            prepare(s_.attn_v, i, {&w.wo});
+        }
+        pool_.barrier();
+
+        const Range tiles = matmul_share(w.wo, s_.attn_v, s_.out, d_stride());
+        for (int i = 0; i < n_; ++i) add_tiles(s_.out + i * d_stride(), x_row(i), tiles);
+        pool_.barrier();
+        tap("attn_out", s_.out, {d_}, d_stride());
+    }
+
+    void tap_q_absorbed(int r) {
+        pool_.barrier();
+        if (tid_ == 0) {
+            std::vector<float> q(static_cast<size_t>(n_) * heads_ * r);
+            for (int64_t u = 0; u < int64_t{n_} * heads_; ++u)
+                std::copy_n(s_.q_full + u * s_.q_width, r, q.data() + u * r);
+            a_.trace.record(prefix_ + "q_absorbed", q.data(), n_, {heads_, r}, int64_t{heads_} * r);
+        }
+        pool_.barrier();
+    }
+
+    // MODELS.md 4.1 over the cache: partials of kPartialLen positions, combined in order. Up to kSplitRows rows the partials
+    // are dealt to threads and meet in shared memory; more rows give each thread whole (row block, head block) units.
+    void latent_attention(const LayerWeights& w, int layer_idx) {
+        const int64_t c_pad = a_.cache.c_pad();
+        MlaPartialArgs m{.type = a_.cache.type(),
+                         .cache = a_.cache.layer(layer_idx),
+                         .row_bytes = a_.cache.row_bytes(),
+                         .c_pad = a_.cache.c_pad(),
+                         .r_pad = a_.cache.r_pad(),
+                         .q_row_stride = heads_ * s_.q_width,
+                         .softmax_scale = a_.model.rope().softmax_scale,
+                         .scratch = s_.mla_scratch[static_cast<size_t>(tid_)]};
+        // Rows [i0, i1) x heads [h0, h1) x partial p; (row, head) goes to slot + (row - i0) * row_stride + (head - h0).
+        const auto partial = [&](int i0, int i1, int h0, int h1, int p, int64_t slot, int64_t row_stride) {
+            for (int i = i0; i < i1; ++i)
+                ends_[static_cast<size_t>(i - i0)] = std::min(s_.row_end[i], (p + 1) * kPartialLen);
+            m.n_rows = i1 - i0;
+            m.n_heads = h1 - h0;
+            m.q = s_.q_full + (int64_t{i0} * heads_ + h0) * s_.q_width;
+            m.pos_begin = p * kPartialLen;
+            m.row_end = ends_.data();
+            m.m = s_.part_m + slot;
+            m.l = s_.part_l + slot;
+            m.ml_row_stride = row_stride;
+            m.o = s_.part_o + slot * c_pad;
+            m.o_row_stride = row_stride * c_pad;
+            k_.mla_partial(m);
+        };
+        const auto combine = [&](int i, int h, int64_t slot, int64_t partial_stride) {
+            const int64_t u = int64_t{i} * heads_ + h;
+            k_.mla_combine(s_.part_m + slot, s_.part_l + slot, partial_stride, s_.part_o + slot * c_pad,
+                           partial_stride * c_pad, static_cast<int>(ceil_div(s_.row_end[i], kPartialLen)),
+                           a_.cache.c_pad(), s_.attn_latent.row(u));
+            prepare(s_.attn_latent, u, {&w.w_uv});
+        };
+        if (n_ <= kSplitRows) {
+            // With few partials the heads are split too, so that every thread has work.
+            const int n_partials = static_cast<int>(ceil_div(s_.row_end[n_ - 1], kPartialLen));
+            const int head_blocks = n_partials >= 2 * threads_ ? 1 : std::min(heads_, threads_);
+            const Range units = split(int64_t{n_partials} * head_blocks, tid_, threads_);
+            for (int u = units.begin; u < units.end; ++u) {
+                const int p = u / head_blocks;
+                const Range h = split(heads_, u % head_blocks, head_blocks);
+                partial(0, n_, h.begin, h.end, p, int64_t{p} * n_ * heads_ + h.begin, heads_);
+            }
+            pool_.barrier();
+            const Range row_heads = split(int64_t{n_} * heads_, tid_, threads_);
+            for (int u = row_heads.begin; u < row_heads.end; ++u)
+                combine(u / heads_, u % heads_, u, int64_t{n_} * heads_);
+            return;
+        }
+        constexpr int64_t kBlock = int64_t{kAttnRowBlock} * kAttnHeadBlock;
+        const int64_t base = tid_ * s_.max_partials * kBlock;
+        const int row_blocks = static_cast<int>(ceil_div(n_, kAttnRowBlock));
+        const int head_blocks = static_cast<int>(ceil_div(heads_, kAttnHeadBlock));
+        for (int u = tid_; u < row_blocks * head_blocks; u += threads_) {  // round robin: later rows see more positions
+            const int i0 = u / head_blocks * kAttnRowBlock, i1 = std::min(i0 + kAttnRowBlock, n_);
+            const int h0 = u % head_blocks * kAttnHeadBlock, h1 = std::min(h0 + kAttnHeadBlock, heads_);
+            const int n_partials = static_cast<int>(ceil_div(s_.row_end[i1 - 1], kPartialLen));
+            for (int p = 0; p < n_partials; ++p) partial(i0, i1, h0, h1, p, base + p * kBlock, kAttnHeadBlock);
+            for (int i = i0; i < i1; ++i) {
+                for (int h = h0; h < h1; ++h) combine(i, h, base + (i - i0) * kAttnHeadBlock + (h - h0), kBlock);
+            }
+        }
+    }
+
+    // ---- dense FFN -------------------------------------------------------------------------------------------------
+
+    // Gate and up tiles [2*pairs.begin, 2*pairs.end) of one matrix, then silu(gate) * up for the same columns.
+    void gate_up(const PackedTensor& t, int slice, Range pairs, const ActSite& in, const int32_t* rows, int n,
+                 float* tmp, int64_t tmp_stride, const ActSite& out, int64_t out_first) const {
+        if (pairs.begin >= pairs.end) return;
+        matmul(t, slice, {2 * pairs.begin, 2 * pairs.end}, in, n, tmp + 32 * int64_t{pairs.begin}, tmp_stride, 0, 1,
+               rows);
+        const int col = 16 * pairs.begin;
+        const int cols = std::min(16 * pairs.end, out.cols) - col;
+        for (int i = 0; i < n; ++i)
+            k_.swiglu(tmp + i * tmp_stride + 32 * int64_t{pairs.begin}, out.row(out_first + i) + col, cols);
+    }
+
+    void norm_ffn_input(const LayerWeights& w) {
+        const Range rows = split(n_, tid_, threads_);
+        for (int i = rows.begin; i < rows.end; ++i) {
+            k_.rmsnorm(x_row(i), w.ffn_norm, s_.h.row(i), d_, c_.rms_norm_eps);
+            prepare(s_.h, i, {&w.w_gate_up, &w.experts_gate_up, &w.shared_gate_up});
+        }
+        pool_.barrier();
+        tap("ffn_norm", s_.h.f32, {d_}, d_stride());
+    }
+
+    void dense_ffn(const LayerWeights& w) {
+        norm_ffn_input(w);
+        gate_up(w.w_gate_up, 0, split(w.w_gate_up.row_tiles() / 2, tid_, threads_), s_.h, nullptr, n_, s_.gate_up,
+                s_.gate_up_stride, s_.ffn_h, 0);
+        pool_.barrier();
+        const Range rows = split(n_, tid_, threads_);
+        for (int i = rows.begin; i < rows.end; ++i) prepare(s_.ffn_h, i, {&w.w_down});
+        pool_.barrier();
+        const Range tiles = matmul_share(w.w_down, s_.ffn_h, s_.out, d_stride());
+        for (int i = 0; i < n_; ++i) add_tiles(s_.out + i * d_stride(), x_row(i), tiles);
+        pool_.barrier();
+        tap("ffn_out", s_.out, {d_}, d_stride());
+    }
+
+    // ---- MoE -------------------------------------------------------------------------------------------------------
+
+    void moe(const LayerWeights& w) {
+        norm_ffn_input(w);
+        matmul_share(w.router, s_.h, s_.gate_logits, s_.gate_logits_stride);
+        pool_.barrier();
+        tap("gate_logits", s_.gate_logits, {c_.n_routed_experts}, s_.gate_logits_stride);
+
+        const int k = c_.num_experts_per_tok;
+        const Range rows = split(n_, tid_, threads_);
+        for (int i = rows.begin; i < rows.end; ++i) {
+            route({.gate_logits = s_.gate_logits + i * s_.gate_logits_stride,
+                   .bias = w.router_bias,
+                   .n_routed_experts = c_.n_routed_experts,
+                   .num_experts_per_tok = k,
+                   .n_group = c_.n_group,
+                   .topk_group = c_.topk_group,
+                   .scoring_func = c_.scoring_func,
+                   .topk_method = c_.topk_method,
+                   .norm_topk_prob = c_.norm_topk_prob,
+                   .routed_scaling_factor = c_.routed_scaling_factor,
+                   .scratch = s_.route_scratch + tid_ * (2 * int64_t{c_.n_routed_experts} + c_.n_group),
+                   .topk_idx = s_.topk_idx + int64_t{i} * k,
+                   .topk_weight = s_.topk_weight + int64_t{i} * k});
+        }
+        pool_.barrier();
+        tap("topk_idx", s_.topk_idx, {k}, k);
+        tap("topk_weight", s_.topk_weight, {k}, k);
+        if (tid_ == 0) group_rows_by_expert();
+        pool_.barrier();
+
+        // up: every touched expert once for all its rows, and the shared expert, as one list of tile pairs of equal cost per row
+        const int pairs = w.experts_gate_up.row_tiles() / 2, shared_pairs = w.shared_gate_up.row_tiles() / 2;
+        int64_t total = int64_t{shared_pairs} * n_;
+        for (const ExpertRows& e : s_.touched) total += int64_t{pairs} * (e.end - e.begin);
+        const int64_t lo = total * tid_ / threads_, hi = total * (tid_ + 1) / threads_;
+        int64_t base = 0;
+        const auto share = [&](int units, int64_t cost) {  // units of the current list item that start inside [lo, hi)
+            const auto first = [&](int64_t bound) {
+                return static_cast<int>(
+                    std::clamp<int64_t>(ceil_div(std::max<int64_t>(bound - base, 0), cost), 0, units));
+            };
+            const Range r{first(lo), first(hi)};
+            base += units * cost;
+            return r;
+        };
+        for (const ExpertRows& e : s_.touched) {
+            const int m = e.end - e.begin;
+            gate_up(w.experts_gate_up, e.expert, share(pairs, m), s_.h, s_.slot_row + e.begin, m,
+                    s_.gate_up + e.begin * s_.gate_up_stride, s_.gate_up_stride, s_.expert_h, e.begin);
+        }
+        if (shared_pairs > 0) {
+            gate_up(w.shared_gate_up, 0, share(shared_pairs, n_), s_.h, nullptr, n_, s_.shared_gate_up,
+                    s_.shared_gate_up_stride, s_.shared_h, 0);
+        }
+        pool_.barrier();
+        const Range slots = split(int64_t{n_} * k, tid_, threads_);
+        for (int i = slots.begin; i < slots.end; ++i) prepare(s_.expert_h, i, {&w.experts_down});
+        if (shared_pairs > 0) {
+            for (int i = rows.begin; i < rows.end; ++i) prepare(s_.shared_h, i, {&w.shared_down});
+        }
+        pool_.barrier();
+
+        // down: this thread's output columns; experts in ascending order, then the shared expert, then the residual
+        const Range tiles = split(ceil_div(d_, kTileRows), tid_, threads_);
+        const int64_t col = 16 * int64_t{tiles.begin};
+        const int cols = 16 * (tiles.end - tiles.begin);
+        for (int i = 0; i < n_; ++i) std::fill_n(s_.out + i * d_stride() + col, cols, 0.0F);
+        for (const ExpertRows& e : s_.touched) {
+            matmul(w.experts_down, e.expert, tiles, s_.expert_h, e.end - e.begin, s_.down_tmp + col, d_stride(),
+                   e.begin);
+            for (int slot = e.begin; slot < e.end; ++slot) {
+                k_.axpy(s_.slot_weight[slot], s_.down_tmp + (slot - e.begin) * d_stride() + col,
+                        s_.out + s_.slot_row[slot] * d_stride() + col, cols);
+            }
+        }
+        tap("routed_out", s_.out, {d_}, d_stride());
+        if (shared_pairs > 0) {
+            matmul(w.shared_down, 0, tiles, s_.shared_h, n_, s_.shared_out + col, d_stride());
+            for (int i = 0; i < n_; ++i) add_tiles(s_.shared_out + i * d_stride(), s_.out + i * d_stride(), tiles);
+        }
+        for (int i = 0; i < n_; ++i) add_tiles(s_.out + i * d_stride(), x_row(i), tiles);
+        pool_.barrier();
+        if (shared_pairs > 0) tap("shared_out", s_.shared_out, {d_}, d_stride());
+    }
+
+    // Counting sort of the pass's (row, expert) pairs by expert; rows stay in order inside an expert. Thread 0 only.
+    void group_rows_by_expert() const {
+        const int k = c_.num_experts_per_tok;
+        s_.touched.clear();
+        int slot = 0;
+        if (n_ == 1) {  // already ascending
+            for (; slot < k; ++slot) {
+                s_.slot_row[slot] = 0;
+                s_.slot_weight[slot] = s_.topk_weight[slot];
+                s_.touched.push_back({s_.topk_idx[slot], slot, slot + 1});
+            }
+        } else {
+            std::vector<int>& count = expert_count_;
+            count.assign(static_cast<size_t>(c_.n_routed_experts) + 1, 0);
+            for (int i = 0; i < n_ * k; ++i) ++count[static_cast<size_t>(s_.topk_idx[i]) + 1];
+            for (int e = 0; e < c_.n_routed_experts; ++e) {
+                const int begin = count[static_cast<size_t>(e)], m = count[static_cast<size_t>(e) + 1];
+                if (m > 0) s_.touched.push_back({e, begin, begin + m});
+                count[static_cast<size_t>(e) + 1] += begin;
+            }
+            for (int i = 0; i < n_ * k; ++i) {
+                const int at = count[static_cast<size_t>(s_.topk_idx[i])]++;
+                s_.slot_row[at] = i / k;
+                s_.slot_weight[at] = s_.topk_weight[i];
+            }
+        }
+        a_.stats->experts_touched += static_cast<int64_t>(s_.touched.size());
+        a_.stats->weight_bytes += static_cast<int64_t>(s_.touched.size()) * a_.model.weight_bytes().expert;
+    }
+
+    // ---- layer, head -----------------------------------------------------------------------------------------------
+
+    void layer(const LayerWeights& w, int layer_idx) {
+        attention(w, layer_idx);
+        if (w.moe) {
+            moe(w);
+        } else {
+            dense_ffn(w);
+        }
+        tap("layer_out", s_.x, {d_}, d_stride());
+    }
+
+    // Final norm of every row (MTP reads all of them); logits for the last n_logits rows.
+    void head(const float* norm, const char* norm_tap, const char* logits_tap) {
+        const Range rows = split(n_, tid_, threads_);
+        for (int i = rows.begin; i < rows.end; ++i) {
+            k_.rmsnorm(x_row(i), norm, s_.final_h.row(i), d_, c_.rms_norm_eps);
+            if (i >= n_ - a_.n_logits) prepare(s_.final_h, i, {&w_.head});
+        }
+        pool_.barrier();
+        tap(norm_tap, s_.final_h.f32, {d_}, d_stride());
+        if (a_.n_logits == 0) return;
+        const int64_t stride = round_up(c_.vocab_size, kTileRows);
+        const Range tiles = split(w_.head.row_tiles(), tid_, threads_);
+        matmul(w_.head, 0, tiles, s_.final_h, a_.n_logits, a_.logits + 16 * int64_t{tiles.begin}, stride,
+               n_ - a_.n_logits);
+        if (!a_.trace.on()) return;
+        pool_.barrier();
+        if (tid_ == 0) a_.trace.record(prefix_ + logits_tap, a_.logits, a_.n_logits, {c_.vocab_size}, stride);
+    }
+
+    const PassArgs& a_;
+    State& s_;
+    const ModelConfig& c_;
+    const ModelWeights& w_;
+    const CpuKernels& k_;
+    ThreadPool& pool_;
+    const int tid_, threads_, n_, d_, heads_;
+    std::string prefix_;
+    std::vector<float> cos_ = std::vector<float>(static_cast<size_t>(c_.qk_rope_head_dim / 2)), sin_ = cos_;
+    std::vector<int32_t> ends_ = std::vector<int32_t>(static_cast<size_t>(std::max(kSplitRows, kAttnRowBlock)));
+    mutable std::vector<int> expert_count_;
+};
+
+}  // namespace
+
+void forward_cpu(const PassArgs& args) {
+    args.model.pool().run([&](int tid) {
+        Pass pass(args, tid);
+        args.mtp ? pass.run_mtp() : pass.run_main();
+    });
+    const WeightBytes& b = args.model.weight_bytes();
+    const auto n = static_cast<int64_t>(args.ids.size());
+    args.stats->passes += 1;
+    args.stats->rows += n;
+    args.stats->weight_bytes += (args.mtp ? b.mtp_fixed : b.fixed) + n * b.embed_row + (args.n_logits > 0 ? b.head : 0);
+    args.stats->cache_bytes += (args.pos + n) * args.cache.row_bytes() * args.cache.n_layers();
+}
+
+}  // namespace deepcalm

@@ -91,7 +91,8 @@ bool format_allowed(Role role, Format format) {
     switch (role) {
     case Role::kNorm:
     case Role::kBias:
-    case Role::kRouter: return format == Format::kF32;  // routing reads f32 activations: f32 weights keep one kernel, exact
+    case Role::kRouter:
+        return format == Format::kF32;  // routing reads f32 activations: f32 weights keep one kernel, exact
     case Role::kEmbed:
     case Role::kEhProj: return format == Format::kF32 || format == Format::kBF16 || format == Format::kF16;
     case Role::kAttn:

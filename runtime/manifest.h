@@ -11,17 +11,18 @@ namespace deepcalm {
 
 // What a tensor is for; the packer's dtype policy and the allowed formats depend on this alone.
 enum class Role : uint8_t { kEmbed, kNorm, kBias, kAttn, kFfn, kExpert, kShared, kRouter, kEhProj, kHead };
-inline constexpr const char* kRoleNames[] = {"embed", "norm", "bias", "attn", "ffn", "expert", "shared", "router", "eh_proj", "head"};
+inline constexpr const char* kRoleNames[] = {"embed",  "norm",   "bias",   "attn",    "ffn",
+                                             "expert", "shared", "router", "eh_proj", "head"};
 
 struct TensorSpec {
     std::string name;
     Role role;
-    bool tiled;        // false: plain row-major [rows, cols] or [rows] (cols == 0)
-    bool stacked;      // has a leading slice dimension (experts or heads), even when n_slices == 1
-    int n_slices;      // 1 unless stacked
-    int rows, cols;    // of a slice; stacked parts: the sum of the parts' padded rows
+    bool tiled;              // false: plain row-major [rows, cols] or [rows] (cols == 0)
+    bool stacked;            // has a leading slice dimension (experts or heads), even when n_slices == 1
+    int n_slices;            // 1 unless stacked
+    int rows, cols;          // of a slice; stacked parts: the sum of the parts' padded rows
     std::vector<int> parts;  // natural rows of each part stacked along the rows, each padded to 16; empty: one part
-    bool interleaved;  // two equal parts alternate tile by tile (gate, up)
+    bool interleaved;        // two equal parts alternate tile by tile (gate, up)
 };
 
 // In file order. Names: embed, final_norm, head; layers.{i}. and mtp. + {attn_norm, wqkv_a, q_a_norm, kv_a_norm, wq_b, w_uk,

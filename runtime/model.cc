@@ -1,1 +1,70 @@
-// placeholder until the runtime lands
+#include "runtime/model.h"
+
+namespace deepcalm {
+namespace {
+
+int64_t tensor_bytes(const PackedTensor& t) {
+    if (t.rows == 0) return 0;
+    return t.n_bytes() + (t.scales != nullptr ? 4 * t.n_slices * t.slice_scales() : 0);
+}
+
+int64_t fixed_bytes(const LayerWeights& w, const ModelConfig& c) {
+    int64_t n = 4 * (2 * int64_t{c.hidden_size} + c.kv_lora_rank + c.q_lora_rank);
+    for (const PackedTensor* t : {&w.wqkv_a, &w.wq_b, &w.w_uk, &w.w_uv, &w.wo, &w.w_gate_up, &w.w_down, &w.router,
+                                  &w.shared_gate_up, &w.shared_down}) {
+        n += tensor_bytes(*t);
+    }
+    return n + (w.router_bias != nullptr ? 4 * int64_t{c.n_routed_experts} : 0);
+}
+
+WeightBytes count_bytes(const ModelWeights& w, const ModelConfig& c) {
+    WeightBytes b;
+    for (const LayerWeights& l : w.layers) {
+        b.fixed += fixed_bytes(l, c);
+        if (!l.moe) continue;
+        ++b.n_moe_layers;
+        b.expert = (tensor_bytes(l.experts_gate_up) + tensor_bytes(l.experts_down)) / c.n_routed_experts;
+    }
+    b.head = tensor_bytes(w.head) + 4 * int64_t{c.hidden_size};
+    b.embed_row = int64_t{c.hidden_size} * (w.embed_format == Format::kF32 ? 4 : 2);
+    if (c.num_nextn_predict_layers > 0) {
+        b.mtp_fixed = fixed_bytes(w.mtp_layer, c) + tensor_bytes(w.mtp_eh_proj) + 12 * int64_t{c.hidden_size};
+    }
+    return b;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Model>> Model::open(const std::string& path, const ModelConfig& cfg,
+                                           const std::vector<TensorEntry>& entries, const char* isa, int n_threads) {
+    DC_TRY_STATUS(validate(cfg));
+    if (n_threads < 0 || n_threads > 1024) {
+        return Error{ErrorCode::kResource,
+                     "threads: " + std::to_string(n_threads) + ", expected 1..1024 (0 = one per core)"};
+    }
+    auto m = std::make_unique<Model>();
+    m->cfg_ = cfg;
+    m->kernels_ = select_cpu_kernels(isa);
+    if (m->kernels_ == nullptr) {
+        std::string have;
+        for (const CpuKernels* const* k = all_cpu_kernels(); *k != nullptr; ++k) {
+            if (((*k)->required & ~cpu_features()) == 0) have += std::string(have.empty() ? "" : ", ") + (*k)->isa;
+        }
+        return Error{ErrorCode::kResource,
+                     std::string("isa: '") + isa + "' is unknown or not supported here; this processor runs: " + have};
+    }
+    DC_TRY(m->file_, MappedFile::open(path));
+    DC_TRY(m->weights_, bind_weights(m->cfg_, m->file_, entries, path));
+    m->rope_ = make_rope(cfg);
+    m->weight_bytes_ = count_bytes(m->weights_, cfg);
+    m->pool_ = std::make_unique<ThreadPool>(n_threads == 0 ? default_threads() : n_threads);
+    return m;
+}
+
+int64_t Model::active_bytes(int n_ctx, int64_t cache_row_bytes) const {
+    const WeightBytes& b = weight_bytes_;
+    return b.fixed + b.head + b.embed_row + int64_t{b.n_moe_layers} * cfg_.num_experts_per_tok * b.expert +
+           int64_t{cfg_.num_hidden_layers} * n_ctx * cache_row_bytes;
+}
+
+}  // namespace deepcalm

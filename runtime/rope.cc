@@ -1,1 +1,63 @@
-// placeholder until the runtime lands
+#include "runtime/rope.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+namespace deepcalm {
+namespace {
+
+double yarn_mscale(double factor, double mscale) { return factor <= 1 ? 1 : 0.1 * mscale * std::log(factor) + 1; }
+
+// The (fractional) rotary pair that turns `rotations` times over the original context.
+double correction_dim(const ModelConfig& c, double rotations) {
+    return c.qk_rope_head_dim * std::log(c.original_max_position_embeddings / (rotations * 2 * std::numbers::pi)) /
+           (2 * std::log(c.rope_theta));
+}
+
+}  // namespace
+
+void Rope::fill(int pos, float* cos, float* sin) const {
+    for (int j = 0; j < half(); ++j) {
+        const float phase = static_cast<float>(pos) * inv_freq[static_cast<size_t>(j)];
+        cos[j] = std::cos(phase) * magnitude;
+        sin[j] = std::sin(phase) * magnitude;
+    }
+}
+
+Rope make_rope(const ModelConfig& c) {
+    Rope rope;
+    const int half = c.qk_rope_head_dim / 2;
+    double scale = 1 / std::sqrt(static_cast<double>(c.qk_head_dim()));
+    double lo = 0, hi = 0, factor = 1;
+    const bool yarn = c.rope_type == RopeType::kYarn;
+    if (yarn) {
+        factor = c.rope_factor;
+        lo = correction_dim(c, c.beta_fast);
+        hi = correction_dim(c, c.beta_slow);
+        if (c.rope_truncate) {
+            lo = std::floor(lo);
+            hi = std::ceil(hi);
+        }
+        lo = std::max(lo, 0.0);
+        hi = std::min(hi, c.qk_rope_head_dim - 1.0);
+        if (lo == hi) hi += 0.001;
+        double magnitude = yarn_mscale(factor, 1);
+        if (c.attention_factor != 0) {
+            magnitude = c.attention_factor;
+        } else if (c.mscale != 0 && c.mscale_all_dim != 0) {
+            magnitude = yarn_mscale(factor, c.mscale) / yarn_mscale(factor, c.mscale_all_dim);
+        }
+        rope.magnitude = static_cast<float>(magnitude);
+        if (c.mscale_all_dim != 0) scale *= std::pow(yarn_mscale(factor, c.mscale_all_dim), 2);
+    }
+    rope.softmax_scale = static_cast<float>(scale);
+    for (int j = 0; j < half; ++j) {
+        const double freq = std::pow(c.rope_theta, -2.0 * j / c.qk_rope_head_dim);
+        const double ramp = yarn ? std::clamp((j - lo) / (hi - lo), 0.0, 1.0) : 0.0;
+        rope.inv_freq.push_back(static_cast<float>(freq * (1 - ramp) + freq / factor * ramp));
+    }
+    return rope;
+}
+
+}  // namespace deepcalm

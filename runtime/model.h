@@ -1,0 +1,53 @@
+// A packed model, opened: the mapping, its bound weights, the kernel table and the thread pool that all its sessions share.
+#pragma once
+
+#include "runtime/parallel.h"
+#include "runtime/rope.h"
+#include "runtime/weights.h"
+
+#include <memory>
+#include <mutex>
+
+namespace deepcalm {
+
+// Weight bytes that one pass reads, split by what they depend on.
+struct WeightBytes {
+    int64_t fixed = 0;      // attention, dense and shared FFN, routers, norms of the main layers
+    int64_t expert = 0;     // one routed expert of one layer (largest format mix: all layers are equal in practice)
+    int64_t head = 0;       // head and final norm
+    int64_t embed_row = 0;  // one row of the embedding
+    int n_moe_layers = 0;   // main layers with routed experts
+    int64_t mtp_fixed = 0;  // the MTP layer without experts and head
+};
+
+class Model {
+  public:
+    // isa: null = best supported. n_threads: 0 = default_threads().
+    Model() = default;
+    static Result<std::unique_ptr<Model>> open(const std::string& path, const ModelConfig& cfg,
+                                               const std::vector<TensorEntry>& entries, const char* isa, int n_threads);
+
+    const ModelConfig& cfg() const { return cfg_; }
+    const ModelWeights& weights() const { return weights_; }
+    const CpuKernels& kernels() const { return *kernels_; }
+    const Rope& rope() const { return rope_; }
+    const WeightBytes& weight_bytes() const { return weight_bytes_; }
+    int64_t file_bytes() const { return file_.size(); }
+    ThreadPool& pool() { return *pool_; }
+    std::mutex& pass_mutex() { return pass_mutex_; }  // passes of all sessions are serialised
+
+    // Bytes that decoding one token at cache length n_ctx reads: weights once, experts in use, cache rows.
+    int64_t active_bytes(int n_ctx, int64_t cache_row_bytes) const;
+
+  private:
+    ModelConfig cfg_;
+    MappedFile file_;
+    ModelWeights weights_;
+    const CpuKernels* kernels_ = nullptr;
+    Rope rope_;
+    WeightBytes weight_bytes_;
+    std::unique_ptr<ThreadPool> pool_;
+    std::mutex pass_mutex_;
+};
+
+}  // namespace deepcalm

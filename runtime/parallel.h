@@ -1,0 +1,61 @@
+// A persistent SPMD pool: every thread runs the same pass from start to end and meets the others at barriers, as the blocks
+// of a GPU grid do. No fork and join per product. Work is dealt by fixed rules (split()), never by arrival.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <unistd.h>
+#include <vector>
+
+namespace deepcalm {
+
+struct Range {
+    int begin, end;
+};
+// Contiguous share of [0, n) for thread tid of n_threads.
+constexpr Range split(int64_t n, int tid, int n_threads) {
+    return {static_cast<int>(n * tid / n_threads), static_cast<int>(n * (tid + 1) / n_threads)};
+}
+
+class ThreadPool {
+  public:
+    explicit ThreadPool(int n_threads);
+    ~ThreadPool();
+    ThreadPool(const ThreadPool&) = delete;
+    ThreadPool& operator=(const ThreadPool&) = delete;
+
+    int size() const { return n_threads_; }
+
+    // Runs fn(tid) on every thread, the caller being thread 0; returns when all are done. One caller at a time.
+    template <class Fn> void run(Fn&& fn) {
+        call_ = [](void* ctx, int tid) { (*static_cast<std::remove_reference_t<Fn>*>(ctx))(tid); };
+        ctx_ = &fn;
+        dispatch();
+    }
+
+    // Every thread of the current run() must call it the same number of times.
+    void barrier();
+
+  private:
+    void start();
+    void stop();
+    void dispatch();
+    void worker(int tid, uint32_t seen);
+
+    int n_threads_;
+    pid_t owner_pid_ = 0;  // workers do not survive fork(): the child starts its own
+    void (*call_)(void*, int) = nullptr;
+    void* ctx_ = nullptr;
+    std::vector<std::thread> workers_;
+    bool stop_ = false;
+    alignas(128) std::atomic<uint32_t> generation_{0};  // bumped to start a run
+    alignas(128) std::atomic<int> arrived_{0};
+    alignas(128) std::atomic<uint32_t> phase_{0};
+};
+
+// Threads to use by default: distinct physical cores of the affinity mask.
+int default_threads();
+
+}  // namespace deepcalm

@@ -1,0 +1,80 @@
+// Activation buffers of a session, sized once for max_rows rows; zeroed at allocation so that columns past a natural width
+// stay zero (DESIGN 4.2). n = rows of the pass, d = hidden_size. Rows are padded to 32 columns unless said otherwise.
+#pragma once
+
+#include "kernels/kernels.h"
+#include "runtime/config.h"
+#include "runtime/memory.h"
+
+#include <vector>
+
+namespace deepcalm {
+
+// Rows that feed a product: the f32 values and, beside them, their rounded forms (filled by prepare() where a weight needs it).
+struct ActSite {
+    float* f32 = nullptr;  // [rows, stride] f32, stride = round_up(cols, 32)
+    int cols = 0;
+    Activation kind[kNumActKinds];
+
+    int64_t stride() const { return kind[0].stride; }
+    float* row(int64_t i) const { return f32 + i * stride(); }
+};
+
+// Rows of one routed expert in a pass: slots [begin, end) of State::slot_*.
+struct ExpertRows {
+    int expert, begin, end;
+};
+
+struct State {
+    static Result<State> make(const ModelConfig& cfg, int max_rows, int max_partials, int n_threads);
+
+    int max_rows = 0;
+    float* x = nullptr;      // [n, d_pad] residual stream
+    ActSite h;               // [n, d] normed input of a block; the router reads its f32 form
+    ActSite eh;              // [n, 2d] MTP: normed embedding | normed hidden
+    float* qkv_a = nullptr;  // [n, qkv_a_stride] stacked q_a (or q) | c_kv | k_rope, each part padded to 16
+    int64_t qkv_a_stride = 0;
+    ActSite q_a;         // [n, q_lora_rank] after q_a_layernorm
+    float* q = nullptr;  // [n, q_stride] per head nope | rope; aliases qkv_a without q_lora
+    int64_t q_stride = 0;
+    ActSite q_nope;                              // [n * n_heads, qk_nope_head_dim]
+    float* c_kv = nullptr;                       // [n, kv_lora_rank] after kv_a_layernorm
+    float* k_rope = nullptr;                     // [n, qk_rope_head_dim] rotated
+    float* q_full = nullptr;                     // [n, n_heads, c_pad + r_pad] q_absorbed | rotated q_rope
+    int64_t q_width = 0;                         // c_pad + r_pad
+    int32_t* row_end = nullptr;                  // [n] one past the last position that a row sees
+    float *part_m = nullptr, *part_l = nullptr;  // [partial_slots, part_heads]
+    float* part_o = nullptr;                     // [partial_slots, part_heads, c_pad]
+    int max_partials = 0;
+    std::vector<std::byte*> mla_scratch;  // one per thread
+    ActSite attn_latent;                  // [n * n_heads, kv_lora_rank]
+    float* uv_tmp = nullptr;              // [n_heads, n, pad16(v_head_dim)] W_UV output before it is laid side by side
+    ActSite attn_v;                       // [n, n_heads * v_head_dim]
+    float* out = nullptr;                 // [n, d_pad] output of a block before the residual
+    float* shared_out = nullptr;          // [n, d_pad]
+    float* down_tmp = nullptr;            // [n, d_pad] one expert's output rows
+    float* gate_up = nullptr;             // [n * slots_per_row, gate_up_stride], slots_per_row = max(k, 1)
+    int64_t gate_up_stride = 0;
+    ActSite ffn_h;                    // [n, intermediate_size]; dense FFN hidden rows
+    ActSite shared_h;                 // [n, n_shared_experts * moe_intermediate_size]
+    float* shared_gate_up = nullptr;  // [n, shared_gate_up_stride]
+    int64_t shared_gate_up_stride = 0;
+    ActSite expert_h;              // [n * k, moe_intermediate_size], by slot
+    float* gate_logits = nullptr;  // [n, pad16(E)]
+    int64_t gate_logits_stride = 0;
+    float* route_scratch = nullptr;   // [n_threads, 2E + n_group]
+    int32_t* topk_idx = nullptr;      // [n, k] ascending
+    float* topk_weight = nullptr;     // [n, k]
+    int32_t* slot_row = nullptr;      // [n * k] activation row of each slot, slots grouped by expert, experts ascending
+    float* slot_weight = nullptr;     // [n * k]
+    std::vector<ExpertRows> touched;  // experts of the pass, ascending
+    ActSite final_h;                  // [n, d] after the final norm: what the head and MTP read
+    ZeroedBuffer memory;
+};
+
+// Rows of a pass that share their split attention partials (decode, verification); longer passes give a thread whole rows.
+inline constexpr int kSplitRows = 8;
+inline constexpr int kAttnRowBlock = 4;    // query rows that share a converted cache chunk in long passes
+inline constexpr int kAttnHeadBlock = 16;  // heads of one attention unit in long passes
+
+}  // namespace deepcalm
