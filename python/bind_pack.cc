@@ -1,3 +1,564 @@
-#include <pybind11/pybind11.h>
+// formats, manifest, configuration and the packing primitives of deepcalm._core. Everything here takes and returns plain
+// buffers; which tensor goes where is decided in deepcalm/pack.py.
+#include "python/bind_common.h"
+#include "runtime/manifest.h"
 
-void init_pack(pybind11::module_& m) { (void)m; }
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <set>
+#include <span>
+#include <vector>
+
+namespace dc = deepcalm;
+
+void throw_error(const dc::Error& error) {
+    static constexpr const char* kNames[] = {"ConfigError", "PackedFileError", "SessionError", "ResourceError",
+                                             "UnsupportedError"};
+    const py::object type = py::module_::import("deepcalm.errors").attr(kNames[static_cast<int>(error.code)]);
+    PyErr_SetString(type.ptr(), error.message.c_str());
+    throw py::error_already_set();
+}
+
+dc::Format format_from_name(const std::string& name, const std::string& scale) {
+    for (int i = 0; i < dc::kNumFormats; ++i) {
+        if (name == dc::kFormats[i].name && scale == dc::kFormats[i].scale) return static_cast<dc::Format>(i);
+    }
+    throw py::value_error("unknown format " + name + " with scale dtype '" + scale + "'");
+}
+
+namespace {
+
+// --- configuration ---------------------------------------------------------------------------------------------------
+
+[[noreturn]] void bad_config(const std::string& key, const std::string& rest) {
+    throw_error({dc::ErrorCode::kConfig, "config: " + key + rest});
+}
+
+class ConfigReader {
+  public:
+    explicit ConfigReader(const py::dict& d) : d_(d) {}
+
+    void get(const char* key, int& out) {
+        const py::object v = take(key);
+        int overflow = 0;
+        const long long n = py::isinstance<py::int_>(v) && !PyBool_Check(v.ptr()) ? PyLong_AsLongLongAndOverflow(v.ptr(), &overflow)
+                                                                                  : mistyped(key, v, "an integer");
+        if (overflow != 0 || n < std::numeric_limits<int>::min() || n > std::numeric_limits<int>::max()) {
+            bad_config(key, " does not fit 32 bits");
+        }
+        out = static_cast<int>(n);
+    }
+    void get(const char* key, bool& out) {
+        const py::object v = take(key);
+        if (!PyBool_Check(v.ptr())) mistyped(key, v, "true or false");
+        out = v.ptr() == Py_True;
+    }
+    void get(const char* key, double& out) {
+        const py::object v = take(key);
+        if (PyBool_Check(v.ptr()) || (!PyFloat_Check(v.ptr()) && !PyLong_Check(v.ptr()))) mistyped(key, v, "a number");
+        out = PyFloat_AsDouble(v.ptr());
+        if (PyErr_Occurred() != nullptr) {  // an integer beyond the range of double
+            PyErr_Clear();
+            bad_config(key, " is out of range");
+        }
+    }
+    void get(const char* key, float& out) {
+        double v = 0;
+        get(key, v);
+        out = static_cast<float>(v);  // out of range becomes infinity or zero, which validate() refuses
+    }
+    void get(const char* key, std::string& out) {
+        const py::object v = take(key);
+        if (!PyUnicode_Check(v.ptr())) mistyped(key, v, "a string");
+        const char* text = PyUnicode_AsUTF8(v.ptr());
+        if (text == nullptr) {
+            PyErr_Clear();
+            bad_config(key, " is not valid Unicode");
+        }
+        out = text;
+    }
+    template <class E> void get(const char* key, E& out, std::initializer_list<const char*> names) {
+        std::string text, all;
+        get(key, text);
+        int i = 0;
+        for (const char* name : names) {
+            if (text == name) {
+                out = static_cast<E>(i);
+                return;
+            }
+            all += (i++ == 0 ? "" : ", ") + std::string(name);
+        }
+        bad_config(key, " is '" + text.substr(0, 64) + "', expected one of " + all);
+    }
+    void python_only(const char* key) { seen_.insert(key); }
+    void refuse_unknown() {
+        for (const auto& item : d_) {
+            const std::string key = PyUnicode_Check(item.first.ptr()) ? py::str(item.first) : py::repr(item.first);
+            if (!seen_.contains(key)) bad_config("'" + key.substr(0, 64) + "'", " is not a known key");
+        }
+    }
+
+  private:
+    py::object take(const char* key) {
+        seen_.insert(key);
+        if (!d_.contains(key)) bad_config(key, " is missing");
+        return d_[key];
+    }
+    [[noreturn]] static long long mistyped(const char* key, const py::object& v, const char* expected) {
+        const std::string found = py::str(py::type::of(v).attr("__name__"));
+        bad_config(key, " is a " + found + ", expected " + expected);
+    }
+
+    const py::dict& d_;
+    std::set<std::string> seen_;
+};
+
+}  // namespace
+
+dc::ModelConfig config_from_dict(const py::dict& d) {
+    dc::ModelConfig c;
+    ConfigReader r(d);
+    r.get("model_type", c.model_type);
+    r.get("hidden_size", c.hidden_size);
+    r.get("num_hidden_layers", c.num_hidden_layers);
+    r.get("num_attention_heads", c.num_attention_heads);
+    r.get("q_lora_rank", c.q_lora_rank);
+    r.get("kv_lora_rank", c.kv_lora_rank);
+    r.get("qk_nope_head_dim", c.qk_nope_head_dim);
+    r.get("qk_rope_head_dim", c.qk_rope_head_dim);
+    r.get("v_head_dim", c.v_head_dim);
+    r.get("intermediate_size", c.intermediate_size);
+    r.get("moe_intermediate_size", c.moe_intermediate_size);
+    r.get("n_routed_experts", c.n_routed_experts);
+    r.get("num_experts_per_tok", c.num_experts_per_tok);
+    r.get("n_shared_experts", c.n_shared_experts);
+    r.get("first_k_dense_replace", c.first_k_dense_replace);
+    r.get("n_group", c.n_group);
+    r.get("topk_group", c.topk_group);
+    r.get("topk_method", c.topk_method, {"greedy", "group_limited_greedy", "noaux_tc"});
+    r.get("scoring_func", c.scoring_func, {"softmax", "sigmoid"});
+    r.get("norm_topk_prob", c.norm_topk_prob);
+    r.get("routed_scaling_factor", c.routed_scaling_factor);
+    r.get("rms_norm_eps", c.rms_norm_eps);
+    r.get("rope_theta", c.rope_theta);
+    r.get("rope_type", c.rope_type, {"default", "yarn"});
+    r.get("rope_factor", c.rope_factor);
+    r.get("original_max_position_embeddings", c.original_max_position_embeddings);
+    r.get("beta_fast", c.beta_fast);
+    r.get("beta_slow", c.beta_slow);
+    r.get("mscale", c.mscale);
+    r.get("mscale_all_dim", c.mscale_all_dim);
+    r.get("attention_factor", c.attention_factor);
+    r.get("rope_truncate", c.rope_truncate);
+    r.get("max_position_embeddings", c.max_position_embeddings);
+    r.get("vocab_size", c.vocab_size);
+    r.get("num_nextn_predict_layers", c.num_nextn_predict_layers);
+    if (d.contains("rope_layout")) {
+        enum class Layout { kHalf } layout{};
+        r.get("rope_layout", layout, {"half"});
+    }
+    for (const char* key : {"bos_token_id", "eos_token_ids", "tie_word_embeddings"}) r.python_only(key);
+    r.refuse_unknown();
+    unwrap(dc::validate(c));
+    return c;
+}
+
+namespace {
+
+// --- packing ---------------------------------------------------------------------------------------------------------
+
+enum class Kind { kF32, kBF16, kF16, kF8, kI4 };
+
+Kind kind_from_name(const std::string& name) {
+    static constexpr const char* kNames[] = {"f32", "bf16", "f16", "f8", "i4"};
+    for (int i = 0; i < 5; ++i) {
+        if (name == kNames[i]) return static_cast<Kind>(i);
+    }
+    throw py::value_error("unknown source kind " + name);
+}
+
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+using Rows = py::array_t<int32_t, py::array::c_style>;
+using Floats = py::array_t<float, py::array::c_style>;
+using Halves = py::array_t<uint16_t, py::array::c_style>;
+
+void require(bool ok, const char* what) {
+    if (!ok) throw py::value_error(std::string("packing call: ") + what);
+}
+
+// The array itself, never a converted copy: callers keep the pointer, or write through it.
+template <class A> A same_array(const py::object& o) {
+    require(py::isinstance<A>(o), "scales must be a contiguous array of the right dtype");
+    return py::reinterpret_borrow<A>(o);
+}
+
+// Rows of one source tensor in memory, as the checkpoint stores them.
+struct Source {
+    Kind kind = Kind::kF32;
+    const uint8_t* data = nullptr;  // [n_rows, stride bytes]
+    int64_t stride = 0;             // bytes of a row; i4: two codes a byte, low nibble first
+    int n_rows = 0, cols = 0;
+    int first_row = 0;                  // index of row 0 of `data` in the tensor; places it in the f8 scale grid
+    const float* f8_scale = nullptr;    // [*, f8_scale_cols] one per block of the whole tensor
+    int64_t f8_scale_cols = 0;
+    int block_rows = 1, block_cols = 1;
+    const uint16_t* i4_scale = nullptr;  // [n_rows, i4_groups]
+    int64_t i4_groups = 0;
+    int group = 32;
+    bool i4_bf16 = false;
+
+    const uint8_t* row(int i) const { return data + i * stride; }
+
+    // Row i as f32; e4m3 times scale and code times scale are rounded once to f32.
+    void load(int i, float* out) const {
+        const uint8_t* p = row(i);
+        switch (kind) {
+        case Kind::kF32: std::memcpy(out, p, sizeof(float) * static_cast<size_t>(cols)); return;
+        case Kind::kBF16:
+            for (int c = 0; c < cols; ++c) {
+                uint16_t h;
+                std::memcpy(&h, p + 2 * c, 2);
+                const uint32_t u = uint32_t{h} << 16;
+                std::memcpy(out + c, &u, 4);
+            }
+            return;
+        case Kind::kF16:
+            for (int c = 0; c < cols; ++c) {
+                uint16_t h;
+                std::memcpy(&h, p + 2 * c, 2);
+                out[c] = dc::f16_to_f32(h);
+            }
+            return;
+        case Kind::kF8: {
+            static const std::vector<float> table = [] {
+                std::vector<float> t(256);
+                for (int b = 0; b < 256; ++b) t[static_cast<size_t>(b)] = dc::e4m3_to_f32(static_cast<uint8_t>(b));
+                return t;
+            }();
+            const float* scale = f8_scale + (first_row + i) / block_rows * f8_scale_cols;
+            for (int begin = 0; begin < cols; begin += block_cols, ++scale) {
+                for (int c = begin; c < std::min(cols, begin + block_cols); ++c) out[c] = table[p[c]] * *scale;
+            }
+            return;
+        }
+        case Kind::kI4: {
+            const uint16_t* scales = i4_scale + i * i4_groups;
+            for (int c = 0; c < cols; ++c) {
+                const uint16_t h = scales[c / group];
+                const int code = (p[c / 2] >> (4 * (c % 2)) & 15) - 8;
+                out[c] = static_cast<float>(code) * (i4_bf16 ? dc::bf16_to_f32(h) : dc::f16_to_f32(h));
+            }
+            return;
+        }
+        }
+    }
+};
+
+int64_t kind_bits(Kind kind) { return kind == Kind::kF32 ? 32 : kind == Kind::kF8 ? 8 : kind == Kind::kI4 ? 4 : 16; }
+
+// The arrays must outlive the Source; all sizes are checked here, so the loops need not.
+Source make_source(const std::string& kind, const Bytes& data, int cols, int first_row, const py::object& scale, int block_rows,
+                   int block_cols, const std::string& scale_dtype) {
+    Source s;
+    s.kind = kind_from_name(kind);
+    require(data.ndim() == 2, "source must be [rows, row bytes]");
+    require(data.shape(0) <= std::numeric_limits<int>::max(), "too many source rows");
+    s.n_rows = static_cast<int>(data.shape(0));
+    s.cols = cols;
+    s.data = data.data();
+    s.stride = data.shape(1);
+    s.first_row = first_row;
+    require(cols >= 1 && dc::ceil_div(int64_t{cols} * kind_bits(s.kind), 8) <= s.stride, "source rows are too short");
+    if (s.kind == Kind::kF8) {
+        const auto a = same_array<Floats>(scale);
+        require(block_rows >= 1 && block_cols >= 1 && first_row >= 0, "bad scale block");
+        require(a.ndim() == 2 && a.shape(0) >= dc::ceil_div(int64_t{first_row} + s.n_rows, block_rows) &&
+                    a.shape(1) >= dc::ceil_div(cols, block_cols),
+                "f8 scale grid is too small");
+        s.f8_scale = a.data();
+        s.f8_scale_cols = a.shape(1);
+        s.block_rows = block_rows;
+        s.block_cols = block_cols;
+    } else if (s.kind == Kind::kI4) {
+        const auto a = same_array<Halves>(scale);
+        require(block_cols >= 32 && block_cols % 32 == 0, "i4 group must be a multiple of 32");
+        require(a.ndim() == 2 && a.shape(0) == s.n_rows && a.shape(1) >= dc::ceil_div(cols, block_cols), "i4 scales are too few");
+        s.i4_scale = a.data();
+        s.i4_groups = a.shape(1);
+        s.group = block_cols;
+        s.i4_bf16 = scale_dtype == "bf16";
+    }
+    return s;
+}
+
+// First source element that does not fit, (row of the source buffer, column), or none.
+py::object bad_at(bool ok, int row, int col) { return ok ? py::object(py::none()) : py::make_tuple(row, col); }
+
+struct PackCall {
+    Source src;
+    std::span<const int32_t> index;  // source row of each packed row; transposed: of each packed column
+    bool transpose = false;
+    int rows = 0, cols = 0;  // of the packed part
+    dc::Format format = dc::Format::kF32;
+    bool exact = false;  // f8 and q4: keep the source's codes
+    std::byte* out = nullptr;
+    int64_t tile_stride = 0;  // bytes between consecutive row tiles (twice a row tile when two parts alternate)
+    float* scales = nullptr;
+    int scale_rows = 128, scale_cols = 128;
+    int bad_row = 0, bad_col = 0;
+
+    bool fail(int packed_row, int packed_col) {
+        bad_row = index[static_cast<size_t>(transpose ? packed_col : packed_row)];
+        bad_col = transpose ? packed_row : packed_col;
+        return false;
+    }
+
+    bool run() {
+        if (exact && format == dc::Format::kF8) return run_f8_codes();
+        if (exact) return run_q4_codes();
+        std::vector<float> all;  // transposed: the whole source block [cols, rows]
+        if (transpose) {
+            all.resize(static_cast<size_t>(cols) * static_cast<size_t>(rows));
+            for (int c = 0; c < cols; ++c) src.load(index[static_cast<size_t>(c)], all.data() + int64_t{c} * rows);
+        }
+        const int step = format == dc::Format::kF8 ? scale_rows : dc::kTileRows;
+        std::vector<float> strip(static_cast<size_t>(step) * static_cast<size_t>(cols));
+        const int64_t scales_per_row = dc::ceil_div(cols, scale_cols);
+        for (int row0 = 0; row0 < rows; row0 += step) {
+            const int n = std::min(step, rows - row0);
+            for (int r = 0; r < n; ++r) {
+                float* dst = strip.data() + int64_t{r} * cols;
+                if (!transpose) {
+                    src.load(index[static_cast<size_t>(row0 + r)], dst);
+                } else {
+                    for (int c = 0; c < cols; ++c) dst[c] = all[static_cast<size_t>(int64_t{c} * rows + row0 + r)];
+                }
+            }
+            dc::PackArgs args{.w = strip.data(), .w_stride = cols, .rows = n, .cols = cols, .format = format,
+                              .out = out + row0 / dc::kTileRows * tile_stride,
+                              .scales = scales == nullptr ? nullptr : scales + row0 / scale_rows * scales_per_row,
+                              .scale_rows = scale_rows, .scale_cols = scale_cols};
+            if (!dc::pack_tiles(args)) return fail(row0 + args.bad_row, args.bad_col);
+        }
+        return true;
+    }
+
+    bool run_f8_codes() {
+        std::vector<uint8_t> strip(static_cast<size_t>(dc::kTileRows) * static_cast<size_t>(cols));
+        for (int row0 = 0; row0 < rows; row0 += dc::kTileRows) {
+            const int n = std::min(dc::kTileRows, rows - row0);
+            for (int r = 0; r < n; ++r) {
+                uint8_t* dst = strip.data() + int64_t{r} * cols;
+                if (!transpose) {
+                    std::memcpy(dst, src.row(index[static_cast<size_t>(row0 + r)]), static_cast<size_t>(cols));
+                } else {
+                    for (int c = 0; c < cols; ++c) dst[c] = src.row(index[static_cast<size_t>(c)])[row0 + r];
+                }
+            }
+            int r = 0, c = 0;
+            std::byte* dst = out + row0 / dc::kTileRows * tile_stride;
+            if (!dc::pack_f8_codes(strip.data(), cols, n, cols, dst, &r, &c)) return fail(row0 + r, c);
+        }
+        return true;
+    }
+
+    bool run_q4_codes() {
+        const int64_t stride = dc::ceil_div(cols, 2), groups = dc::ceil_div(cols, dc::kTileCols);
+        std::vector<uint8_t> strip(static_cast<size_t>(dc::kTileRows * stride));
+        std::vector<uint16_t> scale(static_cast<size_t>(dc::kTileRows * groups));
+        for (int row0 = 0; row0 < rows; row0 += dc::kTileRows) {
+            const int n = std::min(dc::kTileRows, rows - row0);
+            for (int r = 0; r < n; ++r) {
+                const int i = index[static_cast<size_t>(row0 + r)];
+                std::memcpy(strip.data() + r * stride, src.row(i), static_cast<size_t>(stride));
+                const uint16_t* s = src.i4_scale + i * src.i4_groups;
+                for (int64_t g = 0; g < groups; ++g) scale[static_cast<size_t>(r * groups + g)] = s[g * dc::kTileCols / src.group];
+            }
+            int r = 0, c = 0;
+            std::byte* dst = out + row0 / dc::kTileRows * tile_stride;
+            if (!dc::pack_q4_codes(strip.data(), stride, scale.data(), groups, format, n, cols, dst, &r, &c)) {
+                return fail(row0 + r, c);
+            }
+        }
+        return true;
+    }
+};
+
+py::object pack_rows(const Bytes& out, int64_t out_offset, int64_t tile_stride, const std::string& format,
+                     const std::string& format_scale, int rows, int cols, const Rows& index, bool transpose, bool exact,
+                     const std::string& kind, const Bytes& data, int first_row, const py::object& scale, int block_rows,
+                     int block_cols, const std::string& scale_dtype, const py::object& out_scales, int scale_rows, int scale_cols) {
+    PackCall call;
+    require(rows >= 1 && cols >= 1 && index.ndim() == 1 && index.size() == (transpose ? cols : rows), "bad row index");
+    call.src = make_source(kind, data, transpose ? rows : cols, first_row, scale, block_rows, block_cols, scale_dtype);
+    call.index = {index.data(), static_cast<size_t>(index.size())};
+    for (const int32_t i : call.index) require(i >= 0 && i < call.src.n_rows, "row index out of range");
+    call.transpose = transpose;
+    call.rows = rows;
+    call.cols = cols;
+    call.format = format_from_name(format, format_scale);
+    call.exact = exact;
+    const bool is_f8 = call.format == dc::Format::kF8, is_q4 = call.format == dc::Format::kQ4 || call.format == dc::Format::kQ4B;
+    require(!exact || (is_f8 && call.src.kind == Kind::kF8) || (is_q4 && call.src.kind == Kind::kI4 && !transpose),
+            "the source's codes are not of this format");
+    require(exact || call.format != dc::Format::kQ4B, "bf16-scaled q4 only keeps existing codes");
+    const int64_t row_tiles = dc::ceil_div(rows, dc::kTileRows);
+    const int64_t row_tile_bytes = dc::ceil_div(cols, dc::kTileCols) * dc::info(call.format).tile_bytes;
+    require(out_offset >= 0 && tile_stride >= row_tile_bytes &&
+                out_offset + (row_tiles - 1) * tile_stride + row_tile_bytes <= out.nbytes(),
+            "output is too small");
+    call.out = reinterpret_cast<std::byte*>(py::array_t<uint8_t>(out).mutable_data()) + out_offset;
+    call.tile_stride = tile_stride;
+    if (is_f8 && !exact) {
+        auto s = same_array<Floats>(out_scales);
+        require(scale_rows >= 16 && scale_rows % 16 == 0 && scale_cols >= 32 && scale_cols % 32 == 0, "bad scale block");
+        require(scale_rows == 16 || tile_stride == row_tile_bytes, "alternating parts need scale blocks of 16 rows");
+        require(s.size() == dc::ceil_div(rows, scale_rows) * dc::ceil_div(cols, scale_cols), "wrong number of scales");
+        call.scales = s.mutable_data();
+        call.scale_rows = scale_rows;
+        call.scale_cols = scale_cols;
+    }
+    bool ok;
+    {
+        const py::gil_scoped_release release;
+        ok = call.run();
+    }
+    return bad_at(ok, call.bad_row, call.bad_col);
+}
+
+py::object convert_rows(const py::array& out, const std::string& to, const std::string& kind, const Bytes& data, int cols,
+                        int first_row, const py::object& scale, int block_rows, int block_cols, const std::string& scale_dtype) {
+    const Source src = make_source(kind, data, cols, first_row, scale, block_rows, block_cols, scale_dtype);
+    const Kind target = kind_from_name(to);
+    require(target == Kind::kF32 || target == Kind::kBF16 || target == Kind::kF16, "target must be f32, bf16 or f16");
+    const int64_t elem = kind_bits(target) / 8;
+    require((out.flags() & py::array::c_style) != 0 && out.writeable() && out.nbytes() == elem * src.n_rows * cols, "output has the wrong size");
+    auto* dst = static_cast<std::byte*>(py::array(out).mutable_data());
+    int row = 0, col = 0;
+    bool ok = true;
+    {
+        const py::gil_scoped_release release;
+        std::vector<float> line(static_cast<size_t>(cols));
+        for (; row < src.n_rows && ok; ++row) {
+            src.load(row, line.data());
+            for (col = 0; col < cols; ++col) {
+                const float f = line[static_cast<size_t>(col)];
+                uint16_t h = 0;
+                uint32_t u;
+                std::memcpy(&u, &f, 4);
+                ok = (u & 0x7F800000U) != 0x7F800000U;
+                if (target == Kind::kF32) {
+                    std::memcpy(dst, &f, 4);
+                } else {
+                    h = target == Kind::kBF16 ? dc::f32_to_bf16(f) : dc::f32_to_f16(f);
+                    const uint16_t inf = target == Kind::kBF16 ? 0x7F80 : 0x7C00;
+                    ok = ok && (h & inf) != inf;
+                    std::memcpy(dst, &h, 2);
+                }
+                if (!ok) break;
+                dst += elem;
+            }
+        }
+    }
+    return bad_at(ok, row - 1, col);
+}
+
+Floats unpack_slice(const Bytes& data, const py::object& scales, const std::string& format, const std::string& format_scale,
+                    int n_slices, int rows, int cols, int scale_rows, int scale_cols, int slice) {
+    dc::PackedTensor w;
+    w.format = format_from_name(format, format_scale);
+    require(n_slices >= 1 && rows >= 1 && cols >= 1 && slice >= 0 && slice < n_slices, "bad shape");
+    w.n_slices = n_slices;
+    w.rows = rows;
+    w.cols = cols;
+    require(data.nbytes() >= w.n_bytes(), "data is too short");
+    w.data = reinterpret_cast<const std::byte*>(data.data());
+    Floats s;
+    if (w.format == dc::Format::kF8) {
+        s = same_array<Floats>(scales);
+        require(scale_rows >= 16 && scale_rows % 16 == 0 && scale_cols >= 32 && scale_cols % 32 == 0, "bad scale block");
+        w.scale_rows = scale_rows;
+        w.scale_cols = scale_cols;
+        require(s.size() == n_slices * w.slice_scales(), "wrong number of scales");
+        w.scales = s.data();
+    }
+    Floats out({rows, cols});
+    float* dst = out.mutable_data();
+    {
+        const py::gil_scoped_release release;
+        dc::unpack_tiles(w, slice, dst, cols);
+    }
+    return out;
+}
+
+py::list formats() {
+    static constexpr const char* kActNames[] = {"f32", "bf16", "i8"};
+    py::list out;
+    for (const dc::FormatInfo& f : dc::kFormats) {
+        py::dict d;
+        d["name"] = f.name;
+        d["scale"] = f.scale;
+        d["tile_bytes"] = f.tile_bytes;
+        d["sum_block_cols"] = f.sum_block_cols;
+        d["act"] = kActNames[static_cast<int>(f.act)];
+        d["dot_tol"] = f.dot_tol;
+        out.append(d);
+    }
+    return out;
+}
+
+py::list expected_tensors(const py::dict& cfg) {
+    py::list out;
+    for (const dc::TensorSpec& t : dc::expected_tensors(config_from_dict(cfg))) {
+        py::dict d;
+        py::list parts, allowed;
+        for (const int rows : t.parts) parts.append(rows);
+        for (int i = 0; i < dc::kNumFormats; ++i) {
+            const auto f = static_cast<dc::Format>(i);
+            const bool plain_ok = f == dc::Format::kF32 || f == dc::Format::kBF16 || f == dc::Format::kF16;
+            const char* name = dc::info(f).name;
+            if (dc::format_allowed(t.role, f) && (t.tiled || plain_ok) && !allowed.contains(name)) allowed.append(name);
+        }
+        d["name"] = t.name;
+        d["role"] = dc::kRoleNames[static_cast<int>(t.role)];
+        d["tiled"] = t.tiled;
+        d["stacked"] = t.stacked;
+        d["n_slices"] = t.n_slices;
+        d["rows"] = t.rows;
+        d["cols"] = t.cols;
+        d["parts"] = parts;
+        d["interleaved"] = t.interleaved;
+        d["formats"] = allowed;
+        out.append(d);
+    }
+    return out;
+}
+
+}  // namespace
+
+void init_pack(py::module_& m) {
+    m.attr("TILE_ROWS") = dc::kTileRows;
+    m.attr("TILE_COLS") = dc::kTileCols;
+    m.def("formats", &formats, "The weight formats: list of {name, scale, tile_bytes, sum_block_cols, act, dot_tol}.");
+    m.def("validate_config", [](const py::dict& cfg) { config_from_dict(cfg); }, py::arg("config"),
+          "Checks a normalised configuration; raises ConfigError naming the key.");
+    m.def("expected_tensors", &expected_tensors, py::arg("config"),
+          "The tensors of a packed model in file order: list of {name, role, tiled, stacked, n_slices, rows, cols, parts, "
+          "interleaved, formats}.");
+    m.def("pack_rows", &pack_rows, py::arg("out").noconvert(), py::arg("out_offset"), py::arg("tile_stride"), py::arg("format"),
+          py::arg("format_scale"), py::arg("rows"), py::arg("cols"), py::arg("index").noconvert(), py::arg("transpose"),
+          py::arg("exact"), py::arg("kind"), py::arg("data").noconvert(), py::arg("first_row") = 0, py::arg("scale") = py::none(),
+          py::arg("block_rows") = 1, py::arg("block_cols") = 32, py::arg("scale_dtype") = "", py::arg("out_scales") = py::none(),
+          py::arg("scale_rows") = 128, py::arg("scale_cols") = 128,
+          "Packs rows of one source tensor into row tiles of `out` (uint8). index: int32 source row of each packed row "
+          "(transpose: of each packed column). kind: f32|bf16|f16|f8|i4; scale: f32 grid (f8) or uint16 [rows, groups] (i4). "
+          "Returns None, or (source row, source column) of the first value that does not fit.");
+    m.def("convert_rows", &convert_rows, py::arg("out"), py::arg("to"), py::arg("kind"), py::arg("data").noconvert(), py::arg("cols"),
+          py::arg("first_row") = 0, py::arg("scale") = py::none(), py::arg("block_rows") = 1, py::arg("block_cols") = 32,
+          py::arg("scale_dtype") = "",
+          "Converts source rows to plain f32|bf16|f16 in `out`. Returns None, or (row, column) of the first value that does not fit.");
+    m.def("unpack_slice", &unpack_slice, py::arg("data").noconvert(), py::arg("scales"), py::arg("format"), py::arg("format_scale"),
+          py::arg("n_slices"), py::arg("rows"), py::arg("cols"), py::arg("scale_rows") = 128, py::arg("scale_cols") = 128,
+          py::arg("slice") = 0, "One slice of a packed tensor as f32 [rows, cols]; data: uint8, all slices.");
+}

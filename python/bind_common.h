@@ -1,0 +1,28 @@
+// Shared by the binding files: errors as deepcalm.errors classes, the typed configuration from a dict, buffer checks.
+#pragma once
+
+#include "runtime/config.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+// Raises deepcalm.errors.<class of error.code> with the error's message.
+[[noreturn]] void throw_error(const deepcalm::Error& error);
+
+template <class T> T unwrap(deepcalm::Result<T> result) {
+    if (!result.ok()) throw_error(result.error());
+    return std::move(result.value());
+}
+inline void unwrap(deepcalm::Status status) {
+    if (!status.ok()) throw_error(status.error());
+}
+
+// The normalised configuration (keys = fields of ModelConfig, enums as strings), validated. Missing, mistyped and unknown
+// keys are ConfigErrors that name the key; the Python-only keys rope_layout, bos_token_id, eos_token_ids and
+// tie_word_embeddings are checked and not kept.
+deepcalm::ModelConfig config_from_dict(const py::dict& d);
+
+// The Format with this name and scale dtype, as in kFormats; ValueError if there is none.
+deepcalm::Format format_from_name(const std::string& name, const std::string& scale);
