@@ -1,0 +1,220 @@
+"""Text in and out of a model: prompt encoding with the bos rule, incremental decoding, stop strings.
+
+Token ids become bytes, bytes become complete characters, characters pass the stop strings; each step is a small class
+that knows nothing of the others. Byte-level BPE only (every supported family; the packer converts tiktoken files).
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import Error, PackedFileError, SessionError, UnsupportedError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+T = TypeVar("T")
+
+# Turn ends that some families leave out of both config.json and generation_config.json (MODELS.md section 8).
+_TURN_ENDS = ("<|im_end|>", "<|user|>", "<|observation|>")
+
+
+def _byte_of_char() -> dict[str, int]:
+    """The byte-level alphabet: printable latin-1 bytes stand for themselves, the others for U+0100 and up, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _guarded(what: str, call: Callable[[], T]) -> T:
+    """``call()`` with the failures of the tokenizers package, Rust panics included, as PackedFileError."""
+    try:
+        return call()
+    except BaseException as e:  # a pyo3 PanicException is no Exception
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise PackedFileError(f"{what}: {one_line(e)}") from None
+
+
+def one_line(message: object, limit: int = 300) -> str:
+    """``message`` on one line of at most ``limit`` characters, without control characters."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(message)).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def load_tokenizer(source: bytes) -> Tokenizer:
+    """The tokenizer of a ``tokenizer.json``, with truncation and padding off.
+
+    Raises:
+        PackedFileError: not a tokenizer that the ``tokenizers`` package reads.
+    """
+    from tokenizers import Tokenizer
+
+    def load() -> Tokenizer:
+        tokenizer = Tokenizer.from_str(source.decode("utf-8"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    return _guarded("tokenizer.json", load)
+
+
+def token_content(value: object) -> str | None:
+    """The text of a special token in tokenizer_config.json: a string, or an object with ``content``."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) and content else None
+
+
+class Vocabulary:
+    """What text needs to know of a model: ids to bytes, prompt encoding, bos, and the ids that end generation.
+
+    ``n_valid`` is one past the tokenizer's last id, at most ``vocab_size``; the rows beyond are padding of the
+    embedding and are never sampled.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tokenizer_config: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        self._tokenizer = tokenizer
+        self._byte_of = _byte_of_char()
+        added = _guarded("tokenizer.json", tokenizer.get_added_tokens_decoder)
+        self._added = {i: t.content.encode("utf-8", "replace") for i, t in added.items()}
+        self._special = {i for i, t in added.items() if t.special}
+        self._vocab_size = int(config["vocab_size"])
+        size = max([tokenizer.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
+        self.n_valid = min(size, self._vocab_size)
+
+        self.bos_id: int | None = self._id(token_content(tokenizer_config.get("bos_token")))
+        if self.bos_id is None:
+            self.bos_id = config.get("bos_token_id")
+        probe = _guarded("tokenizer.json", lambda: tokenizer.encode("x", add_special_tokens=True).ids)
+        self.adds_bos = self.bos_id is not None and (
+            tokenizer_config.get("add_bos_token") is True or probe[:1] == [self.bos_id]
+        )
+        eos = set(config.get("eos_token_ids") or ())
+        eos.add(self._id(token_content(tokenizer_config.get("eos_token"))))
+        eos.update(i for i in map(self._id, _TURN_ENDS) if i in self._special)
+        self.eos_ids: frozenset[int] = frozenset(i for i in eos if i is not None)
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        """``text`` as token ids; special tokens written out in it count, none is added.
+
+        Raises:
+            SessionError: the text holds lone surrogates, or the tokenizer gives an id that the model has no row for.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as e:
+            raise SessionError(f"the text is not valid Unicode: {one_line(e)}") from None
+        ids: list[int] = _guarded("tokenizer.json", lambda: self._tokenizer.encode(text, add_special_tokens=False).ids)
+        if ids and max(ids) >= self._vocab_size:
+            raise SessionError(f"the tokenizer gives id {max(ids)}, but the model has vocab_size {self._vocab_size}")
+        return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """A raw prompt: exactly one bos in front if the tokenizer adds one, and never an empty list.
+
+        Raises:
+            SessionError: the prompt is empty and the model has no bos to start from.
+        """
+        ids = self.encode(text)
+        start = self.bos_id is not None and (self.adds_bos or not ids)
+        if start and ids[:1] != [self.bos_id]:
+            ids = [self.bos_id, *ids]  # type: ignore[list-item]  # start implies not None
+        if not ids:
+            raise SessionError("the prompt is empty, and this model has no bos token to start from")
+        return ids
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for: empty for special tokens and for ids without a token."""
+        if token in self._special:
+            return b""
+        if token in self._added:
+            return self._added[token]
+        text = self._tokenizer.id_to_token(token) or ""
+        try:
+            return bytes([self._byte_of[c] for c in text])
+        except KeyError as e:
+            raise UnsupportedError(f"token {token} {text!r}: {e} is not in the byte-level alphabet") from None
+
+    def decoder(self) -> Decoder:
+        """An incremental decoder.
+
+        Raises:
+            UnsupportedError: the tokenizer is not byte-level BPE.
+        """
+        decoder = self._tokenizer.decoder
+        kind = None if decoder is None else json.loads(decoder.__getstate__()).get("type")
+        if kind != "ByteLevel":
+            raise UnsupportedError(f"tokenizer.json: decoder {kind!r}, only 'ByteLevel' is supported")
+        return Decoder(self.token_bytes)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids`` without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        decoder = self.decoder()
+        return "".join([decoder.feed(i) for i in ids]) + decoder.flush()
+
+
+class Decoder:
+    """Token ids to text, one at a time; only complete characters come out."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token: int) -> str:
+        """The characters that ``token`` completes; possibly none."""
+        return self._utf8.decode(self._token_bytes(token))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an incomplete character, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+class StopMatcher:
+    """Ends a stream of text before the first stop string, wherever the borders between pieces lie.
+
+    The match that ends first wins (of those the longest), so the result does not depend on how the text was cut.
+    """
+
+    def __init__(self, stops: Iterable[str] = ()) -> None:
+        self._stops = tuple(stops)
+        if not all(self._stops):
+            raise ValueError("a stop string must not be empty")
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, piece: str) -> str:
+        """The text that is now safe to show; ``stopped`` is set once a stop string is complete."""
+        text = self._held + piece
+        found = [(i + len(s), i) for s in self._stops if (i := text.find(s)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        # Held back: the longest end of the text that a stop string may begin with.
+        longest = max((len(s) for s in self._stops), default=1) - 1
+        starts = range(max(0, len(text) - longest), len(text))
+        keep = next((i for i in starts if any(s.startswith(text[i:]) for s in self._stops)), len(text))
+        self._held = text[keep:]
+        return text[:keep]
+
+    def flush(self) -> str:
+        """What was held back, when the text ends without a stop string."""
+        text, self._held = self._held, ""
+        return text
+
+
+def decode_utf8(data: bytes, where: str) -> str:
+    """``data`` as text.
+
+    Raises:
+        Error: not UTF-8; names ``where`` and the byte.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise Error(f"{where}: not valid UTF-8 at byte {e.start} (0x{data[e.start]:02x})") from None
