@@ -656,3 +656,11 @@ def write(directory: Path | str, preset: str, *, dtype: str | None = None, seed:
     index = {"metadata": {"total_size": sum(len(t[2]) for t in tensors.values())}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return out
+
+
+def digest(directory: Path) -> str:
+    """SHA-256 of config.json and every safetensors file: whether a checkpoint was regenerated bit for bit."""
+    h = hashlib.sha256()
+    for path in [*sorted(directory.glob("*.safetensors")), directory / "config.json"]:
+        h.update(path.name.encode() + b"\0" + path.read_bytes())
+    return h.hexdigest()

@@ -1,0 +1,157 @@
+"""The numpy reference against transformers: committed golden logits always, live transformers where it is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import golden_cases
+import tiny
+from ref import checkpoint, model
+
+# float64 against float32: the difference is the error of transformers' arithmetic, measured 4e-6 to 1.1e-5.
+TOLERANCE = 3e-5
+
+Loaded = tuple[golden_cases.Golden, model.Config, model.Weights]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Loaded]:
+    made: dict[str, Loaded] = {}
+
+    def load(name: str) -> Loaded:
+        if name not in made:
+            golden = golden_cases.load(name)
+            raw, tensors = checkpoint.load(golden.write_checkpoint(tmp_path_factory.mktemp(name)))
+            cfg = model.Config.from_hf(raw, any(n.endswith("eh_proj.weight") for n in tensors))
+            made[name] = golden, cfg, model.Weights.from_hf(cfg, tensors)
+        return made[name]
+
+    return load
+
+
+def test_golden_covers_every_preset_and_dtype() -> None:
+    cases = [golden_cases.load(name) for name in golden_cases.NAMES]
+    assert {c.preset for c in cases} == set(tiny.PRESETS)
+    assert {c.dtype for c in cases} == set(tiny.DTYPES)
+    assert all(1.4 < c.logits.std() < 1.6 and len(c.ids) > 64 for c in cases)
+    assert sum(c.mtp_logits is not None for c in cases) >= 3
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+@pytest.mark.parametrize("name", golden_cases.NAMES)
+def test_logits_equal_golden(loaded: Callable[[str], Loaded], name: str, form: str) -> None:
+    golden, cfg, weights = loaded(name)
+    m = model.Model(cfg, weights, form)
+    logits, hidden = m.forward(golden.ids)
+    assert np.abs(logits - golden.logits).max() <= TOLERANCE
+    assert (logits.argmax(1) == golden.logits.argmax(1)).all()
+    if golden.mtp_logits is not None:
+        mtp_logits, _ = m.mtp_forward(golden.ids[1:], hidden[:-1])
+        assert np.abs(mtp_logits - golden.mtp_logits).max() <= TOLERANCE
+        assert (mtp_logits.argmax(1) == golden.mtp_logits.argmax(1)).all()
+
+
+@pytest.mark.parametrize("name", ["v3", "v2_lite"])
+def test_cache_in_pieces_equals_one_pass(loaded: Callable[[str], Loaded], name: str) -> None:
+    golden, cfg, weights = loaded(name)
+    whole, hidden = model.Model(cfg, weights).forward(golden.ids)
+    m = model.Model(cfg, weights)
+    pieces = [m.forward(part)[0] for part in np.split(golden.ids, [1, 2, 18, 64])]
+    assert np.abs(np.concatenate(pieces) - whole).max() <= 1e-11
+    if golden.mtp_logits is not None:
+        parts = [m.mtp_forward(golden.ids[i + 1 : i + 6], hidden[i : i + 5])[0] for i in range(0, 70, 5)]
+        assert np.abs(np.concatenate(parts) - golden.mtp_logits[:70]).max() <= TOLERANCE
+
+
+def _replace(**changes: Any) -> Callable[[model.Config], model.Config]:
+    return lambda cfg: dataclasses.replace(cfg, **changes)
+
+
+# A golden test is worth what it detects: the known mistakes of other engines, as changes of the configuration.
+MISTAKES: list[tuple[str, str, Callable[[model.Config], model.Config]]] = [
+    ("no yarn", "v3", _replace(rope_type="default")),
+    ("softmax scale without the magnitude", "v3", _replace(mscale_all_dim=0.0, attention_factor=1.0)),
+    ("magnitude on cos and sin as well", "v3", _replace(attention_factor=model.yarn_magnitude(40, 1))),
+    ("rope amplitude left out", "v2_grouped", _replace(attention_factor=1.0)),
+    ("frequencies ramped over the wrong range", "kimi_k2", _replace(beta_fast=32.0)),
+    ("softmax instead of sigmoid", "v3", _replace(scoring_func="softmax")),
+    ("no group limit", "v3", _replace(n_group=1, topk_group=1)),
+    ("group score by maximum", "v3", _replace(topk_method="group_limited_greedy")),
+    ("group score by the two best", "v2_grouped", _replace(topk_method="noaux_tc")),
+    ("scaling factor dropped", "v3", _replace(routed_scaling_factor=1.0)),
+    ("weights not normalised", "kimi_k2", _replace(norm_topk_prob=False)),
+]
+
+
+@pytest.mark.parametrize(("what", "name", "change"), MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_golden_detects_mistake(
+    loaded: Callable[[str], Loaded], what: str, name: str, change: Callable[[model.Config], model.Config]
+) -> None:
+    golden, cfg, weights = loaded(name)
+    logits, _ = model.Model(change(cfg), weights).forward(golden.ids)
+    assert np.abs(logits - golden.logits).max() > 0.3, what
+
+
+def test_golden_detects_wrong_weights(loaded: Callable[[str], Loaded]) -> None:
+    """Bias ignored, rope rows left interleaved, norm weights of one, MTP halves swapped, MTP fed the pre-norm state."""
+    golden, cfg, weights = loaded("v3")
+    assert golden.mtp_logits is not None
+
+    def error(changed: model.Weights) -> float:
+        return float(np.abs(model.Model(cfg, changed).forward(golden.ids)[0] - golden.logits).max())
+
+    def with_layers(**changes: Any) -> model.Weights:
+        layers = [dataclasses.replace(w, **{k: f(w) for k, f in changes.items()}) for w in weights.layers]
+        return dataclasses.replace(weights, layers=layers)
+
+    interleave = np.argsort(np.r_[0:16:2, 1:16:2])
+    rows = np.r_[0:42, 42 + interleave]
+    assert error(weights) <= TOLERANCE
+    assert error(with_layers(router_bias=lambda _: None)) > 0.3
+    assert error(with_layers(kv_a=lambda w: model.Matrix(w.kv_a.w[rows]))) > 0.3
+    assert error(with_layers(q_a_norm=lambda w: w.q_a_norm * 0 + 1)) > 0.3
+
+    m = model.Model(cfg, weights)
+    _, hidden = m.forward(golden.ids)
+    mtp, pre_norm = weights.mtp, m.taps["layers.2.layer_out"]
+    assert mtp is not None
+    eh = mtp.eh_proj.w
+    swapped = dataclasses.replace(mtp, eh_proj=model.Matrix(np.concatenate([eh[:, 76:], eh[:, :76]], axis=1)))
+    for weights_, state in ((dataclasses.replace(weights, mtp=swapped), hidden), (weights, pre_norm)):
+        logits, _ = model.Model(cfg, weights_).mtp_forward(golden.ids[1:], state[:-1])
+        assert np.abs(logits - golden.mtp_logits).max() > 0.3
+
+
+def test_latent_norms_keep_their_own_eps(loaded: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch) -> None:
+    golden, cfg, weights = loaded("glm4_moe_lite")
+    exact = np.abs(model.Model(cfg, weights).forward(golden.ids)[0] - golden.logits).max()
+    monkeypatch.setattr(model, "LATENT_EPS", cfg.rms_norm_eps)
+    wrong = np.abs(model.Model(cfg, weights).forward(golden.ids)[0] - golden.logits).max()
+    assert wrong > 2 * exact
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("preset", tiny.PRESETS)
+def test_logits_equal_live_transformers(preset: str, tmp_path: Path) -> None:
+    """A seed and a length that no golden file has (and whose router decisions are no near-ties)."""
+    pytest.importorskip("torch", reason="torch is not installed (extra `reference`)")
+    pytest.importorskip("transformers", reason="transformers is not installed (extra `reference`)")
+    from ref import hf
+
+    folder = tiny.write(tmp_path, preset, seed=77)
+    raw, tensors = checkpoint.load(folder)
+    cfg = model.Config.from_hf(raw, any(n.endswith("eh_proj.weight") for n in tensors))
+    ids = tiny.token_ids(cfg.vocab_size, 50, 77)
+    m = model.Model(cfg, model.Weights.from_hf(cfg, tensors))
+    logits, hidden = m.forward(ids)
+    theirs, _, their_mtp = hf.logits(folder, ids)
+    assert np.abs(logits - theirs).max() <= TOLERANCE
+    assert (their_mtp is None) == (cfg.num_nextn_predict_layers == 0)
+    if their_mtp is not None:
+        assert np.abs(m.mtp_forward(ids[1:], hidden[:-1])[0] - their_mtp).max() <= TOLERANCE
