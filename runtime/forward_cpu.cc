@@ -528,6 +528,10 @@ void forward_cpu(const PassArgs& args) {
     const auto n = static_cast<int64_t>(args.ids.size());
     args.stats->passes += 1;
     args.stats->rows += n;
+    if (args.mtp) {
+        args.stats->mtp_passes += 1;
+        args.stats->mtp_rows += n;
+    }
     args.stats->weight_bytes += (args.mtp ? b.mtp_fixed : b.fixed) + n * b.embed_row + (args.n_logits > 0 ? b.head : 0);
     args.stats->cache_bytes += (args.pos + n) * args.cache.row_bytes() * args.cache.n_layers();
 }

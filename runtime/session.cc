@@ -1,11 +1,19 @@
 #include "runtime/session.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 
 namespace deepcalm {
+namespace {
 
-Result<std::unique_ptr<Session>> Session::make(Model& model, int ctx, CacheType kv, int max_rows) {
+int n_logits_of(WantLogits want, size_t n) {
+    return want == WantLogits::kAll ? static_cast<int>(n) : want == WantLogits::kLast ? 1 : 0;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Session>> Session::make(Model& model, int ctx, CacheType kv, int max_rows, bool keep_mtp) {
     const ModelConfig& c = model.cfg();
     if (ctx < 1 || ctx > c.max_position_embeddings) {
         return Error{ErrorCode::kSession, "ctx: " + std::to_string(ctx) + ", expected 1.." +
@@ -14,7 +22,11 @@ Result<std::unique_ptr<Session>> Session::make(Model& model, int ctx, CacheType 
     if (max_rows < 1 || max_rows > 4096) {
         return Error{ErrorCode::kSession, "max_rows: " + std::to_string(max_rows) + ", expected 1..4096"};
     }
+    if (keep_mtp && c.num_nextn_predict_layers == 0) {
+        return Error{ErrorCode::kUnsupported, "this model has no MTP layer: nothing to draft with"};
+    }
     std::unique_ptr<Session> s(new Session(model));
+    s->keep_mtp_ = keep_mtp;
     DC_TRY(s->cache_, KvCache::make(kv, c.num_hidden_layers, ctx, c.kv_lora_rank, c.qk_rope_head_dim));
     if (c.num_nextn_predict_layers > 0) {
         DC_TRY(s->mtp_cache_, KvCache::make(kv, 1, ctx, c.kv_lora_rank, c.qk_rope_head_dim));
@@ -45,41 +57,140 @@ Status Session::check(const KvCache& cache, std::span<const int32_t> ids, const 
     return {};
 }
 
-Status Session::ensure_logits(int64_t rows) {
-    const int64_t bytes = rows * round_up(model_.cfg().vocab_size, kTileRows) * 4;
-    if (logits_.size() >= bytes) return {};
-    DC_TRY(logits_, ZeroedBuffer::make(bytes, "logits"));
+const float* Session::logits_row(int64_t i) const {
+    return static_cast<const float*>(static_cast<const void*>(logits_.data())) +
+           i * round_up(model_.cfg().vocab_size, kTileRows);
+}
+
+void Session::copy_logits(int n_logits, float* logits) const {
+    const int64_t vocab = model_.cfg().vocab_size;
+    for (int i = 0; i < n_logits; ++i) std::memcpy(logits + i * vocab, logits_row(i), static_cast<size_t>(vocab) * 4);
+}
+
+Status Session::run(std::span<const int32_t> ids, const float* hidden, int n_logits, KvCache& cache) {
+    const int64_t logits_bytes = n_logits * round_up(model_.cfg().vocab_size, kTileRows) * 4;
+    if (logits_.size() < logits_bytes) {
+        DC_TRY(logits_, ZeroedBuffer::make(logits_bytes, "logits"));
+    }
+    const bool mtp = hidden != nullptr;
+    const auto start = std::chrono::steady_clock::now();
+    forward_cpu({.model = model_,
+                 .state = state_,
+                 .cache = cache,
+                 .trace = trace_,
+                 .ids = ids,
+                 .hidden = hidden,
+                 .mtp = mtp,
+                 .pos = cache.len,
+                 .n_logits = n_logits,
+                 .logits = static_cast<float*>(static_cast<void*>(logits_.data())),
+                 .stats = &stats_});
+    stats_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const int n = static_cast<int>(ids.size());
+    cache.len += n;
+    last_rows_ = mtp ? 0 : n;
     return {};
 }
 
-void Session::copy_logits(WantLogits want, int n, float* logits) const {
-    const int rows = want == WantLogits::kAll ? n : want == WantLogits::kLast ? 1 : 0;
-    const int64_t vocab = model_.cfg().vocab_size, stride = round_up(vocab, kTileRows);
-    for (int i = 0; i < rows; ++i) {
-        std::memcpy(logits + i * vocab, logits_.data() + i * stride * 4, static_cast<size_t>(vocab) * 4);
+Status Session::main_pass(std::span<const int32_t> ids, int n_logits) {
+    DC_TRY_STATUS(run(ids, nullptr, n_logits, cache_));
+    tokens_.insert(tokens_.end(), ids.begin(), ids.end());
+    if (!keep_mtp_) return {};
+    const int64_t d = model_.cfg().hidden_size;
+    for (int i = 0; i < last_rows_; ++i)
+        pending_.insert(pending_.end(), state_.final_h.row(i), state_.final_h.row(i) + d);
+    return {};
+}
+
+Status Session::mtp_pass(std::span<const int32_t> ids, const float* hidden, int n_logits) {
+    return run(ids, hidden, n_logits, mtp_cache_);
+}
+
+Status Session::catch_up(const int32_t* next, int n_logits) {
+    const int64_t d = model_.cfg().hidden_size;
+    const int m = mtp_cache_.len;
+    const int rows = std::min(n_pending(), cache_.len - m - (next == nullptr ? 1 : 0));
+    if (rows <= 0) return {};
+    std::vector<int32_t> ids(tokens_.begin() + m + 1, tokens_.begin() + std::min(m + 1 + rows, cache_.len));
+    if (static_cast<int>(ids.size()) < rows) ids.push_back(*next);
+    for (int i = 0; i < rows; i += state_.max_rows) {
+        const int n = std::min(state_.max_rows, rows - i);
+        DC_TRY_STATUS(mtp_pass(std::span(ids).subspan(static_cast<size_t>(i), static_cast<size_t>(n)),
+                               pending_.data() + i * d, i + n == rows ? n_logits : 0));
     }
+    pending_.erase(pending_.begin(), pending_.begin() + rows * d);
+    return {};
+}
+
+Status Session::restore_pending() {
+    if (cache_.len - mtp_cache_.len == n_pending()) return {};
+    DC_CHECK(n_pending() == 0 && cache_.len - mtp_cache_.len == 1);  // see truncate() and load()
+    const int32_t last = tokens_.back();
+    tokens_.pop_back();
+    cache_.len -= 1;
+    return main_pass({&last, 1}, 0);
 }
 
 Status Session::forward(std::span<const int32_t> ids, WantLogits want, float* logits) {
     const std::lock_guard lock(model_.pass_mutex());
     DC_TRY_STATUS(check(cache_, ids, "forward"));
-    const int n = static_cast<int>(ids.size());
-    const int n_logits = want == WantLogits::kAll ? n : want == WantLogits::kLast ? 1 : 0;
-    DC_TRY_STATUS(ensure_logits(n_logits));
-    const auto start = std::chrono::steady_clock::now();
-    forward_cpu({.model = model_,
-                 .state = state_,
-                 .cache = cache_,
-                 .trace = trace_,
-                 .ids = ids,
-                 .pos = cache_.len,
-                 .n_logits = n_logits,
-                 .logits = static_cast<float*>(static_cast<void*>(logits_.data())),
-                 .stats = &stats_});
-    stats_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    cache_.len += n;
-    last_rows_ = n;
-    copy_logits(want, n, logits);
+    const int n_logits = n_logits_of(want, ids.size());
+    if (keep_mtp_) {
+        DC_TRY_STATUS(restore_pending());
+    }
+    DC_TRY_STATUS(main_pass(ids, n_logits));
+    copy_logits(n_logits, logits);
+    if (keep_mtp_ && n_pending() > kMaxPending) return catch_up(nullptr, 0);
+    return {};
+}
+
+Status Session::truncate(int n) {
+    const std::lock_guard lock(model_.pass_mutex());
+    if (n < 0 || n > cache_.len) {
+        return Error{ErrorCode::kSession,
+                     "truncate: " + std::to_string(n) + " positions, expected 0.." + std::to_string(cache_.len)};
+    }
+    if (n == cache_.len) return {};
+    cache_.len = n;
+    tokens_.resize(static_cast<size_t>(n));
+    last_rows_ = 0;
+    if (keep_mtp_) {
+        const int m = mtp_cache_.len;
+        mtp_cache_.len = std::min(m, std::max(n - 1, 0));
+        const int keep = mtp_cache_.len < m ? 0 : std::min(n_pending(), n - m);
+        pending_.resize(static_cast<size_t>(keep) * static_cast<size_t>(model_.cfg().hidden_size));
+    }
+    return {};
+}
+
+Status Session::load(std::span<const int32_t> tokens, const std::byte* main_rows, int m, const std::byte* mtp_rows,
+                     std::span<const float> pending) {
+    const std::lock_guard lock(model_.pass_mutex());
+    const auto fail = [](const std::string& text) { return Error{ErrorCode::kSession, "saved session: " + text}; };
+    const int64_t d = model_.cfg().hidden_size;
+    const auto n = static_cast<int64_t>(tokens.size());
+    if (n > cache_.ctx())
+        return fail(std::to_string(n) + " positions, this session holds " + std::to_string(cache_.ctx()));
+    for (const int32_t id : tokens) {
+        if (id < 0 || id >= model_.cfg().vocab_size)
+            return fail("token id " + std::to_string(id) + " outside the vocabulary");
+    }
+    const int64_t rows = static_cast<int64_t>(pending.size()) / d;
+    if (!keep_mtp_ && (m != 0 || rows != 0)) return fail("holds MTP rows, this session keeps none");
+    if (keep_mtp_ && (m < 0 || (m + rows != n && !(rows == 0 && m + 1 == n)))) {
+        return fail(std::to_string(m) + " MTP rows and " + std::to_string(rows) + " hidden states for " +
+                    std::to_string(n) + " positions");
+    }
+    for (int i = 0; i < cache_.n_layers(); ++i) {
+        std::memcpy(cache_.layer(i), main_rows + i * n * cache_.row_bytes(),
+                    static_cast<size_t>(n * cache_.row_bytes()));
+    }
+    if (m > 0) std::memcpy(mtp_cache_.layer(0), mtp_rows, static_cast<size_t>(m * mtp_cache_.row_bytes()));
+    cache_.len = static_cast<int>(n);
+    mtp_cache_.len = m;
+    tokens_.assign(tokens.begin(), tokens.end());
+    pending_.assign(pending.begin(), pending.end());
+    last_rows_ = 0;
     return {};
 }
 
@@ -88,29 +199,17 @@ Status Session::mtp_forward(std::span<const int32_t> ids, const float* hidden, W
     const std::lock_guard lock(model_.pass_mutex());
     if (model_.cfg().num_nextn_predict_layers == 0)
         return Error{ErrorCode::kUnsupported, "mtp_forward: this model has no MTP layer"};
+    if (keep_mtp_) return Error{ErrorCode::kSession, "mtp_forward: this session keeps its own MTP state"};
     DC_TRY_STATUS(check(mtp_cache_, ids, "mtp_forward"));
-    const int n = static_cast<int>(ids.size());
-    const int n_logits = want == WantLogits::kAll ? n : want == WantLogits::kLast ? 1 : 0;
-    DC_TRY_STATUS(ensure_logits(n_logits));
-    const auto start = std::chrono::steady_clock::now();
-    forward_cpu({.model = model_,
-                 .state = state_,
-                 .cache = mtp_cache_,
-                 .trace = trace_,
-                 .ids = ids,
-                 .hidden = hidden,
-                 .mtp = true,
-                 .pos = mtp_cache_.len,
-                 .n_logits = n_logits,
-                 .logits = static_cast<float*>(static_cast<void*>(logits_.data())),
-                 .stats = &stats_});
-    stats_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    mtp_cache_.len += n;
-    last_rows_ = 0;  // final_h now holds MTP rows; hidden() of the main pass is gone
-    copy_logits(want, n, logits);
+    const int n_logits = n_logits_of(want, ids.size());
+    DC_TRY_STATUS(mtp_pass(ids, hidden, n_logits));
+    copy_logits(n_logits, logits);
     if (g != nullptr) {
         const int64_t d = model_.cfg().hidden_size;
-        for (int i = 0; i < n; ++i) std::memcpy(g + i * d, state_.final_h.row(i), static_cast<size_t>(d) * 4);
+        for (size_t i = 0; i < ids.size(); ++i) {
+            std::memcpy(g + static_cast<int64_t>(i) * d, state_.final_h.row(static_cast<int64_t>(i)),
+                        static_cast<size_t>(d) * 4);
+        }
     }
     return {};
 }

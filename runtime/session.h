@@ -1,4 +1,11 @@
-// One sequence on a model: its caches, buffers and passes. Not thread-safe by itself; the model's mutex serialises passes.
+// One sequence on a model: tokens, caches, buffers, passes. Not thread-safe by itself; the model's mutex serialises passes.
+//
+// A session is (DESIGN section 4):
+//   tokens()               ids of the n cached positions
+//   main cache             rows 0..n-1
+//   MTP cache              rows 0..m-1, row i computed from (h_i, token i+1), so m <= max(n-1, 0) between rounds
+//   pending hidden states  h_m..h_{n-1} (f32, post final norm); only when MTP is kept, at most kMaxPending rows between calls
+// truncate(t) leaves m = min(m, t-1); h_{t-1} may then be gone and is recomputed (same bits) when it is next needed.
 #pragma once
 
 #include "runtime/kv_cache.h"
@@ -6,7 +13,6 @@
 #include "runtime/state.h"
 #include "runtime/trace.h"
 
-#include <functional>
 #include <span>
 
 namespace deepcalm {
@@ -15,7 +21,8 @@ enum class WantLogits : uint8_t { kNone, kLast, kAll };
 
 // Sums over the session's passes, counted (not estimated) from what each pass touched.
 struct SessionStats {
-    int64_t passes = 0, rows = 0;
+    int64_t passes = 0, rows = 0;  // main and MTP passes together
+    int64_t mtp_passes = 0, mtp_rows = 0;
     int64_t weight_bytes = 0;     // packed weight bytes read
     int64_t cache_bytes = 0;      // cache rows read
     int64_t experts_touched = 0;  // distinct (layer, expert) pairs, summed over passes
@@ -24,37 +31,63 @@ struct SessionStats {
 
 class Session {
   public:
-    static Result<std::unique_ptr<Session>> make(Model& model, int ctx, CacheType kv, int max_rows);
+    static constexpr int kMaxPending = 256;
+
+    // keep_mtp: maintain the MTP cache and pending hidden states (drafting); refused for a model without an MTP layer.
+    static Result<std::unique_ptr<Session>> make(Model& model, int ctx, CacheType kv, int max_rows, bool keep_mtp);
 
     // Appends ids (n <= max_rows, pos + n <= ctx) to the main cache. Logits rows (0, 1 or n) of [vocab_size] go to `logits`,
     // row stride vocab_size; final hidden rows (post-norm) stay in hidden().
     Status forward(std::span<const int32_t> ids, WantLogits want, float* logits);
-    // MTP rows mtp_pos()..mtp_pos()+n-1 from (hidden[i] [hidden_size], next token ids[i]); g [n, hidden_size] may be null.
+    Status truncate(int n);
+    // Replaces the whole state. main_rows [n_layers, n, row_bytes], mtp_rows [1, m, row_bytes], pending [n - m, hidden_size]
+    // (n = tokens.size(); both MTP parts empty when the session does not keep MTP).
+    Status load(std::span<const int32_t> tokens, const std::byte* main_rows, int m, const std::byte* mtp_rows,
+                std::span<const float> pending);
+
+    // One raw MTP pass, teacher-forced: rows mtp len.. from (hidden[i] [hidden_size], next token ids[i]); g [n, hidden_size] may
+    // be null. For tests and tools; refused when the session keeps the MTP state itself.
     Status mtp_forward(std::span<const int32_t> ids, const float* hidden, WantLogits want, float* logits, float* g);
 
     const float* hidden() const { return state_.final_h.f32; }  // [last_rows(), hidden_stride()] f32
     int64_t hidden_stride() const { return state_.final_h.stride(); }
-    int last_rows() const { return last_rows_; }
+    int last_rows() const { return last_rows_; }  // 0 after an MTP pass
 
     Model& model() { return model_; }
     KvCache& cache(bool mtp) { return mtp ? mtp_cache_ : cache_; }
     Trace& trace() { return trace_; }
     const SessionStats& stats() const { return stats_; }
     int max_rows() const { return state_.max_rows; }
+    bool keeps_mtp() const { return keep_mtp_; }
+    std::span<const int32_t> tokens() const { return tokens_; }
+    std::span<const float> pending() const { return pending_; }  // [n_pending, hidden_size]
 
   private:
-    Session(Model& model) : model_(model) {}
+    friend class Speculator;
+    explicit Session(Model& model) : model_(model) {}
     Status check(const KvCache& cache, std::span<const int32_t> ids, const char* what) const;
-    Status ensure_logits(int64_t rows);
-    void copy_logits(WantLogits want, int n, float* logits) const;
+    // Passes without checks or locks. Logits of the last n_logits rows are left in logits_row(0..).
+    Status main_pass(std::span<const int32_t> ids, int n_logits);
+    Status mtp_pass(std::span<const int32_t> ids, const float* hidden, int n_logits);
+    Status run(std::span<const int32_t> ids, const float* hidden, int n_logits, KvCache& cache);
+    // MTP rows for every pending position whose next token is known; `next` (may be null) follows the last cached token.
+    Status catch_up(const int32_t* next, int n_logits);
+    // Recomputes main row n-1 when its hidden state is needed and gone.
+    Status restore_pending();
+    const float* logits_row(int64_t i) const;
+    int n_pending() const { return static_cast<int>(static_cast<int64_t>(pending_.size()) / model_.cfg().hidden_size); }
+    void copy_logits(int n_logits, float* logits) const;
 
     Model& model_;
     KvCache cache_, mtp_cache_;
     State state_;
     Trace trace_;
     SessionStats stats_;
-    ZeroedBuffer logits_;  // [rows, pad16(vocab_size)]
+    ZeroedBuffer logits_;  // [rows, pad16(vocab_size)] f32
     int last_rows_ = 0;
+    bool keep_mtp_ = false;
+    std::vector<int32_t> tokens_;
+    std::vector<float> pending_;
 };
 
 // forward_cpu.cc: the pass, CPU transcription. Runs on the model's pool; writes cache rows pos..pos+n-1 (not cache.len).
