@@ -411,7 +411,11 @@ class Cache:
 
 
 class Model:
-    """The whole model over one growing sequence. ``form`` is "absorbed" or "expanded"."""
+    """The whole model over one growing sequence. ``form`` is "absorbed" or "expanded".
+
+    Every named intermediate passes through `tap`, which records it under the runtime's name. A test may force taps:
+    what follows then uses the given value, so that each stage is checked alone, fed with the runtime's own input.
+    """
 
     def __init__(
         self, cfg: Config, weights: Weights, form: str = "absorbed", arithmetic: Arithmetic | None = None, xp: Any = np
@@ -421,21 +425,24 @@ class Model:
         self.arith.xp = xp
         self.caches = [Cache() for _ in range(cfg.num_hidden_layers)]
         self.mtp_cache = Cache()
-        self.taps: dict[str, Array] = {}  # of the last forward, by the runtime's names
-        self.forced: Mapping[str, Array] = {}  # "layers.3.topk_idx" -> [n, k]: experts to use instead of the router's
+        self.taps: dict[str, Array] = {}  # of the last forward
+        self.forced: Mapping[str, Array] = {}  # for the next forwards, by tap name
+        self._prefix = ""
+
+    def tap(self, name: str, value: Array) -> Array:
+        name = self._prefix + name
+        self.taps[name] = value
+        return self.forced.get(name, value)
 
     def forward(self, ids: Array) -> tuple[Array, Array]:
         """ids [n] int, the next tokens -> (logits [n, V], hidden [n, d] after the final norm)."""
-        cfg, xp = self.cfg, self.xp
-        self.taps = {}
-        x = self.weights.embed[xp.asarray(ids)]
-        self.taps["embed"] = x
+        self.taps, self._prefix = {}, ""
+        x = self.tap("embed", self.weights.embed[self.xp.asarray(ids)])
         for i, layer in enumerate(self.weights.layers):
-            x = self.layer(layer, x, self.caches[i], f"layers.{i}.")
-        h = rmsnorm(x, self.weights.norm, cfg.rms_norm_eps, xp)
-        logits = self.arith.linear(h, self.weights.head)
-        self.taps |= {"final_norm": h, "logits": logits}
-        return logits, h
+            self._prefix = f"layers.{i}."
+            x = self.layer(layer, x, self.caches[i])
+        self._prefix = ""
+        return self.head(x, self.weights.norm)
 
     def mtp_forward(self, next_ids: Array, hidden: Array) -> tuple[Array, Array]:
         """Rows m..m+n-1 of the MTP layer: row i pairs token i + 1 with the main model's hidden state of position i.
@@ -444,75 +451,57 @@ class Model:
         """
         cfg, xp, mtp = self.cfg, self.xp, self.weights.mtp
         assert mtp is not None
+        self.taps, self._prefix = {}, "mtp."
         e = rmsnorm(self.weights.embed[xp.asarray(next_ids)], mtp.enorm, cfg.rms_norm_eps, xp)
         h = rmsnorm(hidden, mtp.hnorm, cfg.rms_norm_eps, xp)
-        z = self.arith.linear(xp.concatenate([e, h], axis=-1), mtp.eh_proj)
-        self.taps = {"mtp.embed": z}
-        y = self.layer(mtp.layer, z, self.mtp_cache, "mtp.")
-        g = rmsnorm(y, mtp.norm, cfg.rms_norm_eps, xp)
-        logits = self.arith.linear(g, self.weights.head)
-        self.taps |= {"mtp.final_norm": g, "mtp.logits": logits}
-        return logits, g
+        z = self.tap("embed", self.arith.linear(xp.concatenate([e, h], axis=-1), mtp.eh_proj))
+        return self.head(self.layer(mtp.layer, z, self.mtp_cache), mtp.norm)
 
-    def layer(self, w: Layer, x: Array, cache: Cache, name: str) -> Array:
+    def head(self, x: Array, norm: Array) -> tuple[Array, Array]:
+        h = self.tap("final_norm", rmsnorm(x, norm, self.cfg.rms_norm_eps, self.xp))
+        return self.tap("logits", self.arith.linear(h, self.weights.head)), h
+
+    def layer(self, w: Layer, x: Array, cache: Cache) -> Array:
         """One decoder layer on the residual stream x [n, d]; appends n rows to the cache."""
-        cfg, xp = self.cfg, self.xp
-        a = rmsnorm(x, w.attn_norm, cfg.rms_norm_eps, xp)
-        attn = self.attention(w, a, cache, name)
-        x = x + attn
-        b = rmsnorm(x, w.ffn_norm, cfg.rms_norm_eps, xp)
-        y = x + (self.mlp(w.dense, b) if w.dense else self.moe(w, b, name))
-        if w.dense:
-            self.taps[name + "ffn_out"] = y - x
-        self.taps |= {name + "attn_norm": a, name + "attn_out": attn, name + "ffn_norm": b, name + "layer_out": y}
-        return y
+        eps, xp, tap = self.cfg.rms_norm_eps, self.xp, self.tap
+        a = tap("attn_norm", rmsnorm(x, w.attn_norm, eps, xp))
+        x = x + tap("attn_out", self.attention(w, a, cache))
+        b = tap("ffn_norm", rmsnorm(x, w.ffn_norm, eps, xp))
+        y = x + (tap("ffn_out", self.mlp(w.dense, b)) if w.dense else self.moe(w, b))
+        return tap("layer_out", y)
 
-    def attention(self, w: Layer, a: Array, cache: Cache, name: str) -> Array:
+    def attention(self, w: Layer, a: Array, cache: Cache) -> Array:
         """a [n, d] normed input -> [n, d]"""
-        cfg, xp, linear = self.cfg, self.xp, self.arith.linear
+        cfg, xp, tap, linear = self.cfg, self.xp, self.tap, self.arith.linear
         n, heads, r = a.shape[0], cfg.num_attention_heads, cfg.kv_lora_rank
         dn, dr = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim
         past = len(cache)
-        cos, sin = (xp.asarray(t, a.dtype) for t in rope_table(cfg, np.arange(past, past + n)))
+        cos, sin = (xp.asarray(t, np.float64) for t in rope_table(cfg, np.arange(past, past + n)))
 
-        if w.q_a is not None:
-            q_a = rmsnorm(linear(a, w.q_a), w.q_a_norm, LATENT_EPS, xp)
-            self.taps[name + "q_a"] = q_a
-            q = linear(q_a, w.q)
-        else:
-            q = linear(a, w.q)
-        q = q.reshape(n, heads, dn + dr)
-        q_nope, q_rope = q[..., :dn], rotate(q[..., dn:], cos[:, None], sin[:, None], xp)
+        latent = a if w.q_a is None else tap("q_a", rmsnorm(linear(a, w.q_a), w.q_a_norm, LATENT_EPS, xp))
+        q = linear(latent, w.q).reshape(n, heads, dn + dr)
+        q_rope = rotate(q[..., dn:], cos[:, None], sin[:, None], xp)
+        q = tap("q", xp.concatenate([q[..., :dn], q_rope], axis=-1))
         t = linear(a, w.kv_a)
-        c = rmsnorm(t[:, :r], w.kv_a_norm, LATENT_EPS, xp)
-        k_rope = rotate(t[:, r:], cos, sin, xp)
-        self.taps |= {name + "q": xp.concatenate([q_nope, q_rope], -1), name + "c_kv": c, name + "k_rope": k_rope}
+        c = tap("c_kv", rmsnorm(t[:, :r], w.kv_a_norm, LATENT_EPS, xp))
+        k_rope = tap("k_rope", rotate(t[:, r:], cos, sin, xp))
 
         cache.append(*self.arith.cached(c, k_rope), xp)
         mask = xp.arange(past + n)[None, :] <= xp.arange(past, past + n)[:, None]  # [n, T]
         attend = self.attend_absorbed if self.form == "absorbed" else self.attend_expanded
-        return linear(attend(w, q_nope, q_rope, cache, mask, name).reshape(n, -1), w.o)
+        return linear(attend(w, q[..., :dn], q[..., dn:], cache, mask).reshape(n, -1), w.o)
 
-    def attend_absorbed(self, w: Layer, q_nope: Array, q_rope: Array, cache: Cache, mask: Array, name: str) -> Array:
+    def attend_absorbed(self, w: Layer, q_nope: Array, q_rope: Array, cache: Cache, mask: Array) -> Array:
         """[n, H, dv]. W_UK moves to the query, W_UV behind the mean: all heads share one key and one value."""
         xp, linear = self.xp, self.arith.linear
         heads = range(self.cfg.num_attention_heads)
         q_absorbed = xp.stack([linear(q_nope[:, h], w.w_uk[h]) for h in heads], axis=1)  # [n, H, r]
-        query = xp.concatenate([q_absorbed, q_rope], axis=-1)
+        query = xp.concatenate([self.tap("q_absorbed", q_absorbed), q_rope], axis=-1)
         key = xp.concatenate([cache.c, cache.k_rope], axis=-1)
-        latent = self.arith.attend(query, key, cache.c, mask, softmax_scale(self.cfg))
-        self.taps |= {name + "q_absorbed": q_absorbed, name + "attn_latent": latent}
+        latent = self.tap("attn_latent", self.arith.attend(query, key, cache.c, mask, softmax_scale(self.cfg)))
         return xp.stack([linear(latent[:, h], w.w_uv[h]) for h in heads], axis=1)
 
-    def attend_expanded(
-        self,
-        w: Layer,
-        q_nope: Array,
-        q_rope: Array,
-        cache: Cache,
-        mask: Array,
-        name: str,  # noqa: ARG002
-    ) -> Array:
+    def attend_expanded(self, w: Layer, q_nope: Array, q_rope: Array, cache: Cache, mask: Array) -> Array:
         """[n, H, dv]. As the paper writes it: per head keys [W_UK c | k_rope] and values W_UV c."""
         xp = self.xp
         k_nope = xp.einsum("hrk,tr->htk", w.w_uk.w, cache.c)
@@ -525,17 +514,16 @@ class Model:
         linear = self.arith.linear
         return linear(silu(linear(x, w.gate), self.xp) * linear(x, w.up), w.down)
 
-    def moe(self, w: Layer, b: Array, name: str) -> Array:
-        """Routed experts in ascending index, weights on their outputs, plus the shared expert without a weight."""
-        cfg, xp = self.cfg, self.xp
-        z = b @ w.router.T
-        experts, weights = route(z, w.router_bias, cfg, xp, self.forced.get(name + "topk_idx"))
-        routed = xp.zeros_like(b)
+    def moe(self, w: Layer, b: Array) -> Array:
+        """Routed experts, weights on their outputs, plus the shared expert without a weight."""
+        cfg, xp, tap = self.cfg, self.xp, self.tap
+        z = tap("gate_logits", b @ w.router.T)
+        experts = tap("topk_idx", route(z, w.router_bias, cfg, xp)[0])
+        weights = tap("topk_weight", route(z, w.router_bias, cfg, xp, forced=experts)[1])
+        routed = xp.zeros(b.shape)
         for e in range(cfg.n_routed_experts):
             rows, slots = xp.nonzero(experts == e)
             if rows.size:
                 routed[rows] += weights[rows, slots][:, None] * self.mlp(w.experts[e], b[rows])
-        shared = self.mlp(w.shared, b) if w.shared else xp.zeros_like(b)
-        self.taps |= {name + "gate_logits": z, name + "topk_idx": experts, name + "topk_weight": weights}
-        self.taps |= {name + "routed_out": routed, name + "shared_out": shared}
-        return routed + shared
+        routed = tap("routed_out", routed)
+        return routed if w.shared is None else routed + tap("shared_out", self.mlp(w.shared, b))
