@@ -21,12 +21,14 @@ struct Activation {
 // y[i, 16*(t - tile_begin) + r] = sum_c w[slice, 16*t + r, c] * x[row(i), c]   for t in [tile_begin, tile_end), i < n.
 // All 16 lanes of every tile are written, padding rows included.
 //
-// Order of the sum (DESIGN: the same for every n): blocks of sum_block_cols columns (f8: the scale block's columns where
-// those are fewer), each block one chain of multiply-adds from zero in column order (bf16 pairs on avx512x: vdpbf16ps,
-// odd column of the pair as that instruction defines it), blocks added in order from zero:
+// Order of the sum (DESIGN 4.2: the same for every n): blocks of sum_block_cols columns, counted from the start of each
+// scale block for f8, so that no block crosses one; each block a chain of multiply-adds from zero in column order
+// (avx512x: vdpbf16ps for bf16 pairs; for f8 two chains, columns 4k, 4k+1 and 4k+2, 4k+3, added at the block's end).
+// Blocks are added in order from zero:
 //   f32, f16, bf16:  acc = acc + block
 //   f8:              acc = fma(block, scale, acc)
 //   q8, q4:          acc = fma(float(int32 block), d_w * d_x, acc)
+// The table `scalar` rounds every multiply-add twice (product, then sum), here and in all other kernels.
 struct MatmulArgs {
     const PackedTensor* w = nullptr;
     int slice = 0;
@@ -41,7 +43,8 @@ struct MatmulArgs {
 // One partial of absorbed attention (MODELS.md 4.1): queries of n_rows tokens x n_heads heads against cache positions
 // pos_begin <= j < row_end[i]. pos_begin is a multiple of kPartialLen and row_end[i] <= pos_begin + kPartialLen.
 // Positions are walked in chunks of kChunkLen aligned to 0; inside a chunk: scores, running maximum, exponentials, then
-// values, so a row's bits do not depend on the other rows of the call. Rows with row_end[i] <= pos_begin get m = -inf,
+// values, so a row's bits do not depend on the other rows of the call. Type bf16: q and the exponentials are rounded to
+// bf16 (l sums the rounded ones), everything else is f32. Rows with row_end[i] <= pos_begin get m = -inf,
 // l = 0, o = 0. Cache positions >= row_end[i] are not used for row i (they may hold anything, NaN included).
 inline constexpr int kChunkLen = 64;     // positions that share one cache tile
 inline constexpr int kPartialLen = 1024; // positions per partial (16 chunks)

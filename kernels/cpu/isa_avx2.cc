@@ -1,1 +1,19 @@
-// placeholder
+// The kernel table `avx2`.
+#include "kernels/kernels.h"
+
+#include "kernels/cpu/formats.h"
+#include "kernels/cpu/simd_scalar.h"
+
+namespace deepcalm {
+namespace {
+using WeightBF16 = WeightBF16Plain;
+using WeightF8 = WeightF8Plain;
+}  // namespace
+}  // namespace deepcalm
+
+#include "kernels/cpu/kernels_impl.h"
+
+namespace deepcalm {
+extern const CpuKernels kernels_avx2;
+const CpuKernels kernels_avx2 = make_table("avx2", kCpuAvx2);
+}  // namespace deepcalm

@@ -1,0 +1,115 @@
+// Every CPU kernel, written once against a SIMD layer; an isa_*.cc file includes its simd_*.h, then this, and exports
+// one table. Everything here has internal linkage: code compiled for one instruction set must not be merged with
+// another's copy.
+//
+// The layer: F and I are 16 lanes of f32 and i32 (one lane = one row of a weight tile), with
+//   F: set1 load store load_n store_n + - * / fma max min select_lt (max, min: the second operand if one is NaN)
+//   I: iset1 iload + - & | shl<k> shr<k> imax iselect_lt (signed);  as_f as_i (bits)  to_f (value)
+//   load_u16 load_i8 (widening to I)  store_u16 store_i8 (low bits)  load_f16 store_f16 f16_pair
+//   first, max_lane, sum (a fixed tree), sum_block (kScoreHeads * kScorePos sums at once), prefetch
+//   DotQ8, DotQ4: exact integer dots of a tile; register block sizes kBlockRows .. kValueVecs;
+//   WeightBF16, WeightF8: either formats.h's plain ones or its own.
+#pragma once
+
+#include "kernels/cpu/attention_impl.h"
+#include "kernels/cpu/matmul_impl.h"
+
+namespace deepcalm {
+namespace {
+
+void prepare_f32(const float* x, int cols, const Activation& out, int64_t row) noexcept {
+    float* to = static_cast<float*>(out.x) + row * out.stride;
+    put_row(x, cols, padded(cols, kTileCols), [&](int i, F v) { store(to + i, v); });
+}
+
+void prepare_bf16(const float* x, int cols, const Activation& out, int64_t row) noexcept {
+    uint16_t* to = static_cast<uint16_t*>(out.x) + row * out.stride;
+    put_row(x, cols, padded(cols, kTileCols), [&](int i, F v) { store_u16(to + i, bf16_bits(v)); });
+}
+
+void prepare_i8(const float* x, int cols, const Activation& out, int64_t row) noexcept {
+    int8_t* to = static_cast<int8_t*>(out.x) + row * out.stride;
+    const int64_t group0 = row * (out.stride / kTileCols);
+    for (int i = 0; i < cols; i += kTileCols) {
+        const F a = load_padded(x, i, cols), b = load_padded(x, i + 16, cols);
+        const float amax = amax32(a, b);
+        const bool zero = amax < 0x1p-119F;  // 127 / amax would overflow
+        const F inv = set1(zero ? 0.0F : 127.0F / amax);
+        const I ca = round_to_i8(a * inv), cb = round_to_i8(b * inv);
+        store_i8(to + i, ca);
+        store_i8(to + i + 16, cb);
+        out.d[group0 + i / kTileCols] = zero ? 0.0F : amax / 127.0F;
+        out.sum[group0 + i / kTileCols] = sum(ca + cb);
+    }
+}
+
+void rmsnorm(const float* x, const float* w, float* out, int n, float eps) noexcept {
+    F s0 = set1(0), s1 = s0, s2 = s0, s3 = s0;
+    int i = 0;
+    for (; i + 64 <= n; i += 64) {
+        const F a = load(x + i), b = load(x + i + 16), c = load(x + i + 32), d = load(x + i + 48);
+        s0 = fma(a, a, s0);
+        s1 = fma(b, b, s1);
+        s2 = fma(c, c, s2);
+        s3 = fma(d, d, s3);
+    }
+    for (; i < n; i += 16) {
+        const F a = load_padded(x, i, n);
+        s0 = fma(a, a, s0);
+    }
+    const float mean = sum((s0 + s1) + (s2 + s3)) / static_cast<float>(n);
+    const F inv = set1(1.0F / __builtin_sqrtf(mean + eps));
+    for (i = 0; i + 16 <= n; i += 16) store(out + i, load(w + i) * (load(x + i) * inv));
+    if (i < n) store_n(out + i, load_n(w + i, n - i) * (load_n(x + i, n - i) * inv), n - i);
+}
+
+void rope(float* v, const float* cos, const float* sin, int half) noexcept {
+    for (int i = 0; i < half; i += 16) {
+        const int n = half - i < 16 ? half - i : 16;
+        const F a = load_n(v + i, n), b = load_n(v + half + i, n), c = load_n(cos + i, n), s = load_n(sin + i, n);
+        store_n(v + i, a * c - b * s, n);
+        store_n(v + half + i, a * s + b * c, n);
+    }
+}
+
+// silu through exp(-|x|), so neither side overflows: sigmoid = 1 / (1 + e) for x >= 0, e / (1 + e) below.
+void swiglu(const float* gate_up, float* out, int n) noexcept {
+    const F one = set1(1.0F);
+    for (int i = 0; i < n; i += 16) {
+        const F gate = load(gate_up + 2 * i), up = load(gate_up + 2 * i + 16);
+        const F e = exp_neg(as_f(as_i(gate) | iset1(INT32_MIN)));
+        const F silu = gate * select_lt(gate, set1(0), e, one) / (one + e);
+        if (n - i >= 16) {
+            store(out + i, silu * up);
+        } else {
+            store_n(out + i, silu * up, n - i);
+        }
+    }
+}
+
+void axpy(float a, const float* x, float* y, int n) noexcept {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) store(y + i, fma(set1(a), load(x + i), load(y + i)));
+    if (i < n) store_n(y + i, fma(set1(a), load_n(x + i, n - i), load_n(y + i, n - i)), n - i);
+}
+
+constexpr CpuKernels make_table(const char* isa, uint32_t required) {
+    return {
+        .isa = isa,
+        .required = required,
+        .prepare = {prepare_f32, prepare_bf16, prepare_i8},  // in the order of ActKind
+        .matmul = {matmul<WeightF32>, matmul<WeightBF16>, matmul<WeightF16>, matmul<WeightF8>, matmul<WeightQ8>,
+                   matmul<WeightQ4>, matmul<WeightQ4B>},  // in the order of Format
+        .rmsnorm = rmsnorm,
+        .rope = rope,
+        .swiglu = swiglu,
+        .axpy = axpy,
+        .cache_write = cache_write,
+        .cache_read = cache_read,
+        .mla_partial = mla_partial,
+        .mla_combine = mla_combine,
+    };
+}
+
+}  // namespace
+}  // namespace deepcalm
