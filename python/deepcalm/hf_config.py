@@ -1,0 +1,270 @@
+"""config.json of a Hugging Face checkpoint -> the normalised configuration (keys of ``runtime/config.h``).
+
+Old style (``rope_theta`` + ``rope_scaling.type``) and new style (``rope_parameters``, ``mlp_layer_types``) are both read.
+A key that is missing is an error unless every released code agrees on its default; an unknown value is always an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from deepcalm import _core
+from deepcalm.container import show
+from deepcalm.errors import ConfigError
+
+# model_type -> (scoring_func, topk_method) where config.json does not say (transformers' exports drop both)
+SUPPORTED = {
+    "deepseek_v2": ("softmax", "greedy"),
+    "deepseek_v3": ("sigmoid", "noaux_tc"),
+    "kimi_k2": ("sigmoid", "noaux_tc"),
+    "glm4_moe_lite": ("sigmoid", "noaux_tc"),
+}
+NOT_YET = ("deepseek_v32", "deepseek_v4", "mistral4", "youtu", "minicpm3", "longcat_flash", "axk1")
+WRAPPERS = {"kimi_k25": "language_model."}  # model_type of a multimodal wrapper -> prefix of its text tensors
+
+_REQUIRED = object()
+
+
+class _Keys:
+    """Typed access to one JSON object; every error names ``where`` and the key."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+        self.raw = raw
+        self.where = where
+
+    def refuse(self, key: str, expected: str) -> ConfigError:
+        found = show(self.raw[key]) if key in self.raw else "missing"
+        return ConfigError(f"{self.where}: {key} is {found}, expected {expected}")
+
+    def integer(self, key: str, default: Any = _REQUIRED, null: int | None = None) -> int:
+        """An int; ``default`` when the key is absent, ``null`` when it is null (None: null is refused)."""
+        value = self.raw.get(key, default)
+        if value is None and null is not None:
+            return null
+        if type(value) is not int or not 0 <= value < 1 << 31:
+            raise self.refuse(key, "an integer in 0..2147483647")
+        return value
+
+    def real(self, key: str, default: Any = _REQUIRED, null: float | None = None) -> float:
+        value = self.raw.get(key, default)
+        if value is None and null is not None:
+            return null
+        if type(value) not in (int, float):
+            raise self.refuse(key, "a number")
+        try:
+            out = float(value)
+        except OverflowError:
+            out = math.inf
+        if not math.isfinite(out):
+            raise self.refuse(key, "a finite number")
+        return out
+
+    def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
+        value = self.raw.get(key, default)
+        if type(value) is not bool:
+            raise self.refuse(key, "true or false")
+        return value
+
+    def choice(self, key: str, default: str, names: tuple[str, ...]) -> str:
+        value = self.raw.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, str) or value not in names:
+            raise self.refuse(key, "one of " + ", ".join(names))
+        return value
+
+    def object(self, key: str) -> _Keys | None:
+        value = self.raw.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.refuse(key, "an object or null")
+        return _Keys(value, f"{self.where}: {key}")
+
+    def must_be(self, key: str, allowed: tuple[Any, ...], why: str) -> None:
+        """The key may be absent or null; any value not in ``allowed`` is refused."""
+        value = self.raw.get(key)
+        if value is not None and not any(type(value) is type(a) and value == a for a in allowed):
+            raise self.refuse(key, f"{' or '.join(map(repr, allowed)) or 'absent'} ({why})")
+
+
+_ROPE_KEYS = {
+    "type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+    "mscale_all_dim", "attention_factor", "truncate", "partial_rotary_factor",
+}  # fmt: skip
+
+
+def _rope(k: _Keys) -> dict[str, Any]:
+    new, old = k.object("rope_parameters"), k.object("rope_scaling")
+    if new is not None and old is not None:
+        raise k.refuse("rope_scaling", "null beside rope_parameters")
+    r = new or old or _Keys({}, k.where)
+    if "rope_theta" in k.raw and "rope_theta" in r.raw and k.real("rope_theta") != r.real("rope_theta"):
+        raise r.refuse("rope_theta", f"the top level's {show(k.raw['rope_theta'])}")
+    theta = (r if "rope_theta" in r.raw else k).real("rope_theta")
+    for key in r.raw:
+        if key not in _ROPE_KEYS:
+            raise ConfigError(f"{r.where}: {show(key)} is not a known key")
+    for holder in (k, r):
+        holder.must_be("partial_rotary_factor", (1, 1.0), "all rope channels are rotated")
+    if r.raw.get("type") is not None and r.raw.get("rope_type") is not None and r.raw["type"] != r.raw["rope_type"]:
+        raise r.refuse("rope_type", f"the same as type {show(r.raw['type'])}")
+    kind_key = "rope_type" if r.raw.get("rope_type") is not None else "type"
+    if old is not None and kind_key not in old.raw:
+        raise old.refuse("type", "default or yarn")
+    kind = r.choice(kind_key, "default", ("default", "yarn"))
+    rope: dict[str, Any] = {"rope_theta": theta, "rope_type": kind, "rope_factor": 1.0}
+    rope |= {"original_max_position_embeddings": 0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0}
+    rope |= {"mscale_all_dim": 0.0, "attention_factor": 0.0, "rope_truncate": True}
+    if kind == "yarn":
+        rope["rope_factor"] = r.real("factor")
+        rope["original_max_position_embeddings"] = r.integer("original_max_position_embeddings")
+        for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0), ("mscale", 0.0), ("mscale_all_dim", 0.0)):
+            rope[key] = r.real(key, default, null=default)
+        rope["attention_factor"] = r.real("attention_factor", 0.0, null=0.0)
+        rope["rope_truncate"] = r.boolean("truncate", True)
+    return rope
+
+
+def _dense_layers(k: _Keys, n_layers: int) -> int:
+    """first_k_dense_replace, from itself or from mlp_layer_types = ["dense"] * n + ["sparse"] * rest."""
+    k.must_be("moe_layer_freq", (1,), "every layer after the dense ones has experts")
+    types = k.raw.get("mlp_layer_types")
+    if types is None:
+        return k.integer("first_k_dense_replace")
+    n_dense = types.count("dense") if isinstance(types, list) else 0
+    if types != ["dense"] * n_dense + ["sparse"] * (n_layers - n_dense):
+        raise k.refuse("mlp_layer_types", f"{n_layers} entries, 'dense' ones first, then 'sparse'")
+    if "first_k_dense_replace" in k.raw and k.integer("first_k_dense_replace") != n_dense:
+        raise k.refuse("first_k_dense_replace", f"{n_dense} as mlp_layer_types says")
+    return n_dense
+
+
+def _moe(k: _Keys, model_type: str, n_layers: int) -> dict[str, Any]:
+    scoring, method = SUPPORTED[model_type]
+    moe: dict[str, Any] = {"n_routed_experts": k.integer("n_routed_experts", null=0)}
+    if moe["n_routed_experts"] == 0:
+        moe |= dict.fromkeys(("moe_intermediate_size", "num_experts_per_tok", "n_shared_experts"), 0)
+        moe |= {"first_k_dense_replace": n_layers, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
+        return moe | {"topk_method": method, "scoring_func": scoring, "routed_scaling_factor": 1.0}
+    moe["moe_intermediate_size"] = k.integer("moe_intermediate_size")
+    moe["num_experts_per_tok"] = k.integer("num_experts_per_tok")
+    moe["n_shared_experts"] = k.integer("n_shared_experts", null=0)
+    moe["first_k_dense_replace"] = _dense_layers(k, n_layers)
+    moe["topk_method"] = k.choice("topk_method", method, ("greedy", "group_limited_greedy", "noaux_tc"))
+    moe["scoring_func"] = k.choice("scoring_func", scoring, ("softmax", "sigmoid"))
+    grouped = moe["topk_method"] != "greedy"
+    for key in ("n_group", "topk_group"):  # greedy routing has no groups, whatever the file says
+        value = k.integer(key, _REQUIRED if grouped else 1, null=1)
+        moe[key] = value if grouped else 1
+    moe["norm_topk_prob"] = k.raw.get("norm_topk_prob", _REQUIRED) is not None and k.boolean("norm_topk_prob")
+    if moe["norm_topk_prob"] and moe["scoring_func"] == "softmax":
+        raise k.refuse(
+            "norm_topk_prob",
+            "false with softmax routing (the released codes disagree: transformers ignores it, the original then "
+            "drops routed_scaling_factor)",
+        )
+    moe["routed_scaling_factor"] = k.real("routed_scaling_factor")
+    return moe
+
+
+def token_ids(raw: Mapping[str, Any], key: str, where: str, vocab_size: int) -> list[int]:
+    """The ids of a key that is absent, null, an int or a list of ints; each below vocab_size."""
+    value = raw.get(key)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for i in ids:
+        if type(i) is not int or not 0 <= i < vocab_size:
+            raise ConfigError(f"{where}: {key} is {show(value)}, expected token ids in 0..{vocab_size - 1}")
+    return ids
+
+
+def unwrap(raw: object, where: str) -> tuple[dict[str, Any], str]:
+    """(text model's config, prefix of its tensor names); refuses model types that are not supported."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: expected a JSON object")
+    model_type, prefix = raw.get("model_type"), ""
+    if isinstance(model_type, str) and model_type in WRAPPERS:
+        prefix = WRAPPERS[model_type]
+        inner = raw.get("text_config")
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{where}: text_config is {show(inner)}, expected an object in a {model_type} checkpoint")
+        outer = {key: raw[key] for key in ("quantization_config", "tie_word_embeddings") if key in raw}
+        raw, model_type = outer | inner, inner.get("model_type")
+    if not isinstance(model_type, str) or model_type not in SUPPORTED:
+        later = " (planned, not supported yet)" if model_type in NOT_YET else ""
+        names = ", ".join([*SUPPORTED, *WRAPPERS])
+        raise ConfigError(f"{where}: model_type is {show(model_type)}{later}, expected one of {names}")
+    return raw, prefix
+
+
+def normalise(raw: dict[str, Any], generation: dict[str, Any], n_mtp: int, where: str = "config.json") -> dict[str, Any]:
+    """The normalised configuration of an unwrapped config.json, checked by ``_core.validate_config``.
+
+    generation: generation_config.json (may be empty); its eos ids are added to the config's. n_mtp: MTP layers that the
+    packed file will hold, 0 or 1, decided by the tensors and not by ``num_nextn_predict_layers``.
+    """
+    k = _Keys(raw, where)
+    model_type = str(raw["model_type"])
+    cfg: dict[str, Any] = {"model_type": model_type}
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim"):
+        cfg[key] = k.integer(key)
+    for key in ("qk_rope_head_dim", "v_head_dim", "intermediate_size", "max_position_embeddings", "vocab_size"):
+        cfg[key] = k.integer(key)
+    cfg["q_lora_rank"] = k.integer("q_lora_rank", 0, null=0)
+    if not 1 <= cfg["num_hidden_layers"] <= 1024:
+        raise k.refuse("num_hidden_layers", "1..1024")
+    cfg |= _moe(k, model_type, cfg["num_hidden_layers"])
+    cfg["rms_norm_eps"] = k.real("rms_norm_eps")
+    cfg |= _rope(k)
+    cfg["num_nextn_predict_layers"] = n_mtp
+    cfg["tie_word_embeddings"] = k.boolean("tie_word_embeddings", False)
+    cfg["rope_layout"] = "half"
+    k.must_be("hidden_act", ("silu",), "no other activation is implemented")
+    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        k.must_be(key, (False,), "not implemented")
+    for key in ("sliding_window", "index_topk", "layer_types"):
+        k.must_be(key, (), "only full attention is implemented")
+    k.must_be("rope_interleave", (True, False), "")
+    vocab = cfg["vocab_size"]
+    bos = token_ids(raw, "bos_token_id", where, vocab) or token_ids(generation, "bos_token_id", "generation_config.json", vocab)
+    eos = token_ids(raw, "eos_token_id", where, vocab)
+    cfg["bos_token_id"] = bos[0] if bos else None
+    cfg["eos_token_ids"] = sorted({*eos, *token_ids(generation, "eos_token_id", "generation_config.json", vocab)})
+    _core.validate_config(cfg)
+    return cfg
+
+
+def quantisation(raw: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
+    """What ``quantization_config`` allows: {"fp8_block": (rows, cols)}, {"int4_group": n} or {} for none."""
+    k = _Keys(raw, where).object("quantization_config")
+    if k is None:
+        return {}
+    method = k.raw.get("quant_method")
+    if method == "fp8":
+        k.must_be("fmt", ("e4m3",), "no other fp8 encoding is read")
+        block = k.raw.get("weight_block_size")
+        if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 1 <= n <= 1 << 20 for n in block):
+            raise k.refuse("weight_block_size", "two block sizes, for example [128, 128]")
+        return {"fp8_block": (block[0], block[1])}
+    if method != "compressed-tensors":
+        raise k.refuse("quant_method", "fp8 or compressed-tensors (int4 pack-quantized)")
+    if k.raw.get("format") != "pack-quantized":
+        raise k.refuse("format", "pack-quantized")
+    groups = k.object("config_groups")
+    if groups is None or len(groups.raw) != 1:
+        raise k.refuse("config_groups", "one group")
+    group = groups.object(next(iter(groups.raw)))
+    w = group.object("weights") if group is not None else None
+    if w is None:
+        raise groups.refuse(next(iter(groups.raw)), "an object with weights")
+    for key, allowed in (("num_bits", (4,)), ("type", ("int",)), ("symmetric", (True,)), ("strategy", ("group",))):
+        if w.raw.get(key) is None:
+            raise w.refuse(key, repr(allowed[0]))
+        w.must_be(key, allowed, "symmetric int4 groups are read")
+    w.must_be("actorder", (False,), "activation ordering is not read")
+    size = w.integer("group_size")
+    if size < 32 or size % 32:
+        raise w.refuse("group_size", "a multiple of 32")
+    return {"int4_group": size}
