@@ -1,8 +1,9 @@
 // The kernel table `scalar`: any processor.
 #include "kernels/kernels.h"
 
+#include "kernels/cpu/simd_scalar.h" // first: the others are written against it
+
 #include "kernels/cpu/formats.h"
-#include "kernels/cpu/simd_scalar.h"
 
 namespace deepcalm {
 namespace {
