@@ -1,14 +1,126 @@
-// The kernel table `avx512x`.
+// The kernel table `avx512x`: AVX-512 with VNNI (int8 dot), BF16 (bf16 dot) and VBMI (byte tables for e4m3).
 #include "kernels/kernels.h"
 
-#include "kernels/cpu/simd_scalar.h" // first: the others are written against it
+#include "kernels/cpu/simd_avx512.h"
+
+namespace deepcalm {
+namespace {
+
+DC_INLINE __m512i broadcast_4(const void* x) {
+    int32_t v;
+    __builtin_memcpy(&v, x, 4);
+    return _mm512_set1_epi32(v);
+}
+DC_INLINE __m512 dot_bf16(__m512 acc, __m512i w, __m512i x) {
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+}
+
+// vpdpbusd multiplies unsigned weight bytes with signed activations: the stored offset comes off through the group sum.
+struct DotQ8 {
+    using Acc = __m512i;
+    using Unit = __m512i;
+    static DC_INLINE Acc start(int32_t group_sum) { return _mm512_set1_epi32(-128 * group_sum); }
+    static DC_INLINE Unit load(const std::byte* p) { return _mm512_loadu_si512(p); }
+    static DC_INLINE void mac(Acc& acc, Unit w, const int8_t* x) {
+        acc = _mm512_dpbusd_epi32(acc, w, broadcast_4(x));
+    }
+    static DC_INLINE F value(Acc acc) { return to_f({acc}); }
+};
+
+struct DotQ4 {
+    using Acc = __m512i;
+    struct Unit {
+        __m512i lo, hi;
+    };
+    static DC_INLINE Acc start(int32_t group_sum) { return _mm512_set1_epi32(-8 * group_sum); }
+    static DC_INLINE Unit load(const std::byte* p) {
+        const __m512i v = _mm512_loadu_si512(p), low = _mm512_set1_epi8(15);
+        return {_mm512_and_si512(v, low), _mm512_and_si512(_mm512_srli_epi16(v, 4), low)};
+    }
+    static DC_INLINE void mac(Acc& acc, const Unit& u, const int8_t* x) {
+        acc = _mm512_dpbusd_epi32(acc, u.lo, broadcast_4(x));
+        acc = _mm512_dpbusd_epi32(acc, u.hi, broadcast_4(x + 16));
+    }
+    static DC_INLINE F value(Acc acc) { return to_f({acc}); }
+};
+
+}  // namespace
+}  // namespace deepcalm
 
 #include "kernels/cpu/formats.h"
 
 namespace deepcalm {
 namespace {
-using WeightBF16 = WeightBF16Plain;
-using WeightF8 = WeightF8Plain;
+
+struct WeightBF16 {
+    using X = uint16_t;
+    using Acc = __m512;
+    using Unit = __m512i;
+    static constexpr int kTileBytes = sizeof(Tile16);
+    static constexpr int kCols = 2;
+    static constexpr bool kScaled = false;
+    static DC_INLINE Acc start() { return _mm512_setzero_ps(); }
+    static DC_INLINE Unit load(const std::byte* p) { return _mm512_loadu_si512(p); }
+    static DC_INLINE void mac(Acc& acc, Unit w, const X* x) { acc = dot_bf16(acc, w, broadcast_4(x)); }
+    static DC_INLINE F value(Acc acc) { return {acc}; }
+};
+
+// bf16 bits of the 128 non-negative e4m3 codes, low bytes and high bytes apart. Every value but 0 is a normal bf16, so
+// that vdpbf16ps, which flushes denormals, takes it as it is.
+struct E4m3Table {
+    alignas(64) uint8_t lo[128], hi[128];
+};
+constexpr E4m3Table make_e4m3_table() {
+    E4m3Table t = {};
+    for (int code = 0; code < 128; ++code) {
+        int exp = code >> 3, man = code & 7;
+        if (exp == 0 && man != 0) {  // subnormal: man * 2^-9
+            for (exp = 1; man < 8; --exp) man *= 2;
+            man -= 8;
+        }
+        int bits = code == 0 ? 0 : (exp + 120) << 7 | man << 4;
+        if (code == 127) bits = 0x7fc0;  // NaN
+        t.lo[code] = static_cast<uint8_t>(bits & 255);
+        t.hi[code] = static_cast<uint8_t>(bits >> 8);
+    }
+    return t;
+}
+constexpr E4m3Table kE4m3 = make_e4m3_table();
+
+// Low and high bytes come from the tables; unpacking them inside 128-bit lanes gives dwords
+//   a: row 4i columns (0, 1), (2, 3), row 4i + 1 columns (0, 1), (2, 3)        b: the same of rows 4i + 2, 4i + 3
+// so a lane keeps half of a row's columns, and value() adds the two halves and restores the row order.
+struct WeightF8 {
+    using X = uint16_t;
+    struct Acc {
+        __m512 a, b;
+    };
+    struct Unit {
+        __m512i a, b;
+    };
+    static constexpr int kTileBytes = sizeof(TileF8);
+    static constexpr int kCols = 4;
+    static constexpr bool kScaled = true;
+    static DC_INLINE Acc start() { return {_mm512_setzero_ps(), _mm512_setzero_ps()}; }
+    static DC_INLINE Unit load(const std::byte* p) {
+        const __m512i code = _mm512_loadu_si512(p);
+        const __m512i lo = _mm512_permutex2var_epi8(_mm512_load_si512(kE4m3.lo), code, _mm512_load_si512(kE4m3.lo + 64));
+        const __m512i mag = _mm512_permutex2var_epi8(_mm512_load_si512(kE4m3.hi), code, _mm512_load_si512(kE4m3.hi + 64));
+        const __m512i hi = _mm512_ternarylogic_epi32(mag, code, _mm512_set1_epi8(-128), 0xF8);  // mag | (code & sign)
+        return {_mm512_unpacklo_epi8(lo, hi), _mm512_unpackhi_epi8(lo, hi)};
+    }
+    static DC_INLINE void mac(Acc& acc, const Unit& w, const X* x) {
+        int64_t v;
+        __builtin_memcpy(&v, x, 8);
+        const __m512i xv = _mm512_set1_epi64(v);
+        acc.a = dot_bf16(acc.a, w.a, xv);
+        acc.b = dot_bf16(acc.b, w.b, xv);
+    }
+    static DC_INLINE F value(const Acc& acc) {
+        return {_mm512_add_ps(_mm512_shuffle_ps(acc.a, acc.b, 0x88), _mm512_shuffle_ps(acc.a, acc.b, 0xdd))};
+    }
+};
+
 }  // namespace
 }  // namespace deepcalm
 

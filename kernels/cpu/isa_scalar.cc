@@ -1,7 +1,7 @@
 // The kernel table `scalar`: any processor.
 #include "kernels/kernels.h"
 
-#include "kernels/cpu/simd_scalar.h" // first: the others are written against it
+#include "kernels/cpu/simd_scalar.h"
 
 #include "kernels/cpu/formats.h"
 

@@ -1,0 +1,123 @@
+// The SIMD layer on AVX-512 (F BW DQ VL): 16 lanes are one register. Shared by the tables avx512 and avx512x.
+// The layer is described at the top of kernels_impl.h.
+#pragma once
+
+// g++ 12 takes the undefined operand of its own unmasked intrinsics for an uninitialised variable (GCC bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#define DC_INLINE __attribute__((always_inline)) inline
+
+namespace deepcalm {
+namespace {
+
+constexpr int kBlockRows = 8;                   // matmul: activation rows of one register block
+constexpr int kBlocksInFlight = 4;              // matmul: column blocks in flight for a single row
+constexpr int kScoreHeads = 4, kScorePos = 4;   // attention: register block of scores
+constexpr int kValueHeads = 4, kValueVecs = 4;  // attention: register block of values, 16 dims per vector
+
+struct F {
+    __m512 v;
+};
+struct I {
+    __m512i v;
+};
+
+DC_INLINE F set1(float x) { return {_mm512_set1_ps(x)}; }
+DC_INLINE F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+DC_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+DC_INLINE __mmask16 lanes_below(int n) { return static_cast<__mmask16>((1U << n) - 1); }
+DC_INLINE F load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(lanes_below(n), p)}; }
+DC_INLINE void store_n(float* p, F a, int n) { _mm512_mask_storeu_ps(p, lanes_below(n), a.v); }
+DC_INLINE F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+DC_INLINE F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+DC_INLINE F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+DC_INLINE F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+DC_INLINE F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+DC_INLINE F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+DC_INLINE F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+DC_INLINE F select_lt(F a, F b, F x, F y) {
+    return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
+}
+
+DC_INLINE I iset1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+DC_INLINE I iload(const void* p) { return {_mm512_loadu_si512(p)}; }
+DC_INLINE I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+DC_INLINE I operator-(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+DC_INLINE I operator&(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
+DC_INLINE I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
+DC_INLINE I imax(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
+DC_INLINE I iselect_lt(I a, I b, I x, I y) {
+    return {_mm512_mask_mov_epi32(y.v, _mm512_cmplt_epi32_mask(a.v, b.v), x.v)};
+}
+template <unsigned K> DC_INLINE I shl(I a) { return {_mm512_slli_epi32(a.v, K)}; }
+template <unsigned K> DC_INLINE I shr(I a) { return {_mm512_srli_epi32(a.v, K)}; }
+DC_INLINE F as_f(I a) { return {_mm512_castsi512_ps(a.v)}; }
+DC_INLINE I as_i(F a) { return {_mm512_castps_si512(a.v)}; }
+DC_INLINE F to_f(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+DC_INLINE __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+DC_INLINE __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+DC_INLINE I load_u16(const void* p) { return {_mm512_cvtepu16_epi32(load_256(p))}; }
+DC_INLINE I load_i8(const void* p) { return {_mm512_cvtepi8_epi32(load_128(p))}; }
+DC_INLINE void store_u16(void* p, I a) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
+}
+DC_INLINE void store_i8(void* p, I a) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
+DC_INLINE F load_f16(const void* p) { return {_mm512_cvtph_ps(load_256(p))}; }
+DC_INLINE void store_f16(void* p, F a) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+// 16-bit weight units: 2 columns x 16 rows, the even column in the low half of each lane.
+DC_INLINE void f16_pair(const void* p, F& even, F& odd) {
+    const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1,  //
+                                           30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i v = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(p));
+    even = {_mm512_cvtph_ps(_mm512_castsi512_si256(v))};
+    odd = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1))};
+}
+
+DC_INLINE float first(F a) { return _mm512_cvtss_f32(a.v); }
+DC_INLINE __m256 halves(F a) { return _mm512_castps512_ps256(a.v); }
+DC_INLINE __m256 upper(F a) { return _mm512_extractf32x8_ps(a.v, 1); }
+DC_INLINE float sum(F a) {  // lanes i and i + 8, then i + 4, i + 2, i + 1
+    const __m256 h = _mm256_add_ps(halves(a), upper(a));
+    const __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+}
+DC_INLINE float max_lane(F a) { return _mm512_reduce_max_ps(a.v); }
+DC_INLINE int32_t max_lane(I a) { return _mm512_reduce_max_epi32(a.v); }
+DC_INLINE int32_t sum(I a) { return _mm512_reduce_add_epi32(a.v); }
+// out[i] = sum of a[i]'s lanes: quarters 0 + 1 and 2 + 3, their sum, then inside it lanes i and i + 2, then i and i + 1.
+DC_INLINE void sum_block(const F (&a)[16], float* out) {
+    __m512 quarter[4];  // [k]: one quarter for each of a[4k .. 4k+3]
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+        const F* v = a + 4 * k;
+        const __m512 lo = _mm512_add_ps(_mm512_shuffle_f32x4(v[0].v, v[1].v, 0x88),
+                                        _mm512_shuffle_f32x4(v[0].v, v[1].v, 0xdd));
+        const __m512 hi = _mm512_add_ps(_mm512_shuffle_f32x4(v[2].v, v[3].v, 0x88),
+                                        _mm512_shuffle_f32x4(v[2].v, v[3].v, 0xdd));
+        quarter[k] = _mm512_add_ps(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xdd));
+    }
+    const __m512 x =
+        _mm512_add_ps(_mm512_unpacklo_ps(quarter[0], quarter[1]), _mm512_unpackhi_ps(quarter[0], quarter[1]));
+    const __m512 y =
+        _mm512_add_ps(_mm512_unpacklo_ps(quarter[2], quarter[3]), _mm512_unpackhi_ps(quarter[2], quarter[3]));
+    const __m512 z = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+    // lane 4i + k of z belongs to a[4k + i]
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    _mm512_storeu_ps(out, _mm512_permutexvar_ps(order, z));
+}
+DC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace
+}  // namespace deepcalm
