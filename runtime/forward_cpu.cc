@@ -215,11 +215,11 @@ class Pass {
                    h, heads_);
         });
         pool_.barrier();
-        if (a_.trace.on()) tap_q_absorbed(r);
+        if (a_.trace.on()) tap_heads("q_absorbed", s_.q_full, s_.q_width, r);
 
         latent_attention(w, layer_idx);
         pool_.barrier();
-        tap("attn_latent", s_.attn_latent.f32, {heads_, r}, heads_ * s_.attn_latent.stride());
+        if (a_.trace.on()) tap_heads("attn_latent", s_.attn_latent.f32, s_.attn_latent.stride(), r);
 
         const int64_t v_pad = round_up(dv, kTileRows);
         deal(heads_, w.w_uv.row_tiles(), [&](int h, Range t) {
@@ -242,13 +242,13 @@ class Pass {
         tap("attn_out", s_.out, {d_}, d_stride());
     }
 
-    void tap_q_absorbed(int r) {
+    // One vector of r per (row, head), `stride` apart -> [n, heads, r].
+    void tap_heads(const char* name, const float* src, int64_t stride, int r) {
         pool_.barrier();
         if (tid_ == 0) {
-            std::vector<float> q(static_cast<size_t>(n_) * heads_ * r);
-            for (int64_t u = 0; u < int64_t{n_} * heads_; ++u)
-                std::copy_n(s_.q_full + u * s_.q_width, r, q.data() + u * r);
-            a_.trace.record(prefix_ + "q_absorbed", q.data(), n_, {heads_, r}, int64_t{heads_} * r);
+            std::vector<float> v(static_cast<size_t>(n_) * heads_ * r);
+            for (int64_t u = 0; u < int64_t{n_} * heads_; ++u) std::copy_n(src + u * stride, r, v.data() + u * r);
+            a_.trace.record(prefix_ + name, v.data(), n_, {heads_, r}, int64_t{heads_} * r);
         }
         pool_.barrier();
     }
@@ -406,7 +406,7 @@ class Pass {
         for (const ExpertRows& e : s_.touched) {
             const int m = e.end - e.begin;
             gate_up(w.experts_gate_up, e.expert, share(pairs, m), s_.h, s_.slot_row + e.begin, m,
-                    s_.gate_up + e.begin * s_.gate_up_stride, s_.gate_up_stride, s_.expert_h, e.begin);
+                    s_.gate_up + e.begin * s_.expert_gate_up_stride, s_.expert_gate_up_stride, s_.expert_h, e.begin);
         }
         if (shared_pairs > 0) {
             gate_up(w.shared_gate_up, 0, share(shared_pairs, n_), s_.h, nullptr, n_, s_.shared_gate_up,

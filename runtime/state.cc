@@ -85,7 +85,8 @@ void lay_out(State& s, Arena& a, const ModelConfig& c, int n_threads) {
     const int64_t k = c.n_routed_experts > 0 ? c.num_experts_per_tok : 0;
     const int64_t dense = c.is_moe(0) ? 0 : 2 * round_up(c.intermediate_size, kTileRows);
     const int64_t expert = k > 0 ? 2 * round_up(c.moe_intermediate_size, kTileRows) : 0;
-    s.gate_up_stride = std::max(dense, expert);
+    s.gate_up_stride = dense;
+    s.expert_gate_up_stride = expert;
     a.take(s.gate_up, std::max(n * dense, n * k * expert));
     if (dense > 0) a.site(s.ffn_h, n, c.intermediate_size);
     if (k > 0) {

@@ -53,8 +53,8 @@ struct State {
     float* out = nullptr;                 // [n, d_pad] output of a block before the residual
     float* shared_out = nullptr;          // [n, d_pad]
     float* down_tmp = nullptr;            // [n, d_pad] one expert's output rows
-    float* gate_up = nullptr;             // [n * slots_per_row, gate_up_stride], slots_per_row = max(k, 1)
-    int64_t gate_up_stride = 0;
+    float* gate_up = nullptr;             // dense layers [n, gate_up_stride]; MoE [n * k, expert_gate_up_stride], by slot
+    int64_t gate_up_stride = 0, expert_gate_up_stride = 0;
     ActSite ffn_h;                    // [n, intermediate_size]; dense FFN hidden rows
     ActSite shared_h;                 // [n, n_shared_experts * moe_intermediate_size]
     float* shared_gate_up = nullptr;  // [n, shared_gate_up_stride]
