@@ -1,14 +1,347 @@
 // Module deepcalm._core: thin conversions between Python objects and the C++ runtime. No model knowledge here.
-#include <pybind11/pybind11.h>
+// Passes run without the GIL; arrays returned are fresh copies owned by Python.
+#include "bind_common.h"
+#include "runtime/probe.h"
+#include "runtime/sampler.h"
+#include "runtime/session.h"
+#include "runtime/speculate.h"
 
-namespace py = pybind11;
+#include <pybind11/stl.h>
+
+#include <cstring>
+
+using namespace deepcalm;
 
 void init_pack(py::module_& m);     // bind_pack.cc: formats, manifest, packing
 void init_testing(py::module_& m);  // bind_testing.cc: single kernels, for the oracles
 
+namespace {
+
+using F32Array = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using I32Array = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+using U8Array = py::array_t<uint8_t, py::array::c_style>;
+
+Error session_error(std::string message) { return {ErrorCode::kSession, std::move(message)}; }
+
+template <class T> T get(const py::dict& d, const char* key) {
+    if (!d.contains(key))
+        throw_error({ErrorCode::kPackedFile, std::string("tensor table: key '") + key + "' is missing"});
+    try {
+        return d[key].cast<T>();
+    } catch (const py::cast_error&) {
+        throw_error({ErrorCode::kPackedFile,
+                     std::string("tensor table: key '") + key + "' has the wrong type or is out of range"});
+    }
+}
+
+TensorEntry entry_from_dict(const py::dict& d) {
+    return {.name = get<std::string>(d, "name"),
+            .kind = get<std::string>(d, "kind"),
+            .format = get<std::string>(d, "format"),
+            .scale = get<std::string>(d, "scale"),
+            .n_slices = get<int64_t>(d, "n_slices"),
+            .rows = get<int64_t>(d, "rows"),
+            .cols = get<int64_t>(d, "cols"),
+            .scale_rows = get<int64_t>(d, "scale_rows"),
+            .scale_cols = get<int64_t>(d, "scale_cols"),
+            .offset = get<int64_t>(d, "offset"),
+            .bytes = get<int64_t>(d, "bytes")};
+}
+
+CacheType cache_type(const std::string& name) {
+    for (int i = 0; i < kNumCacheTypes; ++i) {
+        if (name == kCacheTypeNames[i]) return static_cast<CacheType>(i);
+    }
+    throw_error(session_error("kv: '" + name + "', expected f16, bf16, f32 or q8"));
+}
+
+WantLogits want_logits(const std::string& name) {
+    if (name == "none") return WantLogits::kNone;
+    if (name == "last") return WantLogits::kLast;
+    if (name == "all") return WantLogits::kAll;
+    throw_error(session_error("logits: '" + name + "', expected none, last or all"));
+}
+
+py::ssize_t logit_rows(WantLogits want, py::ssize_t n) {
+    return want == WantLogits::kAll ? n : want == WantLogits::kLast ? 1 : 0;
+}
+
+std::span<const int32_t> as_span(const I32Array& ids) {
+    if (ids.ndim() != 1) throw_error(session_error("ids: " + std::to_string(ids.ndim()) + " dimensions, expected 1"));
+    return {ids.data(), static_cast<size_t>(ids.size())};
+}
+
+SampleParams sample_params(double temp, int top_k, double top_p, double min_p, uint64_t seed) {
+    return {.temp = static_cast<float>(temp),
+            .top_k = top_k,
+            .top_p = static_cast<float>(top_p),
+            .min_p = static_cast<float>(min_p),
+            .seed = seed};
+}
+
+class PySession {
+  public:
+    PySession(Model& model, int ctx, const std::string& kv, int max_rows, bool mtp)
+        : vocab_(model.cfg().vocab_size), d_(model.cfg().hidden_size) {
+        s_ = unwrap(Session::make(model, ctx, cache_type(kv), max_rows, mtp));
+    }
+
+    F32Array forward(const I32Array& ids, const std::string& logits) {
+        const WantLogits want = want_logits(logits);
+        const auto span = as_span(ids);
+        F32Array out({logit_rows(want, ids.size()), vocab_});
+        float* data = out.mutable_data();
+        unwrap([&] {
+            py::gil_scoped_release release;
+            return s_->forward(span, want, data);
+        }());
+        return out;
+    }
+
+    py::tuple mtp_forward(const I32Array& ids, const F32Array& hidden, const std::string& logits) {
+        const WantLogits want = want_logits(logits);
+        const auto span = as_span(ids);
+        if (hidden.ndim() != 2 || hidden.shape(0) != ids.size() || hidden.shape(1) != d_) {
+            throw_error(session_error("hidden: expected shape [" + std::to_string(ids.size()) + ", " +
+                                      std::to_string(d_) + "]"));
+        }
+        F32Array out({logit_rows(want, ids.size()), vocab_}), g({ids.size(), d_});
+        float *out_data = out.mutable_data(), *g_data = g.mutable_data();
+        unwrap([&] {
+            py::gil_scoped_release release;
+            return s_->mtp_forward(span, hidden.data(), want, out_data, g_data);
+        }());
+        return py::make_tuple(out, g);
+    }
+
+    py::dict draft_round(int token, int k, double temp, int top_k, double top_p, double min_p, uint64_t seed,
+                         int n_valid, double min_confidence, bool want_logits, const std::optional<I32Array>& forced) {
+        DraftParams p{.k = k,
+                      .sample = sample_params(temp, top_k, top_p, min_p, seed),
+                      .n_valid = n_valid,
+                      .min_confidence = static_cast<float>(min_confidence)};
+        if (forced) {
+            if (forced->size() != k)
+                throw_error(session_error("forced: " + std::to_string(forced->size()) + " drafts, expected k"));
+            p.forced = forced->data();
+        }
+        F32Array logits({want_logits ? py::ssize_t{k} + 1 : py::ssize_t{0}, vocab_});
+        float* data = want_logits ? logits.mutable_data() : nullptr;
+        const Round r = unwrap([&] {
+            py::gil_scoped_release release;
+            return Speculator::round(*s_, token, p, data);
+        }());
+        py::dict d;
+        d["tokens"] = r.tokens;
+        d["drafted"] = r.n_drafted;
+        d["accepted"] = r.n_accepted;
+        d["experts_verify"] = r.experts_verify;
+        d["draft_bytes"] = r.draft_bytes;
+        d["verify_bytes"] = r.verify_bytes;
+        d["draft_seconds"] = r.draft_seconds;
+        d["verify_seconds"] = r.verify_seconds;
+        if (want_logits) d["logits"] = logits[py::slice(0, static_cast<py::ssize_t>(r.tokens.size()), 1)];
+        return d;
+    }
+
+    F32Array hidden() const {
+        const py::ssize_t n = s_->last_rows();
+        F32Array out({n, d_});
+        for (py::ssize_t i = 0; i < n; ++i) {
+            std::copy_n(s_->hidden() + i * s_->hidden_stride(), d_, out.mutable_data(i, 0));
+        }
+        return out;
+    }
+
+    void truncate(int n) { unwrap(s_->truncate(n)); }
+
+    // [layers, len, row_bytes]
+    U8Array read_cache(bool mtp) {
+        KvCache& c = s_->cache(mtp);
+        U8Array out({py::ssize_t{c.n_layers()}, py::ssize_t{c.len}, static_cast<py::ssize_t>(c.row_bytes())});
+        for (int i = 0; i < c.n_layers() && c.len > 0; ++i) {
+            std::memcpy(out.mutable_data(i, 0, 0), c.layer(i),
+                        static_cast<size_t>(c.len) * static_cast<size_t>(c.row_bytes()));
+        }
+        return out;
+    }
+
+    py::dict state() {
+        py::dict d;
+        d["tokens"] = I32Array(static_cast<py::ssize_t>(s_->tokens().size()), s_->tokens().data());
+        d["cache"] = read_cache(false);
+        d["mtp_cache"] = read_cache(true);
+        F32Array pending({static_cast<py::ssize_t>(s_->pending().size()) / d_, d_});
+        std::copy(s_->pending().begin(), s_->pending().end(), pending.mutable_data());
+        d["hidden"] = pending;
+        return d;
+    }
+
+    void load_state(const I32Array& tokens, const U8Array& rows, const U8Array& mtp_rows, const F32Array& hidden) {
+        const auto ids = as_span(tokens);
+        const auto require = [](const py::array& a, std::initializer_list<int64_t> shape, const char* name) {
+            bool same = a.ndim() == static_cast<py::ssize_t>(shape.size());
+            std::string text;
+            for (py::ssize_t i = 0; const int64_t dim : shape) {
+                same = same && a.shape(i) == dim;
+                text += (i++ > 0 ? ", " : "") + std::to_string(dim);
+            }
+            if (!same)
+                throw_error(session_error(std::string("saved session: ") + name + ": expected shape [" + text + "]"));
+        };
+        const KvCache &main = s_->cache(false), &mtp = s_->cache(true);
+        const int64_t m = mtp_rows.ndim() == 3 ? mtp_rows.shape(1) : 0;
+        require(rows, {main.n_layers(), static_cast<int64_t>(ids.size()), main.row_bytes()}, "cache");
+        require(mtp_rows, {mtp.n_layers(), std::min<int64_t>(m, mtp.ctx()), mtp.row_bytes()}, "mtp_cache");
+        require(hidden, {hidden.ndim() == 2 ? hidden.shape(0) : 0, d_}, "hidden");
+        unwrap(s_->load(ids, reinterpret_cast<const std::byte*>(rows.data()), static_cast<int>(m),
+                        reinterpret_cast<const std::byte*>(mtp_rows.data()),
+                        {hidden.data(), static_cast<size_t>(hidden.size())}));
+    }
+
+    void trace(const std::optional<std::vector<std::string>>& names) {
+        s_->trace().enable(names.value_or(std::vector<std::string>{}));
+        s_->trace().taps.clear();
+    }
+
+    py::dict taps() {
+        py::dict out;
+        for (const auto& [name, tap] : s_->trace().taps) {
+            const std::vector<py::ssize_t> shape(tap.shape.begin(), tap.shape.end());
+            if (tap.is_int) {
+                out[name.c_str()] = py::array_t<int32_t>(shape, tap.i32.data());
+            } else {
+                out[name.c_str()] = py::array_t<float>(shape, tap.f32.data());
+            }
+        }
+        s_->trace().taps.clear();
+        return out;
+    }
+
+    py::dict stats() const {
+        const SessionStats& t = s_->stats();
+        py::dict d;
+        d["passes"] = t.passes;
+        d["rows"] = t.rows;
+        d["weight_bytes"] = t.weight_bytes;
+        d["cache_bytes"] = t.cache_bytes;
+        d["experts_touched"] = t.experts_touched;
+        d["seconds"] = t.seconds;
+        return d;
+    }
+
+    KvCache& cache(bool mtp) { return s_->cache(mtp); }
+    int max_rows() const { return s_->max_rows(); }
+
+  private:
+    std::unique_ptr<Session> s_;
+    py::ssize_t vocab_, d_;
+};
+
+std::unique_ptr<Model> open_model(const std::string& path, const py::dict& cfg, const py::list& tensors,
+                                  const std::optional<std::string>& isa, int threads) {
+    std::vector<TensorEntry> entries;
+    for (const auto& t : tensors) entries.push_back(entry_from_dict(t.cast<py::dict>()));
+    return unwrap(Model::open(path, config_from_dict(cfg), entries, isa ? isa->c_str() : nullptr, threads));
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_core, m) {
+    m.doc() = "The C++ runtime of deepcalm. Use the deepcalm package; this module has no stable interface of its own.";
     m.attr("__version__") = DEEPCALM_VERSION;
     init_pack(m);
     py::module_ testing = m.def_submodule("testing", "Single kernels, called by the test oracles.");
     init_testing(testing);
+
+    m.def(
+        "isas",
+        [] {
+            py::list out;
+            for (const CpuKernels* const* k = all_cpu_kernels(); *k != nullptr; ++k) {
+                py::dict d;
+                d["name"] = (*k)->isa;
+                d["supported"] = ((*k)->required & ~cpu_features()) == 0;
+                out.append(d);
+            }
+            return out;
+        },
+        "Instruction sets compiled in, best first: dicts of name and supported (by this processor).");
+    m.def("default_threads", &default_threads, "Physical cores of the affinity mask.");
+    m.def(
+        "read_bandwidth",
+        [](int threads, int mib, int repeats) {
+            return unwrap([&] {
+                py::gil_scoped_release release;
+                return read_bandwidth(threads, int64_t{mib} << 20, repeats);
+            }());
+        },
+        py::arg("threads"), py::arg("mib") = 512, py::arg("repeats") = 3,
+        "Measured read bandwidth in GB/s (1e9 bytes) of `threads` threads over a buffer of `mib` MiB, best of "
+        "`repeats`.");
+    m.def(
+        "sample",
+        [](const F32Array& logits, double temp, int top_k, double top_p, double min_p, uint64_t seed, int64_t pos,
+           int n_valid) {
+            return unwrap(sample(logits.data(), static_cast<int>(logits.size()), n_valid,
+                                 sample_params(temp, top_k, top_p, min_p, seed), pos));
+        },
+        py::arg("logits"), py::arg("temp"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("seed"),
+        py::arg("pos"), py::arg("n_valid"),
+        "Token for position `pos` from logits [vocab_size]: argmax at temp 0 (ties to the lowest id), else keyed "
+        "Gumbel noise "
+        "over the filtered distribution. Ids >= n_valid are never chosen. Raises SessionError if the logits are not "
+        "finite.");
+    m.def("gumbel", &gumbel, py::arg("seed"), py::arg("pos"), py::arg("v"), "The noise that sample() adds to token v.");
+
+    py::class_<Model>(m, "Model")
+        .def(py::init(&open_model), py::arg("path"), py::arg("cfg"), py::arg("tensors"), py::arg("isa") = py::none(),
+             py::arg("threads") = 0)
+        .def_property_readonly("isa", [](const Model& s) { return s.kernels().isa; })
+        .def_property_readonly("n_threads", [](Model& s) { return s.pool().size(); })
+        .def_property_readonly("file_bytes", &Model::file_bytes)
+        .def(
+            "active_bytes_per_token",
+            [](const Model& s, int ctx_pos, const std::string& kv) {
+                const int c_pad = static_cast<int>(round_up(s.cfg().kv_lora_rank, 32));
+                const int r_pad = static_cast<int>(round_up(s.cfg().qk_rope_head_dim, 16));
+                return s.active_bytes(ctx_pos, cache_row_bytes(cache_type(kv), c_pad, r_pad));
+            },
+            py::arg("ctx_pos"), py::arg("kv"), "Bytes that decoding one token at this cache length reads.");
+
+    py::class_<PySession>(m, "Session")
+        .def(py::init<Model&, int, const std::string&, int, bool>(), py::arg("model"), py::arg("ctx"), py::arg("kv"),
+             py::arg("max_rows"), py::arg("mtp") = false, py::keep_alive<1, 2>())
+        .def_property_readonly("pos", [](PySession& s) { return s.cache(false).len; })
+        .def_property_readonly("mtp_pos", [](PySession& s) { return s.cache(true).len; })
+        .def_property_readonly("ctx", [](PySession& s) { return s.cache(false).ctx(); })
+        .def_property_readonly("max_rows", &PySession::max_rows)
+        .def_property_readonly("cache_bytes",
+                               [](PySession& s) { return s.cache(false).n_bytes() + s.cache(true).n_bytes(); })
+        .def("forward", &PySession::forward, py::arg("ids"), py::arg("logits") = "last",
+             "Append ids [n <= max_rows] int32; returns logits [0 | 1 | n, vocab_size] float32 for logits = none | "
+             "last | all.")
+        .def("mtp_forward", &PySession::mtp_forward, py::arg("ids"), py::arg("hidden"), py::arg("logits") = "last",
+             "Append MTP rows from next tokens ids [n] and post-norm hidden [n, hidden_size]; returns (logits, g [n, "
+             "hidden_size]).")
+        .def("draft_round", &PySession::draft_round, py::arg("token"), py::arg("k"), py::arg("temp"), py::arg("top_k"),
+             py::arg("top_p"), py::arg("min_p"), py::arg("seed"), py::arg("n_valid"), py::arg("min_confidence") = 0.0,
+             py::arg("want_logits") = false, py::arg("forced") = py::none(),
+             "One draft-verify-accept round after `token` (k = 0: a plain step). Returns tokens (accepted drafts and "
+             "the next "
+             "token), counts, bytes and seconds, and with want_logits the rows [len(tokens), vocab_size] they were "
+             "chosen from.")
+        .def("hidden", &PySession::hidden, "Post-final-norm hidden states [n, hidden_size] of the last forward().")
+        .def("truncate", &PySession::truncate, py::arg("n"), "Keep the first n positions.")
+        .def("read_cache", &PySession::read_cache, py::arg("mtp"),
+             "Cache rows [layers, pos, row_bytes] uint8 (a copy).")
+        .def("state", &PySession::state,
+             "What a saved session holds: tokens [n], cache [layers, n, row_bytes], mtp_cache [0 | 1, m, row_bytes], "
+             "hidden [k, d].")
+        .def("load_state", &PySession::load_state, py::arg("tokens"), py::arg("cache"), py::arg("mtp_cache"),
+             py::arg("hidden"),
+             "Replaces the session's whole state by one that state() returned; shapes and ids are checked.")
+        .def("trace", &PySession::trace, py::arg("names"))
+        .def("taps", &PySession::taps, "Taps of the last forward pass as arrays [n, ...]; clears them.")
+        .def("stats", &PySession::stats);
 }

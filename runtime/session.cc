@@ -89,6 +89,7 @@ Status Session::run(std::span<const int32_t> ids, const float* hidden, int n_log
     const int n = static_cast<int>(ids.size());
     cache.len += n;
     last_rows_ = mtp ? 0 : n;
+    if (mtp) mtp_last_rows_ = n;
     return {};
 }
 

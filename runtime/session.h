@@ -83,8 +83,9 @@ class Session {
     State state_;
     Trace trace_;
     SessionStats stats_;
-    ZeroedBuffer logits_;  // [rows, pad16(vocab_size)] f32
-    int last_rows_ = 0;
+    ZeroedBuffer logits_;    // [rows, pad16(vocab_size)] f32
+    int last_rows_ = 0;      // rows of final_h that hold main hidden states
+    int mtp_last_rows_ = 0;  // rows of the last MTP pass
     bool keep_mtp_ = false;
     std::vector<int32_t> tokens_;
     std::vector<float> pending_;

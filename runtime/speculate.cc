@@ -1,0 +1,99 @@
+#include "runtime/speculate.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace deepcalm {
+namespace {
+
+// Probability of `id` under softmax(logits / temp) over valid ids; at temp 0 under softmax(logits).
+double probability(const float* logits, int n_valid, float temp, int id) {
+    const double scale = temp > 0 ? 1.0 / temp : 1.0;
+    double sum = 0;
+    for (int v = 0; v < n_valid; ++v) sum += std::exp((double{logits[v]} - logits[id]) * scale);
+    return 1 / sum;
+}
+
+struct Meter {  // what the session's counters gained since construction
+    explicit Meter(const SessionStats& s) : stats(s), before(s) {}
+    int64_t bytes() const { return stats.weight_bytes - before.weight_bytes + stats.cache_bytes - before.cache_bytes; }
+    double seconds() const { return stats.seconds - before.seconds; }
+    int64_t experts() const { return stats.experts_touched - before.experts_touched; }
+    const SessionStats& stats;
+    SessionStats before;
+};
+
+}  // namespace
+
+Result<Round> Speculator::round(Session& s, int32_t token, const DraftParams& p, float* logits) {
+    const std::lock_guard lock(s.model_.pass_mutex());
+    DC_TRY_STATUS(s.check(s.cache_, {&token, 1}, "draft round"));
+    const int n_vocab = s.model_.cfg().vocab_size, n_valid = std::min(p.n_valid, n_vocab);
+    if (p.k < 0 || p.k > kMaxDraft) {
+        return Error{ErrorCode::kSession,
+                     "draft: " + std::to_string(p.k) + ", expected 0.." + std::to_string(kMaxDraft)};
+    }
+    if (p.k > 0 && !s.keep_mtp_) return Error{ErrorCode::kSession, "draft: this session keeps no MTP state"};
+    int k = std::min({p.k, s.cache_.ctx() - s.cache_.len - 1, s.state_.max_rows - 1});
+    // Row 0 of the MTP cache pairs (h_0, t_1): nothing can be drafted before the first main row.
+    if (s.cache_.len == 0) k = 0;
+    Round r;
+
+    std::vector<int32_t> rows{token};  // the verification batch: t_n, d_1, ..., d_k
+    if (s.keep_mtp_) {
+        DC_TRY_STATUS(s.restore_pending());
+    }
+    const int n = s.cache_.len;
+    if (k > 0) {
+        const Meter meter(s.stats_);
+        // catch-up from true pairs; its last row drafts d_1; then the layer feeds on its own post-norm output
+        DC_TRY_STATUS(s.catch_up(&token, 1));
+        const int64_t last = s.mtp_last_rows_ - 1;
+        std::vector<float> g(s.state_.final_h.row(last), s.state_.final_h.row(last) + s.model_.cfg().hidden_size);
+        for (int j = 1; j <= k; ++j) {
+            if (j > 1) {
+                const int32_t id = rows.back();
+                DC_TRY_STATUS(s.mtp_pass({&id, 1}, g.data(), 1));
+                std::copy_n(s.state_.final_h.row(0), g.size(), g.data());
+            }
+            auto draft = sample(s.logits_row(0), n_vocab, n_valid, p.sample, n + j);
+            if (!draft.ok()) break;  // a damaged MTP layer must not stop generation: verify what there is
+            if (p.min_confidence > 0 &&
+                probability(s.logits_row(0), n_valid, p.sample.temp, draft.value()) < p.min_confidence)
+                break;
+            rows.push_back(p.forced != nullptr ? p.forced[j - 1] : draft.value());
+        }
+        s.mtp_cache_.len = n;  // rows from recycled states are never kept
+        r.draft_bytes = meter.bytes();
+        r.draft_seconds = meter.seconds();
+    }
+    r.n_drafted = static_cast<int>(rows.size()) - 1;
+
+    const Meter meter(s.stats_);
+    DC_TRY_STATUS(s.main_pass(rows, r.n_drafted + 1));
+    r.verify_bytes = meter.bytes();
+    r.verify_seconds = meter.seconds();
+    r.experts_verify = meter.experts();
+    for (int j = 0; j <= r.n_drafted; ++j) {
+        DC_TRY(const int next, sample(s.logits_row(j), n_vocab, n_valid, p.sample, n + 1 + j));
+        r.tokens.push_back(next);
+        if (j == r.n_drafted || next != rows[static_cast<size_t>(j) + 1]) break;
+        ++r.n_accepted;
+    }
+    if (logits != nullptr) s.copy_logits(r.n_accepted + 1, logits);
+
+    // forget rejected rows
+    const int keep = n + 1 + r.n_accepted;
+    s.cache_.len = keep;
+    s.tokens_.resize(static_cast<size_t>(keep));
+    if (s.keep_mtp_) {
+        const auto d = static_cast<size_t>(s.model_.cfg().hidden_size);
+        s.pending_.resize(static_cast<size_t>(keep - s.mtp_cache_.len) * d);
+        if (s.n_pending() > Session::kMaxPending) {
+            DC_TRY_STATUS(s.catch_up(nullptr, 0));
+        }
+    }
+    return r;
+}
+
+}  // namespace deepcalm
