@@ -1,0 +1,297 @@
+"""The command line: ``generate`` and ``chat``; the other commands are in cli_tools.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .cli_common import (
+    INTERRUPTED,
+    Cli,
+    json_option,
+    model_option,
+    open_model,
+    open_session,
+    quiet_option,
+    read_text,
+    runtime_options,
+    sampling_options,
+    say,
+    write,
+    write_json,
+)
+from .cli_tools import COMMANDS
+from .errors import Error, SessionError
+from .text import decode_utf8
+
+if TYPE_CHECKING:
+    from .generate import TextGeneration
+    from .session import Session, Stats
+
+
+def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from . import _core
+
+        click.echo(f"deepcalm {_core.__version__}")
+        ctx.exit()
+
+
+@click.group(
+    cls=Cli,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="""\b
+Examples:
+  deepcalm generate "Once upon a time"
+  deepcalm pack ~/models/DeepSeek-V2-Lite v2-lite.dcalm --dtype q8
+  deepcalm chat -m v2-lite.dcalm
+Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage, 130 interrupted.""",
+)
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Print the version."
+)
+def cli() -> None:
+    """Run DeepSeek-type models (MLA, mixture of experts) on this machine, exactly."""
+
+
+for _command in COMMANDS:
+    cli.add_command(_command)
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  deepcalm generate "Once upon a time"
+  deepcalm generate -m v2-lite.dcalm --temp 0.7 --top-p 0.9 -n 300 "The three laws are"
+  deepcalm generate -m chat.dcalm --chat --system "Be brief." "What is MLA?"
+  deepcalm generate -m v2-lite.dcalm --file question.txt --stop "\\n\\n" --json"""
+)
+@click.argument("prompt", required=False)
+@model_option
+@click.option("--file", type=click.Path(), metavar="FILE", help="Read the prompt from a file, byte for byte.")
+@click.option(
+    "-n",
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="New tokens at most.",
+)
+@sampling_options
+@click.option("--draft", metavar="off|auto|K", help="Drafting; not available in this version.")
+@click.option(
+    "--chat/--raw",
+    "as_chat",
+    default=False,
+    help="Apply the checkpoint's chat template, or take the prompt as it is (default).",
+)
+@click.option("--system", metavar="TEXT", help="System message; needs --chat.")
+@runtime_options
+@json_option
+@quiet_option
+def generate(
+    prompt: str | None, path: Path | None, file: str | None, max_tokens: int, draft: str | None, as_chat: bool,
+    system: str | None, device: str, threads: int | None, isa: str | None, ctx: int | None, kv: str, as_json: bool,
+    quiet: bool, **sampling: Any,
+) -> int:  # fmt: skip
+    """Continue PROMPT ("-": read it from stdin).
+
+    The new text goes to stdout as it is made, with a newline at its end if it has none; one line with tokens, speed
+    and the reason for stopping goes to stderr. Without --chat the prompt is continued as it is, after one bos token
+    where the model's tokenizer adds one.
+    """
+    if (prompt is None) == (file is None):
+        raise click.UsageError("give either a PROMPT ('-' for stdin) or --file")
+    if system is not None and not as_chat:
+        raise click.UsageError("--system needs --chat")
+    check_draft_option(draft, quiet)
+    if file is not None or prompt == "-":
+        text = decode_utf8(read_text(file or "-"), file or "standard input")
+    else:
+        text = decode_utf8(os.fsencode(prompt or ""), "the prompt")  # argv bytes that are no UTF-8 come as surrogates
+    model = open_model(path, device, threads, isa, quiet)
+    if as_chat:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": text})
+        ids = model.encode(model.apply_chat_template(messages), bos=False)
+    else:
+        ids = model.encode(text)
+    session = open_session(model, ctx, kv, quiet)
+    check_room(len(ids), session)
+    if prompt not in (None, "-") and not (as_chat or as_json or quiet) and sys.stderr.isatty() and sys.stdout.isatty():
+        click.secho(text, err=True, nl=False, dim=True, color=False if os.environ.get("NO_COLOR") else None)
+    answer, seed = start(session, ids, max_tokens, **sampling)
+    stream(answer, show=not as_json)
+    if as_json:
+        write_json(report(answer, session.stats, seed) | {
+            "prompt_tokens": len(ids), "model": str(model.path), "isa": model.isa, "threads": model.threads,
+            "ctx": session.ctx, "kv": kv,
+        })  # fmt: skip
+    say(summary(answer, session.stats, seed), quiet)
+    return INTERRUPTED if answer.reason == "interrupted" else 0
+
+
+def check_draft_option(draft: str | None, quiet: bool) -> None:
+    """--draft: words and numbers are told apart here; what they mean is generate.check_draft's business."""
+    if draft is None:
+        return
+    from .generate import check_draft
+
+    if draft not in ("off", "auto") and not draft.isdecimal():
+        raise click.UsageError(f"--draft: {draft!r}, expected off, auto or a number")
+    check_draft(draft)
+    if draft == "auto":
+        say("note: drafting is not available in this version, decoding token by token", quiet)
+
+
+def check_room(n_tokens: int, session: Session) -> None:
+    """Raises SessionError unless a prompt of ``n_tokens`` leaves room for an answer."""
+    if n_tokens >= session.ctx:
+        limit = session.model.config["max_position_embeddings"]
+        hint = f"--ctx goes up to {limit}" if session.ctx < limit else "that is the model's maximum"
+        raise SessionError(f"the prompt has {n_tokens} tokens, the context {session.ctx} positions ({hint})")
+
+
+def start(
+    session: Session,
+    ids: Sequence[int],
+    max_tokens: int | None,
+    *,
+    stop: Sequence[str],
+    seed: int | None,
+    **options: Any,
+) -> tuple[TextGeneration, int | None]:
+    """The generation that the options describe, and its seed (None: greedy)."""
+    from .generate import TextGeneration
+
+    if options["temp"] == 0:
+        seed = None
+    elif seed is None:
+        seed = int.from_bytes(os.urandom(4), "little")
+    try:
+        generation = session.generate(ids, max_tokens=max_tokens, seed=seed or 0, **options)
+    except ValueError as e:
+        raise click.UsageError(str(e)) from None
+    return TextGeneration(generation, stop), seed
+
+
+def stream(answer: TextGeneration, show: bool = True) -> None:
+    """Writes the text as it comes; Ctrl-C ends it and keeps what there is."""
+    show_piece = write if show else lambda _piece: None
+    try:
+        for piece in answer:
+            show_piece(piece)
+    except KeyboardInterrupt:
+        show_piece(answer.interrupt())
+    if show and answer.text and not answer.text.endswith("\n"):
+        write("\n")
+
+
+def summary(answer: TextGeneration, stats: Stats, seed: int | None) -> str:
+    """One line: tokens, why it ended, rates, bandwidth, seed."""
+    line = f"{len(answer.generation.tokens)} tokens, ended by {answer.reason}"
+    if stats.prefill_tokens:
+        line += f"; prefill {stats.prefill_tokens} tokens, {stats.prefill_rate:.1f} tok/s"
+    if stats.decode_tokens:
+        line += f"; decode {stats.decode_rate:.1f} tok/s, {stats.decode_bandwidth:.2f} GB/s"
+    return line if seed is None else f"{line}; seed {seed}"
+
+
+def report(answer: TextGeneration, stats: Stats, seed: int | None) -> dict[str, Any]:
+    """The same for --json."""
+    return {
+        "text": answer.text,
+        "reason": answer.reason,
+        "tokens": answer.generation.tokens,
+        "temp": answer.generation.sampling.temp,
+        "seed": seed,
+        "prefill": {"tokens": stats.prefill_tokens, "seconds": stats.prefill_seconds, "bytes": stats.prefill_bytes},
+        "decode": {"tokens": stats.decode_tokens, "seconds": stats.decode_seconds, "bytes": stats.decode_bytes},
+    }
+
+
+@cli.command(
+    epilog="""\b
+Examples:
+  deepcalm chat -m v2-lite-chat.dcalm
+  deepcalm chat -m v2-lite-chat.dcalm --system "Answer in French." --temp 0.7
+Commands: /reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer and keeps its text."""
+)
+@model_option
+@click.option("-n", "--max-tokens", type=click.IntRange(min=1), metavar="N", help="Tokens of an answer at most.")
+@sampling_options
+@click.option("--system", metavar="TEXT", help="System message.")
+@runtime_options
+@quiet_option
+def chat(
+    path: Path | None, max_tokens: int | None, system: str | None, device: str, threads: int | None, isa: str | None,
+    ctx: int | None, kv: str, quiet: bool, **sampling: Any,
+) -> int:  # fmt: skip
+    """Talk with a model, line by line.
+
+    Each turn renders the whole conversation with the checkpoint's template and computes only what follows the longest
+    prefix that is still in the cache.
+    """
+    model = open_model(path, device, threads, isa, quiet)
+    opening = [{"role": "system", "content": system}] if system is not None else []
+    model.apply_chat_template([*opening, {"role": "user", "content": "x"}])  # no template: say so before the first turn
+    session = open_session(model, ctx, kv, quiet)
+    messages = list(opening)
+    while (line := read_turn(quiet)) is not None:
+        if line == "/quit":
+            break
+        if line == "/reset":
+            messages = list(opening)
+            session.truncate(0)
+            continue
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            ids = model.encode(model.apply_chat_template(messages), bos=False)
+            check_room(len(ids), session)
+        except Error as e:
+            say(f"deepcalm: error: {e}; /reset starts over")
+            messages.pop()
+            continue
+        kept, before = session.reuse(ids), session.stats
+        answer, seed = start(session, ids[kept:], max_tokens, **sampling)
+        stream(answer)
+        if answer.text:
+            messages.append({"role": "assistant", "content": answer.text})
+        else:
+            messages.pop()
+        say(summary(answer, session.stats - before, seed) + f"; {kept} of {len(ids)} prompt tokens were cached", quiet)
+    return 0
+
+
+def read_turn(quiet: bool) -> str | None:
+    """A line from stdin without its end; None at the end of input."""
+    while True:
+        if sys.stdin.isatty() and not quiet:
+            click.echo("> ", err=True, nl=False)
+        data = sys.stdin.buffer.readline()
+        if not data:
+            return None
+        try:
+            return decode_utf8(data, "standard input").rstrip("\r\n")
+        except Error as e:
+            say(f"deepcalm: error: {e}")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    try:
+        code = cli.main(args=args, prog_name="deepcalm", standalone_mode=False)
+    except click.ClickException as e:
+        e.show()
+        return e.exit_code
+    except click.Abort:
+        return INTERRUPTED
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,184 @@
+"""What the commands share: options, exit codes, output, opening a model with the checks that come first.
+
+Text that was asked for goes to stdout, everything else to stderr. Heavy imports happen inside functions: ``--help``
+needs none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from .errors import Error
+
+if TYPE_CHECKING:
+    from .model import Model
+    from .session import Session
+
+F = TypeVar("F", bound=Callable[..., Any])
+FAILED, INTERRUPTED = 1, 130
+
+model_option = click.option(
+    "-m",
+    "--model",
+    "path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Packed file (default: the demo model).",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
+
+
+def runtime_options(command: F) -> F:
+    """--device, --threads, --isa, --ctx, --kv."""
+    for option in (
+        click.option("--kv", type=click.Choice(["f16", "bf16", "f32", "q8"]), default="f16", show_default=True,
+                     help="Type of the cache."),
+        click.option("--ctx", type=click.IntRange(min=1), metavar="N",
+                     help="Positions in the cache (default: the model's maximum, at most 4096)."),
+        click.option("--isa", metavar="NAME", help="scalar, avx2, avx512 or avx512x (default: the best)."),
+        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads (default: one per core)."),
+        click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True,
+                     help="Where to compute."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _no_empty_stop(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    if not all(value):
+        raise click.BadParameter("must not be empty")
+    return value
+
+
+def sampling_options(command: F) -> F:
+    """--temp, --top-p, --top-k, --min-p, --seed, --stop."""
+    for option in (
+        click.option("--stop", multiple=True, metavar="STR", callback=_no_empty_stop,
+                     help="End before this text; may be given several times."),
+        click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="S",
+                     help="Same seed, same text (default: a random one, which is reported)."),
+        click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, metavar="P",
+                     help="Only tokens at least P times as probable as the best one."),
+        click.option("--top-k", type=click.IntRange(min=0), default=0, metavar="K", help="Only the K best tokens."),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, metavar="P",
+                     help="Only the best tokens that make up this probability."),
+        click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True, metavar="T",
+                     help="Temperature; 0 always takes the most probable token."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def say(message: str, quiet: bool = False) -> None:
+    """A line on stderr, unless ``quiet``."""
+    if not quiet:
+        click.echo(message, err=True)
+
+
+def write(text: str) -> None:
+    """Text on stdout at once, UTF-8 whatever the locale."""
+    sys.stdout.buffer.write(text.encode("utf-8"))
+    sys.stdout.buffer.flush()
+
+
+def write_json(value: object) -> None:
+    """One JSON object on stdout."""
+    write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def abandon_stdout() -> None:
+    """After a failed write: nothing more goes out, not even at interpreter exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Cli(click.Group):
+    """The command group; turns exceptions into exit codes and one line on stderr."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Exit code of the command (None: 0)."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("\ninterrupted")
+            return INTERRUPTED
+        except BrokenPipeError:  # the reader has what it wanted
+            abandon_stdout()
+            return 0
+        except Error as e:
+            say(f"deepcalm: error: {e}")
+        except MemoryError as e:
+            say(f"deepcalm: error: out of memory: {e}")
+        except OSError as e:
+            abandon_stdout()
+            say(f"deepcalm: error: {e.filename or 'standard output'}: {e.strerror or e}")
+        return FAILED
+
+
+def open_model(path: Path | None, device: str, threads: int | None, isa: str | None, quiet: bool) -> Model:
+    """The model of a command line.
+
+    Raises:
+        Error: no such file, or a folder: then the message names the command that packs it.
+    """
+    from .model import Model, demo_path
+
+    if path is None:
+        path = demo_path()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise Error(f"{path} is a directory, expected a packed file (.dcalm)")
+        name = (path.resolve().name or "model") + ".dcalm"
+        raise Error(f"{path} is a checkpoint, not a packed file; pack it first: "
+                    f"deepcalm pack {shlex.quote(str(path))} {shlex.quote(name)}")  # fmt: skip
+    model = Model(path, device=device, threads=threads, isa=isa)
+    for note in model.notes:
+        say(note, quiet)
+    return model
+
+
+def open_session(model: Model, ctx: int | None, kv: str, quiet: bool) -> Session:
+    """A session; says before anything runs when weights and cache exceed the memory that is available."""
+    from .session import available_memory
+
+    session = model.session(ctx, kv)
+    available = available_memory()
+    if available is not None and model.file_bytes + session.cache_bytes > available:
+        numbers = f"weights {model.file_bytes / 1e9:.1f} GB and cache {session.cache_bytes / 1e9:.1f} GB"
+        say(f"note: {numbers} exceed the {available / 1e9:.1f} GB of memory available: weights will be read from "
+            "disk again and again", quiet)  # fmt: skip
+    return session
+
+
+def read_text(source: str) -> bytes:
+    """The bytes of a file, or of stdin for "-"."""
+    return sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+
+
+@contextlib.contextmanager
+def progress(label: str, quiet: bool, unit: str = "") -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on stderr as a function of (done, total); None when stderr is no terminal or with ``quiet``.
+
+    unit "bytes" shows sizes and speed; every bar shows the time left.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress as rp
+    from rich.console import Console
+
+    amount = (rp.DownloadColumn(), rp.TransferSpeedColumn()) if unit == "bytes" else (rp.MofNCompleteColumn(),)
+    columns = (rp.TextColumn("{task.description}"), rp.BarColumn(), *amount, rp.TimeRemainingColumn())
+    with rp.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

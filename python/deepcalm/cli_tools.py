@@ -1,0 +1,285 @@
+"""The commands around a model: ``pack``, ``inspect``, ``perplexity``, ``bench``."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .cli_common import (
+    json_option,
+    open_model,
+    progress,
+    quiet_option,
+    read_text,
+    runtime_options,
+    say,
+    write,
+    write_json,
+)
+from .errors import CheckpointError, Error
+from .text import decode_utf8
+
+if TYPE_CHECKING:
+    from .bench import BenchResult, Spread
+    from .pack import Plan
+    from .perplexity import Perplexity
+
+DTYPES = ("source", "bf16", "f16", "f8", "q8", "q4", "f32")
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tiktoken.model")
+
+
+def size(n_bytes: int) -> str:
+    """1234567 -> "1.23 MB" (powers of 1000)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.2f} {unit}"
+    return f"{n_bytes} B"
+
+
+# ---- pack
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  deepcalm pack ~/models/DeepSeek-V2-Lite v2-lite.dcalm --dtype q8
+  deepcalm pack ~/models/DeepSeek-V3 v3.dcalm --dtype q4 --dry-run
+  deepcalm pack deepseek-ai/DeepSeek-V2-Lite v2-lite.dcalm     (needs: pip install 'deepcalm[hub]')
+A packing that was interrupted goes on where it stopped when the same command is given again."""
+)
+@click.argument("src")
+@click.argument("dst", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="source",
+    show_default=True,
+    help="Format of the weights; q4: experts and feed-forward q4, attention and head q8.",
+)
+@click.option("--attn-dtype", type=click.Choice(DTYPES), help="Another format for attention.")
+@click.option("--head-dtype", type=click.Choice(DTYPES), help="Another format for the head.")
+@click.option("--dry-run", is_flag=True, help="Only print the plan: every tensor, from, to, bytes.")
+@json_option
+@quiet_option
+def pack(
+    src: str, dst: Path | None, dtype: str, attn_dtype: str | None, head_dtype: str | None, dry_run: bool,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Pack the checkpoint folder SRC (or a Hub id) into the file DST, in the layout in which it runs."""
+    from .pack import pack as pack_checkpoint
+    from .pack import plan as plan_packing
+
+    if dst is None and not dry_run:
+        raise click.UsageError("Missing argument 'DST'.")
+    if dst is not None and dst.is_dir():
+        raise Error(f"{dst} is a directory, expected the name of the packed file")
+    folder = checkpoint_folder(src, quiet)
+    if dry_run:
+        plan = plan_packing(folder, dtype, attn_dtype, head_dtype)
+        write_json(plan_dict(plan)) if as_json else write(plan_table(plan))
+    else:
+        assert dst is not None
+        with progress(f"packing {dst.name}", quiet, "bytes") as update:
+            plan = pack_checkpoint(folder, dst, dtype, attn_dtype, head_dtype, progress=update)
+        if as_json:
+            write_json(plan_dict(plan) | {"file": str(dst), "file_bytes": dst.stat().st_size})
+    for line in plan_notes(plan):
+        say(line, quiet)
+    if dst is not None and not dry_run:
+        say(f"{dst}: {size(dst.stat().st_size)} from {size(plan.source_bytes)}, "
+            f"{size(plan.active_bytes_per_token)} of weights per token", quiet)  # fmt: skip
+
+
+def checkpoint_folder(src: str, quiet: bool) -> Path:
+    """SRC as a local folder, downloaded if it is a Hub id and ``huggingface_hub`` is there."""
+    path = Path(src)
+    if path.exists() or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", src) is None:
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(f"{src}: no such folder (to download a Hub id: pip install 'deepcalm[hub]')") from None
+    say(f"downloading {src} from the Hugging Face Hub", quiet)
+    try:
+        return Path(snapshot_download(src, allow_patterns=list(HUB_FILES)))
+    except Exception as e:  # the package's own family and that of its HTTP client
+        raise CheckpointError(f"{src}: no such folder, and downloading failed: {type(e).__name__}: {e}") from None
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """The plan for --json."""
+    keys = ("name", "role", "kind", "format", "scale", "shape", "source_dtype", "bytes", "note")
+    return {
+        "config": plan.config,
+        "tensors": [{k: getattr(t, k) for k in keys} for t in plan.tensors],
+        "dropped": [dataclasses.asdict(d) for d in plan.dropped],
+        "notes": plan.notes,
+        "source_bytes": plan.source_bytes,
+        "data_bytes": plan.data_bytes,
+        "active_bytes_per_token": plan.active_bytes_per_token,
+    }
+
+
+def plan_table(plan: Plan) -> str:
+    """One line per tensor: name, from, to, shape, bytes, note; then the total."""
+    rows: list[tuple[str, ...]] = []
+    for t in plan.tensors:
+        rows.append((t.name, f"{t.source_dtype} -> {t.format}", "x".join(map(str, t.shape)), size(t.bytes), t.note))
+    return columns(rows) + f"total {size(plan.data_bytes)}, {size(plan.active_bytes_per_token)} of weights per token\n"
+
+
+def columns(rows: list[tuple[str, ...]]) -> str:
+    """Left-aligned columns, two spaces between them."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() + "\n" for r in rows)
+
+
+def plan_notes(plan: Plan) -> list[str]:
+    """What was converted and dropped, summed up, and the packer's own notes."""
+    kinds = Counter({(t.source_dtype, t.format): 0 for t in plan.tensors})
+    for t in plan.tensors:
+        kinds[t.source_dtype, t.format] += t.bytes
+    lines = [f"{source} -> {to}: {size(n)}" for (source, to), n in kinds.most_common()]
+    dropped: dict[str, list[Any]] = {}
+    for d in plan.dropped:
+        dropped.setdefault(d.why, []).append(d)
+    for why, group in dropped.items():
+        names = group[0].name if len(group) == 1 else f"{len(group)} tensors ({group[0].name}, ...)"
+        lines.append(f"dropped {names}, {size(sum(d.bytes for d in group))}: {why}")
+    return lines + [f"note: {note}" for note in plan.notes]
+
+
+# ---- perplexity
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  deepcalm perplexity v2-lite.dcalm book.txt --ctx 2048
+  deepcalm perplexity v2-lite-q4.dcalm book.txt --kl-against v2-lite-bf16.dcalm --json"""
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("text")
+@click.option(
+    "--kl-against",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also the divergence from another packed file of the same model.",
+)
+@runtime_options
+@json_option
+@quiet_option
+def perplexity(
+    file: Path, text: str, kl_against: Path | None, device: str, threads: int | None, isa: str | None, ctx: int | None,
+    kv: str, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Score the text file TEXT ("-": stdin) with the packed model FILE.
+
+    The text is cut into windows of --ctx positions; every token with a position before it in its window is scored.
+    """
+    from .perplexity import perplexity as score
+
+    content = decode_utf8(read_text(text), "standard input" if text == "-" else text)
+    model = open_model(file, device, threads, isa, quiet)
+    other = open_model(kl_against, device, threads, isa, quiet) if kl_against is not None else None
+    with progress("scoring", quiet) as update:
+        result = score(model, content, ctx, kv, other, update)
+    if as_json:
+        values = dataclasses.asdict(result)
+        write_json(values | {"perplexity": result.perplexity, "standard_error": result.standard_error})
+    else:
+        write(perplexity_text(result))
+
+
+def perplexity_text(r: Perplexity) -> str:
+    """The result as lines."""
+    start = "each starting with bos" if r.bos else "without bos"
+    lines = [
+        f"perplexity {r.perplexity:.4f} +- {r.standard_error:.4f}",
+        f"nll {r.nll_mean:.5f} +- {r.nll_standard_error:.5f} nats per token",
+        f"{r.n_scored} of {r.n_tokens} tokens scored, {r.n_windows} windows of {r.ctx} positions, {start}",
+    ]
+    if (d := r.divergence) is not None:
+        lines.append(f"KL({d.against} || this) {d.kl_mean:.6f} +- {d.kl_standard_error:.6f} nats per token, "
+                     f"same best token at {100 * d.argmax_agreement:.2f} % of positions")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+# ---- bench
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  deepcalm bench
+  deepcalm bench v2-lite.dcalm --context 4000 --threads 2
+  deepcalm bench v2-lite.dcalm --kv bf16 --repeats 9 --json"""
+)
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option("--prompt", type=click.IntRange(min=1), metavar="N", help="Tokens of the timed prefill (default: 512).")
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Tokens in the cache when decoding starts.",
+)
+@click.option(
+    "--tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="N", help="Timed decode steps."
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, metavar="N", help="Repeats.")
+@click.option(
+    "--kv", type=click.Choice(["f16", "bf16", "f32", "q8"]), default="f16", show_default=True, help="Type of the cache."
+)
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads (default: one per core).")
+@click.option("--isa", metavar="NAME", help="Instruction set (default: the best).")
+@json_option
+@quiet_option
+def bench(
+    file: Path | None, prompt: int | None, context: int, tokens: int, repeats: int, kv: str, threads: int | None,
+    isa: str | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Measure prefill and decode of FILE (default: the demo model), beside the read bandwidth of this machine.
+
+    Tokens are random, with a fixed seed. Bytes are counted by the passes from the weights and cache rows they touch.
+    """
+    from .bench import bench as measure
+
+    model = open_model(file, "cpu", threads, isa, quiet)
+    if prompt is None:
+        prompt = min(512, int(model.config["max_position_embeddings"]))
+    with progress("measuring", quiet) as update:
+        result = measure(model, prompt, context, tokens, repeats, kv, update)
+    if as_json:
+        write_json(dataclasses.asdict(result) | {"command": shlex.join(["deepcalm", *sys.argv[1:]])})
+    else:
+        write(bench_text(result))
+
+
+def bench_text(r: BenchResult) -> str:
+    """The result as lines: median (lowest - highest)."""
+
+    def spread(s: Spread, form: str) -> str:
+        return f"{s.median:{form}} ({s.low:{form}} - {s.high:{form}})"
+
+    share = dataclasses.replace(r.decode_share, **{k: 100 * v for k, v in dataclasses.asdict(r.decode_share).items()})
+    return columns([
+        ("model", f"{r.file}, {r.isa}, {r.threads} threads, cache {r.kv}; median (lowest - highest) of {r.repeats}"),
+        ("prefill", f"{spread(r.prefill_rate, '.1f')} tok/s, {r.prompt_tokens} tokens into an empty cache"),
+        ("decode", f"{spread(r.decode_rate, '.1f')} tok/s, {r.decode_tokens} tokens after {r.context}"),
+        ("bytes", f"{size(r.decode_bytes_per_token)} read per decoded token"),
+        ("bandwidth", f"{spread(r.decode_bandwidth, '.2f')} GB/s in decode"),
+        ("machine", f"{spread(r.read_bandwidth, '.2f')} GB/s plain read with as many threads, between the repeats"),
+        ("share", f"{spread(share, '.1f')} % of the plain read"),
+    ])  # fmt: skip
+
+
+COMMANDS = (pack, perplexity, bench)

@@ -1,0 +1,214 @@
+"""The generation loop: tokens one at a time, and text on top of it. Why it ended is part of the result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _core
+from .errors import SessionError, UnsupportedError
+from .text import StopMatcher
+
+if TYPE_CHECKING:
+    from .model import Model
+    from .session import Session
+
+REASONS = ("eos", "stop", "length", "context", "interrupted")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a token is chosen from logits.
+
+    ``temp`` 0 takes the most probable token, ties to the lowest id. Otherwise the token of position i is the argmax of
+    log p_i + Gumbel noise keyed by (seed, i): a function of the position, not of what was drawn before. Filters apply
+    to softmax(logits / temp) in the order top_k (0: off), top_p (1: off), min_p (0: off).
+    """
+
+    temp: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("temp", 0 <= self.temp < float("inf"), "a finite number >= 0"),
+            ("top_k", self.top_k >= 0, "a number >= 0"),
+            ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "a number in [0, 1]"),
+            ("seed", 0 <= self.seed < 1 << 64, "a number in 0..2^64-1"),
+        )
+        for name, ok, want in checks:
+            if not ok:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected {want}")
+
+    def choose(self, logits: npt.NDArray[np.float32], pos: int, n_valid: int) -> int:
+        """The token at position ``pos`` for logits [vocab_size] f32; ids from ``n_valid`` on are never chosen.
+
+        Raises:
+            SessionError: the logits are not finite.
+        """
+        return _core.sample(logits, self.temp, self.top_k, self.top_p, self.min_p, self.seed, pos, n_valid)
+
+
+def check_draft(draft: str | int) -> None:
+    """Drafting is not part of this version: "auto" and "off" both decode token by token.
+
+    Raises:
+        UnsupportedError: a number of drafts was asked for.
+    """
+    if draft not in ("auto", "off"):
+        raise UnsupportedError(f"draft {draft}: drafting is not available in this version")
+
+
+class Generation(Iterator[int]):
+    """New token ids after ``ids``, made one per step; the work starts with the first.
+
+    ``reason`` is None while it runs, then "eos", "length" (``max_tokens``) or "context" (the context is full); an eos
+    token is not returned. ``tokens`` are the ids returned so far; the last of them is not in the cache yet.
+
+    Args:
+        ids: the prompt, appended to what the session holds; None: go on from the logits of its last call.
+        max_tokens: at most this many; None: until something else ends it.
+        temp, top_k, top_p, min_p, seed: see ``Sampling``.
+        eos_ids: ids that end it; None: the model's own.
+        draft: "auto" or "off"; drafting is not available in this version, the result would be the same.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        ids: Sequence[int] | None = None,
+        max_tokens: int | None = None,
+        temp: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        eos_ids: Sequence[int] | None = None,
+        draft: str | int = "auto",
+    ) -> None:
+        check_draft(draft)
+        self.session = session
+        self.sampling = Sampling(temp, top_k, top_p, min_p, seed)
+        self.max_tokens = max_tokens
+        self.reason: str | None = None
+        self.tokens: list[int] = []
+        self._prompt = ids
+        self._eos = session.model.eos_ids if eos_ids is None else frozenset(eos_ids)
+        self._n_valid = session.model.n_valid
+
+    def __next__(self) -> int:
+        if self.reason is not None:
+            raise StopIteration
+        if self.max_tokens is not None and len(self.tokens) >= self.max_tokens:
+            return self._end("length")
+        if not self.tokens:
+            logits = self._first_logits()
+            if self.session.pos == self.session.ctx:
+                return self._end("context")
+        elif self.session.pos + 1 == self.session.ctx:  # the last token returned takes the last position
+            return self._end("context")
+        else:
+            logits = self.session.decode(self.tokens[-1])
+        token = self.sampling.choose(logits, self.session.pos, self._n_valid)
+        if token in self._eos:
+            return self._end("eos")
+        self.tokens.append(token)
+        return token
+
+    def _first_logits(self) -> npt.NDArray[np.float32]:
+        if self._prompt is not None:
+            return self.session.prefill(self._prompt)
+        if self.session.last_logits is None:
+            raise SessionError("nothing to go on from: prefill some tokens first, or pass ids")
+        return self.session.last_logits
+
+    def _end(self, reason: str) -> int:
+        self.reason = reason
+        raise StopIteration
+
+
+class TextGeneration(Iterator[str]):
+    """A ``Generation`` as pieces of text: complete characters, ended by stop strings too.
+
+    ``reason`` is as there, or "stop" (a stop string was completed; only the text before it is returned), or
+    "interrupted" after ``interrupt``. ``text`` is all text returned so far.
+    """
+
+    def __init__(self, generation: Generation, stop: Sequence[str] = ()) -> None:
+        self.generation = generation
+        self.reason: str | None = None
+        self.text = ""
+        self._decoder = generation.session.model.vocabulary.decoder()
+        self._stops = StopMatcher(stop)
+
+    def __next__(self) -> str:
+        while self.reason is None:
+            token = next(self.generation, None)
+            if token is None:
+                self.reason = self.generation.reason
+                piece = self._flush()
+            else:
+                piece = self._stops.feed(self._decoder.feed(token))
+            if self._stops.stopped:
+                self.reason = "stop"
+            if piece:
+                self.text += piece
+                return piece
+        raise StopIteration
+
+    def _flush(self) -> str:
+        """What was held back; the end of an incomplete character may complete a stop string."""
+        piece = self._stops.feed(self._decoder.flush())
+        return piece if self._stops.stopped else piece + self._stops.flush()
+
+    def interrupt(self) -> str:
+        """Ends it from outside; returns the text that was still held back."""
+        self.reason = "interrupted"
+        piece = self._flush()
+        self.text += piece
+        return piece
+
+
+def generate(
+    prompt: str,
+    model: Model | str | os.PathLike[str] | None = None,
+    *,
+    max_tokens: int | None = 128,
+    stop: Sequence[str] = (),
+    ctx: int | None = None,
+    kv: str = "f16",
+    temp: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """The text that a model writes after a raw prompt (without the prompt).
+
+    Args:
+        model: a ``Model`` or the path of a packed file; None: the embedded demo model.
+        max_tokens: at most this many; None: until the model ends or the context is full.
+        stop: strings that end the text; they are not part of it.
+        ctx, kv: see ``Model.session``.
+        temp, top_k, top_p, min_p, seed: see ``Sampling``; greedy by default.
+
+    Raises:
+        SessionError: the prompt is empty without a bos token to start from, or longer than the context.
+    """
+    from .model import Model, demo_path
+
+    if not isinstance(model, Model):
+        model = Model(demo_path() if model is None else model)
+    ids = model.encode(prompt)
+    tokens = model.session(ctx, kv).generate(
+        ids, max_tokens=max_tokens, temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+    )
+    return "".join(TextGeneration(tokens, stop))

@@ -1,0 +1,216 @@
+"""A packed model, opened: mapping, configuration, tokenizer, chat template, sessions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import _core, packed
+from .container import parse_json
+from .errors import Error, PackedFileError, ResourceError, UnsupportedError
+from .session import MAX_ROWS, Session
+from .text import Vocabulary, decode_utf8, load_tokenizer, one_line
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from .chat import ChatTemplate
+
+DEFAULT_CTX = 4096
+DEVICES = ("cpu", "cuda", "auto")
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+NO_CUDA = "this build has no CUDA backend"
+
+
+class Config(Mapping[str, Any]):
+    """The normalised configuration: field names as in config.json, as keys or attributes, read-only."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__["_values"] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __getattr__(self, name: str) -> Any:
+        values = self.__dict__.get("_values", {})
+        if name not in values:
+            raise AttributeError(f"no configuration key {name!r}")
+        return values[name]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("the configuration is read-only")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Config({self._values})"
+
+
+class Model:
+    """A packed file, mapped: on the CPU nothing is copied.
+
+    Args:
+        path: a ``.dcalm`` file.
+        device: "cpu"; "auto" takes the CPU too and says so in ``notes``.
+        threads: worker threads; None: DEEPCALM_THREADS, else one per core.
+        isa: instruction set by name; None: DEEPCALM_ISA, else the best one this processor has.
+
+    Raises:
+        PackedFileError: the file is missing, damaged or of an unknown version.
+        UnsupportedError: device "cuda", or an instruction set that is unknown or not available here.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], device: str = "cpu", threads: int | None = None, isa: str | None = None
+    ) -> None:
+        if device not in DEVICES:
+            raise ValueError(f"device: {device!r}, expected one of {', '.join(DEVICES)}")
+        if device == "cuda":
+            raise UnsupportedError(f"device 'cuda': {NO_CUDA}")
+        self.path = Path(path)
+        self.device = "cpu"
+        #: What was turned off or replaced, one line each.
+        self.notes: tuple[str, ...] = (f"device auto: cpu, {NO_CUDA}",) if device == "auto" else ()
+        isa = isa or os.environ.get("DEEPCALM_ISA") or None
+        if threads is None:
+            text = os.environ.get("DEEPCALM_THREADS", "")
+            if text and not (text.isascii() and text.isdigit() and int(text) > 0):
+                raise Error(f"DEEPCALM_THREADS: {one_line(text, 40)!r}, expected a positive number")
+            threads = int(text or 0)
+        elif threads < 1:
+            raise ValueError(f"threads: {threads}, expected a positive number")
+        with packed.PackedFile(self.path) as file:
+            self.config = Config(file.config)
+            self.header_sha256 = file.header_sha256
+            self._files = {name: file.tokenizer_file(name) for name in TEXT_FILES}
+            self.core = _core.Model(str(self.path), file.config, file.tensor_table(), isa, threads)
+
+    @property
+    def isa(self) -> str:
+        """Name of the instruction set in use: one name, one set of bits."""
+        return self.core.isa
+
+    @property
+    def threads(self) -> int:
+        """Worker threads."""
+        return self.core.n_threads
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the packed file."""
+        return self.core.file_bytes
+
+    def active_bytes_per_token(self, pos: int, kv: str = "f16") -> int:
+        """Bytes that decoding one token after ``pos`` others reads: weights in use and cache rows."""
+        return self.core.active_bytes_per_token(pos, kv)
+
+    # ---- text
+
+    def _text_file(self, name: str) -> str | None:
+        data = self._files[name]
+        return None if data is None else decode_utf8(data, f"{self.path}: {name}")
+
+    @cached_property
+    def tokenizer_config(self) -> Mapping[str, Any]:
+        """The checkpoint's tokenizer_config.json; empty if it had none."""
+        data = self._files["tokenizer_config.json"] or b"{}"
+        value: Any = parse_json(data, f"{self.path}: tokenizer_config.json", PackedFileError)
+        if not isinstance(value, dict):
+            raise PackedFileError(f"{self.path}: tokenizer_config.json: expected an object")
+        return value
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer (``tokenizers.Tokenizer``). Raises PackedFileError if the file holds none."""
+        data = self._files["tokenizer.json"]
+        if data is None:
+            raise PackedFileError(f"{self.path}: holds no tokenizer; only token ids can be used")
+        return load_tokenizer(data)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Text in and out: bos rule, ids that end generation, incremental decoding."""
+        return Vocabulary(self.tokenizer, self.tokenizer_config, self.config)
+
+    @property
+    def n_valid(self) -> int:
+        """One past the highest token id that may be sampled: the tokenizer's size, or ``vocab_size`` without one."""
+        return self.vocabulary.n_valid if self.has_tokenizer else int(self.config["vocab_size"])
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end generation: of config and generation_config, and the tokenizer's turn ends."""
+        return self.vocabulary.eos_ids if self.has_tokenizer else frozenset(self.config["eos_token_ids"])
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the packed file holds a tokenizer."""
+        return self._files["tokenizer.json"] is not None
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Token ids of ``text``; with ``bos``, exactly one bos in front where the tokenizer adds one (raw prompts).
+
+        Use ``bos=False`` for rendered chat templates, which write it themselves.
+        """
+        return self.vocabulary.encode_prompt(text) if bos else self.vocabulary.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, special tokens left out; bytes that are not UTF-8 become U+FFFD."""
+        return self.vocabulary.decode(ids)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The checkpoint's chat template, or None."""
+        from .chat import ChatTemplate
+
+        return ChatTemplate.from_files(self.tokenizer_config, self._text_file("chat_template.jinja"))
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The conversation as a prompt, special tokens written out; see ``ChatTemplate.render`` for the options.
+
+        Raises:
+            UnsupportedError: the checkpoint has no chat template.
+            Error: the template refuses the conversation or fails.
+        """
+        if self.chat_template is None:
+            raise UnsupportedError(f"{self.path}: has no chat template; use a raw prompt")
+        return self.chat_template.render(messages, **options)
+
+    # ---- sessions
+
+    def session(
+        self, ctx: int | None = None, kv: str = "f16", max_rows: int | None = None, mtp: bool = False
+    ) -> Session:
+        """A new sequence with its own cache.
+
+        Args:
+            ctx: positions; None: the model's maximum, at most 4096.
+            kv: cache type, "f16" | "bf16" | "f32" | "q8".
+            max_rows: tokens per pass.
+            mtp: keep the MTP layer's state up to date (for drafting).
+
+        Raises:
+            SessionError: ctx below 1 or above max_position_embeddings.
+            ResourceError: the cache does not fit into the available memory.
+        """
+        ctx = min(DEFAULT_CTX, int(self.config["max_position_embeddings"])) if ctx is None else ctx
+        return Session(self, ctx, kv, min(MAX_ROWS, max(ctx, 1)) if max_rows is None else max_rows, mtp)
+
+
+def demo_path() -> Path:
+    """The packed file of the embedded demo model.
+
+    Raises:
+        ResourceError: this installation has none.
+    """
+    path = Path(__file__).parent / "demo" / "demo.dcalm"
+    if not path.is_file():
+        raise ResourceError(f"no demo model in this installation ({path}); name a packed file")
+    return path

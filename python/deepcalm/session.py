@@ -1,0 +1,376 @@
+"""One sequence on a model: passes over tokens, truncation, taps, saving and restoring.
+
+The C++ session owns the state (tokens, cache rows, with ``mtp`` also MTP rows and hidden rows not yet used; see
+runtime/session.h). A call that fails or is interrupted leaves it as it was after the last complete pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _core
+from .errors import ResourceError, SessionError
+from .text import one_line
+
+if TYPE_CHECKING:
+    from .generate import Generation
+    from .model import Model
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+KV_TYPES = ("f16", "bf16", "f32", "q8")
+MAX_ROWS = 256  # rows of one pass; Ctrl-C works between passes
+SESSION_VERSION = "1"
+STAGES = (
+    *("embed", "attn_norm", "q_a", "q", "c_kv", "k_rope", "q_absorbed", "attn_latent", "attn_out", "ffn_norm"),
+    *("gate_logits", "topk_idx", "topk_weight", "routed_out", "shared_out", "ffn_out", "layer_out"),
+    *("final_norm", "logits"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Sums over a session's calls. Bytes are counted by the passes from what they touched, not estimated.
+
+    ``prefill_*``: rows of ``prefill``; ``decode_*``: rows of ``decode`` and ``decode_many``. ``passes`` and ``rows``
+    include MTP passes; ``experts_touched`` sums distinct (layer, expert) pairs over passes.
+    """
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    prefill_bytes: int = 0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    decode_bytes: int = 0
+    passes: int = 0
+    rows: int = 0
+    weight_bytes: int = 0
+    cache_bytes: int = 0
+    experts_touched: int = 0
+
+    def __sub__(self, before: Stats) -> Stats:
+        """What was done since ``before``."""
+        return Stats(*(getattr(self, f) - getattr(before, f) for f in self.__dataclass_fields__))
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens per second of ``decode``; 0 before the first."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens per second of ``prefill``; 0 before the first."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_bandwidth(self) -> float:
+        """GB/s (1e9 bytes) that ``decode`` read; 0 before the first."""
+        return self.decode_bytes / self.decode_seconds / 1e9 if self.decode_seconds else 0.0
+
+
+class Session:
+    """A sequence with its cache. Made by ``Model.session``.
+
+    Calls from several threads are serialised. ``prefill`` runs in passes of ``max_rows`` tokens, between which Ctrl-C
+    is served; the logits do not depend on how the rows are grouped.
+    """
+
+    def __init__(self, model: Model, ctx: int, kv: str, max_rows: int, mtp: bool) -> None:
+        if kv not in KV_TYPES:
+            raise ValueError(f"kv: {kv!r}, expected one of {', '.join(KV_TYPES)}")
+        self.model = model
+        self.kv = kv
+        self._core = _core.Session(model.core, ctx, kv, max_rows, mtp)
+        available = available_memory()
+        if available is not None and self._core.cache_bytes > available:  # reserved, not touched yet
+            raise ResourceError(
+                f"a cache of {ctx} positions in {kv} takes {self._core.cache_bytes / 1e9:.2f} GB, "
+                f"{available / 1e9:.2f} GB of memory are available; use a smaller ctx or another kv type"
+            )
+        self._mtp = mtp
+        self._empty = self._core.state()  # shapes for restore()
+        self._taps: dict[str, npt.NDArray[Any]] | None = None
+        self._lock = threading.RLock()
+        self._sums: dict[str, float] = {}
+        self._last_logits: F32 | None = None
+
+    # ---- passes
+
+    def prefill(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]], all_logits: bool = False) -> F32:
+        """Appends tokens.
+
+        Args:
+            ids: [n] token ids, n >= 1.
+            all_logits: every row's logits instead of the last one's.
+
+        Returns:
+            Logits after the last token [vocab_size], or after each [n, vocab_size]; f32, owned by the caller.
+
+        Raises:
+            SessionError: no tokens, an id outside the vocabulary, or more tokens than the context has room for.
+        """
+        return self._run("prefill", ids, all_logits)
+
+    def decode(self, token: int) -> F32:
+        """Appends one token; returns the logits after it, [vocab_size] f32. Raises as ``prefill``."""
+        return self._run("decode", [token], False)
+
+    def decode_many(self, tokens: Sequence[int]) -> F32:
+        """Appends k tokens in as few passes as possible; returns [k, vocab_size] f32. Raises as ``prefill``."""
+        return self._run("decode", tokens, True)
+
+    def _run(self, kind: str, ids: Sequence[int] | npt.NDArray[np.integer[Any]], all_logits: bool) -> F32:
+        rows = np.asarray(ids)
+        if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
+            raise TypeError(f"token ids: expected a flat sequence of integers, found {rows.dtype} {list(rows.shape)}")
+        vocab = int(self.model.config["vocab_size"])
+        if rows.size and not 0 <= int(rows.min()) <= int(rows.max()) < vocab:
+            bad = next(int(i) for i in rows if not 0 <= i < vocab)
+            raise SessionError(f"token id {bad}, expected 0..{vocab - 1}")
+        with self._lock:
+            if not rows.size:
+                raise SessionError("no tokens to process")
+            if self.pos + len(rows) > self.ctx:
+                raise SessionError(
+                    f"{len(rows)} tokens after {self.pos} do not fit the context of {self.ctx}; the model allows up to "
+                    f"{self.model.config['max_position_embeddings']}"
+                )
+            rows = np.ascontiguousarray(rows, np.int32)
+            out = np.empty((len(rows) if all_logits else 0, vocab), np.float32)
+            last = out
+            for i in range(0, len(rows), self._core.max_rows):
+                chunk = rows[i : i + self._core.max_rows]
+                final = i + len(chunk) == len(rows)
+                last = self._pass(kind, chunk, "all" if all_logits else "last" if final else "none")
+                if all_logits:
+                    out[i : i + len(chunk)] = last
+            self._last_logits = last[-1]
+            return out if all_logits else last[0]
+
+    def _pass(self, kind: str, ids: I32, logits: str) -> F32:
+        """One forward pass, counted under ``kind``; its taps are collected."""
+        self._last_logits = None
+        before, start = self._core.stats(), time.perf_counter()
+        out = self._core.forward(ids, logits)
+        seconds, after = time.perf_counter() - start, self._core.stats()
+        read = sum(after[k] - before[k] for k in ("weight_bytes", "cache_bytes"))
+        for key, value in (("tokens", len(ids)), ("seconds", seconds), ("bytes", read)):
+            self._sums[f"{kind}_{key}"] = self._sums.get(f"{kind}_{key}", 0) + value
+        if self._taps is not None:
+            for name, rows in self._core.taps().items():
+                old = self._taps.get(name)
+                self._taps[name] = rows if old is None else np.concatenate([old, rows])
+        return out
+
+    # ---- state
+
+    @property
+    def pos(self) -> int:
+        """Tokens in the cache."""
+        return self._core.pos
+
+    @property
+    def ctx(self) -> int:
+        """Positions the cache has room for."""
+        return self._core.ctx
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes reserved for cache rows and buffers."""
+        return self._core.cache_bytes
+
+    @property
+    def tokens(self) -> I32:
+        """The token ids in the cache, [pos] int32, a copy."""
+        return self._core.tokens
+
+    @property
+    def last_logits(self) -> F32 | None:
+        """Logits after the last token, [vocab_size] f32; None before the first pass and after truncate or restore."""
+        return self._last_logits
+
+    @property
+    def stats(self) -> Stats:
+        """What the session has done so far."""
+        with self._lock:
+            counted = {k: v for k, v in self._core.stats().items() if k in Stats.__dataclass_fields__}
+            return Stats(**counted, **self._sums)  # type: ignore[arg-type]
+
+    def truncate(self, n_tokens: int) -> None:
+        """Forgets all but the first ``n_tokens`` tokens. Raises SessionError if there are fewer."""
+        with self._lock:
+            if not 0 <= n_tokens <= self.pos:
+                raise SessionError(f"cannot truncate to {n_tokens} tokens: the session holds {self.pos}")
+            self._core.truncate(n_tokens)
+            self._last_logits = None
+
+    def reuse(self, ids: Sequence[int]) -> int:
+        """Truncates to the longest common prefix with ``ids``, less than all of them; returns its length.
+
+        One token at least is left to process, because its logits are wanted.
+        """
+        with self._lock:
+            old = self._core.tokens
+            n = min(len(old), len(ids) - 1)
+            differ = np.flatnonzero(old[:n] != np.asarray(ids[:n]))
+            n = int(differ[0]) if len(differ) else n
+            self.truncate(n)
+            return n
+
+    # ---- taps
+
+    @contextlib.contextmanager
+    def trace(self, *names: str) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """Records intermediates while the block runs; the logits are the same bits with and without.
+
+            with session.trace("layers.3.c_kv", "topk_idx") as taps:
+                session.prefill(ids)
+            taps["layers.1.topk_idx"]       # int32 [n, num_experts_per_tok]
+
+        Args:
+            names: "layers.3.c_kv"; a stage alone ("c_kv") means every layer; "mtp.c_kv"; "embed", "final_norm",
+                "logits"; none at all means everything.
+
+        Yields:
+            name -> array [rows, ...], f32 (topk_idx: int32), copies; rows of consecutive passes are joined.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        for name in names:
+            match = re.fullmatch(r"(?:mtp\.|layers\.(\d+)\.)?(\w+)", name)
+            layers = self.model.config["num_hidden_layers"]
+            if match is None or match[2] not in STAGES or int(match[1] or 0) >= layers:
+                raise ValueError(f"no tap {name!r}; after 'layers.N.' or 'mtp.' come {', '.join(STAGES)}")
+        with self._lock:
+            taps: dict[str, npt.NDArray[Any]] = {}
+            self._taps = taps
+            self._core.trace(list(names) or ["*"])
+        try:
+            yield taps
+        finally:
+            with self._lock:
+                self._core.trace(None)
+                self._taps = None
+
+    # ---- generation
+
+    def generate(self, ids: Sequence[int] | None = None, **options: Any) -> Generation:
+        """An iterator over new token ids after ``ids`` (None: after what was prefilled); options: ``Generation``."""
+        from .generate import Generation
+
+        return Generation(self, ids, **options)
+
+    # ---- saving
+
+    def _identity(self) -> dict[str, str]:
+        model = self.model
+        return {
+            "format": "deepcalm-session",
+            "version": SESSION_VERSION,
+            "model": model.header_sha256,
+            "backend": model.device,
+            "isa": model.isa,
+            "kv": self.kv,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the session to ``path`` (a safetensors file), through a temporary file and a rename.
+
+        Raises:
+            ResourceError: the file cannot be written.
+        """
+        import safetensors
+        from safetensors.numpy import save_file
+
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with self._lock:
+            state = self._core.state()
+        try:
+            save_file(state, temporary, self._identity())
+            with temporary.open("rb+") as f:
+                os.fsync(f.fileno())
+            temporary.replace(path)
+        except (OSError, safetensors.SafetensorError) as e:
+            raise ResourceError(f"{path}: cannot be written: {one_line(e)}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def restore(self, path: str | os.PathLike[str], force: bool = False) -> None:
+        """Replaces the session's state by a saved one; the following logits are the same bits as before.
+
+        Args:
+            force: accept a session of another packed file, backend or instruction set whose cache has the same shape;
+                the bits may then differ. The cache type must agree in any case.
+
+        Raises:
+            SessionError: not a saved session, or one that does not fit; the message says what was found.
+        """
+        import safetensors
+
+        path = Path(path)
+        try:
+            with safetensors.safe_open(path, framework="numpy") as f:
+                state = self._checked(path, f, force)
+        except (OSError, safetensors.SafetensorError) as e:
+            raise SessionError(f"{path}: cannot be read as a saved session: {one_line(e)}") from None
+        with self._lock:
+            self._core.load_state(**state)
+            self._last_logits = None
+
+    def _checked(self, path: Path, f: Any, force: bool) -> dict[str, npt.NDArray[Any]]:
+        """The tensors of an open saved session that fits this one."""
+        found, wanted = f.metadata() or {}, self._identity()
+        for key in ("format", "version", "kv") if force else wanted:
+            if found.get(key) != wanted[key]:
+                raise SessionError(
+                    f"{path}: {key} is {one_line(found.get(key), 80)!r}, this session has {wanted[key]!r}"
+                    + ("" if key in ("format", "version", "kv") else "; force=True accepts it, the bits may differ")
+                )
+        names = {"tokens": "I32", "cache": "U8", "mtp_cache": "U8", "hidden": "F32"}
+        shapes = {name: self._shape(path, f, name, dtype) for name, dtype in names.items()}
+        n = shapes["tokens"][0]
+        if n > self.ctx:
+            raise SessionError(f"{path}: {n} tokens, this session's context holds {self.ctx}")
+        state = {name: f.get_tensor(name) for name in names}
+        if not self._mtp:
+            state |= {name: self._empty[name] for name in ("mtp_cache", "hidden")}
+        elif shapes["mtp_cache"][1] + shapes["hidden"][0] + 1 < n:
+            raise SessionError(f"{path}: saved without MTP state; restore it into a session with mtp=False")
+        return state
+
+    def _shape(self, path: Path, f: Any, name: str, dtype: str) -> tuple[int, ...]:
+        """Shape of a tensor whose rank and fixed dimensions are right; load_state() checks the rest."""
+        if name not in f.keys():  # noqa: SIM118  # a safe_open object, no dict
+            raise SessionError(f"{path}: no tensor {name!r}")
+        piece = f.get_slice(name)
+        shape = tuple(piece.get_shape())
+        if piece.get_dtype() != dtype or len(shape) != self._empty[name].ndim:
+            raise SessionError(
+                f"{path}: {name} is {piece.get_dtype()} {list(shape)}, expected {dtype} with {self._empty[name].ndim} "
+                "dimensions"
+            )
+        return shape
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated without swapping (Linux MemAvailable); None where that is unknown."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
