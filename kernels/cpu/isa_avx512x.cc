@@ -21,9 +21,7 @@ struct DotQ8 {
     using Unit = __m512i;
     static DC_INLINE Acc start(int32_t group_sum) { return _mm512_set1_epi32(-128 * group_sum); }
     static DC_INLINE Unit load(const std::byte* p) { return _mm512_loadu_si512(p); }
-    static DC_INLINE void mac(Acc& acc, Unit w, const int8_t* x) {
-        acc = _mm512_dpbusd_epi32(acc, w, broadcast_4(x));
-    }
+    static DC_INLINE void mac(Acc& acc, Unit w, const int8_t* x) { acc = _mm512_dpbusd_epi32(acc, w, broadcast_4(x)); }
     static DC_INLINE F value(Acc acc) { return to_f({acc}); }
 };
 
@@ -104,8 +102,10 @@ struct WeightF8 {
     static DC_INLINE Acc start() { return {_mm512_setzero_ps(), _mm512_setzero_ps()}; }
     static DC_INLINE Unit load(const std::byte* p) {
         const __m512i code = _mm512_loadu_si512(p);
-        const __m512i lo = _mm512_permutex2var_epi8(_mm512_load_si512(kE4m3.lo), code, _mm512_load_si512(kE4m3.lo + 64));
-        const __m512i mag = _mm512_permutex2var_epi8(_mm512_load_si512(kE4m3.hi), code, _mm512_load_si512(kE4m3.hi + 64));
+        const __m512i lo =
+            _mm512_permutex2var_epi8(_mm512_load_si512(kE4m3.lo), code, _mm512_load_si512(kE4m3.lo + 64));
+        const __m512i mag =
+            _mm512_permutex2var_epi8(_mm512_load_si512(kE4m3.hi), code, _mm512_load_si512(kE4m3.hi + 64));
         const __m512i hi = _mm512_ternarylogic_epi32(mag, code, _mm512_set1_epi8(-128), 0xF8);  // mag | (code & sign)
         return {_mm512_unpacklo_epi8(lo, hi), _mm512_unpackhi_epi8(lo, hi)};
     }

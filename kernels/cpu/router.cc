@@ -95,7 +95,7 @@ void route(const RouterArgs& a) noexcept {
             if (groups[g] != groups[g]) continue;  // taken: the group stays
             for (int e = g * size; e < (g + 1) * size; ++e) {
                 choice[e] = noaux ? -kInf : 0.0F;
-                if (!noaux) scores[e] = 0.0F;
+                if (!noaux) scores[e] *= 0.0F;  // the weight too, should it be chosen after all; a NaN stays
             }
         }
     }

@@ -85,9 +85,7 @@ DC_INLINE I load_i8(const void* p) {
 DC_INLINE __m256i pack_u16(I x) {  // lanes 0..65535
     return _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
 }
-DC_INLINE void store_u16(void* p, I x) {
-    _mm256_storeu_si256(static_cast<__m256i*>(p), pack_u16(x & iset1(0xffff)));
-}
+DC_INLINE void store_u16(void* p, I x) { _mm256_storeu_si256(static_cast<__m256i*>(p), pack_u16(x & iset1(0xffff))); }
 DC_INLINE void store_i8(void* p, I x) {  // the low bytes, kept from saturating by the masks
     const __m256i v = pack_u16(x & iset1(0xff));
     _mm_storeu_si128(static_cast<__m128i*>(p),

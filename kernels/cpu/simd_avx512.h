@@ -67,9 +67,7 @@ DC_INLINE __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cas
 DC_INLINE __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 DC_INLINE I load_u16(const void* p) { return {_mm512_cvtepu16_epi32(load_256(p))}; }
 DC_INLINE I load_i8(const void* p) { return {_mm512_cvtepi8_epi32(load_128(p))}; }
-DC_INLINE void store_u16(void* p, I a) {
-    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
-}
+DC_INLINE void store_u16(void* p, I a) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v)); }
 DC_INLINE void store_i8(void* p, I a) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
 DC_INLINE F load_f16(const void* p) { return {_mm512_cvtph_ps(load_256(p))}; }
 DC_INLINE void store_f16(void* p, F a) {
@@ -102,10 +100,10 @@ DC_INLINE void sum_block(const F (&a)[16], float* out) {
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
         const F* v = a + 4 * k;
-        const __m512 lo = _mm512_add_ps(_mm512_shuffle_f32x4(v[0].v, v[1].v, 0x88),
-                                        _mm512_shuffle_f32x4(v[0].v, v[1].v, 0xdd));
-        const __m512 hi = _mm512_add_ps(_mm512_shuffle_f32x4(v[2].v, v[3].v, 0x88),
-                                        _mm512_shuffle_f32x4(v[2].v, v[3].v, 0xdd));
+        const __m512 lo =
+            _mm512_add_ps(_mm512_shuffle_f32x4(v[0].v, v[1].v, 0x88), _mm512_shuffle_f32x4(v[0].v, v[1].v, 0xdd));
+        const __m512 hi =
+            _mm512_add_ps(_mm512_shuffle_f32x4(v[2].v, v[3].v, 0x88), _mm512_shuffle_f32x4(v[2].v, v[3].v, 0xdd));
         quarter[k] = _mm512_add_ps(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xdd));
     }
     const __m512 x =

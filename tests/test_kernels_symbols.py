@@ -1,0 +1,63 @@
+"""An ISA object exports its table and nothing else.
+
+A weak symbol (an inline function or a template of some header) would be merged by the linker with the copies of other
+objects, and code compiled for AVX-512 could then run on a processor without it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ISAS = ["scalar", "avx2", "avx512", "avx512x"]
+
+
+def isa_object(isa: str, tmp_path: Path) -> Path:
+    """The newest object of a build (build/, or $DEEPCALM_BUILD_DIR), else one compiled here with the build's flags."""
+    source = ROOT / "kernels" / "cpu" / f"isa_{isa}.cc"
+    builds = [Path(os.environ["DEEPCALM_BUILD_DIR"])] if "DEEPCALM_BUILD_DIR" in os.environ else []
+    builds += (ROOT / "build").glob("*")
+    found = [b / "CMakeFiles" / "dc_kernels.dir" / "kernels" / "cpu" / f"isa_{isa}.cc.o" for b in builds]
+    newest = max(p.stat().st_mtime for p in [source, *(ROOT / "kernels").rglob("*.h")])
+    fresh = [p for p in found if p.exists() and p.stat().st_mtime > newest]
+    if fresh:
+        return fresh[0]
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no object in build/ and no compiler")
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+
+    def flags(name: str) -> list[str]:
+        match = re.search(rf"set\(isa_flags_{name} ([^)]*)\)", cmake)
+        assert match, f"CMakeLists.txt: isa_flags_{name} not found"
+        words = match.group(1).replace('""', "").split()
+        return [f for w in words for f in (flags(w[len("${isa_flags_") : -1]) if w.startswith("${") else [w])]
+
+    common = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-ffp-contract=off"]
+    common += ["-fno-math-errno", "-fno-exceptions", "-fno-rtti", "-fno-asynchronous-unwind-tables", f"-I{ROOT}"]
+    out = tmp_path / f"{isa}.o"
+    subprocess.run([compiler, *common, *flags(isa), "-c", source, "-o", out], check=True)
+    return out
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_isa_object_exports_only_its_table(isa: str, tmp_path: Path) -> None:
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("no nm")
+    listing = subprocess.run([nm, "-C", isa_object(isa, tmp_path)], check=True, capture_output=True, text=True).stdout
+    kinds = [re.match(r"[0-9a-f ]{16} (\w) (.*)", line) for line in listing.splitlines()]
+    symbols = [(m.group(1), m.group(2)) for m in kinds if m]
+    assert symbols
+    assert [name for kind, name in symbols if kind.isupper() and kind != "U"] == [f"deepcalm::kernels_{isa}"]
+    assert not [name for kind, name in symbols if kind in "wvuWV"], "weak symbols"
+    undefined = {name for kind, name in symbols if kind == "U"}
+    if any("asan" in name or "ubsan" in name for name in undefined):
+        pytest.skip("sanitizer build")
+    assert undefined <= {"memcpy", "memset", "memmove", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}
