@@ -42,8 +42,9 @@ DC_INLINE float from_f16(uint16_t h) {
 
 DC_INLINE uint16_t to_f16(float f) {
     const uint32_t u = bits_of(f), sign = (u >> 16) & 0x8000U, mag = u & 0x7FFFFFFFU;
-    const uint32_t normal = (mag + 0xFFFU + ((mag >> 13) & 1U) - (112U << 23)) >> 13;  // carries into infinity by itself
-    const uint32_t subnormal = bits_of(float_of(mag) + 0.5F) - bits_of(0.5F);          // the sum rounds at 2^-24
+    const uint32_t normal =
+        (mag + 0xFFFU + ((mag >> 13) & 1U) - (112U << 23)) >> 13;              // carries into infinity by itself
+    const uint32_t subnormal = bits_of(float_of(mag) + 0.5F) - bits_of(0.5F);  // the sum rounds at 2^-24
     const uint32_t special = mag > kInfBits ? 0x7E00U : 0x7C00U;
     return static_cast<uint16_t>(sign | (mag >= 0x47800000U ? special : mag >= 0x38800000U ? normal : subnormal));
 }
@@ -235,7 +236,9 @@ DC_INLINE bool pack_f8(PackArgs& a) {
 DC_INLINE bool pack_any(PackArgs& a) {
     if (a.format == Format::kF8) return pack_f8(a);
     const int tile_bytes = info(a.format).tile_bytes;
-    const uint32_t limit = a.format == Format::kF16 ? kOverflowF16 : a.format == Format::kBF16 ? kOverflowBF16 : kInfBits;
+    const uint32_t limit = a.format == Format::kF16    ? kOverflowF16
+                           : a.format == Format::kBF16 ? kOverflowBF16
+                                                       : kInfBits;
     std::byte* out = a.out;
     Strip s;
     for (int row0 = 0; row0 < a.rows; row0 += kTileRows) {
@@ -298,7 +301,8 @@ uint8_t f32_to_e4m3(float f) noexcept { return to_e4m3(f); }
 
 bool pack_tiles(PackArgs& args) noexcept {
 #if defined(__x86_64__) && defined(__GNUC__)
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
         return pack_avx512(args);
     }
     if (__builtin_cpu_supports("avx2")) return pack_avx2(args);

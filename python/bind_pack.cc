@@ -42,8 +42,9 @@ class ConfigReader {
     void get(const char* key, int& out) {
         const py::object v = take(key);
         int overflow = 0;
-        const long long n = py::isinstance<py::int_>(v) && !PyBool_Check(v.ptr()) ? PyLong_AsLongLongAndOverflow(v.ptr(), &overflow)
-                                                                                  : mistyped(key, v, "an integer");
+        const long long n = py::isinstance<py::int_>(v) && !PyBool_Check(v.ptr())
+                                ? PyLong_AsLongLongAndOverflow(v.ptr(), &overflow)
+                                : mistyped(key, v, "an integer");
         if (overflow != 0 || n < std::numeric_limits<int>::min() || n > std::numeric_limits<int>::max()) {
             bad_config(key, " does not fit 32 bits");
         }
@@ -199,8 +200,8 @@ struct Source {
     const uint8_t* data = nullptr;  // [n_rows, stride bytes]
     int64_t stride = 0;             // bytes of a row; i4: two codes a byte, low nibble first
     int n_rows = 0, cols = 0;
-    int first_row = 0;                  // index of row 0 of `data` in the tensor; places it in the f8 scale grid
-    const float* f8_scale = nullptr;    // [*, f8_scale_cols] one per block of the whole tensor
+    int first_row = 0;                // index of row 0 of `data` in the tensor; places it in the f8 scale grid
+    const float* f8_scale = nullptr;  // [*, f8_scale_cols] one per block of the whole tensor
     int64_t f8_scale_cols = 0;
     int block_rows = 1, block_cols = 1;
     const uint16_t* i4_scale = nullptr;  // [n_rows, i4_groups]
@@ -258,8 +259,8 @@ struct Source {
 int64_t kind_bits(Kind kind) { return kind == Kind::kF32 ? 32 : kind == Kind::kF8 ? 8 : kind == Kind::kI4 ? 4 : 16; }
 
 // The arrays must outlive the Source; all sizes are checked here, so the loops need not.
-Source make_source(const std::string& kind, const Bytes& data, int cols, int first_row, const py::object& scale, int block_rows,
-                   int block_cols, const std::string& scale_dtype) {
+Source make_source(const std::string& kind, const Bytes& data, int cols, int first_row, const py::object& scale,
+                   int block_rows, int block_cols, const std::string& scale_dtype) {
     Source s;
     s.kind = kind_from_name(kind);
     require(data.ndim() == 2, "source must be [rows, row bytes]");
@@ -283,7 +284,8 @@ Source make_source(const std::string& kind, const Bytes& data, int cols, int fir
     } else if (s.kind == Kind::kI4) {
         const auto a = same_array<Halves>(scale);
         require(block_cols >= 32 && block_cols % 32 == 0, "i4 group must be a multiple of 32");
-        require(a.ndim() == 2 && a.shape(0) == s.n_rows && a.shape(1) >= dc::ceil_div(cols, block_cols), "i4 scales are too few");
+        require(a.ndim() == 2 && a.shape(0) == s.n_rows && a.shape(1) >= dc::ceil_div(cols, block_cols),
+                "i4 scales are too few");
         s.i4_scale = a.data();
         s.i4_groups = a.shape(1);
         s.group = block_cols;
@@ -335,10 +337,15 @@ struct PackCall {
                     for (int c = 0; c < cols; ++c) dst[c] = all[static_cast<size_t>(int64_t{c} * rows + row0 + r)];
                 }
             }
-            dc::PackArgs args{.w = strip.data(), .w_stride = cols, .rows = n, .cols = cols, .format = format,
+            dc::PackArgs args{.w = strip.data(),
+                              .w_stride = cols,
+                              .rows = n,
+                              .cols = cols,
+                              .format = format,
                               .out = out + row0 / dc::kTileRows * tile_stride,
                               .scales = scales == nullptr ? nullptr : scales + row0 / scale_rows * scales_per_row,
-                              .scale_rows = scale_rows, .scale_cols = scale_cols};
+                              .scale_rows = scale_rows,
+                              .scale_cols = scale_cols};
             if (!dc::pack_tiles(args)) return fail(row0 + args.bad_row, args.bad_col);
         }
         return true;
@@ -373,7 +380,8 @@ struct PackCall {
                 const int i = index[static_cast<size_t>(row0 + r)];
                 std::memcpy(strip.data() + r * stride, src.row(i), static_cast<size_t>(stride));
                 const uint16_t* s = src.i4_scale + i * src.i4_groups;
-                for (int64_t g = 0; g < groups; ++g) scale[static_cast<size_t>(r * groups + g)] = s[g * dc::kTileCols / src.group];
+                for (int64_t g = 0; g < groups; ++g)
+                    scale[static_cast<size_t>(r * groups + g)] = s[g * dc::kTileCols / src.group];
             }
             int r = 0, c = 0;
             std::byte* dst = out + row0 / dc::kTileRows * tile_stride;
@@ -388,7 +396,8 @@ struct PackCall {
 py::object pack_rows(const Bytes& out, int64_t out_offset, int64_t tile_stride, const std::string& format,
                      const std::string& format_scale, int rows, int cols, const Rows& index, bool transpose, bool exact,
                      const std::string& kind, const Bytes& data, int first_row, const py::object& scale, int block_rows,
-                     int block_cols, const std::string& scale_dtype, const py::object& out_scales, int scale_rows, int scale_cols) {
+                     int block_cols, const std::string& scale_dtype, const py::object& out_scales, int scale_rows,
+                     int scale_cols) {
     PackCall call;
     require(rows >= 1 && cols >= 1 && index.ndim() == 1 && index.size() == (transpose ? cols : rows), "bad row index");
     call.src = make_source(kind, data, transpose ? rows : cols, first_row, scale, block_rows, block_cols, scale_dtype);
@@ -399,7 +408,8 @@ py::object pack_rows(const Bytes& out, int64_t out_offset, int64_t tile_stride, 
     call.cols = cols;
     call.format = format_from_name(format, format_scale);
     call.exact = exact;
-    const bool is_f8 = call.format == dc::Format::kF8, is_q4 = call.format == dc::Format::kQ4 || call.format == dc::Format::kQ4B;
+    const bool is_f8 = call.format == dc::Format::kF8,
+               is_q4 = call.format == dc::Format::kQ4 || call.format == dc::Format::kQ4B;
     require(!exact || (is_f8 && call.src.kind == Kind::kF8) || (is_q4 && call.src.kind == Kind::kI4 && !transpose),
             "the source's codes are not of this format");
     require(exact || call.format != dc::Format::kQ4B, "bf16-scaled q4 only keeps existing codes");
@@ -412,7 +422,8 @@ py::object pack_rows(const Bytes& out, int64_t out_offset, int64_t tile_stride, 
     call.tile_stride = tile_stride;
     if (is_f8 && !exact) {
         auto s = same_array<Floats>(out_scales);
-        require(scale_rows >= 16 && scale_rows % 16 == 0 && scale_cols >= 32 && scale_cols % 32 == 0, "bad scale block");
+        require(scale_rows >= 16 && scale_rows % 16 == 0 && scale_cols >= 32 && scale_cols % 32 == 0,
+                "bad scale block");
         require(scale_rows == 16 || tile_stride == row_tile_bytes, "alternating parts need scale blocks of 16 rows");
         require(s.size() == dc::ceil_div(rows, scale_rows) * dc::ceil_div(cols, scale_cols), "wrong number of scales");
         call.scales = s.mutable_data();
@@ -427,13 +438,15 @@ py::object pack_rows(const Bytes& out, int64_t out_offset, int64_t tile_stride, 
     return bad_at(ok, call.bad_row, call.bad_col);
 }
 
-py::object convert_rows(const py::array& out, const std::string& to, const std::string& kind, const Bytes& data, int cols,
-                        int first_row, const py::object& scale, int block_rows, int block_cols, const std::string& scale_dtype) {
+py::object convert_rows(const py::array& out, const std::string& to, const std::string& kind, const Bytes& data,
+                        int cols, int first_row, const py::object& scale, int block_rows, int block_cols,
+                        const std::string& scale_dtype) {
     const Source src = make_source(kind, data, cols, first_row, scale, block_rows, block_cols, scale_dtype);
     const Kind target = kind_from_name(to);
     require(target == Kind::kF32 || target == Kind::kBF16 || target == Kind::kF16, "target must be f32, bf16 or f16");
     const int64_t elem = kind_bits(target) / 8;
-    require((out.flags() & py::array::c_style) != 0 && out.writeable() && out.nbytes() == elem * src.n_rows * cols, "output has the wrong size");
+    require((out.flags() & py::array::c_style) != 0 && out.writeable() && out.nbytes() == elem * src.n_rows * cols,
+            "output has the wrong size");
     auto* dst = static_cast<std::byte*>(py::array(out).mutable_data());
     int row = 0, col = 0;
     bool ok = true;
@@ -464,8 +477,9 @@ py::object convert_rows(const py::array& out, const std::string& to, const std::
     return bad_at(ok, row - 1, col);
 }
 
-Floats unpack_slice(const Bytes& data, const py::object& scales, const std::string& format, const std::string& format_scale,
-                    int n_slices, int rows, int cols, int scale_rows, int scale_cols, int slice) {
+Floats unpack_slice(const Bytes& data, const py::object& scales, const std::string& format,
+                    const std::string& format_scale, int n_slices, int rows, int cols, int scale_rows, int scale_cols,
+                    int slice) {
     dc::PackedTensor w;
     w.format = format_from_name(format, format_scale);
     require(n_slices >= 1 && rows >= 1 && cols >= 1 && slice >= 0 && slice < n_slices, "bad shape");
@@ -477,7 +491,8 @@ Floats unpack_slice(const Bytes& data, const py::object& scales, const std::stri
     Floats s;
     if (w.format == dc::Format::kF8) {
         s = same_array<Floats>(scales);
-        require(scale_rows >= 16 && scale_rows % 16 == 0 && scale_cols >= 32 && scale_cols % 32 == 0, "bad scale block");
+        require(scale_rows >= 16 && scale_rows % 16 == 0 && scale_cols >= 32 && scale_cols % 32 == 0,
+                "bad scale block");
         w.scale_rows = scale_rows;
         w.scale_cols = scale_cols;
         require(s.size() == n_slices * w.slice_scales(), "wrong number of scales");
@@ -541,24 +556,30 @@ void init_pack(py::module_& m) {
     m.attr("TILE_ROWS") = dc::kTileRows;
     m.attr("TILE_COLS") = dc::kTileCols;
     m.def("formats", &formats, "The weight formats: list of {name, scale, tile_bytes, sum_block_cols, act, dot_tol}.");
-    m.def("validate_config", [](const py::dict& cfg) { config_from_dict(cfg); }, py::arg("config"),
-          "Checks a normalised configuration; raises ConfigError naming the key.");
+    m.def(
+        "validate_config", [](const py::dict& cfg) { config_from_dict(cfg); }, py::arg("config"),
+        "Checks a normalised configuration; raises ConfigError naming the key.");
     m.def("expected_tensors", &expected_tensors, py::arg("config"),
-          "The tensors of a packed model in file order: list of {name, role, tiled, stacked, n_slices, rows, cols, parts, "
+          "The tensors of a packed model in file order: list of {name, role, tiled, stacked, n_slices, rows, cols, "
+          "parts, "
           "interleaved, formats}.");
-    m.def("pack_rows", &pack_rows, py::arg("out").noconvert(), py::arg("out_offset"), py::arg("tile_stride"), py::arg("format"),
-          py::arg("format_scale"), py::arg("rows"), py::arg("cols"), py::arg("index").noconvert(), py::arg("transpose"),
-          py::arg("exact"), py::arg("kind"), py::arg("data").noconvert(), py::arg("first_row") = 0, py::arg("scale") = py::none(),
-          py::arg("block_rows") = 1, py::arg("block_cols") = 32, py::arg("scale_dtype") = "", py::arg("out_scales") = py::none(),
+    m.def("pack_rows", &pack_rows, py::arg("out").noconvert(), py::arg("out_offset"), py::arg("tile_stride"),
+          py::arg("format"), py::arg("format_scale"), py::arg("rows"), py::arg("cols"), py::arg("index").noconvert(),
+          py::arg("transpose"), py::arg("exact"), py::arg("kind"), py::arg("data").noconvert(),
+          py::arg("first_row") = 0, py::arg("scale") = py::none(), py::arg("block_rows") = 1,
+          py::arg("block_cols") = 32, py::arg("scale_dtype") = "", py::arg("out_scales") = py::none(),
           py::arg("scale_rows") = 128, py::arg("scale_cols") = 128,
           "Packs rows of one source tensor into row tiles of `out` (uint8). index: int32 source row of each packed row "
-          "(transpose: of each packed column). kind: f32|bf16|f16|f8|i4; scale: f32 grid (f8) or uint16 [rows, groups] (i4). "
+          "(transpose: of each packed column). kind: f32|bf16|f16|f8|i4; scale: f32 grid (f8) or uint16 [rows, groups] "
+          "(i4). "
           "Returns None, or (source row, source column) of the first value that does not fit.");
-    m.def("convert_rows", &convert_rows, py::arg("out"), py::arg("to"), py::arg("kind"), py::arg("data").noconvert(), py::arg("cols"),
-          py::arg("first_row") = 0, py::arg("scale") = py::none(), py::arg("block_rows") = 1, py::arg("block_cols") = 32,
-          py::arg("scale_dtype") = "",
-          "Converts source rows to plain f32|bf16|f16 in `out`. Returns None, or (row, column) of the first value that does not fit.");
-    m.def("unpack_slice", &unpack_slice, py::arg("data").noconvert(), py::arg("scales"), py::arg("format"), py::arg("format_scale"),
-          py::arg("n_slices"), py::arg("rows"), py::arg("cols"), py::arg("scale_rows") = 128, py::arg("scale_cols") = 128,
-          py::arg("slice") = 0, "One slice of a packed tensor as f32 [rows, cols]; data: uint8, all slices.");
+    m.def("convert_rows", &convert_rows, py::arg("out"), py::arg("to"), py::arg("kind"), py::arg("data").noconvert(),
+          py::arg("cols"), py::arg("first_row") = 0, py::arg("scale") = py::none(), py::arg("block_rows") = 1,
+          py::arg("block_cols") = 32, py::arg("scale_dtype") = "",
+          "Converts source rows to plain f32|bf16|f16 in `out`. Returns None, or (row, column) of the first value that "
+          "does not fit.");
+    m.def("unpack_slice", &unpack_slice, py::arg("data").noconvert(), py::arg("scales"), py::arg("format"),
+          py::arg("format_scale"), py::arg("n_slices"), py::arg("rows"), py::arg("cols"), py::arg("scale_rows") = 128,
+          py::arg("scale_cols") = 128, py::arg("slice") = 0,
+          "One slice of a packed tensor as f32 [rows, cols]; data: uint8, all slices.");
 }

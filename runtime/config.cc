@@ -42,8 +42,9 @@ Status validate_moe(const ModelConfig& c) {
                    noaux ? "sigmoid (topk_method noaux_tc)" : "softmax (topk_method greedy or group_limited_greedy)");
     }
     if (c.norm_topk_prob && !noaux) {
-        return bad("norm_topk_prob", "true",
-                   "false with softmax routing: the released codes disagree on whether the normalised weights are scaled");
+        return bad(
+            "norm_topk_prob", "true",
+            "false with softmax routing: the released codes disagree on whether the normalised weights are scaled");
     }
     if (c.topk_method == TopkMethod::kGreedy) return {};
     if (c.n_routed_experts % c.n_group != 0) {
@@ -52,7 +53,8 @@ Status validate_moe(const ModelConfig& c) {
     }
     const int group_size = c.n_routed_experts / c.n_group;
     if (noaux && c.n_group > 1 && group_size < 2) {
-        return bad("n_group", std::to_string(c.n_group), "groups of at least 2 experts (noaux_tc adds the two best of a group)");
+        return bad("n_group", std::to_string(c.n_group),
+                   "groups of at least 2 experts (noaux_tc adds the two best of a group)");
     }
     return in_range("num_experts_per_tok", c.num_experts_per_tok, 1, int64_t{group_size} * c.topk_group);
 }
@@ -61,7 +63,8 @@ Status validate_moe(const ModelConfig& c) {
 
 Status validate(const ModelConfig& c) {
     const auto printable = [](char ch) { return ch > ' ' && ch <= '~'; };
-    if (c.model_type.empty() || c.model_type.size() > 64 || !std::all_of(c.model_type.begin(), c.model_type.end(), printable)) {
+    if (c.model_type.empty() || c.model_type.size() > 64 ||
+        !std::all_of(c.model_type.begin(), c.model_type.end(), printable)) {
         return bad("model_type", "no such name", "1..64 printable characters");
     }
     DC_TRY_STATUS(in_range("hidden_size", c.hidden_size, 1, kMaxHiddenSize));
@@ -71,7 +74,8 @@ Status validate(const ModelConfig& c) {
     DC_TRY_STATUS(in_range("kv_lora_rank", c.kv_lora_rank, 1, kMaxLoraRank));
     DC_TRY_STATUS(in_range("qk_nope_head_dim", c.qk_nope_head_dim, 1, kMaxHeadDim));
     DC_TRY_STATUS(in_range("qk_rope_head_dim", c.qk_rope_head_dim, 2, kMaxHeadDim));
-    if (c.qk_rope_head_dim % 2 != 0) return bad("qk_rope_head_dim", std::to_string(c.qk_rope_head_dim), "an even number");
+    if (c.qk_rope_head_dim % 2 != 0)
+        return bad("qk_rope_head_dim", std::to_string(c.qk_rope_head_dim), "an even number");
     DC_TRY_STATUS(in_range("v_head_dim", c.v_head_dim, 1, kMaxHeadDim));
     DC_TRY_STATUS(in_range("n_routed_experts", c.n_routed_experts, 0, kMaxExperts));
     DC_TRY_STATUS(in_range("first_k_dense_replace", c.first_k_dense_replace, 0, c.num_hidden_layers));
@@ -82,7 +86,8 @@ Status validate(const ModelConfig& c) {
     DC_TRY_STATUS(real("rope_theta", c.rope_theta, 1, true));
     if (c.rope_type == RopeType::kYarn) {
         DC_TRY_STATUS(real("rope_factor", c.rope_factor, 1, false));
-        DC_TRY_STATUS(in_range("original_max_position_embeddings", c.original_max_position_embeddings, 1, kMaxPositions));
+        DC_TRY_STATUS(
+            in_range("original_max_position_embeddings", c.original_max_position_embeddings, 1, kMaxPositions));
         DC_TRY_STATUS(real("beta_fast", c.beta_fast, 0, true));
         DC_TRY_STATUS(real("beta_slow", c.beta_slow, 0, true));
         DC_TRY_STATUS(real("mscale", c.mscale, 0, false));

@@ -25,12 +25,13 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 KINDS = {"F32": "f32", "BF16": "bf16", "F16": "f16", "F8_E4M3": "f8"}
-_BITS = {"f32": 32, "bf16": 16, "f16": 16, "f8": 8, "i4": 4}
-# Tensors that only other quantisations have -> its name. Presence refuses the weight they belong to.
+Bytes = npt.NDArray[np.uint8]
+_BITS = {"f32": 32, "bf16": 16, "f16": 16, "f8": 8}
+# Tensors that only other quantisations have, and whose they are. One of these beside a weight refuses it.
 _FOREIGN = {
     "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "scales": "GPTQ or AWQ", "g_idx": "GPTQ",
     "weight_zero_point": "zero points", "weight_g_idx": "activation ordering", "weight_scale_2": "NVFP4",
-    "weight_blocks": "MXFP4", "weight_scales": "MXFP4", "SCB": "bitsandbytes int8", "weight_format": "bitsandbytes int8",
+    "weight_blocks": "MXFP4", "weight_scales": "MXFP4", "SCB": "bitsandbytes int8", "weight_format": "bitsandbytes",
     "weight.absmax": "bitsandbytes 4-bit", "weight.quant_map": "bitsandbytes 4-bit",
 }  # fmt: skip
 
@@ -47,7 +48,7 @@ class Weight:
     rows: int
     cols: int
     data: TensorInfo
-    scale: TensorInfo | None = None  # f8: f32 grid over blocks; i4: bf16 or f16 [rows, cols / group]
+    scale: TensorInfo | None = None  # f8: f32 grid over blocks; i4: bf16 or f16 [rows, ceil(cols / group)]
     block: tuple[int, int] = (1, 1)  # f8: scale block; i4: (1, group)
     extra: tuple[str, ...] = ()  # further tensors that belong to it (weight_shape)
 
@@ -75,10 +76,9 @@ class Weight:
 class Checkpoint:
     """An open checkpoint folder. Use as a context manager, or close().
 
-    Attributes: ``path``; ``raw_config`` (unwrapped config.json), ``generation`` (generation_config.json or {});
-    ``prefix`` of the text tensors' names; ``tensors``: name -> TensorInfo; ``mtp_dropped``: why an MTP layer in the
-    files is not used, or ""; ``config``: the normalised configuration.
-    Raises CheckpointError or its subclass ConfigError.
+    ``raw_config``: config.json (of the text model); ``generation``: generation_config.json or {}; ``config``: the
+    normalised configuration; ``prefix`` of the text model's tensors; ``tensors``: name -> TensorInfo; ``mtp_dropped``:
+    why an MTP layer in the files is not used, or "". Raises CheckpointError or its subclass ConfigError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -106,58 +106,56 @@ class Checkpoint:
 
     # ---- opening ----------------------------------------------------------------------------------------------------
 
-    def _json(self, name: str, limit: int = MAX_CONFIG_BYTES) -> Any:
+    def _object(self, name: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
         path = self.path / name
-        return parse_json(read_file(path, limit, CheckpointError), str(path), CheckpointError)
+        value = parse_json(read_file(path, limit, CheckpointError), str(path), CheckpointError)
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path}: expected a JSON object")
+        return value
 
     def _open(self) -> None:
-        if not self.path.is_dir():
-            raise CheckpointError(f"{self.path}: not a folder, expected a Hugging Face checkpoint with config.json")
         if not (self.path / "config.json").exists():
-            raise CheckpointError(f"{self.path}: no config.json")
+            what = "no config.json in it" if self.path.is_dir() else "no such folder"
+            raise CheckpointError(f"{self.path}: {what}, expected a Hugging Face checkpoint")
         where = str(self.path / "config.json")
-        self.raw_config, self.prefix = hf_config.unwrap(self._json("config.json"), where)
+        self.raw_config, self.prefix = hf_config.unwrap(self._object("config.json"), where)
         self.quantisation = hf_config.quantisation(self.raw_config, where)
-        generation = self._json("generation_config.json") if (self.path / "generation_config.json").exists() else {}
-        if not isinstance(generation, dict):
-            raise CheckpointError(f"{self.path / 'generation_config.json'}: expected a JSON object")
-        self.generation: dict[str, Any] = generation
+        has_generation = (self.path / "generation_config.json").exists()
+        self.generation = self._object("generation_config.json") if has_generation else {}
+        self.config = self._normalised(0)
         self._open_shards()
-        self.config = self.normalised_config(0)  # names every fault of the file before any tensor is looked at
-        self.mtp_dropped = self._mtp_missing()
+        self.mtp_prefix = f"{self.prefix}model.layers.{self.config['num_hidden_layers']}."
+        self.has_mtp = self.has_weight(self.mtp_prefix + "eh_proj.weight")
+        self.mtp_dropped = self._mtp_missing() if self.has_mtp else ""
         if self.has_mtp and not self.mtp_dropped:
-            self.config = self.normalised_config(1)
+            self.config = self._normalised(1)
 
-    def normalised_config(self, n_mtp: int) -> dict[str, Any]:
-        """The normalised configuration with that many MTP layers (0 or 1)."""
+    def _normalised(self, n_mtp: int) -> dict[str, Any]:
         return hf_config.normalise(self.raw_config, self.generation, n_mtp, str(self.path / "config.json"))
 
     def _open_shards(self) -> None:
+        weight_map: dict[str, Any] = {}
+        shards = ["model.safetensors"]
         if (self.path / INDEX).exists():
-            index = self._json(INDEX, MAX_HEADER_BYTES)
-            weight_map = index.get("weight_map") if isinstance(index, dict) else None
+            weight_map = self._object(INDEX, MAX_HEADER_BYTES).get("weight_map") or {}
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{self.path / INDEX}: weight_map is missing or empty")
             for name, shard in weight_map.items():
                 plain = isinstance(shard, str) and shard.endswith(".safetensors") and shard.isprintable()
                 if not plain or "/" in shard or "\\" in shard or shard.startswith("."):
-                    raise CheckpointError(
-                        f"{self.path / INDEX}: {show(name)} is in {show(shard)}, expected the name of a .safetensors file "
-                        "in the same folder"
-                    )
+                    expected = "the name of a .safetensors file in the same folder"
+                    raise CheckpointError(f"{self.path / INDEX}: {show(name)} is in {show(shard)}, expected {expected}")
             shards = sorted(set(weight_map.values()))
-        elif (self.path / "model.safetensors").exists():
-            weight_map, shards = {}, ["model.safetensors"]
-        else:
-            found = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors", ".gguf"))
-            hint = f"; found {', '.join(map(show, found[:3]))}" if found else ""
-            pickle = any(name.endswith((".bin", ".pt", ".pth")) for name in found)
-            hint += " (pickle files are not read: convert to safetensors)" if pickle else ""
-            raise CheckpointError(f"{self.path}: neither model.safetensors nor {INDEX}{hint}")
+        elif not (self.path / shards[0]).exists():
+            weights = (".bin", ".pt", ".pth", ".safetensors", ".gguf")
+            found = sorted(p.name for p in self.path.glob("*") if p.suffix in weights)
+            pickled = any(name.endswith(weights[:3]) for name in found)
+            hint = " (pickle files are not read: convert to safetensors)" if pickled else ""
+            raise CheckpointError(f"{self.path}: neither {shards[0]} nor {INDEX}; found {show(found)}{hint}")
         for shard in shards:
             f = self._files[shard] = File(self.path / shard, CheckpointError)
-            header = self._headers[shard] = read_header(f)
-            for name, info in header.tensors.items():
+            self._headers[shard] = read_header(f)
+            for name, info in self._headers[shard].tensors.items():
                 if name in self.tensors:
                     raise CheckpointError(f"{f.path}: tensor {show(name)} is also in {self._file_of[name]}")
                 self.tensors[name] = info
@@ -166,103 +164,76 @@ class Checkpoint:
             if self._file_of.get(name) != shard:
                 raise CheckpointError(f"{self.path / shard}: tensor {show(name)} is missing, {INDEX} lists it there")
 
-    @property
-    def has_mtp(self) -> bool:
-        """Whether layer ``num_hidden_layers`` has an ``eh_proj``: an MTP layer, complete or not."""
-        return self.has_weight(f"{self.mtp_prefix}eh_proj.weight")
-
-    @property
-    def mtp_prefix(self) -> str:
-        """Prefix of the MTP layer's tensor names."""
-        return f"{self.prefix}model.layers.{self.config['num_hidden_layers']}."
-
     def _mtp_missing(self) -> str:
-        if not self.has_mtp:
-            return ""
-        spec = _core.expected_tensors(self.normalised_config(1))
-        for t in spec:
-            if not t["name"].startswith("mtp."):
-                continue
-            for name in source_names(t["name"], t["n_slices"], self):
-                if not self.has_weight(name):
-                    return f"{name} is missing"
+        for spec in _core.expected_tensors(self._normalised(1)):
+            if spec["name"].startswith("mtp."):
+                for name in source_names(spec["name"], spec["n_slices"], self):
+                    if not self.has_weight(name):
+                        return f"{name} is missing"
         return ""
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
-    def shard_of(self, tensor: str) -> Path:
-        """The file that holds a tensor."""
-        return self.path / self._file_of[tensor]
+    def where(self, tensor: str) -> str:
+        """File and tensor, for messages."""
+        return f"{self.path / self._file_of[tensor]}: tensor {tensor}"
 
     def has_weight(self, name: str) -> bool:
         """Whether ``name`` ("...weight" or a bias) is stored in any form, supported or not."""
         base = name.removesuffix("weight")
-        return name in self.tensors or base + "weight_packed" in self.tensors or base + "qweight" in self.tensors
+        return any(n in self.tensors for n in (name, base + "weight_packed", base + "qweight", base + "weight_blocks"))
 
     def weight(self, name: str, shape: tuple[int, ...]) -> Weight:
         """The weight ``name`` of natural ``shape`` (1-D or 2-D); refuses other shapes, dtypes and quantisations."""
         base = name.removesuffix("weight")
         for suffix, what in _FOREIGN.items():
             if base != name and base + suffix in self.tensors:
-                raise CheckpointError(f"{self.shard_of(base + suffix)}: tensor {base + suffix}: {what} is not supported")
+                raise CheckpointError(f"{self.where(base + suffix)}: {what} is not supported")
         if base + "weight_packed" in self.tensors:
             return self._int4(name, base, shape)
-        info = self.tensors.get(name)
-        if info is None:
+        if name not in self.tensors:
             raise CheckpointError(f"{self.path}: tensor {name} is missing, expected shape {list(shape)}")
-        where = f"{self._files[self._file_of[name]].path}: tensor {name}"
-        if info.dtype not in KINDS:
-            raise CheckpointError(f"{where}: dtype {info.dtype}, expected one of {', '.join(KINDS)} or int4 pack-quantized")
-        if info.shape != shape:
-            raise CheckpointError(f"{where}: shape {list(info.shape)}, expected {list(shape)}")
+        info = self._checked(name, tuple(KINDS), shape, "")
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
-        scale = self.tensors.get(name + "_scale_inv")
+        scale, other = name + "_scale_inv", base + "weight_scale"
         if info.dtype != "F8_E4M3":
-            if scale is not None or base + "weight_scale" in self.tensors:
-                raise CheckpointError(f"{where}: has a scale, but dtype {info.dtype} needs none")
+            if scale in self.tensors or other in self.tensors:
+                raise CheckpointError(f"{self.where(name)}: {info.dtype} with a scale beside it, expected none")
             return Weight(name, KINDS[info.dtype], rows, cols, info)
-        if scale is None:
-            found = f"found {base}weight_scale" if base + "weight_scale" in self.tensors else "found none"
-            raise CheckpointError(f"{where}: F8_E4M3 needs {name}_scale_inv, {found}")
+        if scale not in self.tensors:
+            found = f"only {other}" if other in self.tensors else "none"
+            raise CheckpointError(f"{self.where(name)}: F8_E4M3 needs {scale}, found {found}")
         block = self.quantisation.get("fp8_block")
         if block is None:
-            raise CheckpointError(f"{where}: F8_E4M3, but config.json has no quantization_config.weight_block_size")
+            raise CheckpointError(f"{self.where(name)}: F8_E4M3, but config.json has no weight_block_size")
         grid = (-(-rows // block[0]), -(-cols // block[1]))
-        self._check(scale, ("F32",), grid, f"for {list(shape)} in blocks of {list(block)}")
-        return Weight(name, "f8", rows, cols, info, scale, block)
+        why = f" for {list(shape)} in blocks of {list(block)}"
+        return Weight(name, "f8", rows, cols, info, self._checked(scale, ("F32",), grid, why), block)
 
     def _int4(self, name: str, base: str, shape: tuple[int, ...]) -> Weight:
-        packed = self.tensors[base + "weight_packed"]
-        where = f"{self.shard_of(packed.name)}: tensor {packed.name}"
+        packed, scale, extra = base + "weight_packed", base + "weight_scale", base + "weight_shape"
         group = self.quantisation.get("int4_group")
-        if group is None:
-            raise CheckpointError(f"{where}: packed weights, but config.json's quantization_config is not pack-quantized")
-        if len(shape) != 2:
-            raise CheckpointError(f"{where}: expected an unquantised tensor of shape {list(shape)}")
+        if group is None or len(shape) != 2 or name in self.tensors:
+            raise CheckpointError(f"{self.where(packed)}: expected a plain tensor: config.json announces no int4 here")
+        if scale not in self.tensors:
+            raise CheckpointError(f"{self.where(packed)}: {scale} is missing")
         rows, cols = shape
-        self._check(packed, ("I32",), (rows, -(-cols // 8)), f"for {list(shape)}")
-        scale = self.tensors.get(base + "weight_scale")
-        if scale is None:
-            raise CheckpointError(f"{where}: {base}weight_scale is missing")
-        self._check(scale, ("BF16", "F16"), (rows, -(-cols // group)), f"for {list(shape)} in groups of {group}")
-        extra: tuple[str, ...] = ()
-        if base + "weight_shape" in self.tensors:
-            stored = self.tensors[base + "weight_shape"]
-            self._check(stored, ("I32", "I64"), (2,), "")
+        data = self._checked(packed, ("I32",), (rows, -(-cols // 8)), f" for {list(shape)}")
+        why = f" for {list(shape)} in groups of {group}"
+        scales = self._checked(scale, ("BF16", "F16"), (rows, -(-cols // group)), why)
+        if extra in self.tensors:
+            stored = self._checked(extra, ("I32", "I64"), (2,), "")
             got = np.frombuffer(self.read(stored), "<i4" if stored.dtype == "I32" else "<i8").tolist()
             if got != list(shape):
-                raise CheckpointError(f"{where}: weight_shape says {got}, expected {list(shape)}")
-            extra = (stored.name,)
-        if name in self.tensors:
-            raise CheckpointError(f"{where}: {name} is stored as well")
-        return Weight(name, "i4", rows, cols, packed, scale, (1, group), extra)
+                raise CheckpointError(f"{self.where(extra)}: says {got}, expected {list(shape)}")
+        return Weight(name, "i4", rows, cols, data, scales, (1, group), (extra,) if extra in self.tensors else ())
 
-    def _check(self, info: TensorInfo, dtypes: tuple[str, ...], shape: tuple[int, ...], why: str) -> None:
+    def _checked(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...], why: str) -> TensorInfo:
+        info = self.tensors[name]
         if info.dtype not in dtypes or info.shape != shape:
-            raise CheckpointError(
-                f"{self.shard_of(info.name)}: tensor {info.name}: {info.dtype} {list(info.shape)}, expected "
-                f"{' or '.join(dtypes)} {list(shape)} {why}".rstrip()
-            )
+            expected = f"{' or '.join(dtypes)} {list(shape)}{why}"
+            raise CheckpointError(f"{self.where(name)}: {info.dtype} {list(info.shape)}, expected {expected}")
+        return info
 
     # ---- bytes ------------------------------------------------------------------------------------------------------
 
@@ -271,43 +242,43 @@ class Checkpoint:
         n = info.nbytes - begin if limit is None else min(limit, info.nbytes - begin)
         return self._files[self._file_of[info.name]].read(info.offset + begin, n)
 
-    def read_rows(self, w: Weight, begin: int, end: int, out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
-        """Stored bytes of rows begin..end-1: uint8 [end - begin, w.row_bytes], in the front of ``out`` if it is given."""
+    def same_bytes(self, a: str, b: str) -> bool:
+        """Whether two tensors have the same dtype, shape and bytes."""
+        x, y, step = self.tensors[a], self.tensors[b], 4 << 20
+        same = (x.dtype, x.shape) == (y.dtype, y.shape)
+        return same and all(self.read(x, i, step) == self.read(y, i, step) for i in range(0, x.nbytes, step))
+
+    def read_rows(self, w: Weight, begin: int, end: int, out: Bytes | None = None) -> Bytes:
+        """Stored bytes of rows begin..end-1: uint8 [end - begin, w.row_bytes], in the front of ``out`` if given."""
         n = (end - begin) * w.row_bytes
         buffer = np.empty(n, np.uint8) if out is None else out[:n]
-        file = self._files[self._file_of[w.data.name]]
-        file.read_into(memoryview(buffer), w.data.offset + begin * w.row_bytes)
+        self._files[self._file_of[w.data.name]].read_into(buffer.data, w.data.offset + begin * w.row_bytes)
         return buffer.reshape(end - begin, w.row_bytes)
 
-    def read_scale(self, w: Weight, begin: int = 0, end: int | None = None) -> npt.NDArray[Any] | None:
+    def read_scale(self, w: Weight, begin: int = 0, end: int = 0) -> npt.NDArray[Any] | None:
         """Scales of w: f8: the whole f32 grid; i4: uint16 [end - begin, groups] of those rows; None without scales.
 
-        An infinite or NaN scale is refused with its position, and so is one that takes 448 * scale out of f32.
+        An f8 scale that is not finite, or so large that 448 times it is not, is refused with its position.
         """
         if w.scale is None:
             return None
-        if w.kind == "f8":
-            grid = np.frombuffer(self.read(w.scale), "<f4").reshape(w.scale.shape)
-            limit = np.float32(np.finfo(np.float32).max / 448)
-            bad = ~(np.abs(grid) <= limit)
-            if bad.any():
-                r, c = np.argwhere(bad)[0]
-                where = f"{self.shard_of(w.scale.name)}: tensor {w.scale.name}"
-                raise CheckpointError(f"{where}: scale [{r}, {c}] is {grid[r, c]}, expected a finite number below {limit:.3g}")
-            return grid
-        end = w.rows if end is None else end
-        row = 2 * w.scale.shape[1]
-        buffer = np.empty((end - begin, w.scale.shape[1]), np.uint16)
-        file = self._files[self._file_of[w.scale.name]]
-        file.read_into(memoryview(buffer).cast("B"), w.scale.offset + begin * row)
-        return buffer
+        if w.kind == "i4":
+            row = w.scale.nbytes // w.rows
+            file = self._files[self._file_of[w.scale.name]]
+            data = np.frombuffer(file.read(w.scale.offset + begin * row, (end - begin) * row), np.uint16)
+            return data.reshape(end - begin, row // 2)
+        grid = np.frombuffer(self.read(w.scale), np.float32).reshape(w.scale.shape)
+        limit = np.finfo(np.float32).max / 448
+        bad = np.argwhere(~(np.abs(grid) <= limit))
+        if len(bad):
+            found = f"scale at {bad[0].tolist()} is {grid[tuple(bad[0])]}"
+            raise CheckpointError(f"{self.where(w.scale.name)}: {found}, expected a finite number up to {limit:.3g}")
+        return grid
 
     def load_f32(self, w: Weight, begin: int = 0, end: int | None = None) -> npt.NDArray[np.float32]:
-        """Rows begin..end-1 as f32 [n, cols], exact but for one rounding of e4m3 * scale; NaN and infinity are refused."""
+        """Rows begin..end-1 as f32 [n, cols], exact but for one rounding of e4m3 * scale; NaN is refused."""
         end = w.rows if end is None else end
         out = np.empty((end - begin, w.cols), np.float32)
-        if out.size == 0:
-            return out
         data, scale = self.read_rows(w, begin, end), self.read_scale(w, begin, end)
         bad = _core.convert_rows(out, "f32", w.kind, data, w.cols, begin, scale, *w.block, w.scale_dtype)
         if bad is not None:
@@ -316,18 +287,13 @@ class Checkpoint:
 
     def bad_value(self, w: Weight, row: int, col: int, to: str) -> CheckpointError:
         """The error for a value that does not fit format ``to``."""
-        at = f"[{col}]" if len(w.data.shape) == 1 else f"[{row}, {col}]"
+        line = np.full((1, w.cols), np.nan, np.float32)
         data, scale = self.read_rows(w, row, row + 1), self.read_scale(w, row, row + 1)
-        line = np.empty((1, w.cols), np.float32)
-        hit = _core.convert_rows(line, "f32", w.kind, data, w.cols, row, scale, *w.block, w.scale_dtype)
-        finite = hit is None or hit[1] > col
-        found = f"{line[0, col]:.6g}" if finite else "not finite"
-        why = {"f16": "|w| <= 65504", "bf16": "|w| <= 3.39e38", "f32": "a finite number"}
-        expected = why.get(to, f"a value whose {to} scale neither over- nor underflows (try --dtype bf16)")
-        return CheckpointError(
-            f"{self.shard_of(w.data.name)}: tensor {w.data.name}: value at {at} is {found}, "
-            f"expected {expected if finite else 'a finite number'} for {to}"
-        )
+        _core.convert_rows(line, "f32", w.kind, data, w.cols, row, scale, *w.block, w.scale_dtype)  # stops at a NaN
+        found, at = line[0, col], [row, col][2 - len(w.data.shape) :]
+        limits = {"f16": "|w| <= 65504", "bf16": "|w| <= 3.39e38"}
+        expected = limits.get(to, f"one whose {to} scale fits its type") if np.isfinite(found) else "a finite number"
+        return CheckpointError(f"{self.where(w.data.name)}: value at {at} is {found:.6g}, expected {expected} for {to}")
 
     # ---- files beside the weights -----------------------------------------------------------------------------------
 
@@ -336,19 +302,14 @@ class Checkpoint:
         out = {}
         for name in TOKENIZER_FILES:
             if (self.path / name).exists():
-                data = read_file(self.path / name, MAX_TOKENIZER_BYTES, CheckpointError)
-                if name.endswith(".json"):
-                    parse_json(data, str(self.path / name), CheckpointError)
-                if data:
-                    out[name] = data
+                out[name] = read_file(self.path / name, MAX_TOKENIZER_BYTES, CheckpointError)
         model = self.path / "tiktoken.model"
         if "tokenizer.json" not in out and model.exists():
             from deepcalm.tiktoken_convert import convert
 
-            out["tokenizer.json"] = convert(
-                read_file(model, MAX_TOKENIZER_BYTES, CheckpointError), out.get("tokenizer_config.json", b"{}"), str(model)
-            )
-        return {name: out[name] for name in TOKENIZER_FILES if name in out}
+            ranks = read_file(model, MAX_TOKENIZER_BYTES, CheckpointError)
+            out["tokenizer.json"] = convert(ranks, out.get("tokenizer_config.json", b"{}"), str(model))
+        return {name: out[name] for name in TOKENIZER_FILES if out.get(name)}
 
     def identity(self) -> dict[str, Any]:
         """What the packed file records about its source: {name, files: {name: bytes}, config_sha256, index_sha256}.
@@ -373,51 +334,45 @@ class Checkpoint:
 
 # ---- packed tensor -> checkpoint weights ----------------------------------------------------------------------------
 
+_TOP = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
 _LAYER = {
-    "attn_norm": ["input_layernorm.weight"],
-    "q_a_norm": ["self_attn.q_a_layernorm.weight"],
-    "kv_a_norm": ["self_attn.kv_a_layernorm.weight"],
-    "wq_b": ["self_attn.q_b_proj.weight"],
-    "w_uk": ["self_attn.kv_b_proj.weight"],
-    "w_uv": ["self_attn.kv_b_proj.weight"],
-    "wo": ["self_attn.o_proj.weight"],
-    "ffn_norm": ["post_attention_layernorm.weight"],
-    "w_gate_up": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
-    "w_down": ["mlp.down_proj.weight"],
-    "router": ["mlp.gate.weight"],
-    "router_bias": ["mlp.gate.e_score_correction_bias"],
-    "shared.w_gate_up": ["mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"],
-    "shared.w_down": ["mlp.shared_experts.down_proj.weight"],
-    "enorm": ["enorm.weight"],
-    "hnorm": ["hnorm.weight"],
-    "eh_proj": ["eh_proj.weight"],
-    "final_norm": ["shared_head.norm.weight"],
+    "attn_norm": ["input_layernorm"],
+    "q_a_norm": ["self_attn.q_a_layernorm"],
+    "kv_a_norm": ["self_attn.kv_a_layernorm"],
+    "wq_b": ["self_attn.q_b_proj"],
+    "w_uk": ["self_attn.kv_b_proj"],
+    "w_uv": ["self_attn.kv_b_proj"],
+    "wo": ["self_attn.o_proj"],
+    "ffn_norm": ["post_attention_layernorm"],
+    "w_gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+    "w_down": ["mlp.down_proj"],
+    "router": ["mlp.gate"],
+    "experts.w_gate_up": ["mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"],
+    "experts.w_down": ["mlp.experts.{}.down_proj"],
+    "shared.w_gate_up": ["mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"],
+    "shared.w_down": ["mlp.shared_experts.down_proj"],
+    "enorm": ["enorm"],
+    "hnorm": ["hnorm"],
+    "eh_proj": ["eh_proj"],
+    "final_norm": ["shared_head.norm"],
 }
 
 
 def source_names(packed: str, n_slices: int, ckpt: Checkpoint) -> Iterator[str]:
     """Names of the checkpoint weights that make up a packed tensor: its parts in order, expert after expert."""
-    cfg, prefix = ckpt.config, ckpt.prefix
-    if packed == "embed":
-        yield prefix + "model.embed_tokens.weight"
-    elif packed == "final_norm":
-        yield prefix + "model.norm.weight"
-    elif packed == "head":
-        yield prefix + ("model.embed_tokens.weight" if cfg["tie_word_embeddings"] else "lm_head.weight")
-    else:
-        scope, _, rest = packed.partition(".")
-        layer = cfg["num_hidden_layers"]
-        if scope == "layers":
-            number, _, rest = rest.partition(".")
-            layer = int(number)
-        p = f"{prefix}model.layers.{layer}."
-        if rest == "wqkv_a":
-            yield p + ("self_attn.q_a_proj.weight" if cfg["q_lora_rank"] else "self_attn.q_proj.weight")
-            yield p + "self_attn.kv_a_proj_with_mqa.weight"
-        elif rest in ("experts.w_gate_up", "experts.w_down"):
-            for e in range(n_slices):
-                for kind in ("gate", "up") if rest.endswith("gate_up") else ("down",):
-                    yield f"{p}mlp.experts.{e}.{kind}_proj.weight"
-        else:
-            for suffix in _LAYER[rest]:
-                yield p + suffix
+    cfg = ckpt.config
+    if packed in _TOP:
+        yield ckpt.prefix + _TOP["embed" if packed == "head" and cfg["tie_word_embeddings"] else packed]
+        return
+    p, rest = ckpt.mtp_prefix, packed.removeprefix("mtp.")
+    if packed.startswith("layers."):
+        _, layer, rest = packed.split(".", 2)
+        p = f"{ckpt.prefix}model.layers.{layer}."
+    if rest == "router_bias":
+        yield p + "mlp.gate.e_score_correction_bias"
+        return
+    first = "self_attn.q_a_proj" if cfg["q_lora_rank"] else "self_attn.q_proj"
+    names = [first, "self_attn.kv_a_proj_with_mqa"] if rest == "wqkv_a" else _LAYER[rest]
+    for e in range(n_slices if rest.startswith("experts.") else 1):
+        for name in names:
+            yield f"{p}{name.format(e)}.weight"

@@ -1,4 +1,4 @@
-"""The safetensors container: strict header reading and writing, positioned reads. Checkpoints and packed files share it.
+"""The safetensors container, for checkpoints and packed files: strict headers, positioned reads.
 
 A file is 8 bytes little-endian header length, a JSON header, then the tensors' bytes without holes or overlaps. Every
 number is checked against the real file size before anything is allocated.

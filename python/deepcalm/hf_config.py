@@ -1,7 +1,7 @@
 """config.json of a Hugging Face checkpoint -> the normalised configuration (keys of ``runtime/config.h``).
 
-Old style (``rope_theta`` + ``rope_scaling.type``) and new style (``rope_parameters``, ``mlp_layer_types``) are both read.
-A key that is missing is an error unless every released code agrees on its default; an unknown value is always an error.
+Both styles are read: ``rope_theta`` + ``rope_scaling.type``, and ``rope_parameters`` + ``mlp_layer_types``. A
+missing key is an error unless every released code agrees on its default; an unknown value is always an error.
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ class _Keys:
             raise self.refuse(key, "a finite number")
         return out
 
-    def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
+    def boolean(self, key: str, default: Any = _REQUIRED, null: bool | None = None) -> bool:
         value = self.raw.get(key, default)
+        if value is None and null is not None:
+            return null
         if type(value) is not bool:
             raise self.refuse(key, "true or false")
         return value
@@ -159,7 +161,7 @@ def _moe(k: _Keys, model_type: str, n_layers: int) -> dict[str, Any]:
     for key in ("n_group", "topk_group"):  # greedy routing has no groups, whatever the file says
         value = k.integer(key, _REQUIRED if grouped else 1, null=1)
         moe[key] = value if grouped else 1
-    moe["norm_topk_prob"] = k.raw.get("norm_topk_prob", _REQUIRED) is not None and k.boolean("norm_topk_prob")
+    moe["norm_topk_prob"] = k.boolean("norm_topk_prob", null=False)
     if moe["norm_topk_prob"] and moe["scoring_func"] == "softmax":
         raise k.refuse(
             "norm_topk_prob",
@@ -199,7 +201,7 @@ def unwrap(raw: object, where: str) -> tuple[dict[str, Any], str]:
     return raw, prefix
 
 
-def normalise(raw: dict[str, Any], generation: dict[str, Any], n_mtp: int, where: str = "config.json") -> dict[str, Any]:
+def normalise(raw: dict[str, Any], generation: dict[str, Any], n_mtp: int, where: str) -> dict[str, Any]:
     """The normalised configuration of an unwrapped config.json, checked by ``_core.validate_config``.
 
     generation: generation_config.json (may be empty); its eos ids are added to the config's. n_mtp: MTP layers that the
@@ -228,15 +230,19 @@ def normalise(raw: dict[str, Any], generation: dict[str, Any], n_mtp: int, where
         k.must_be(key, (), "only full attention is implemented")
     k.must_be("rope_interleave", (True, False), "")
     vocab = cfg["vocab_size"]
-    bos = token_ids(raw, "bos_token_id", where, vocab) or token_ids(generation, "bos_token_id", "generation_config.json", vocab)
-    eos = token_ids(raw, "eos_token_id", where, vocab)
+    both = ((raw, where), (generation, "generation_config.json"))
+    bos = [i for source, name in both for i in token_ids(source, "bos_token_id", name, vocab)]
+    eos = [i for source, name in both for i in token_ids(source, "eos_token_id", name, vocab)]
     cfg["bos_token_id"] = bos[0] if bos else None
-    cfg["eos_token_ids"] = sorted({*eos, *token_ids(generation, "eos_token_id", "generation_config.json", vocab)})
-    _core.validate_config(cfg)
+    cfg["eos_token_ids"] = sorted(set(eos))
+    try:
+        _core.validate_config(cfg)
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {str(e).removeprefix('config: ')}") from None
     return cfg
 
 
-def quantisation(raw: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
+def quantisation(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What ``quantization_config`` allows: {"fp8_block": (rows, cols)}, {"int4_group": n} or {} for none."""
     k = _Keys(raw, where).object("quantization_config")
     if k is None:
@@ -245,9 +251,10 @@ def quantisation(raw: Mapping[str, Any], where: str = "config.json") -> dict[str
     if method == "fp8":
         k.must_be("fmt", ("e4m3",), "no other fp8 encoding is read")
         block = k.raw.get("weight_block_size")
-        if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 1 <= n <= 1 << 20 for n in block):
+        sizes = block if isinstance(block, list) and all(type(n) is int and 1 <= n <= 1 << 20 for n in block) else []
+        if len(sizes) != 2:
             raise k.refuse("weight_block_size", "two block sizes, for example [128, 128]")
-        return {"fp8_block": (block[0], block[1])}
+        return {"fp8_block": (sizes[0], sizes[1])}
     if method != "compressed-tensors":
         raise k.refuse("quant_method", "fp8 or compressed-tensors (int4 pack-quantized)")
     if k.raw.get("format") != "pack-quantized":

@@ -1,11 +1,10 @@
-"""Reads a packed ``.dcalm`` file: checks its header against the format and the manifest, gives tensors back as numpy."""
+"""The packed ``.dcalm`` file: the description of a stored tensor, and a reader that checks all of it before use."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,44 +13,113 @@ import numpy as np
 import numpy.typing as npt
 
 from deepcalm import _core
-from deepcalm.container import ALIGN, File, Header, parse_json, read_header, show
-from deepcalm.errors import ConfigError, Error, PackedFileError
+from deepcalm.container import ALIGN, File, parse_json, read_header, show
+from deepcalm.errors import ConfigError, PackedFileError
 
 FORMAT_VERSION = "1"
-_PLAIN_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
-_TILE_BYTES = {(f["name"], f["scale"]): f["tile_bytes"] for f in _core.formats()}
+TILE_ROWS, TILE_COLS = _core.TILE_ROWS, _core.TILE_COLS
+TILE_BYTES = {(f["name"], f["scale"]): int(f["tile_bytes"]) for f in _core.formats()}
+ELEMENT_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "u8": 1}
+MAX_SCALE_BLOCK = 1 << 20
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of a packed file. ``shape`` is the true shape, [n_slices?, rows, cols]; see kernels/format.h."""
+class Stored:
+    """One tensor of a packed file: what the tensor table says about it, and the sizes that follow."""
 
     name: str
-    kind: str  # "tiled" | "plain" | "scale" | "file"
+    role: str  # runtime/manifest.h, or "scale", "file"
+    kind: str  # "tiled" | "plain" | "scale" (of an f8 tensor) | "file" (tokenizer, template)
     format: str  # kFormats name; plain: f32 | bf16 | f16; scale: f32; file: u8
     scale: str  # dtype of the scales: "f16" | "bf16" | "f32" | ""
-    shape: tuple[int, ...]
-    parts: tuple[int, ...]
-    scale_block: tuple[int, int] | None
-    source_dtype: str
-    bytes: int
-    sha256: str
-    offset: int  # absolute in the file
-    role: str = ""
-    interleaved: bool = False
-    stacked: bool = False
+    shape: tuple[int, ...]  # [n_slices?, rows, cols] or [n]; rows of stacked parts are padded to 16 each
+    parts: tuple[int, ...]  # natural rows of stacked parts, () for one
+    interleaved: bool  # two parts alternate tile by tile
+    scale_block: tuple[int, int] | None  # f8: rows, cols
+    source_dtype: str  # "BF16"; "BF16+F8_E4M3" for mixed parts
 
     @property
     def n_slices(self) -> int:
         """Slices of a stacked tensor, else 1."""
-        return self.shape[0] if self.stacked else 1
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+    @property
+    def slice_rows(self) -> int:
+        """Row tiles (tiled) or rows of a slice; a vector is one row."""
+        rows = self.shape[-2] if len(self.shape) > 1 else 1
+        return -(-rows // TILE_ROWS) if self.kind == "tiled" else rows
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row tile (tiled) or of one row."""
+        col_tiles = -(-self.shape[-1] // TILE_COLS)
+        tiled = self.kind == "tiled"
+        return col_tiles * TILE_BYTES[self.format, self.scale] if tiled else self.shape[-1] * ELEMENT_BYTES[self.format]
+
+    @property
+    def nbytes(self) -> int:
+        """True bytes, without padding and without f8 scales."""
+        return self.row_bytes * self.slice_rows * self.n_slices
+
+    @property
+    def scales(self) -> Stored | None:
+        """The tensor of f8 scales beside this one: f32 [n_slices, block rows, block cols]."""
+        if self.scale_block is None:
+            return None
+        grid = (self.n_slices, -(-self.shape[-2] // self.scale_block[0]), -(-self.shape[-1] // self.scale_block[1]))
+        return Stored(self.name + ".scale", "scale", "scale", "f32", "", grid, (), False, None, "F32")
+
+    def entry(self) -> dict[str, Any]:
+        """The tensor table's entry, without the checksum."""
+        out: dict[str, Any] = {"kind": self.kind, "format": self.format, "scale": self.scale, "shape": list(self.shape)}
+        out |= {"parts": list(self.parts)} if self.parts else {}
+        out |= {"scale_block": list(self.scale_block)} if self.scale_block else {}
+        return out | {"source_dtype": self.source_dtype, "bytes": self.nbytes}
+
+    def container(self) -> tuple[str, tuple[int, ...], int]:
+        """(dtype, shape, byte count) in the safetensors header; padded to ALIGN and then flat U8."""
+        if self.nbytes % ALIGN:
+            padded = -(-self.nbytes // ALIGN) * ALIGN
+            return "U8", (padded,), padded
+        if self.kind == "tiled":
+            return "U8", (*self.shape[:-2], self.slice_rows, self.row_bytes), self.nbytes
+        return self.format.upper(), self.shape, self.nbytes
+
+    def active_bytes(self, num_experts_per_tok: int) -> int:
+        """Bytes that decoding one token reads: chosen experts only, one embedding row, no MTP layer."""
+        if self.name.startswith("mtp.") or self.kind in ("scale", "file"):
+            return 0
+        n = self.nbytes + (self.scales.nbytes if self.scales else 0)
+        if self.role == "embed":
+            return self.row_bytes
+        return n // self.n_slices * num_experts_per_tok if self.role == "expert" else n
+
+
+def stored_file(name: str, n_bytes: int) -> Stored:
+    """The description of a tokenizer file or template."""
+    return Stored("file." + name, "file", "file", "u8", "", (n_bytes,), (), False, None, "")
+
+
+def spec_shape(spec: dict[str, Any]) -> tuple[int, ...]:
+    """Shape of an entry of ``_core.expected_tensors``: [n_slices?, rows, cols] or [rows]."""
+    return tuple([spec["n_slices"]] * spec["stacked"] + [spec["rows"]] + [spec["cols"]] * (spec["cols"] > 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Stored):
+    """A tensor that is in the file."""
+
+    sha256: str  # of the true bytes
+    offset: int  # absolute
 
 
 class PackedFile:
     """A checked packed file. Close it, or use it as a context manager.
 
-    ``config``: the normalised configuration; ``entries``: name -> Entry in file order; ``source``, ``options``,
-    ``dropped``: what the packer recorded; ``metadata``: the raw strings. Raises PackedFileError or ConfigError.
+    ``config``: the normalised configuration; ``entries``: name -> Entry in file order; ``source``, ``dropped``: what
+    the packer recorded; ``metadata``: the raw strings; ``data_offset``: first byte of the tensors.
+    Raises PackedFileError or ConfigError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -60,9 +128,6 @@ class PackedFile:
         try:
             self.header = read_header(self._file)
             self._check()
-        except Error:
-            self._file.close()
-            raise
         except BaseException:
             self._file.close()
             raise
@@ -78,16 +143,6 @@ class PackedFile:
         self._file.close()
 
     @property
-    def metadata(self) -> dict[str, str]:
-        """``__metadata__`` of the container."""
-        return self.header.metadata
-
-    @property
-    def data_offset(self) -> int:
-        """First byte of the tensors."""
-        return self.header.data_offset
-
-    @property
     def header_sha256(self) -> str:
         """Identity of the file: the hash of its header, which holds every tensor's checksum."""
         return hashlib.sha256(self.header.raw).hexdigest()
@@ -98,223 +153,173 @@ class PackedFile:
         return PackedFileError(f"{self.path}: {text}")
 
     def _json(self, key: str, kind: type) -> Any:
-        text = self.header.metadata.get(key)
-        if text is None:
+        if key not in self.metadata:
             raise self._refuse(f"__metadata__ has no {key}")
-        value = parse_json(text.encode("utf-8", "replace"), f"{self.path}: metadata {key}", PackedFileError)
+        text = self.metadata[key].encode("utf-8", "replace")
+        value = parse_json(text, f"{self.path}: metadata {key}", PackedFileError)
         if not isinstance(value, kind):
-            raise self._refuse(f"metadata {key} is not a JSON {'object' if kind is dict else 'list'}")
+            raise self._refuse(f"metadata {key}: expected a JSON {'object' if kind is dict else 'list'}")
         return value
 
     def _check(self) -> None:
-        found = self.header.metadata.get("format"), self.header.metadata.get("format_version")
-        if found[0] != "deepcalm":
-            raise self._refuse("a safetensors file, but not a packed deepcalm model (run `deepcalm pack` first)")
-        if found[1] != FORMAT_VERSION:
-            raise self._refuse(f"format_version {show(found[1])}, this build reads {FORMAT_VERSION}")
-        if self.header.data_offset % ALIGN:
-            raise self._refuse(f"data start at byte {self.header.data_offset}, expected a multiple of {ALIGN}")
+        self.metadata, self.data_offset = self.header.metadata, self.header.data_offset
+        if self.metadata.get("format") != "deepcalm":
+            raise self._refuse("a safetensors file, but not a packed deepcalm model (see `deepcalm pack`)")
+        if self.metadata.get("format_version") != FORMAT_VERSION:
+            found = show(self.metadata.get("format_version"))
+            raise self._refuse(f"format_version {found}, this build reads {FORMAT_VERSION}")
+        if self.data_offset % ALIGN:
+            raise self._refuse(f"data start at byte {self.data_offset}, expected a multiple of {ALIGN}")
         self.config: dict[str, Any] = self._json("config", dict)
         self.source: dict[str, Any] = self._json("source", dict)
-        self.options: dict[str, Any] = self._json("options", dict) if "options" in self.header.metadata else {}
         self.dropped: list[dict[str, Any]] = self._json("dropped", list)
-        if not all(isinstance(d, dict) and isinstance(d.get("name"), str) and isinstance(d.get("why"), str) for d in self.dropped):
-            raise self._refuse("metadata dropped: expected objects with name and why")
-        table = self._json("tensors", dict)
+        for d in self.dropped:
+            ok = isinstance(d, dict) and isinstance(d.get("name"), str) and isinstance(d.get("why"), str)
+            if not ok or type(d.get("bytes")) is not int:
+                raise self._refuse("metadata dropped: expected objects with name, why and bytes")
         try:
-            specs = {t["name"]: t for t in _core.expected_tensors(self.config)}
-        except ConfigError as e:
-            raise ConfigError(f"{self.path}: {e}") from None
-        self._check_tokens()
-        if set(table) != set(self.header.tensors):
-            odd = sorted(set(table) ^ set(self.header.tensors))
-            raise self._refuse(f"tensor {show(odd[0])} is in only one of the header and the tensor table")
-        self.entries = {name: self._entry(name, table[name], specs) for name in self.header.tensors}
-        for name in specs:
-            if name not in self.entries:
-                raise self._refuse(f"tensor {name} is missing")
-            e = self.entries[name]
-            if e.scale_block is not None and name + ".scale" not in self.entries:
-                raise self._refuse(f"tensor {name}.scale is missing")
+            specs = _core.expected_tensors(self.config)
+            self._check_tokens()
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}") from None
+        table = self._json("tensors", dict)
+        expected: dict[str, Stored] = {}
+        for spec in specs:
+            stored = self._described(spec, table.get(spec["name"]))
+            expected[stored.name] = stored
+            if stored.scales is not None:
+                expected[stored.scales.name] = stored.scales
+        for name, raw in table.items():
+            shape = raw.get("shape") if isinstance(raw, dict) else None
+            if name.startswith("file.") and isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int:
+                expected[name] = stored_file(name.removeprefix("file."), shape[0])
+        for name in {**expected, **table, **self.header.tensors}:
+            if not (name in expected and name in table and name in self.header.tensors):
+                what = "is missing" if name in expected else "is not part of this model"
+                raise self._refuse(f"tensor {show(name)} {what}")
+        self.entries = {name: self._entry(expected[name], table[name]) for name in self.header.tensors}
 
     def _check_tokens(self) -> None:
-        vocab, bos, eos = self.config["vocab_size"], self.config.get("bos_token_id"), self.config.get("eos_token_ids", [])
-        for key, ids in (("bos_token_id", [] if bos is None else [bos]), ("eos_token_ids", eos)):
+        vocab: int = self.config["vocab_size"]
+        bos, eos = self.config.get("bos_token_id"), self.config.get("eos_token_ids")
+        for key, ids in (("bos_token_id", [] if bos is None else [bos]), ("eos_token_ids", eos or [])):
             if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab for i in ids):
-                raise ConfigError(f"{self.path}: config: {key} is {show(self.config[key])}, expected ids in 0..{vocab - 1}")
-        if type(self.config.get("tie_word_embeddings", False)) is not bool:
-            raise ConfigError(f"{self.path}: config: tie_word_embeddings is not true or false")
+                raise ConfigError(f"config: {key} is {show(self.config[key])}, expected ids in 0..{vocab - 1}")
 
-    def _entry(self, name: str, raw: object, specs: dict[str, dict[str, Any]]) -> Entry:
-        where = f"tensor {show(name)}"
-        info = self.header.tensors[name]
+    def _described(self, spec: dict[str, Any], raw: object) -> Stored:
+        """The tensor that the manifest expects, in the format that the table gives it."""
+        where = f"tensor {spec['name']}"
         if not isinstance(raw, dict):
-            raise self._refuse(f"{where}: its table entry is not an object")
-        known = {"kind", "format", "scale", "shape", "parts", "scale_block", "source_dtype", "bytes", "sha256"}
-        if unknown := sorted(set(raw) - known):
-            raise self._refuse(f"{where}: {show(unknown[0])} is not a known field")
-        text = {key: raw.get(key) for key in ("kind", "format", "scale", "source_dtype", "sha256")}
-        lists = {key: raw.get(key, []) for key in ("shape", "parts", "scale_block")}
-        for key, value in text.items():
-            if not isinstance(value, str) or len(value) > 256 or not value.isprintable():
-                raise self._refuse(f"{where}: {key} is {show(value)}, expected a string")
-        for key, value in lists.items():
-            if not isinstance(value, list) or len(value) > 8 or not all(type(n) is int and 0 <= n < 1 << 31 for n in value):
-                raise self._refuse(f"{where}: {key} is {show(value)}, expected a short list of sizes")
-        digest = text["sha256"]
-        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-            raise self._refuse(f"{where}: sha256 is {show(digest)}, expected 64 hexadecimal digits")
-        e = Entry(
-            name=name, kind=text["kind"], format=text["format"], scale=text["scale"], shape=tuple(lists["shape"]),
-            parts=tuple(lists["parts"]), scale_block=tuple(lists["scale_block"]) or None, source_dtype=text["source_dtype"],
-            bytes=raw.get("bytes", -1), sha256=digest, offset=info.offset,
-            role=specs[name]["role"] if name in specs else e_role(name),
-            interleaved=name in specs and specs[name]["interleaved"], stacked=name in specs and specs[name]["stacked"],
-        )  # fmt: skip
-        expected = self._expected_bytes(e, specs, where)
-        if type(e.bytes) is not int or e.bytes != expected:
-            raise self._refuse(f"{where}: bytes is {show(e.bytes)}, expected {expected} for {e.format} {list(e.shape)}")
-        padded = -(-expected // ALIGN) * ALIGN
-        if info.nbytes != padded:
-            raise self._refuse(f"{where}: {info.nbytes} bytes in the container, expected {padded}")
-        return e
-
-    def _expected_bytes(self, e: Entry, specs: dict[str, dict[str, Any]], where: str) -> int:
-        """True byte count of an entry after checking kind, format and shape against the manifest."""
-        if e.kind == "file" and e.name.startswith("file."):
-            if (e.format, e.scale, len(e.shape), e.parts, e.scale_block) != ("u8", "", 1, (), None):
-                raise self._refuse(f"{where}: expected a u8 vector")
-            return e.shape[0]
-        if e.kind == "scale":
-            base = e.name.removesuffix(".scale")
-            spec, raw = specs.get(base), json.loads(self.header.metadata["tensors"]).get(base) if base in specs else None
-            block = raw.get("scale_block") if isinstance(raw, dict) else None
-            if spec is None or base == e.name or not isinstance(block, list) or len(block) != 2:
-                raise self._refuse(f"{where}: scales of no f8 tensor")
-            if not all(type(n) is int and n > 0 for n in block):
-                raise self._refuse(f"{where}: scale_block {show(block)}")
-            grid = (spec["n_slices"], -(-spec["rows"] // block[0]), -(-spec["cols"] // block[1]))
-            if (e.format, e.scale, e.shape, e.parts, e.scale_block) != ("f32", "", grid, (), None):
-                raise self._refuse(f"{where}: {e.format} {list(e.shape)}, expected f32 {list(grid)}")
-            return 4 * grid[0] * grid[1] * grid[2]
-        spec = specs.get(e.name)
-        if spec is None:
-            raise self._refuse(f"{where}: kind {show(e.kind)} is not part of this model")
+            raise self._refuse(f"{where}: {'is missing' if raw is None else 'its table entry is not an object'}")
+        fmt, scale, source, block = (raw.get(k) for k in ("format", "scale", "source_dtype", "scale_block"))
         kind = "tiled" if spec["tiled"] else "plain"
-        shape = ([spec["n_slices"]] if spec["stacked"] else []) + [spec["rows"]] + ([spec["cols"]] if spec["cols"] else [])
-        if e.kind != kind or list(e.shape) != shape or list(e.parts) != spec["parts"]:
-            raise self._refuse(
-                f"{where}: {show(e.kind)} {list(e.shape)} parts {list(e.parts)}, expected {kind} {shape} parts {spec['parts']}"
-            )
-        if e.format not in spec["formats"] or (kind == "tiled" and (e.format, e.scale) not in _TILE_BYTES):
-            raise self._refuse(f"{where}: format {show(e.format)} scale {show(e.scale)}, expected one of {spec['formats']}")
-        if (e.format == "f8") != (e.scale_block is not None):
-            raise self._refuse(f"{where}: scale_block {show(e.scale_block)} with format {e.format}")
-        if e.scale_block is not None and (
-            len(e.scale_block) != 2 or e.scale_block[0] < 16 or e.scale_block[0] % 16 or e.scale_block[1] < 32 or e.scale_block[1] % 32
-        ):
-            raise self._refuse(f"{where}: scale_block {list(e.scale_block)}, expected multiples of 16 and 32")
-        if kind == "plain":
-            if e.scale:
-                raise self._refuse(f"{where}: scale {show(e.scale)} on a plain tensor")
-            return spec["rows"] * max(spec["cols"], 1) * _PLAIN_BYTES[e.format]
-        row_tiles, col_tiles = -(-spec["rows"] // _core.TILE_ROWS), -(-spec["cols"] // _core.TILE_COLS)
-        return spec["n_slices"] * row_tiles * col_tiles * _TILE_BYTES[e.format, e.scale]
+        scales = [s for f, s in TILE_BYTES if f == fmt] if kind == "tiled" else [""]
+        if not isinstance(fmt, str) or fmt not in spec["formats"] or scale not in scales:
+            names = ", ".join(spec["formats"])
+            raise self._refuse(f"{where}: format {show(fmt)} with {show(scale)} scales, expected one of {names}")
+        pair: tuple[int, int] | None = None
+        if fmt == "f8":
+            b = block if isinstance(block, list) and all(type(n) is int and n > 0 for n in block) else []
+            if len(b) != 2 or b[0] % TILE_ROWS or b[1] % TILE_COLS or max(b) > MAX_SCALE_BLOCK:
+                raise self._refuse(f"{where}: scale_block {show(block)}, expected multiples of 16 and 32")
+            pair = (b[0], b[1])
+        if not isinstance(source, str) or len(source) > 64 or not source.isprintable():
+            raise self._refuse(f"{where}: source_dtype {show(source)}, expected a name")
+        parts, shape = tuple(spec["parts"]), spec_shape(spec)
+        return Stored(spec["name"], spec["role"], kind, fmt, scale, shape, parts, spec["interleaved"], pair, source)
+
+    def _entry(self, stored: Stored, raw: dict[str, Any]) -> Entry:
+        where, info = f"tensor {show(stored.name)}", self.header.tensors[stored.name]
+        expected, sha256 = stored.entry(), raw.get("sha256")
+        for key in {**expected, **raw}:
+            found, right = raw.get(key), expected.get(key)
+            if key != "sha256" and (found != right or type(found) is not type(right)):
+                raise self._refuse(f"{where}: {show(key)} is {show(found)}, expected {show(right)}")
+        if not isinstance(sha256, str) or len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+            raise self._refuse(f"{where}: sha256 is {show(sha256)}, expected 64 hexadecimal digits")
+        if (info.dtype, info.shape, info.nbytes) != stored.container():
+            dtype, shape, n = stored.container()
+            found = f"{info.dtype} {list(info.shape)}, {info.nbytes} bytes in the container"
+            raise self._refuse(f"{where}: {found}, expected {dtype} {list(shape)}, {n} bytes")
+        return Entry(**{f.name: getattr(stored, f.name) for f in fields(Stored)}, sha256=sha256, offset=info.offset)
 
     # ---- contents ---------------------------------------------------------------------------------------------------
 
     def tensor_table(self) -> list[dict[str, Any]]:
         """What ``_core.Model`` takes: one dict per weight (files left out), offsets absolute, bytes without padding."""
         out = []
-        for e in self.entries.values():
-            if e.kind == "file":
-                continue
-            vector = e.kind == "plain" and len(e.shape) == 1
-            rows, cols = (e.shape[0], 0) if vector else e.shape[-2:]
-            block = e.scale_block or (0, 0)
-            out.append({
-                "name": e.name, "kind": e.kind, "format": e.format, "scale": e.scale,
-                "n_slices": e.shape[0] if e.kind == "scale" else e.n_slices, "rows": rows, "cols": cols,
-                "scale_rows": block[0], "scale_cols": block[1], "offset": e.offset, "bytes": e.bytes,
-            })  # fmt: skip
+        for name, s in self.entries.items():
+            if s.kind != "file":
+                rows, cols = s.shape[-2:] if len(s.shape) > 1 else (s.shape[0], 0)
+                block = s.scale_block or (0, 0)
+                row = {"name": name, "kind": s.kind, "format": s.format, "scale": s.scale, "n_slices": s.n_slices}
+                row |= {"rows": rows, "cols": cols, "scale_rows": block[0], "scale_cols": block[1]}
+                out.append(row | {"offset": s.offset, "bytes": s.nbytes})
         return out
 
     def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
         """The true bytes of a tensor, uint8 [bytes] (a copy)."""
-        e = self._get(name)
-        out = np.empty(e.bytes, np.uint8)
-        self._file.read_into(memoryview(out), e.offset)
-        return out
-
-    def _get(self, name: str) -> Entry:
         if name not in self.entries:
             raise self._refuse(f"no tensor {show(name)}")
-        return self.entries[name]
+        out = np.empty(self.entries[name].nbytes, np.uint8)
+        self._file.read_into(out.data, self.entries[name].offset)
+        return out
 
     def tokenizer_file(self, name: str) -> bytes | None:
         """A stored file ("tokenizer.json", "chat_template.jinja", ...) or None."""
         return self.read_bytes("file." + name).tobytes() if "file." + name in self.entries else None
 
-    def unpack(self, name: str, slice: int | None = None) -> npt.NDArray[np.float32]:
+    def unpack(self, name: str, slice: int | None = None) -> Floats:
         """A tensor as f32 in its natural shape: padding removed, stacked parts one under the other (gate, then up).
 
         slice: one slice of a stacked tensor as [rows, cols]; None: all, [n_slices, rows, cols].
         """
-        e = self._get(name)
-        data = self.read_bytes(name)
-        if e.kind == "file":
-            raise self._refuse(f"tensor {show(name)} is a stored file")
-        if e.kind != "tiled":
-            flat = np.empty((1, int(np.prod(e.shape))), np.float32)
-            bad = _core.convert_rows(flat, "f32", e.format, data.reshape(1, -1), flat.size)
+        data, s = self.read_bytes(name), self.entries[name]
+        if s.kind == "file":
+            raise self._refuse(f"tensor {show(name)} is a stored file, not numbers")
+        if slice is not None and not (len(s.shape) == 3 and 0 <= slice < s.n_slices):
+            raise self._refuse(f"tensor {name}: no slice {slice}, its shape is {list(s.shape)}")
+        if s.kind != "tiled":
+            out = np.empty(s.shape, np.float32)
+            bad = _core.convert_rows(out, "f32", s.format, data.reshape(1, -1), out.size)
             if bad is not None:
-                raise self._refuse(f"tensor {show(name)}: element {bad[1]} is not finite")
-            return flat.reshape(e.shape)
-        if slice is not None and not 0 <= slice < e.n_slices:
-            raise self._refuse(f"tensor {name}: slice {slice}, expected 0..{e.n_slices - 1}")
-        rows, cols = e.shape[-2:]
-        scales = self.unpack(name + ".scale") if e.scale_block else None
-        block = e.scale_block or (128, 128)
-        take = self._natural_rows(e)
-        which = range(e.n_slices) if slice is None else [slice]
+                raise self._refuse(f"tensor {name}: element {bad[1]} is not finite")
+            return out if slice is None else out[slice]
+        scales = self.unpack(s.scales.name) if s.scales else None
+        take, (rows, cols) = _natural_rows(s), s.shape[-2:]
+        which = range(s.n_slices) if slice is None else [slice]
         out = np.empty((len(which), len(take), cols), np.float32)
-        for i, s in enumerate(which):
-            out[i] = _core.unpack_slice(data, scales, e.format, e.scale, e.n_slices, rows, cols, *block, s)[take]
-        return out if e.stacked and slice is None else out[0]
+        for i, n in enumerate(which):
+            block = s.scale_block or (128, 128)
+            out[i] = _core.unpack_slice(data, scales, s.format, s.scale, s.n_slices, rows, cols, *block, n)[take]
+        return out if len(s.shape) == 3 and slice is None else out[0]
 
-    def _natural_rows(self, e: Entry) -> npt.NDArray[np.intp]:
-        """Packed row of every natural row, parts in order."""
-        if not e.parts:
-            return np.arange(e.shape[-2])
-        tile, out, start = _core.TILE_ROWS, [], 0
-        for i, n in enumerate(e.parts):
-            rows = np.arange(n)
-            out.append((rows // tile * len(e.parts) + i) * tile + rows % tile if e.interleaved else start + rows)
-            start += -(-n // tile) * tile
-        return np.concatenate(out)
-
-    def check(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
-        """Names of the tensors whose bytes do not have the recorded checksum or whose padding is not zero."""
-        total = sum(e.bytes for e in self.entries.values())
-        buffer, done, bad = np.empty(8 << 20, np.uint8), 0, []
-        for e in self.entries.values():
-            sha, padded = hashlib.sha256(), self.header.tensors[e.name].nbytes
-            for begin in range(0, e.bytes, len(buffer)):
-                view = memoryview(buffer)[: min(len(buffer), e.bytes - begin)]
-                self._file.read_into(view, e.offset + begin)
-                sha.update(view)
-                done += len(view)
+    def check(self, progress: Callable[[int, int], object] | None = None) -> list[str]:
+        """Names of the tensors whose bytes lack the recorded checksum or whose padding is not zero."""
+        total = self.header.file_size - self.data_offset
+        buffer, bad = np.empty(8 << 20, np.uint8), []
+        for name, e in self.entries.items():
+            sha, n = hashlib.sha256(), e.nbytes
+            for begin in range(0, n, len(buffer)):
+                view = buffer[: n - begin]
+                self._file.read_into(view.data, e.offset + begin)
+                sha.update(view.data)
                 if progress:
-                    progress(done, total)
-            padding = self._file.read(e.offset + e.bytes, padded - e.bytes)
-            if sha.hexdigest() != e.sha256 or any(padding):
-                bad.append(e.name)
+                    progress(e.offset + begin + len(view) - self.data_offset, total)
+            if sha.hexdigest() != e.sha256 or any(self._file.read(e.offset + n, e.container()[2] - n)):
+                bad.append(name)
         return bad
 
 
-def e_role(name: str) -> str:
-    """Role of the entries that are not weights."""
-    return "file" if name.startswith("file.") else "scale"
+def _natural_rows(s: Stored) -> npt.NDArray[np.intp]:
+    """Packed row of every natural row, parts in order."""
+    out, start = [], 0
+    for i, n in enumerate(s.parts or (s.shape[-2],)):
+        rows = np.arange(n)
+        tile = rows // TILE_ROWS * (len(s.parts) if s.interleaved else 1) + (i if s.interleaved else start)
+        out.append(tile * TILE_ROWS + rows % TILE_ROWS)
+        start += -(-n // TILE_ROWS)
+    return np.concatenate(out)
 
 
 def read(path: str | Path) -> PackedFile:
@@ -322,7 +327,7 @@ def read(path: str | Path) -> PackedFile:
     return PackedFile(path)
 
 
-def unpack(path: str | Path, name: str, slice: int | None = None) -> npt.NDArray[np.float32]:
+def unpack(path: str | Path, name: str, slice: int | None = None) -> Floats:
     """One tensor of a packed file as f32 in its natural shape; see ``PackedFile.unpack``."""
     with PackedFile(path) as f:
         return f.unpack(name, slice)
