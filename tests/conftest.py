@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
-import pytest
+# The oracles' matrices are tiny: more BLAS threads only spin, and compete with the thread pool under test.
+for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+import numpy as np  # noqa: E402  (reads them)
+import pytest  # noqa: E402
 
 
 @pytest.fixture(params=["fixed", "fresh"])

@@ -44,7 +44,7 @@ class RuntimeArithmetic(model.Arithmetic):
 
     def activation(self, x: Array, kind: str) -> Array:
         rows = x.reshape(-1, x.shape[-1])
-        if rows.dtype == np.float64:
+        if rows.dtype == np.float64 and kind != "f32":
             rows = rows + self.nudge * np.abs(rows).max(-1, keepdims=True)
         return formats.round_activations(kind, rows).reshape(x.shape)
 
@@ -65,7 +65,7 @@ class RuntimeArithmetic(model.Arithmetic):
             shrink = np.exp(top[live] - new_top)
             p = np.exp(score - new_top[..., None])
             if bf16:
-                p = formats.bf16_round(p + self.nudge).astype(np.float64)
+                p = formats.bf16_round(p * (1 + 4 * self.nudge)).astype(np.float64)  # exp() of a sum
             total[live] = total[live] * shrink + p.sum(-1)
             out[live] = out[live] * shrink[..., None] + np.einsum("nht,tr->nhr", p, c[chunk])
             top[live] = new_top

@@ -1,0 +1,120 @@
+"""Tiny packed models for the runtime tests: written, packed and opened once per test run.
+
+The packed file is read by the tests' own reader (ref/packed.py) and handed to ``_core`` directly: what is tested here
+is the runtime, not the Python front end.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import golden_cases
+import tiny
+from deepcalm import _core
+from deepcalm.pack import pack as pack_checkpoint
+from ref import model, packed
+
+Array = np.ndarray[Any, Any]
+ISAS = [isa["name"] for isa in _core.isas() if isa["supported"]]  # best first
+CACHES = ("f32", "f16", "bf16", "q8")
+
+
+@functools.cache
+def _root() -> Path:
+    root = tempfile.mkdtemp(prefix="deepcalm-tests-")
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return Path(root)
+
+
+@functools.cache
+def checkpoint(preset: str, dtype: str | None = None, seed: int = 0) -> Path:
+    """Folder of a tiny checkpoint."""
+    return tiny.write(_root() / f"{preset}-{dtype}-{seed}", preset, dtype=dtype, seed=seed)
+
+
+@functools.cache
+def golden_checkpoint(name: str) -> Path:
+    return golden_cases.load(name).write_checkpoint(_root() / f"golden-{name}")
+
+
+@functools.cache
+def pack(folder: Path, **options: str) -> packed.PackedFile:
+    """The packed file of a checkpoint; options as for ``deepcalm.pack.pack`` (dtype, attn_dtype, head_dtype)."""
+    path = folder.with_name(folder.name + "".join(f"-{k}-{v}" for k, v in options.items()) + ".dcalm")
+    pack_checkpoint(folder, path, **options)
+    return packed.PackedFile(path)
+
+
+@functools.cache
+def weights(file: packed.PackedFile) -> tuple[model.Config, model.Weights]:
+    """The reference's view of a packed file."""
+    return packed.config(file), packed.weights(file)
+
+
+@functools.cache
+def open_model(file: packed.PackedFile, isa: str, threads: int = 1) -> Any:
+    table = packed.core_tensors(file, _core.expected_tensors(file.config))
+    return _core.Model(str(file.path), file.config, table, isa, threads)
+
+
+def chunks(n: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+class Run:
+    """One pass over ids in pieces, with everything it left behind."""
+
+    def __init__(
+        self,
+        core: Any,
+        ids: Array,
+        kv: str = "f32",
+        sizes: Sequence[int] | int = 64,
+        taps: list[str] | None = None,
+        session: Any = None,
+    ) -> None:
+        """sizes: rows of each pass, or one size for all. session: continue an existing one."""
+        n = len(ids)
+        if isinstance(sizes, int):
+            sizes = [c.stop - c.start for c in chunks(n, sizes)]
+        assert sum(sizes) == n
+        self.ids, self.kv = ids, kv
+        self.session = session or _core.Session(core, max(128, n), kv, max(96, *sizes))
+        self.session.trace(taps)
+        self.parts: list[slice] = []
+        self.taps: list[dict[str, Array]] = []  # per pass
+        logits, hidden, begin = [], [], 0
+        for size in sizes:
+            part = slice(begin, begin + size)
+            logits.append(self.session.forward(ids[part], "all"))
+            hidden.append(self.session.hidden())
+            self.parts.append(part)
+            self.taps.append(self.session.taps())
+            begin += size
+        self.logits = np.concatenate(logits)  # [n, V]
+        self.hidden = np.concatenate(hidden)  # [n, d]
+        self.cache = self.session.read_cache(False)  # [layers, n, row_bytes]
+
+    def mtp(self, size: int, taps: list[str] | None = None) -> tuple[Array, Array, Array]:
+        """Teacher-forced MTP rows 0..n-2 in passes of `size`: (logits [n-1, V], g [n-1, d], cache rows)."""
+        self.session.trace(taps)
+        self.mtp_parts, self.mtp_taps, out = chunks(len(self.ids) - 1, size), [], []
+        for part in self.mtp_parts:
+            out.append(self.session.mtp_forward(self.ids[1:][part], self.hidden[part], "all"))
+            self.mtp_taps.append(self.session.taps())
+        logits, g = (np.concatenate([o[i] for o in out]) for i in (0, 1))
+        return logits, g, self.session.read_cache(True)
+
+
+def rel_rms(ours: Array, theirs: Array) -> float:
+    """Root mean square of the difference relative to that of `theirs` (0 / 0 is 0)."""
+    difference = float(np.sqrt(np.mean((np.asarray(ours, np.float64) - theirs) ** 2)))
+    return difference and difference / float(np.sqrt(np.mean(np.asarray(theirs, np.float64) ** 2)))

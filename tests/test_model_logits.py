@@ -1,0 +1,98 @@
+"""The runtime with f32 weights and an f32 cache against transformers and the reference: logits, MTP logits, every tap.
+
+Law L2. Logit standard deviation is about 1.5, so 1e-4 is four digits; the argmax margins of the golden cases are 1e-3.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import golden_cases
+import runtime_cases as rc
+from ref import model
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(params=golden_cases.NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("isa", rc.ISAS)
+def test_logits_equal_transformers(name: str, isa: str) -> None:
+    golden = golden_cases.load(name)
+    file = rc.pack(rc.golden_checkpoint(name), dtype="f32")
+    run = rc.Run(rc.open_model(file, isa), golden.ids, "f32")
+    assert np.abs(run.logits - golden.logits).max() <= TOLERANCE
+    assert (run.logits.argmax(1) == golden.logits.argmax(1)).all()
+    if golden.mtp_logits is None:
+        assert file.config["num_nextn_predict_layers"] == 0
+        return
+    mtp_logits, _, _ = run.mtp(64)
+    assert np.abs(mtp_logits - golden.mtp_logits).max() <= TOLERANCE
+    assert (mtp_logits.argmax(1) == golden.mtp_logits.argmax(1)).all()
+
+
+def test_packed_f32_weights_are_the_checkpoint(name: str) -> None:
+    """What the packer stored as f32 is exactly what the independent reader finds in the checkpoint."""
+    from ref import checkpoint
+
+    folder = rc.golden_checkpoint(name)
+    raw, tensors = checkpoint.load(folder)
+    cfg = model.Config.from_hf(raw, any(n.endswith("eh_proj.weight") for n in tensors))
+    file = rc.pack(folder, dtype="f32")
+    packed_cfg, packed_weights = rc.weights(file)
+    assert packed_cfg == cfg
+    assert _flatten(packed_weights).keys() == _flatten(model.Weights.from_hf(cfg, tensors)).keys()
+    for key, value in _flatten(model.Weights.from_hf(cfg, tensors)).items():
+        np.testing.assert_array_equal(_flatten(packed_weights)[key], value, err_msg=key)
+
+
+@pytest.mark.parametrize("isa", rc.ISAS)
+def test_taps_equal_reference(name: str, isa: str) -> None:
+    """Every tap of every layer, MTP included, free-running: the first wrong one names the stage that is wrong."""
+    golden = golden_cases.load(name)
+    file = rc.pack(rc.golden_checkpoint(name), dtype="f32")
+    run = rc.Run(rc.open_model(file, isa), golden.ids, "f32", [40, 32], taps=["*"])
+    oracle = model.Model(*rc.weights(file))
+    seen = set()
+    for part, taps in zip(run.parts, run.taps, strict=True):
+        oracle.forward(golden.ids[part])
+        seen |= _compare(taps, oracle.taps)
+    if golden.mtp_logits is not None:
+        run.mtp(40, taps=["*"])
+        for part, taps in zip(run.mtp_parts, run.mtp_taps, strict=True):
+            oracle.mtp_forward(golden.ids[1:][part], run.hidden[part])
+            seen |= _compare(taps, oracle.taps)
+    assert {"embed", "final_norm", "logits", "layers.1.topk_idx", "layers.1.q_absorbed"} <= seen
+    assert ("mtp.layer_out" in seen) == (golden.mtp_logits is not None)
+
+
+def _compare(taps: dict[str, rc.Array], expected: dict[str, rc.Array]) -> set[str]:
+    assert set(taps) == set(expected)
+    for tap, value in expected.items():  # in the order of computation
+        assert taps[tap].shape == value.shape, tap
+        if tap.endswith("topk_idx"):
+            np.testing.assert_array_equal(taps[tap], value, err_msg=tap)
+        else:
+            scale = max(1.0, float(np.sqrt(np.mean(value**2))))
+            assert np.abs(taps[tap] - value).max() <= TOLERANCE * scale, tap
+    return set(taps)
+
+
+def _flatten(value: object, prefix: str = "") -> dict[str, rc.Array]:
+    """Arrays of nested dataclasses and lists by path; None is left out."""
+    import dataclasses
+
+    if value is None:
+        return {}
+    if isinstance(value, np.ndarray):
+        return {prefix: value}
+    items = (
+        {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name != "act"}
+        if dataclasses.is_dataclass(value)
+        else dict(enumerate(value))  # type: ignore[call-overload]
+    )
+    return {k: v for key, item in items.items() for k, v in _flatten(item, f"{prefix}.{key}").items()}
