@@ -1,7 +1,7 @@
 // The byte-level definition of every weight format: f32 -> tiles, existing codes -> tiles, tiles -> f32.
 //
-// Packing is written once, lane by lane, and compiled three times (baseline, AVX2, AVX-512); without contraction and with
-// every sum in a fixed order per lane the three give the same bytes. Reading back (unpack_tiles) is plain and slow.
+// Packing is written once on vectors of 16 rows, as the tiles are, and compiled three times (baseline, AVX2, AVX-512);
+// without contraction and without sums across lanes the three give the same bytes. Reading back is plain and slow.
 #include "kernels/kernels.h"
 
 #include <algorithm>
@@ -13,127 +13,177 @@ namespace deepcalm {
 
 static_assert(std::endian::native == std::endian::little, "packed files are little-endian and mapped as they are");
 
+// Vectors never cross a function boundary here: everything that takes one is inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
 #define DC_INLINE inline __attribute__((always_inline))
 
 namespace {
 
-constexpr uint32_t kInfBits = 0x7F800000U;
+// One lane per row of a tile. Operators are elementwise; the compiler splits them to the width it has.
+using Floats = float __attribute__((vector_size(4 * kTileRows)));
+using Bits = uint32_t __attribute__((vector_size(4 * kTileRows)));
+using Ints = int32_t __attribute__((vector_size(4 * kTileRows)));
 
-DC_INLINE uint32_t bits_of(float f) { return std::bit_cast<uint32_t>(f); }
-DC_INLINE float float_of(uint32_t u) { return std::bit_cast<float>(u); }
+constexpr uint32_t kInfBits = 0x7F800000U;
+constexpr uint32_t kOverflowF16 = 0x477FF000U, kOverflowBF16 = 0x7F7F8000U;  // from here on, rounds to infinity
+
+template <class U> DC_INLINE U bits_of(const auto& f) { return std::bit_cast<U>(f); }
+DC_INLINE float to_float(uint32_t n) { return static_cast<float>(static_cast<int32_t>(n)); }
+DC_INLINE Floats to_float(const Bits& n) { return __builtin_convertvector(std::bit_cast<Ints>(n), Floats); }
 
 // Nearest even integer of x, |x| < 2^22, without a call or an instruction beyond the baseline.
-DC_INLINE float round_even(float x) { return (x + 12582912.0F) - 12582912.0F; }
-
-DC_INLINE uint16_t to_bf16(float f) {
-    const uint32_t u = bits_of(f);
-    const uint32_t rounded = (u + 0x7FFFU + ((u >> 16) & 1U)) >> 16;
-    const uint32_t nan = (u >> 16) | 0x40U;
-    return static_cast<uint16_t>((u & 0x7FFFFFFFU) > kInfBits ? nan : rounded);
+template <class F> DC_INLINE F round_even(const F& x) { return (x + 12582912.0F) - 12582912.0F; }
+template <class F> DC_INLINE F clamp(const F& x, float lo, float hi) {
+    const F low = x < lo ? F{} + lo : x;
+    return low > hi ? F{} + hi : low;
 }
 
-DC_INLINE float from_f16(uint16_t h) {
-    const uint32_t sign = (h & 0x8000U) << 16, mag = h & 0x7FFFU;
-    const uint32_t normal = (mag << 13) + (112U << 23);
-    const uint32_t special = (mag << 13) | kInfBits;  // infinity and NaN
-    const uint32_t subnormal = bits_of(static_cast<float>(static_cast<int32_t>(mag)) * 0x1p-24F);
-    return float_of(sign | (mag >= 0x7C00U ? special : mag >= 0x400U ? normal : subnormal));
+// The conversions, for one float (F = float, U = uint32_t) or for 16 lanes. Finite input only where it says so.
+template <class F, class U> DC_INLINE U to_bf16(const F& f) {  // finite
+    const U u = bits_of<U>(f);
+    return (u + 0x7FFFU + ((u >> 16) & 1U)) >> 16;
 }
 
-DC_INLINE uint16_t to_f16(float f) {
-    const uint32_t u = bits_of(f), sign = (u >> 16) & 0x8000U, mag = u & 0x7FFFFFFFU;
-    const uint32_t normal =
-        (mag + 0xFFFU + ((mag >> 13) & 1U) - (112U << 23)) >> 13;              // carries into infinity by itself
-    const uint32_t subnormal = bits_of(float_of(mag) + 0.5F) - bits_of(0.5F);  // the sum rounds at 2^-24
-    const uint32_t special = mag > kInfBits ? 0x7E00U : 0x7C00U;
-    return static_cast<uint16_t>(sign | (mag >= 0x47800000U ? special : mag >= 0x38800000U ? normal : subnormal));
+template <class F, class U> DC_INLINE U to_f16(const F& f) {  // finite; overflow gives infinity
+    const U u = bits_of<U>(f), sign = (u >> 16) & 0x8000U, mag = u & 0x7FFFFFFFU;
+    const U normal = (mag + 0xFFFU + ((mag >> 13) & 1U) - (112U << 23)) >> 13;  // carries into infinity by itself
+    const U subnormal = bits_of<U>(bits_of<F>(mag) + 0.5F) - bits_of<uint32_t>(0.5F);  // the sum rounds at 2^-24
+    const U infinity = U{} + 0x7C00U;
+    return sign | (mag >= 0x47800000U ? infinity : mag >= 0x38800000U ? normal : subnormal);
 }
 
-DC_INLINE float from_e4m3(uint8_t b) {
-    const uint32_t sign = (b & 0x80U) << 24, mag = b & 0x7FU;
-    const uint32_t normal = (mag << 20) + (120U << 23);
-    const uint32_t subnormal = bits_of(static_cast<float>(static_cast<int32_t>(mag)) * 0x1p-9F);
-    return float_of(sign | (mag == 0x7FU ? 0x7FC00000U : mag >= 8U ? normal : subnormal));
+template <class F, class U> DC_INLINE F from_f16(const U& h) {
+    const U sign = (h & 0x8000U) << 16, mag = h & 0x7FFFU;
+    const U normal = (mag << 13) + (112U << 23), special = (mag << 13) | kInfBits;  // special: infinity and NaN
+    const U subnormal = bits_of<U>(to_float(mag) * 0x1p-24F);
+    return bits_of<F>(sign | (mag >= 0x7C00U ? special : mag >= 0x400U ? normal : subnormal));
 }
 
-DC_INLINE uint8_t to_e4m3(float f) {
-    const uint32_t u = bits_of(f), sign = (u >> 24) & 0x80U;
-    const uint32_t mag = std::min(u & 0x7FFFFFFFU, bits_of(448.0F));
-    const uint32_t normal = (mag + 0x7FFFFU + ((mag >> 20) & 1U) - (120U << 23)) >> 20;
-    const uint32_t subnormal = bits_of(float_of(mag) + 16384.0F) - bits_of(16384.0F);  // the sum rounds at 2^-9
-    const uint32_t code = mag >= bits_of(0x1p-6F) ? normal : subnormal;
-    return static_cast<uint8_t>(sign | ((u & 0x7FFFFFFFU) > kInfBits ? 0x7FU : code));
+template <class F, class U> DC_INLINE U to_e4m3(const F& f) {  // not NaN; saturates at 448
+    const U u = bits_of<U>(f), sign = (u >> 24) & 0x80U, limit = U{} + bits_of<uint32_t>(448.0F);
+    const U raw = u & 0x7FFFFFFFU, mag = raw > limit ? limit : raw;
+    const U normal = (mag + 0x7FFFFU + ((mag >> 20) & 1U) - (120U << 23)) >> 20;
+    const U subnormal = bits_of<U>(bits_of<F>(mag) + 16384.0F) - bits_of<uint32_t>(16384.0F);  // rounds at 2^-9
+    return sign | (mag >= bits_of<uint32_t>(0x1p-6F) ? normal : subnormal);
 }
 
-// One zero-padded tile of the source, [row][col]; reports the first element that is not finite.
-struct Strip {
-    float v[kTileRows][kTileCols];
-    uint32_t amax[kTileRows];  // bits of max |v| of each row
+// One zero-padded tile of the source, columns of 16 rows.
+struct Tile {
+    Floats v[kTileCols];
+    Bits amax;  // bits of max |v| of each row: their order is that of the magnitudes, NaN above infinity
 };
 
-DC_INLINE void load_tile(const PackArgs& a, int row0, int col0, Strip& s) {
+#define DC_QUADS(a, b, c, d)                                                                                           \
+    a, b, c, d, 4 + a, 4 + b, 4 + c, 4 + d, 8 + a, 8 + b, 8 + c, 8 + d, 12 + a, 12 + b, 12 + c, 12 + d
+#define DC_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, Ints{__VA_ARGS__})
+
+// 16 rows of 16 floats -> 16 columns: 4 x 4 inside groups of four lanes, then the groups.
+DC_INLINE void transpose(const Floats* row, Floats* col) {
+    Floats quad[4][4];  // [column mod 4][row / 4]: lanes 4k.. hold those rows of column 4k + column mod 4
+    for (int g = 0; g < 4; ++g) {
+        const Floats a = DC_SHUFFLE(row[4 * g], row[4 * g + 1], DC_QUADS(0, 16, 1, 17));
+        const Floats b = DC_SHUFFLE(row[4 * g], row[4 * g + 1], DC_QUADS(2, 18, 3, 19));
+        const Floats c = DC_SHUFFLE(row[4 * g + 2], row[4 * g + 3], DC_QUADS(0, 16, 1, 17));
+        const Floats d = DC_SHUFFLE(row[4 * g + 2], row[4 * g + 3], DC_QUADS(2, 18, 3, 19));
+        quad[0][g] = DC_SHUFFLE(a, c, DC_QUADS(0, 1, 16, 17));
+        quad[1][g] = DC_SHUFFLE(a, c, DC_QUADS(2, 3, 18, 19));
+        quad[2][g] = DC_SHUFFLE(b, d, DC_QUADS(0, 1, 16, 17));
+        quad[3][g] = DC_SHUFFLE(b, d, DC_QUADS(2, 3, 18, 19));
+    }
+    for (int j = 0; j < 4; ++j) {
+        const Floats* q = quad[j];
+        const Floats a = DC_SHUFFLE(q[0], q[1], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const Floats b = DC_SHUFFLE(q[2], q[3], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const Floats c = DC_SHUFFLE(q[0], q[1], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+        const Floats d = DC_SHUFFLE(q[2], q[3], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+        col[j] = DC_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        col[4 + j] = DC_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        col[8 + j] = DC_SHUFFLE(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        col[12 + j] = DC_SHUFFLE(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+}
+
+DC_INLINE void load_tile(const PackArgs& a, int row0, int col0, Tile& t) {
     const int n_rows = std::min(kTileRows, a.rows - row0), n_cols = std::min(kTileCols, a.cols - col0);
     const float* src = a.w + row0 * a.w_stride + col0;
-    if (n_rows < kTileRows || n_cols < kTileCols) std::memset(s.v, 0, sizeof s.v);
-    for (int r = 0; r < n_rows; ++r) {
-        std::memcpy(s.v[r], src + r * a.w_stride, sizeof(float) * static_cast<size_t>(n_cols));
+    Floats row[2][kTileRows];
+    if (n_rows == kTileRows && n_cols == kTileCols) {
+        for (int r = 0; r < kTileRows; ++r) {
+            std::memcpy(&row[0][r], src + r * a.w_stride, sizeof(Floats));
+            std::memcpy(&row[1][r], src + r * a.w_stride + kTileCols / 2, sizeof(Floats));
+        }
+    } else {
+        for (int r = 0; r < kTileRows; ++r) {
+            float line[kTileCols] = {};
+            if (r < n_rows) std::memcpy(line, src + r * a.w_stride, sizeof(float) * static_cast<size_t>(n_cols));
+            std::memcpy(&row[0][r], line, sizeof(Floats));
+            std::memcpy(&row[1][r], line + kTileCols / 2, sizeof(Floats));
+        }
     }
-    for (int r = 0; r < kTileRows; ++r) {
-        uint32_t m = 0;  // integer order of the bits is the order of the magnitudes, NaN above infinity
-        for (int c = 0; c < kTileCols; ++c) m = std::max(m, bits_of(s.v[r][c]) & 0x7FFFFFFFU);
-        s.amax[r] = m;
+    transpose(row[0], t.v);
+    transpose(row[1], t.v + kTileCols / 2);
+    t.amax = Bits{};
+    for (int c = 0; c < kTileCols; ++c) {
+        const Bits m = bits_of<Bits>(t.v[c]) & 0x7FFFFFFFU;
+        t.amax = m > t.amax ? m : t.amax;
     }
 }
 
-// Row r of the tile holds something that does not fit: points at its first element of magnitude >= limit.
-bool fail(PackArgs& a, const Strip& s, int row0, int col0, int r, uint32_t limit_bits) {
-    int c = 0;
-    while (c < kTileCols - 1 && (bits_of(s.v[r][c]) & 0x7FFFFFFFU) < limit_bits) ++c;
-    a.bad_row = row0 + r;
-    a.bad_col = col0 + c;
-    return false;
-}
-
-// Magnitudes from here on round to infinity.
-constexpr uint32_t kOverflowF16 = 0x477FF000U, kOverflowBF16 = 0x7F7F8000U;
-
-DC_INLINE int first_row_at_least(const Strip& s, uint32_t limit_bits) {
+// The first row where `lanes` is not zero, or -1.
+DC_INLINE int first_row(const Ints& lanes) {
     for (int r = 0; r < kTileRows; ++r) {
-        if (s.amax[r] >= limit_bits) return r;
+        if (lanes[r] != 0) return r;
     }
     return -1;
 }
 
-DC_INLINE void encode_f32(const Strip& s, TileF32& t) {
-    for (int c = 0; c < kTileCols; ++c) {
-        for (int r = 0; r < kTileRows; ++r) t.v[c][r] = s.v[r][c];
+// Row r of the tile holds something that does not fit: points at its first element of magnitude >= limit.
+bool fail(PackArgs& a, int row0, int col0, int r, uint32_t limit) {
+    a.bad_row = row0 + r;
+    a.bad_col = col0;
+    const float* w = a.w + a.bad_row * a.w_stride;
+    while (a.bad_col + 1 < a.cols && (bits_of<uint32_t>(w[a.bad_col]) & 0x7FFFFFFFU) < limit) ++a.bad_col;
+    return false;
+}
+
+// Four codes 0..255 of each row -> the 32-bit lanes of a tile.
+DC_INLINE void store_codes(const Bits* code, uint8_t (*out)[4]) {
+    const Bits lanes = code[0] | code[1] << 8 | code[2] << 16 | code[3] << 24;
+    std::memcpy(out, &lanes, sizeof lanes);
+}
+
+DC_INLINE void store_scales(const Bits& h, uint16_t* out) {
+    for (int r = 0; r < kTileRows; ++r) out[r] = static_cast<uint16_t>(h[r]);
+}
+
+DC_INLINE void encode_f32(const Tile& s, TileF32& t) { std::memcpy(t.v, s.v, sizeof t.v); }
+
+template <Format kFormat> DC_INLINE void encode_16(const Tile& s, Tile16& t) {
+    constexpr auto convert = kFormat == Format::kBF16 ? to_bf16<Floats, Bits> : to_f16<Floats, Bits>;
+    for (int c = 0; c < kTileCols; c += 2) {
+        const Bits pair = convert(s.v[c]) | convert(s.v[c + 1]) << 16;
+        std::memcpy(t.v[c / 2], &pair, sizeof pair);
     }
 }
 
-template <uint16_t (*kConvert)(float)> DC_INLINE void encode_16(const Strip& s, Tile16& t) {
-    for (int r = 0; r < kTileRows; ++r) {
-        uint16_t row[kTileCols];
-        for (int c = 0; c < kTileCols; ++c) row[c] = kConvert(s.v[r][c]);
-        for (int p = 0; p < kTileCols / 2; ++p) std::memcpy(t.v[p][r], row + 2 * p, 4);
-    }
-}
-
-// Returns the row whose scale does not fit f16, or -1.
-DC_INLINE int encode_q8(const Strip& s, TileQ8& t) {
-    for (int r = 0; r < kTileRows; ++r) {
-        const float amax = float_of(s.amax[r]);
-        uint16_t h = to_f16(amax / 127.0F);
-        // Where f16 is coarse (subnormal scales) the nearest one may be too small for the largest element: next one up.
-        if (h != 0 && amax > 127.5F * from_f16(h)) ++h;
-        if (h >= 0x7C00U || (h == 0 && s.amax[r] != 0)) return r;
-        t.scale[r] = h;
-        const float scale = h == 0 ? 1.0F : from_f16(h);
-        uint8_t row[kTileCols];
-        for (int c = 0; c < kTileCols; ++c) {
-            const float code = std::min(std::max(round_even(s.v[r][c] / scale), -127.0F), 127.0F);
-            row[c] = static_cast<uint8_t>(static_cast<int>(code) + 128);
+// Returns the first row whose scale does not fit f16, or -1.
+DC_INLINE int encode_q8(const Tile& s, TileQ8& t) {
+    const Floats amax = bits_of<Floats>(s.amax);
+    Bits h = to_f16<Floats, Bits>(amax / 127.0F);
+    // Where f16 is coarse (subnormal scales) the nearest one may be too small for the largest element: next one up.
+    const Floats nearest = from_f16<Floats, Bits>(h);
+    h = (h != 0U) & (amax > 127.5F * nearest) ? h + 1U : h;
+    const int bad = first_row((h >= 0x7C00U) | ((h == 0U) & (s.amax != 0U)));
+    if (bad >= 0) return bad;
+    store_scales(h, t.scale);
+    const Floats scale = h == 0U ? Floats{} + 1.0F : from_f16<Floats, Bits>(h);
+    for (int c = 0; c < kTileCols; c += 4) {
+        Bits code[4];
+        for (int i = 0; i < 4; ++i) {
+            const Floats q = clamp(round_even(s.v[c + i] / scale), -127.0F, 127.0F) + 128.0F;
+            code[i] = std::bit_cast<Bits>(__builtin_convertvector(q, Ints));
         }
-        for (int g = 0; g < kTileCols / 4; ++g) std::memcpy(t.v[g][r], row + 4 * g, 4);
+        store_codes(code, t.v[c / 4]);
     }
     return -1;
 }
@@ -142,53 +192,40 @@ DC_INLINE int encode_q8(const Strip& s, TileQ8& t) {
 // rows) and 0.6 % (Laplacian) above that of 122 candidates; -8 alone would be 7.9 % and 4.9 % above.
 constexpr float kQ4Extremes[] = {-8.3F, -7.6F, -6.8F, -9.0F, 7.2F, 6.4F, 7.9F};
 
-// Lanes are rows. For each candidate: codes, least-squares scale rounded to f16, gain = sum w^2 - squared error; the best
-// gain wins, ties go to the earlier candidate; final codes are the nearest under the winning scale.
-DC_INLINE int encode_q4(const Strip& s, TileQ4& t) {
-    float w[kTileCols][kTileRows], extreme[kTileRows];
-    for (int c = 0; c < kTileCols; ++c) {
-        for (int r = 0; r < kTileRows; ++r) w[c][r] = s.v[r][c];
-    }
-    for (int r = 0; r < kTileRows; ++r) extreme[r] = 0;
+// For each candidate: codes, least-squares scale rounded to f16, gain = sum w^2 - squared error; the best gain wins, ties
+// go to the earlier candidate; final codes are the nearest under the winning scale.
+DC_INLINE int encode_q4(const Tile& s, TileQ4& t) {
+    Floats extreme{}, best{}, best_gain = Floats{} - 1.0F;
     for (int c = kTileCols - 1; c >= 0; --c) {  // the first element of largest magnitude, with its sign
-        for (int r = 0; r < kTileRows; ++r) {
-            extreme[r] = (bits_of(w[c][r]) & 0x7FFFFFFFU) == s.amax[r] ? w[c][r] : extreme[r];
-        }
+        extreme = (bits_of<Bits>(s.v[c]) & 0x7FFFFFFFU) == s.amax ? s.v[c] : extreme;
     }
-    float best[kTileRows], best_gain[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) best[r] = 0, best_gain[r] = -1;
+    const Floats safe = extreme == 0.0F ? Floats{} + 1.0F : extreme;
     for (const float target : kQ4Extremes) {
-        float inv[kTileRows], wq[kTileRows], qq[kTileRows];
-        for (int r = 0; r < kTileRows; ++r) {
-            inv[r] = extreme[r] == 0 ? 0.0F : target / extreme[r];
-            wq[r] = qq[r] = 0;
-        }
+        const Floats inverse = target / safe;
+        Floats wq{}, qq{};
         for (int c = 0; c < kTileCols; ++c) {
-            for (int r = 0; r < kTileRows; ++r) {
-                const float q = std::min(std::max(round_even(w[c][r] * inv[r]), -8.0F), 7.0F);
-                wq[r] += w[c][r] * q;
-                qq[r] += q * q;
-            }
+            const Floats q = clamp(round_even(s.v[c] * inverse), -8.0F, 7.0F);
+            wq += s.v[c] * q;
+            qq += q * q;
         }
-        for (int r = 0; r < kTileRows; ++r) {
-            const float ls = from_f16(to_f16(wq[r] / std::max(qq[r], 1.0F)));
-            const float gain = ls * (2.0F * wq[r] - ls * qq[r]);
-            const bool better = gain > best_gain[r];
-            best[r] = better ? ls : best[r];
-            best_gain[r] = better ? gain : best_gain[r];
-        }
+        const Floats scale = from_f16<Floats, Bits>(to_f16<Floats, Bits>(wq / (qq < 1.0F ? Floats{} + 1.0F : qq)));
+        const Floats gain = scale * (2.0F * wq - scale * qq);
+        best = gain > best_gain ? scale : best;
+        best_gain = gain > best_gain ? gain : best_gain;
     }
-    for (int r = 0; r < kTileRows; ++r) {
-        t.scale[r] = s.amax[r] == 0 ? uint16_t{0} : to_f16(best[r]);
-        if ((t.scale[r] & 0x7FFFU) >= 0x7C00U || ((t.scale[r] & 0x7FFFU) == 0 && s.amax[r] != 0)) return r;
-    }
-    for (int c = 0; c < kTileCols / 2; ++c) {
-        for (int r = 0; r < kTileRows; ++r) {
-            const float scale = s.amax[r] == 0 ? 1.0F : best[r];
-            const float lo = std::min(std::max(round_even(w[c][r] / scale), -8.0F), 7.0F);
-            const float hi = std::min(std::max(round_even(w[c + kTileCols / 2][r] / scale), -8.0F), 7.0F);
-            t.v[c / 4][r][c % 4] = static_cast<uint8_t>((static_cast<int>(lo) + 8) | ((static_cast<int>(hi) + 8) << 4));
+    const Bits h = to_f16<Floats, Bits>(best), mag = h & 0x7FFFU;
+    const int bad = first_row((mag >= 0x7C00U) | ((mag == 0U) & (s.amax != 0U)));
+    if (bad >= 0) return bad;
+    store_scales(h, t.scale);
+    const Floats scale = best == 0.0F ? Floats{} + 1.0F : best;
+    for (int c = 0; c < kTileCols / 2; c += 4) {
+        Bits code[4];
+        for (int i = 0; i < 4; ++i) {
+            const Floats lo = clamp(round_even(s.v[c + i] / scale), -8.0F, 7.0F) + 8.0F;
+            const Floats hi = clamp(round_even(s.v[c + i + kTileCols / 2] / scale), -8.0F, 7.0F) + 8.0F;
+            code[i] = std::bit_cast<Bits>(__builtin_convertvector(lo + 16.0F * hi, Ints));
         }
+        store_codes(code, t.v[c / 4]);
     }
     return -1;
 }
@@ -196,35 +233,34 @@ DC_INLINE int encode_q4(const Strip& s, TileQ4& t) {
 DC_INLINE bool pack_f8(PackArgs& a) {
     const int64_t row_tile_bytes = ceil_div(a.cols, kTileCols) * int64_t{sizeof(TileF8)};
     const int64_t scales_per_row = ceil_div(a.cols, a.scale_cols);
-    Strip s;
+    Tile s;
     for (int br = 0; br < a.rows; br += a.scale_rows) {
         const int row_end = std::min(a.rows, br + a.scale_rows);
         for (int bc = 0; bc < a.cols; bc += a.scale_cols) {
             const int col_end = std::min(a.cols, bc + a.scale_cols);
-            uint32_t m = 0;
+            uint32_t amax = 0;
+            int largest = br;  // a row that has it
             for (int r = br; r < row_end; ++r) {
                 const float* src = a.w + r * a.w_stride;
                 uint32_t row_max = 0;
-                for (int c = bc; c < col_end; ++c) row_max = std::max(row_max, bits_of(src[c]) & 0x7FFFFFFFU);
-                m = std::max(m, row_max);
+                for (int c = bc; c < col_end; ++c) row_max = std::max(row_max, bits_of<uint32_t>(src[c]) & 0x7FFFFFFFU);
+                largest = row_max > amax ? r : largest;
+                amax = std::max(amax, row_max);
             }
-            const float scale = float_of(m) / 448.0F;
+            const float scale = bits_of<float>(amax) / 448.0F;
+            if (amax >= kInfBits || (amax != 0 && scale < 0x1p-126F)) {
+                return fail(a, largest, bc, 0, std::min(amax, kInfBits));
+            }
             a.scales[(br / a.scale_rows) * scales_per_row + bc / a.scale_cols] = scale;
-            const bool bad = m >= kInfBits || (m != 0 && bits_of(scale) < 0x00800000U);
+            const float divisor = amax == 0 ? 1.0F : scale;
             for (int row0 = br; row0 < row_end; row0 += kTileRows) {
-                for (int col0 = bc; col0 < col_end; col0 += kTileCols) {
+                auto* t = reinterpret_cast<TileF8*>(a.out + row0 / kTileRows * row_tile_bytes) + bc / kTileCols;
+                for (int col0 = bc; col0 < col_end; col0 += kTileCols, ++t) {
                     load_tile(a, row0, col0, s);
-                    if (bad) {
-                        const int r = first_row_at_least(s, std::min(m, kInfBits));
-                        if (r >= 0) return fail(a, s, row0, col0, r, std::min(m, kInfBits));
-                        continue;
-                    }
-                    auto* t = reinterpret_cast<TileF8*>(a.out + row0 / kTileRows * row_tile_bytes) + col0 / kTileCols;
-                    const float div = m == 0 ? 1.0F : scale;
-                    for (int r = 0; r < kTileRows; ++r) {
-                        uint8_t row[kTileCols];
-                        for (int c = 0; c < kTileCols; ++c) row[c] = to_e4m3(s.v[r][c] / div);
-                        for (int g = 0; g < kTileCols / 4; ++g) std::memcpy(t->v[g][r], row + 4 * g, 4);
+                    for (int c = 0; c < kTileCols; c += 4) {
+                        Bits code[4];
+                        for (int i = 0; i < 4; ++i) code[i] = to_e4m3<Floats, Bits>(s.v[c + i] / divisor);
+                        store_codes(code, t->v[c / 4]);
                     }
                 }
             }
@@ -240,21 +276,21 @@ DC_INLINE bool pack_any(PackArgs& a) {
                            : a.format == Format::kBF16 ? kOverflowBF16
                                                        : kInfBits;
     std::byte* out = a.out;
-    Strip s;
+    Tile s;
     for (int row0 = 0; row0 < a.rows; row0 += kTileRows) {
         for (int col0 = 0; col0 < a.cols; col0 += kTileCols, out += tile_bytes) {
             load_tile(a, row0, col0, s);
-            int r = first_row_at_least(s, limit);
-            if (r >= 0) return fail(a, s, row0, col0, r, limit);
+            int r = first_row(s.amax >= limit);
+            if (r >= 0) return fail(a, row0, col0, r, limit);
             switch (a.format) {
             case Format::kF32: encode_f32(s, *reinterpret_cast<TileF32*>(out)); break;
-            case Format::kBF16: encode_16<to_bf16>(s, *reinterpret_cast<Tile16*>(out)); break;
-            case Format::kF16: encode_16<to_f16>(s, *reinterpret_cast<Tile16*>(out)); break;
+            case Format::kBF16: encode_16<Format::kBF16>(s, *reinterpret_cast<Tile16*>(out)); break;
+            case Format::kF16: encode_16<Format::kF16>(s, *reinterpret_cast<Tile16*>(out)); break;
             case Format::kQ8: r = encode_q8(s, *reinterpret_cast<TileQ8*>(out)); break;
             case Format::kQ4: r = encode_q4(s, *reinterpret_cast<TileQ4*>(out)); break;
             default: r = 0; break;  // f8 is above; q4b tiles only come from existing codes
             }
-            if (r >= 0) return fail(a, s, row0, col0, r, s.amax[r]);
+            if (r >= 0) return fail(a, row0, col0, r, s.amax[r]);
         }
     }
     return true;
@@ -292,12 +328,24 @@ float element(Format format, const std::byte* tile, int r, int c) {
 
 }  // namespace
 
-float f16_to_f32(uint16_t h) noexcept { return from_f16(h); }
-uint16_t f32_to_f16(float f) noexcept { return to_f16(f); }
-float bf16_to_f32(uint16_t h) noexcept { return float_of(uint32_t{h} << 16); }
-uint16_t f32_to_bf16(float f) noexcept { return to_bf16(f); }
-float e4m3_to_f32(uint8_t b) noexcept { return from_e4m3(b); }
-uint8_t f32_to_e4m3(float f) noexcept { return to_e4m3(f); }
+namespace {
+bool is_nan(float f) { return (bits_of<uint32_t>(f) & 0x7FFFFFFFU) > kInfBits; }
+}  // namespace
+
+float f16_to_f32(uint16_t h) noexcept { return from_f16<float, uint32_t>(h); }
+uint16_t f32_to_f16(float f) noexcept {
+    return static_cast<uint16_t>(is_nan(f) ? 0x7E00U | (std::signbit(f) ? 0x8000U : 0U) : to_f16<float, uint32_t>(f));
+}
+float bf16_to_f32(uint16_t h) noexcept { return bits_of<float>(uint32_t{h} << 16); }
+uint16_t f32_to_bf16(float f) noexcept {
+    return static_cast<uint16_t>(is_nan(f) ? bits_of<uint32_t>(f) >> 16 | 0x40U : to_bf16<float, uint32_t>(f));
+}
+float e4m3_to_f32(uint8_t b) noexcept {
+    const uint32_t sign = (b & 0x80U) << 24, mag = b & 0x7FU;
+    const uint32_t finite = mag >= 8U ? (mag << 20) + (120U << 23) : bits_of<uint32_t>(to_float(mag) * 0x1p-9F);
+    return bits_of<float>(sign | (mag == 0x7FU ? 0x7FC00000U : finite));
+}
+uint8_t f32_to_e4m3(float f) noexcept { return static_cast<uint8_t>(is_nan(f) ? 0x7FU : to_e4m3<float, uint32_t>(f)); }
 
 bool pack_tiles(PackArgs& args) noexcept {
 #if defined(__x86_64__) && defined(__GNUC__)
