@@ -227,7 +227,16 @@ class PySession {
         d["cache_bytes"] = t.cache_bytes;
         d["experts_touched"] = t.experts_touched;
         d["seconds"] = t.seconds;
+        d["mtp_passes"] = t.mtp_passes;
+        d["mtp_rows"] = t.mtp_rows;
         return d;
+    }
+
+    py::list expert_union() const {
+        py::list out;
+        const ExpertUnion& u = s_->expert_union();
+        for (int j = 1; j <= ExpertUnion::kMaxWindow; ++j) out.append(py::make_tuple(u.windows[j], u.experts[j]));
+        return out;
     }
 
     KvCache& cache(bool mtp) { return s_->cache(mtp); }
@@ -300,6 +309,20 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("isa", [](const Model& s) { return s.kernels().isa; })
         .def_property_readonly("n_threads", [](Model& s) { return s.pool().size(); })
         .def_property_readonly("file_bytes", &Model::file_bytes)
+        .def_property_readonly(
+            "weight_bytes",
+            [](const Model& s) {
+                const WeightBytes& b = s.weight_bytes();
+                py::dict d;
+                d["fixed"] = b.fixed;
+                d["expert"] = b.expert;
+                d["head"] = b.head;
+                d["embed_row"] = b.embed_row;
+                d["n_moe_layers"] = b.n_moe_layers;
+                d["mtp_fixed"] = b.mtp_fixed;
+                return d;
+            },
+            "Weight bytes of one pass by what they depend on; `expert`: one routed expert of one layer.")
         .def(
             "active_bytes_per_token",
             [](const Model& s, int ctx_pos, const std::string& kv) {
@@ -343,5 +366,7 @@ PYBIND11_MODULE(_core, m) {
              "Replaces the session's whole state by one that state() returned; shapes and ids are checked.")
         .def("trace", &PySession::trace, py::arg("names"))
         .def("taps", &PySession::taps, "Taps of the last forward pass as arrays [n, ...]; clears them.")
-        .def("stats", &PySession::stats);
+        .def("stats", &PySession::stats)
+        .def("expert_union", &PySession::expert_union,
+             "(windows, distinct (layer, expert) pairs in them) for windows of 1..8 adjacent tokens.");
 }

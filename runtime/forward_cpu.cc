@@ -469,6 +469,10 @@ class Pass {
                 s_.slot_weight[at] = s_.topk_weight[i];
             }
         }
+        if (!a_.mtp && n_ <= ExpertUnion::kMaxWindow) {
+            for (int i = 0; i < n_ * k; ++i)
+                s_.pass_experts.push_back(layer_idx_ * c_.n_routed_experts + s_.topk_idx[i]);
+        }
         a_.stats->experts_touched += static_cast<int64_t>(s_.touched.size());
         a_.stats->weight_bytes += static_cast<int64_t>(s_.touched.size()) * a_.model.weight_bytes().expert;
     }
@@ -476,6 +480,7 @@ class Pass {
     // ---- layer, head -----------------------------------------------------------------------------------------------
 
     void layer(const LayerWeights& w, int layer_idx) {
+        layer_idx_ = layer_idx;
         attention(w, layer_idx);
         if (w.moe) {
             moe(w);
@@ -511,6 +516,7 @@ class Pass {
     const CpuKernels& k_;
     ThreadPool& pool_;
     const int tid_, threads_, n_, d_, heads_;
+    int layer_idx_ = 0;
     std::string prefix_;
     std::vector<float> cos_ = std::vector<float>(static_cast<size_t>(c_.qk_rope_head_dim / 2)), sin_ = cos_;
     std::vector<int32_t> ends_ = std::vector<int32_t>(static_cast<size_t>(std::max(kSplitRows, kAttnRowBlock)));
@@ -520,6 +526,7 @@ class Pass {
 }  // namespace
 
 void forward_cpu(const PassArgs& args) {
+    if (!args.mtp) args.state.pass_experts.clear();
     args.model.pool().run([&](int tid) {
         Pass pass(args, tid);
         args.mtp ? pass.run_mtp() : pass.run_main();

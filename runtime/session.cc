@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <iterator>
 
 namespace deepcalm {
 namespace {
@@ -107,6 +108,34 @@ Status Session::mtp_pass(std::span<const int32_t> ids, const float* hidden, int 
     return run(ids, hidden, n_logits, mtp_cache_);
 }
 
+void Session::count_union(int rows) {
+    const State& s = state_;
+    const auto n = static_cast<size_t>(last_rows_);
+    if (s.pass_experts.empty() || n > ExpertUnion::kMaxWindow) {
+        recent_.clear();  // no window reaches across a long pass
+        return;
+    }
+    const auto per_layer = static_cast<size_t>(model_.cfg().num_experts_per_tok);
+    for (size_t i = 0; i < static_cast<size_t>(rows); ++i) {
+        std::vector<int32_t> token;
+        for (size_t at = i * per_layer; at < s.pass_experts.size(); at += n * per_layer) {
+            token.insert(token.end(), s.pass_experts.begin() + static_cast<int64_t>(at),
+                         s.pass_experts.begin() + static_cast<int64_t>(at + per_layer));
+        }
+        if (recent_.size() == ExpertUnion::kMaxWindow) recent_.erase(recent_.begin());
+        recent_.push_back(std::move(token));
+        std::vector<int32_t> seen, merged;
+        for (size_t j = 1; j <= recent_.size(); ++j) {
+            const auto& t = recent_[recent_.size() - j];
+            merged.clear();
+            std::set_union(seen.begin(), seen.end(), t.begin(), t.end(), std::back_inserter(merged));
+            seen.swap(merged);
+            union_.windows[j] += 1;
+            union_.experts[j] += static_cast<int64_t>(seen.size());
+        }
+    }
+}
+
 Status Session::catch_up(const int32_t* next, int n_logits) {
     const int64_t d = model_.cfg().hidden_size;
     const int m = mtp_cache_.len;
@@ -140,6 +169,7 @@ Status Session::forward(std::span<const int32_t> ids, WantLogits want, float* lo
         DC_TRY_STATUS(restore_pending());
     }
     DC_TRY_STATUS(main_pass(ids, n_logits));
+    count_union(last_rows_);
     copy_logits(n_logits, logits);
     if (keep_mtp_ && n_pending() > kMaxPending) return catch_up(nullptr, 0);
     return {};
@@ -154,6 +184,7 @@ Status Session::truncate(int n) {
     if (n == cache_.len) return {};
     cache_.len = n;
     tokens_.resize(static_cast<size_t>(n));
+    recent_.clear();
     last_rows_ = 0;
     if (keep_mtp_) {
         const int m = mtp_cache_.len;

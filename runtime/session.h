@@ -29,6 +29,14 @@ struct SessionStats {
     double seconds = 0;
 };
 
+// Distinct experts that windows of adjacent tokens use: what a verification pass of j rows will read. Over tokens that went
+// through passes of at most kMaxWindow rows and stayed in the sequence.
+struct ExpertUnion {
+    static constexpr int kMaxWindow = 8;
+    int64_t windows[kMaxWindow + 1] = {};  // [j] windows of j tokens seen
+    int64_t experts[kMaxWindow + 1] = {};  // [j] distinct (layer, expert) pairs in them, summed
+};
+
 class Session {
   public:
     static constexpr int kMaxPending = 256;
@@ -57,6 +65,7 @@ class Session {
     KvCache& cache(bool mtp) { return mtp ? mtp_cache_ : cache_; }
     Trace& trace() { return trace_; }
     const SessionStats& stats() const { return stats_; }
+    const ExpertUnion& expert_union() const { return union_; }
     int max_rows() const { return state_.max_rows; }
     bool keeps_mtp() const { return keep_mtp_; }
     std::span<const int32_t> tokens() const { return tokens_; }
@@ -75,6 +84,7 @@ class Session {
     // Recomputes main row n-1 when its hidden state is needed and gone.
     Status restore_pending();
     const float* logits_row(int64_t i) const;
+    void count_union(int rows);  // the first `rows` rows of the last main pass stay in the sequence
     int n_pending() const { return static_cast<int>(static_cast<int64_t>(pending_.size()) / model_.cfg().hidden_size); }
     void copy_logits(int n_logits, float* logits) const;
 
@@ -89,6 +99,9 @@ class Session {
     bool keep_mtp_ = false;
     std::vector<int32_t> tokens_;
     std::vector<float> pending_;
+    ExpertUnion union_;
+    std::vector<std::vector<int32_t>>
+        recent_;  // up to kMaxWindow tokens, latest last: layer * n_routed_experts + expert, ascending
 };
 
 // forward_cpu.cc: the pass, CPU transcription. Runs on the model's pool; writes cache rows pos..pos+n-1 (not cache.len).

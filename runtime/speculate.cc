@@ -82,6 +82,8 @@ Result<Round> Speculator::round(Session& s, int32_t token, const DraftParams& p,
     }
     if (logits != nullptr) s.copy_logits(r.n_accepted + 1, logits);
 
+    s.count_union(r.n_accepted + 1);
+
     // forget rejected rows
     const int keep = n + 1 + r.n_accepted;
     s.cache_.len = keep;

@@ -53,7 +53,7 @@ struct State {
     float* out = nullptr;                 // [n, d_pad] output of a block before the residual
     float* shared_out = nullptr;          // [n, d_pad]
     float* down_tmp = nullptr;            // [n, d_pad] one expert's output rows
-    float* gate_up = nullptr;             // dense layers [n, gate_up_stride]; MoE [n * k, expert_gate_up_stride], by slot
+    float* gate_up = nullptr;  // dense layers [n, gate_up_stride]; MoE [n * k, expert_gate_up_stride], by slot
     int64_t gate_up_stride = 0, expert_gate_up_stride = 0;
     ActSite ffn_h;                    // [n, intermediate_size]; dense FFN hidden rows
     ActSite shared_h;                 // [n, n_shared_experts * moe_intermediate_size]
@@ -62,13 +62,14 @@ struct State {
     ActSite expert_h;              // [n * k, moe_intermediate_size], by slot
     float* gate_logits = nullptr;  // [n, pad16(E)]
     int64_t gate_logits_stride = 0;
-    float* route_scratch = nullptr;   // [n_threads, 2E + n_group]
-    int32_t* topk_idx = nullptr;      // [n, k] ascending
-    float* topk_weight = nullptr;     // [n, k]
-    int32_t* slot_row = nullptr;      // [n * k] activation row of each slot, slots grouped by expert, experts ascending
-    float* slot_weight = nullptr;     // [n * k]
-    std::vector<ExpertRows> touched;  // experts of the pass, ascending
-    ActSite final_h;                  // [n, d] after the final norm: what the head and MTP read
+    float* route_scratch = nullptr;  // [n_threads, 2E + n_group]
+    int32_t* topk_idx = nullptr;     // [n, k] ascending
+    float* topk_weight = nullptr;    // [n, k]
+    int32_t* slot_row = nullptr;     // [n * k] activation row of each slot, slots grouped by expert, experts ascending
+    float* slot_weight = nullptr;    // [n * k]
+    std::vector<int32_t> pass_experts;  // short main passes: [moe layer, n, k] layer * E + expert, ascending in a row
+    std::vector<ExpertRows> touched;    // experts of the pass, ascending
+    ActSite final_h;                    // [n, d] after the final norm: what the head and MTP read
     ZeroedBuffer memory;
 };
 
