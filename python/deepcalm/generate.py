@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core
-from .errors import SessionError, UnsupportedError
+from .draft import MAX_DRAFT, Controller, CostModel
+from .errors import SessionError
 from .text import StopMatcher
 
 if TYPE_CHECKING:
@@ -58,13 +60,9 @@ class Sampling:
 
 
 def check_draft(draft: str | int) -> None:
-    """Drafting is not part of this version: "auto" and "off" both decode token by token.
-
-    Raises:
-        UnsupportedError: a number of drafts was asked for.
-    """
-    if draft not in ("auto", "off"):
-        raise UnsupportedError(f"draft {draft}: drafting is not available in this version")
+    """Raises ValueError unless ``draft`` is "auto", "off" or a number of drafts 0..7."""
+    if draft not in ("auto", "off") and not (isinstance(draft, int) and 0 <= draft <= MAX_DRAFT):
+        raise ValueError(f"draft: {draft!r}, expected auto, off or a number 0..{MAX_DRAFT}")
 
 
 class Generation(Iterator[int]):
@@ -78,7 +76,12 @@ class Generation(Iterator[int]):
         max_tokens: at most this many; None: until something else ends it.
         temp, top_k, top_p, min_p, seed: see ``Sampling``.
         eos_ids: ids that end it; None: the model's own.
-        draft: "auto" or "off"; drafting is not available in this version, the result would be the same.
+        draft: MTP drafts per round, "off", or "auto": as many as pay. The tokens are the same with any of them.
+
+    ``drafts`` has the counts (``draft.DraftStats``) and the controller's predictions.
+
+    Raises:
+        SessionError: drafts asked for in a session without MTP state (``Model.session(mtp=True)``).
     """
 
     def __init__(
@@ -95,7 +98,14 @@ class Generation(Iterator[int]):
         draft: str | int = "auto",
     ) -> None:
         check_draft(draft)
+        if not session.keeps_mtp:
+            if draft not in ("auto", "off", 0):
+                raise SessionError(f"draft {draft}: the session keeps no MTP state; make it with session(mtp=True)")
+            draft = "off"
         self.session = session
+        core = session.model.core
+        cost = CostModel.of(core.weight_bytes, session.model.config) if session.keeps_mtp else None
+        self.drafts = Controller(cost, draft)
         self.sampling = Sampling(temp, top_k, top_p, min_p, seed)
         self.max_tokens = max_tokens
         self.reason: str | None = None
@@ -103,6 +113,7 @@ class Generation(Iterator[int]):
         self._prompt = ids
         self._eos = session.model.eos_ids if eos_ids is None else frozenset(eos_ids)
         self._n_valid = session.model.n_valid
+        self._ready: deque[int] = deque()  # chosen, not returned yet
 
     def __next__(self) -> int:
         if self.reason is not None:
@@ -113,15 +124,30 @@ class Generation(Iterator[int]):
             logits = self._first_logits()
             if self.session.pos == self.session.ctx:
                 return self._end("context")
-        elif self.session.pos + 1 == self.session.ctx:  # the last token returned takes the last position
-            return self._end("context")
-        else:
-            logits = self.session.decode(self.tokens[-1])
-        token = self.sampling.choose(logits, self.session.pos, self._n_valid)
+            self._ready.append(self.sampling.choose(logits, self.session.pos, self._n_valid))
+        elif not self._ready:
+            if self.session.pos + 1 == self.session.ctx:  # the last token returned takes the last position
+                return self._end("context")
+            self._ready.extend(self._round())
+        token = self._ready.popleft()
         if token in self._eos:
             return self._end("eos")
         self.tokens.append(token)
         return token
+
+    def _round(self) -> list[int]:
+        """Drafts, verifies, and returns the tokens that are certain now."""
+        control, counted = self.drafts, self.session.expert_union
+        k = control.next_k(counted)
+        # No row is verified for a token that plain decoding would not return.
+        k = min(k, self.session.ctx - self.session.pos - 2)
+        if self.max_tokens is not None:
+            k = min(k, self.max_tokens - len(self.tokens) - 1)
+        r = self.session.draft_round(
+            self.tokens[-1], k, self.sampling, self._n_valid, control.min_confidence(counted) if k else 0.0
+        )
+        control.observe(r)
+        return list(r["tokens"])
 
     def _first_logits(self) -> npt.NDArray[np.float32]:
         if self._prompt is not None:
@@ -130,8 +156,16 @@ class Generation(Iterator[int]):
             raise SessionError("nothing to go on from: prefill some tokens first, or pass ids")
         return self.session.last_logits
 
+    def close(self) -> None:
+        """Ends it from outside; drafts accepted beyond the last token returned leave the cache again."""
+        self.reason = self.reason or "closed"
+        if self._ready:
+            self.session.truncate(self.session.pos - len(self._ready))
+            self._ready.clear()
+
     def _end(self, reason: str) -> int:
         self.reason = reason
+        self.close()
         raise StopIteration
 
 
@@ -159,6 +193,7 @@ class TextGeneration(Iterator[str]):
                 piece = self._stops.feed(self._decoder.feed(token))
             if self._stops.stopped:
                 self.reason = "stop"
+                self.generation.close()
             if piece:
                 self.text += piece
                 return piece
@@ -172,6 +207,7 @@ class TextGeneration(Iterator[str]):
     def interrupt(self) -> str:
         """Ends it from outside; returns the text that was still held back."""
         self.reason = "interrupted"
+        self.generation.close()
         piece = self._flush()
         self.text += piece
         return piece

@@ -24,7 +24,7 @@ from .errors import ResourceError, SessionError
 from .text import one_line
 
 if TYPE_CHECKING:
-    from .generate import Generation
+    from .generate import Generation, Sampling
     from .model import Model
 
 F32 = npt.NDArray[np.float32]
@@ -130,6 +130,35 @@ class Session:
         """Appends k tokens in as few passes as possible; returns [k, vocab_size] f32. Raises as ``prefill``."""
         return self._run("decode", tokens, True)
 
+    def draft_round(
+        self, token: int, k: int, sampling: Sampling, n_valid: int, min_confidence: float = 0.0, **options: Any
+    ) -> dict[str, Any]:
+        """One round of drafting after ``token``, which is known but not in the cache yet (k = 0: a plain step).
+
+        Args:
+            k: MTP drafts, 0..7; fewer near the end of the context.
+            sampling, n_valid: how tokens, and drafts likewise, are chosen.
+            min_confidence: a draft less probable than this under its own distribution ends the chain unverified.
+            options: want_logits=True adds "logits"; forced=[k] ids replaces the drafts (for measurements).
+
+        Returns:
+            dict: tokens (accepted drafts and the next token), drafted, accepted, experts_verify, draft_bytes,
+            verify_bytes, draft_seconds, verify_seconds; logits [len(tokens), vocab_size] f32 if wanted.
+
+        Raises:
+            SessionError: the context is full, or k > 0 in a session that keeps no MTP state.
+        """
+        p = sampling
+        with self._lock:
+            self._last_logits = None
+            r = self._core.draft_round(
+                token, k, p.temp, p.top_k, p.top_p, p.min_p, p.seed, n_valid, min_confidence, **options
+            )
+            seconds, read = r["draft_seconds"] + r["verify_seconds"], r["draft_bytes"] + r["verify_bytes"]
+            for key, value in (("tokens", len(r["tokens"])), ("seconds", seconds), ("bytes", read)):
+                self._sums[f"decode_{key}"] = self._sums.get(f"decode_{key}", 0) + value
+            return r
+
     def _run(self, kind: str, ids: Sequence[int] | npt.NDArray[np.integer[Any]], all_logits: bool) -> F32:
         rows = np.asarray(ids)
         if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
@@ -189,6 +218,16 @@ class Session:
     def cache_bytes(self) -> int:
         """Bytes reserved for cache rows and buffers."""
         return self._core.cache_bytes
+
+    @property
+    def keeps_mtp(self) -> bool:
+        """Whether the session maintains the MTP layer's state, which drafting needs."""
+        return self._mtp
+
+    @property
+    def expert_union(self) -> list[tuple[int, int]]:
+        """[j-1]: (windows, distinct (layer, expert) pairs in them) of j adjacent tokens, j = 1..8."""
+        return self._core.expert_union()
 
     @property
     def tokens(self) -> I32:
