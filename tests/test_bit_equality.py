@@ -2,10 +2,13 @@
 
 One run (one thread, one pass per 64 rows) is the truth of its ISA, weight format and cache type; every other way to get
 to the same positions must give identical bits in logits, hidden states and cache rows: thread counts, pass sizes,
-decode, taps, truncation, restored caches, MTP passes in between.
+decode, taps, truncation, restored caches, MTP passes in between, drafting, other sessions at the same time.
 """
 
 from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +16,9 @@ import pytest
 import runtime_cases as rc
 import tiny
 from deepcalm import _core
+from deepcalm.errors import UnsupportedError
 
+Case = tuple[rc.packed.PackedFile, str, rc.Array]  # packed file, cache type, token ids [N]
 N = 72  # crosses an attention chunk (64)
 
 CASES = [
@@ -30,14 +35,22 @@ CASES = [
 IDS = ["-".join([p, s, *o.values(), kv]) for p, s, o, kv in CASES]
 
 
-@pytest.fixture(params=CASES, ids=IDS)
-def case(request: pytest.FixtureRequest) -> tuple[rc.packed.PackedFile, str, rc.Array]:
-    preset, source, options, kv = request.param
+def _case(preset: str, source: str, options: dict[str, str], kv: str) -> Case:
     file = rc.pack(rc.checkpoint(preset, source), **options)
     return file, kv, tiny.token_ids(file.config["vocab_size"], N, 3)
 
 
-Case = tuple[rc.packed.PackedFile, str, rc.Array]
+@pytest.fixture(params=CASES, ids=IDS)
+def case(request: pytest.FixtureRequest) -> Case:
+    return _case(*request.param)
+
+
+MTP = [i for i, case in enumerate(CASES) if tiny.PRESETS[case[0]].config["num_nextn_predict_layers"]]
+
+
+@pytest.fixture(params=[CASES[i] for i in MTP], ids=[IDS[i] for i in MTP])
+def mtp_case(request: pytest.FixtureRequest) -> Case:
+    return _case(*request.param)
 
 
 def assert_same_bits(what: str, a: rc.Array, b: rc.Array) -> None:
@@ -63,6 +76,7 @@ def test_pass_sizes_and_threads(case: Case, isa: str) -> None:
     for size in (1, 3, 16, N):
         same_run(f"passes of {size}", rc.Run(core, ids, kv, size), truth)
     same_run("mixed passes", rc.Run(core, ids, kv, [9, 1, 4, 50, 8]), truth)
+    same_run("small buffers", rc.Run(core, ids, kv, 7, session=_core.Session(core, N, kv, 7)), truth)
     for threads in (2, 3):
         other = rc.open_model(file, isa, threads)
         assert other.n_threads == threads
@@ -71,12 +85,8 @@ def test_pass_sizes_and_threads(case: Case, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", rc.ISAS)
-def test_mtp_passes(case: Case, isa: str) -> None:
-    file, kv, ids = case
-    if not file.config["num_nextn_predict_layers"]:
-        with pytest.raises(Exception, match="MTP"):
-            rc.Run(rc.open_model(file, isa), ids[:4], kv).mtp(2)
-        return
+def test_mtp_passes(mtp_case: Case, isa: str) -> None:
+    file, kv, ids = mtp_case
     truth_run = rc.Run(rc.open_model(file, isa), ids, kv)
     truth = truth_run.mtp(64)
     for size, threads in ((1, 1), (5, 2), (16, 3), (N, 1)):
@@ -115,6 +125,125 @@ def test_truncate_and_restore(case: Case, isa: str) -> None:
     restored.load_state(saved["tokens"], saved["cache"], saved["mtp_cache"], saved["hidden"])
     assert restored.pos == 33
     assert_same_bits("after restoring", restored.forward(ids[33:], "all"), truth.logits[33:])
+
+
+SAMPLING = {"temp": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "seed": 7}
+GREEDY = {"temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+N_VALID = 270  # fewer than vocab_size: padding rows are never drawn
+
+
+def decode_plainly(core: Any, kv: str, prompt: rc.Array, n_new: int, how: dict[str, Any]) -> tuple[list[int], rc.Array]:
+    """One forward pass per token and one call of the sampler: what drafting must reproduce."""
+    session = _core.Session(core, 128, kv, 64)
+    tokens, rows = [], []
+    logits = session.forward(prompt, "last")
+    while True:
+        rows.append(logits[0])
+        tokens.append(_core.sample(logits[0], pos=session.pos, n_valid=N_VALID, **how))
+        if len(tokens) == n_new:
+            return tokens, np.stack(rows)
+        logits = session.forward(np.array(tokens[-1:], np.int32), "last")
+
+
+@pytest.mark.parametrize(
+    ("isa", "how"),
+    [*((isa, GREEDY) for isa in rc.ISAS), (rc.ISAS[0], SAMPLING)],
+    ids=[*(f"{isa}-greedy" for isa in rc.ISAS), f"{rc.ISAS[0]}-sampled"],
+)
+def test_drafting_changes_nothing(mtp_case: Case, isa: str, how: dict[str, Any]) -> None:
+    """Real drafts, and drafts forced to be right 0..k times in a row: the same tokens, logits and caches."""
+    file, kv, ids = mtp_case
+    core = rc.open_model(file, isa)
+    prompt, n_new = ids[:50], 20  # crosses position 64
+    tokens, rows = decode_plainly(core, kv, prompt, n_new + 8, how)
+    truth = rc.Run(core, np.concatenate([prompt, np.array(tokens, np.int32)]), kv)
+    _, _, mtp_cache = truth.mtp(64)
+    for k, forcing in ((0, False), (2, False), (1, True), (4, True)):
+        session = _core.Session(core, 128, kv, 64, mtp=True)
+        session.forward(prompt[:-1], "none")
+        out, got, last, accepted = [], [], int(prompt[-1]), set()
+        while len(out) < n_new:
+            right = len(got) % (k + 1)  # how many drafts of this round to get right
+            forced = [t if j < right else (t + 1) % N_VALID for j, t in enumerate(tokens[len(out) :][:k])]
+            r = session.draft_round(
+                last, k, n_valid=N_VALID, want_logits=True, forced=forced if forcing else None, **how
+            )
+            assert len(r["tokens"]) == r["accepted"] + 1 and r["drafted"] == k
+            if forcing:
+                assert r["accepted"] == right
+            accepted.add(r["accepted"])
+            out += r["tokens"]
+            got.append(r["logits"])
+            last = out[-1]
+        what = f"k = {k}, forced = {forcing}"
+        assert out == tokens[: len(out)], what
+        assert_same_bits(f"{what}: logits", np.concatenate(got), rows[: len(out)])
+        state = session.state()
+        n, m = len(prompt) + len(out) - 1, state["mtp_cache"].shape[1]
+        assert session.pos == n and m + len(state["hidden"]) == n
+        assert_same_bits(f"{what}: cache", state["cache"], truth.cache[:, :n])
+        assert_same_bits(f"{what}: MTP cache", state["mtp_cache"], mtp_cache[:, :m])
+        assert_same_bits(f"{what}: pending hidden states", state["hidden"], truth.hidden[m:n])
+        if forcing:
+            assert accepted == set(range(k + 1)), what
+
+
+@pytest.mark.parametrize("isa", rc.ISAS[:1])
+def test_truncate_and_restore_with_drafting(mtp_case: Case, isa: str) -> None:
+    """MTP rows and pending hidden states after detours are those of an undisturbed run."""
+    file, kv, ids = mtp_case
+    core = rc.open_model(file, isa)
+    truth = rc.Run(core, ids, kv)
+    mtp_cache = truth.mtp(64)[2]
+    wrong = [(int(i) + 1) % N_VALID for i in ids]
+
+    def draft(session: Any, pos: int, rows: int) -> None:
+        """A round of rejected drafts after token `pos`; then the state must be the truth's."""
+        assert session.pos == pos
+        r = session.draft_round(int(ids[pos]), 2, n_valid=N_VALID, forced=None, **GREEDY)
+        state = session.state()
+        n, m = pos + 1 + r["accepted"], state["mtp_cache"].shape[1]
+        assert (m, len(state["hidden"])) == (rows, n - rows)
+        assert_same_bits("cache", state["cache"][:, : pos + 1], truth.cache[:, : pos + 1])
+        assert_same_bits("MTP cache", state["mtp_cache"], mtp_cache[:, :m])
+        assert_same_bits("pending", state["hidden"][:1], truth.hidden[m : m + 1])
+        session.truncate(pos + 1)
+
+    session = _core.Session(core, 128, kv, 64, mtp=True)
+    session.forward(ids[:50], "none")
+    session.draft_round(int(ids[50]), 3, n_valid=N_VALID, forced=wrong[51:54], **GREEDY)
+    session.truncate(41)
+    draft(session, 41, 41)  # the hidden state of position 40 is gone and must be recomputed
+    session.truncate(42)
+    assert_same_bits("logits", session.forward(ids[42:60], "all"), truth.logits[42:60])
+    saved = session.state()
+    restored = _core.Session(core, 80, kv, 9, mtp=True)
+    restored.load_state(saved["tokens"], saved["cache"], saved["mtp_cache"], saved["hidden"])
+    for s in (session, restored):
+        draft(s, 60, 60)
+        assert_same_bits("logits", s.forward(ids[61:65], "all"), truth.logits[61:65])
+
+
+def test_a_model_without_mtp_layer_refuses_to_draft() -> None:
+    file, kv, ids = _case(*CASES[0])
+    core = rc.open_model(file, rc.ISAS[0])
+    with pytest.raises(UnsupportedError, match="no MTP layer"):
+        rc.Run(core, ids[:4], kv).mtp(2)
+    with pytest.raises(UnsupportedError, match="no MTP layer"):
+        _core.Session(core, 128, kv, 64, mtp=True)
+
+
+@pytest.mark.parametrize("isa", rc.ISAS[:1])
+def test_sessions_in_parallel(case: Case, isa: str) -> None:
+    """Two sessions of one model, driven from two Python threads, do not see each other."""
+    file, kv, ids = case
+    core = rc.open_model(file, isa, 2)
+    orders = (ids, ids[::-1].copy())
+    truth = [rc.Run(core, order, kv) for order in orders]
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda order: rc.Run(core, order, kv, 5), orders))
+    for run, expected in zip(runs, truth, strict=True):
+        same_run("two sessions", run, expected)
 
 
 @pytest.mark.parametrize("isa", [rc.ISAS[0], rc.ISAS[-1]])

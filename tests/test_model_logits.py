@@ -5,12 +5,15 @@ Law L2. Logit standard deviation is about 1.5, so 1e-4 is four digits; the argma
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import golden_cases
 import runtime_cases as rc
-from ref import model
+import tiny
+from ref import checkpoint, model
 
 TOLERANCE = 1e-4
 
@@ -37,8 +40,6 @@ def test_logits_equal_transformers(name: str, isa: str) -> None:
 
 def test_packed_f32_weights_are_the_checkpoint(name: str) -> None:
     """What the packer stored as f32 is exactly what the independent reader finds in the checkpoint."""
-    from ref import checkpoint
-
     folder = rc.golden_checkpoint(name)
     raw, tensors = checkpoint.load(folder)
     cfg = model.Config.from_hf(raw, any(n.endswith("eh_proj.weight") for n in tensors))
@@ -68,6 +69,47 @@ def test_taps_equal_reference(name: str, isa: str) -> None:
             seen |= _compare(taps, oracle.taps)
     assert {"embed", "final_norm", "logits", "layers.1.topk_idx", "layers.1.q_absorbed"} <= seen
     assert ("mtp.layer_out" in seen) == (golden.mtp_logits is not None)
+
+
+_YARN = tiny.PRESETS["v3"].config["rope_scaling"]
+_TILES = {"hidden_size": 64, "q_lora_rank": 32, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
+_ONES = {"qk_nope_head_dim": 1, "qk_rope_head_dim": 2, "v_head_dim": 1, "kv_lora_rank": 1, "moe_intermediate_size": 1}
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "tied head": ("v3", {"tie_word_embeddings": True, "mtp_copies": False}),
+    "no dense layer": ("v3", {"first_k_dense_replace": 0}),
+    "routed experts in the MTP layer only": ("v3", {"first_k_dense_replace": 3}),
+    "dense model": ("moonlight", {"n_routed_experts": 0}),
+    "no shared expert": ("glm4_moe_lite", {"n_shared_experts": 0}),
+    "every expert chosen": ("moonlight", {"num_experts_per_tok": 9}),
+    "every group kept": ("v2_grouped", {"topk_group": 4}),
+    "one head, one layer": ("v2_lite", {"num_attention_heads": 1, "num_hidden_layers": 1, "first_k_dense_replace": 0}),
+    "whole tiles": ("v3", {**_TILES, "intermediate_size": 96, "moe_intermediate_size": 32, "vocab_size": 320}),
+    "widths of one": ("moonlight", {**_ONES, "intermediate_size": 1, "hidden_size": 7}),
+    "heads wider than the latent": ("v3", {"qk_nope_head_dim": 130, "v_head_dim": 70, "kv_lora_rank": 20}),
+    "yarn range not truncated": ("v3", {"rope_scaling": {**_YARN, "truncate": False}}),
+    "yarn with attention_factor": ("v3", {"rope_scaling": {**_YARN, "attention_factor": 1.3}}),
+    "yarn without mscale": ("v3", {"rope_scaling": {k: v for k, v in _YARN.items() if not k.startswith("mscale")}}),
+}
+
+
+@pytest.mark.parametrize("what", VARIANTS)
+def test_variants_equal_reference(what: str, tmp_path: Path) -> None:
+    """Shapes and settings at the edge of what a config.json may say."""
+    preset, changes = VARIANTS[what]
+    folder = tiny.write(tmp_path / "hf", preset, dtype="f32", seed=1, **changes)
+    raw, tensors = checkpoint.load(folder)
+    cfg = model.Config.from_hf(raw, any(n.endswith("eh_proj.weight") for n in tensors))
+    oracle = model.Model(cfg, model.Weights.from_hf(cfg, tensors))
+    file = rc.pack(folder, dtype="f32")
+    ids = tiny.token_ids(cfg.vocab_size, 70, 1)
+    for isa in rc.ISAS[:: len(rc.ISAS) - 1]:  # the best and the scalar one
+        run = rc.Run(rc.open_model(file, isa), ids, "f32")
+        oracle = model.Model(cfg, oracle.weights)
+        logits, hidden = oracle.forward(ids)
+        assert np.abs(run.logits - logits).max() <= TOLERANCE, isa
+        if cfg.num_nextn_predict_layers:
+            mtp_logits, _ = oracle.mtp_forward(ids[1:], hidden[:-1])
+            assert np.abs(run.mtp(64)[0] - mtp_logits).max() <= TOLERANCE, isa
 
 
 def _compare(taps: dict[str, rc.Array], expected: dict[str, rc.Array]) -> set[str]:

@@ -438,7 +438,7 @@ def tensor_shapes(cfg: Mapping[str, Any], mtp_copies: bool = False) -> Iterator[
         yield f"{p}.self_attn.kv_b_proj.weight", (heads * (dn + dv), r)
         yield f"{p}.self_attn.o_proj.weight", (d, heads * dv)
         yield f"{p}.post_attention_layernorm.weight", (d,)
-        if layer < cfg["first_k_dense_replace"]:
+        if layer < cfg["first_k_dense_replace"] or not cfg["n_routed_experts"]:
             yield from mlp(f"{p}.mlp", cfg["intermediate_size"])
             continue
         yield f"{p}.mlp.gate.weight", (cfg["n_routed_experts"], d)
