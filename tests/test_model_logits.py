@@ -13,6 +13,7 @@ import pytest
 import golden_cases
 import runtime_cases as rc
 import tiny
+from deepcalm import _core
 from ref import checkpoint, model
 
 TOLERANCE = 1e-4
@@ -110,6 +111,41 @@ def test_variants_equal_reference(what: str, tmp_path: Path) -> None:
         if cfg.num_nextn_predict_layers:
             mtp_logits, _ = oracle.mtp_forward(ids[1:], hidden[:-1])
             assert np.abs(run.mtp(64)[0] - mtp_logits).max() <= TOLERANCE, isa
+
+
+ROPES: dict[str, dict[str, object]] = {
+    "v3": {"rope_theta": 1e4, "rope_scaling": {**_YARN, "original_max_position_embeddings": 4096, "beta_fast": 32}},
+    "kimi_k2": {
+        "rope_theta": 5e4,
+        "rope_scaling": {**_YARN, "factor": 64, "original_max_position_embeddings": 4096, "beta_fast": 1},
+    },
+    "glm": {"rope_theta": 1e6, "rope_scaling": None},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rope_far_out(rope: str, tmp_path: Path) -> None:
+    """Real frequency tables (64 channels) at real positions: the float32 angle, and an accurate cosine of it."""
+    widths = {"qk_rope_head_dim": 64, "num_hidden_layers": 1, "first_k_dense_replace": 1}
+    folder = tiny.write(
+        tmp_path / "hf", "v2_lite", dtype="f32", max_position_embeddings=163840, **widths, **ROPES[rope]
+    )
+    file = rc.pack(folder, dtype="f32")
+    cfg, weights = rc.weights(file)
+    near = model.Model(cfg, weights)
+    near.forward(np.array([5]))
+    unrotated = near.taps["layers.0.k_rope"]  # position 0 rotates by nothing
+    core = rc.open_model(file, rc.ISAS[0])
+    for position in (1, 63, 4095, 100_000, 163_839):
+        session = _core.Session(core, 163840, "q8", 1)
+        fresh = session.state()
+        rows = np.zeros((1, position, fresh["cache"].shape[2]), np.uint8)
+        session.load_state(np.zeros(position, np.int32), rows, fresh["mtp_cache"], fresh["hidden"])
+        session.trace(["k_rope"])
+        session.forward(np.array([5], np.int32), "none")
+        cos, sin = model.rope_table(cfg, np.array([position]))
+        expected = model.rotate(unrotated / model.rope_amplitude(cfg), cos.astype(float), sin.astype(float))
+        assert np.abs(session.taps()["layers.0.k_rope"] - expected).max() <= 2e-6, position
 
 
 def _compare(taps: dict[str, rc.Array], expected: dict[str, rc.Array]) -> set[str]:
