@@ -1,67 +1,72 @@
 // The product of packed weights and activation rows: one driver for the chained formats, one for the int formats.
-// Both are templates over R, the rows of a register block; a row's operations and their order do not depend on R (L1).
+// Both are templates over R rows x T row tiles of a register block; the operations behind an output element and their
+// order do not depend on R and T (L1). Few rows run 4 row tiles at once: their weights come from memory, and 4 streams
+// in different pages read 1.5 times as fast as one (measured on a Sapphire Rapids VM: 16 against 10.5 GB/s per core).
 #pragma once
 
 namespace deepcalm {
 namespace {
 
 constexpr int kSumCols = 128;         // columns of one block sum of a chained format
-constexpr int kPrefetchBytes = 4096;  // ahead of the reads of a single row, whose weights come from memory
+constexpr int kPrefetchBytes = 4096;  // ahead of a single row tile x row
 
-template <class X> DC_INLINE const X* act_row(const MatmulArgs& a, int i) {
-    return static_cast<const X*>(a.x.x) + (a.x_row ? a.x_row[i] : i) * a.x.stride;
-}
-
-// Block sums of R rows x G equal blocks: blocks lie block_bytes apart in w and block_cols apart in x.
-template <class W, int R, int G>
-DC_INLINE void chain(const std::byte* w, int64_t block_bytes, int block_cols, const typename W::X* const (&x)[R],
-                     F (&out)[R][G]) {
-    typename W::Acc s[R][G];
+// Block sums of R rows x S weight streams that lie w_step bytes apart: row tiles, which share the columns of x, or
+// (kBlocks) equal blocks of one row tile, block_cols apart in x.
+template <class W, int R, int S, bool kBlocks>
+DC_INLINE void chain(const std::byte* w, int64_t w_step, int block_cols, const typename W::X* const (&x)[R],
+                     F (&out)[R][S]) {
+    typename W::Acc sum[R][S];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-        for (int g = 0; g < G; ++g) s[r][g] = W::start();
+        for (int s = 0; s < S; ++s) sum[r][s] = W::start();
     const int units = block_cols / W::kCols;
     for (int u = 0; u < units; ++u) {
 #pragma GCC unroll 16
-        for (int g = 0; g < G; ++g) {
-            const std::byte* p = w + g * block_bytes + int64_t{u} * 64;
-            if constexpr (R == 1) prefetch(p + kPrefetchBytes);
+        for (int s = 0; s < S; ++s) {
+            const std::byte* p = w + s * w_step + int64_t{u} * 64;
+            if constexpr (kBlocks) prefetch(p + S * w_step);
             const typename W::Unit unit = W::load(p);
 #pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) W::mac(s[r][g], unit, x[r] + g * block_cols + u * W::kCols);
+            for (int r = 0; r < R; ++r) W::mac(sum[r][s], unit, x[r] + (kBlocks ? s * block_cols : 0) + u * W::kCols);
         }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-        for (int g = 0; g < G; ++g) out[r][g] = W::value(s[r][g]);
+        for (int s = 0; s < S; ++s) out[r][s] = W::value(sum[r][s]);
 }
 
-// One row tile x R rows. scales: f8 only, this row tile's scale blocks along the columns.
-template <class W, int R>
-void chained_rows(const MatmulArgs& a, const std::byte* w, const float* scales, int first_row, float* y) {
-    constexpr int kG = R == 1 ? kBlocksInFlight : 1;
+// Row tiles t .. t+T-1 x rows i .. i+R-1 of f32, f16, bf16, f8. w: row tile t.
+template <class W, int R, int T>
+void block_sums(const MatmulArgs& a, const std::byte* w, int64_t w_step, int t, int i, float* y) {
+    constexpr int kG = R == 1 && T == 1 ? kBlocksInFlight : 1;
     constexpr int kColBytes = 64 / W::kCols;
     const typename W::X* x[R];
-    F acc[R];
+    F acc[R][T];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-        x[r] = act_row<typename W::X>(a, first_row + r);
-        acc[r] = set1(0);
+        x[r] = static_cast<const typename W::X*>(a.x.x) + (a.x_row ? a.x_row[i + r] : i + r) * a.x.stride;
+#pragma GCC unroll 16
+        for (int j = 0; j < T; ++j) acc[r][j] = set1(0);
     }
     const int cols = a.w->col_tiles() * kTileCols;
-    int block = kSumCols;  // columns of a block sum
-    bool regular = true;   // f8: false where 128-column blocks and scale blocks do not line up
+    int block = kSumCols;         // columns of a block sum
+    bool regular = true;          // f8: false where 128-column blocks and scale blocks do not line up
+    const float* scales[T] = {};  // f8: [ceil(cols / scale_cols)] of each row tile
     if constexpr (W::kScaled) {
+        const int64_t per_row = ceil_div(a.w->cols, a.w->scale_cols);
         if (a.w->scale_cols < kSumCols) block = a.w->scale_cols;
         regular = a.w->scale_cols % block == 0;
+#pragma GCC unroll 16
+        for (int j = 0; j < T; ++j)
+            scales[j] = a.w->scales + a.slice * a.w->slice_scales() + (t + j) * kTileRows / a.w->scale_rows * per_row;
     }
-    const auto add = [&](const F& sum, int r, int col) {
+    const auto add = [&](const F& sum, int r, int j, int col) {
         if constexpr (W::kScaled) {
-            acc[r] = fma(sum, set1(scales[col / a.w->scale_cols]), acc[r]);
+            acc[r][j] = fma(sum, set1(scales[j][col / a.w->scale_cols]), acc[r][j]);
         } else {
-            acc[r] = acc[r] + sum;
+            acc[r][j] = acc[r][j] + sum;
         }
     };
     const auto advance = [&](int n_cols) {
@@ -70,14 +75,12 @@ void chained_rows(const MatmulArgs& a, const std::byte* w, const float* scales, 
         for (int r = 0; r < R; ++r) x[r] += n_cols;
     };
     int c = 0;
-    if (regular && kG > 1) {
-        for (; c + kG * block <= cols; c += kG * block) {
-            F sums[R][kG];
-            chain<W, R, kG>(w, int64_t{block} * kColBytes, block, x, sums);
+    if constexpr (kG > 1) {
+        for (; regular && c + kG * block <= cols; c += kG * block) {
+            F sums[1][kG];
+            chain<W, 1, kG, true>(w, int64_t{block} * kColBytes, block, x, sums);
 #pragma GCC unroll 16
-            for (int g = 0; g < kG; ++g)
-#pragma GCC unroll 16
-                for (int r = 0; r < R; ++r) add(sums[r][g], r, c + g * block);
+            for (int g = 0; g < kG; ++g) add(sums[0][g], 0, 0, c + g * block);
             advance(kG * block);
         }
     }
@@ -87,95 +90,101 @@ void chained_rows(const MatmulArgs& a, const std::byte* w, const float* scales, 
             const int edge = (c / a.w->scale_cols + 1) * a.w->scale_cols;
             if (!regular && edge < end) end = edge;
         }
-        F sums[R][1];
-        chain<W, R, 1>(w, 0, end - c, x, sums);
+        F sums[R][T];
+        chain<W, R, T, false>(w, w_step, end - c, x, sums);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) add(sums[r][0], r, c);
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+            for (int j = 0; j < T; ++j) add(sums[r][j], r, j, c);
         advance(end - c);
         c = end;
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) store(y + r * a.y_stride, acc[r]);
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int j = 0; j < T; ++j) store(y + r * a.y_stride + kTileRows * j, acc[r][j]);
 }
 
-// One row tile x R rows of q8 or q4: an exact integer sum per tile, then one scaled addition.
-template <class W, int R>
-void int_rows(const MatmulArgs& a, const std::byte* w, const float*, int first_row, float* y) {
+// The same of q8 and q4: an exact integer sum per tile, then one scaled addition.
+template <class W, int R, int T>
+void int_sums(const MatmulArgs& a, const std::byte* w, int64_t w_step, int i, float* y) {
     const int8_t* x[R];
     const float* d[R];
     const int32_t* group_sum[R];
-    F acc[R];
+    F acc[R][T];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-        const int64_t row = a.x_row ? a.x_row[first_row + r] : first_row + r;
+        const int64_t row = a.x_row ? a.x_row[i + r] : i + r;
         x[r] = static_cast<const int8_t*>(a.x.x) + row * a.x.stride;
         d[r] = a.x.d + row * (a.x.stride / kTileCols);
         group_sum[r] = a.x.sum + row * (a.x.stride / kTileCols);
-        acc[r] = set1(0);
+#pragma GCC unroll 16
+        for (int j = 0; j < T; ++j) acc[r][j] = set1(0);
     }
     const int tiles = a.w->col_tiles();
-    for (int t = 0; t < tiles; ++t, w += W::kTileBytes) {
-        if constexpr (R == 1) {
+    for (int c = 0; c < tiles; ++c, w += W::kTileBytes) {
+        typename W::Acc sum[R][T];
 #pragma GCC unroll 16
-            for (int u = 0; u <= W::kUnits; ++u) prefetch(w + kPrefetchBytes + 64 * u);
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+            for (int j = 0; j < T; ++j) sum[r][j] = W::start(group_sum[r][c]);
+#pragma GCC unroll 16
+        for (int u = 0; u < W::kUnits; ++u)
+#pragma GCC unroll 16
+            for (int j = 0; j < T; ++j) {
+                const std::byte* p = w + j * w_step + 64 * u;
+                if constexpr (R == 1 && T == 1) prefetch(p + kPrefetchBytes);
+                const typename W::Unit unit = W::load(p);
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r) W::mac(sum[r][j], unit, x[r] + int64_t{c} * kTileCols + 4 * u);
+            }
+#pragma GCC unroll 16
+        for (int j = 0; j < T; ++j) {
+            const F dw = W::scale(w + j * w_step + W::kScaleAt);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) acc[r][j] = fma(W::value(sum[r][j]), dw * set1(d[r][c]), acc[r][j]);
         }
-        typename W::Acc s[R];
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) s[r] = W::start(group_sum[r][t]);
-#pragma GCC unroll 16
-        for (int u = 0; u < W::kUnits; ++u) {
-            const typename W::Unit unit = W::load(w + 64 * u);
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) W::mac(s[r], unit, x[r] + int64_t{t} * kTileCols + 4 * u);
-        }
-        const F dw = W::scale(w + W::kScaleAt);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) acc[r] = fma(W::value(s[r]), dw * set1(d[r][t]), acc[r]);
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) store(y + r * a.y_stride, acc[r]);
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int j = 0; j < T; ++j) store(y + r * a.y_stride + kTileRows * j, acc[r][j]);
 }
 
-template <class W> constexpr bool kIsChained = requires { typename W::X; };
-
-template <class W, int R>
-DC_INLINE void tile_rows(const MatmulArgs& a, const std::byte* w, const float* scales, int i, float* y) {
-    if constexpr (kIsChained<W>) {
-        chained_rows<W, R>(a, w, scales, i, y + i * a.y_stride);
-    } else {
-        int_rows<W, R>(a, w, scales, i, y + i * a.y_stride);
+// Row tiles t .. t+T-1 x R rows from row i on; the R rows of a full block take the tiles kBlockTiles at a time.
+template <class W, int R, int T>
+DC_INLINE void rows_by_tiles(const MatmulArgs& a, const std::byte* w, int64_t w_step, int t, int& i) {
+    constexpr int kT = R == kBlockRows && kBlockTiles < T ? kBlockTiles : T;
+    for (int j = 0; j < T; j += kT) {
+        float* y = a.y + i * a.y_stride + int64_t{t + j - a.tile_begin} * kTileRows;
+        if constexpr (requires { typename W::X; }) {
+            block_sums<W, R, kT>(a, w + j * w_step, w_step, t + j, i, y);
+        } else {
+            int_sums<W, R, kT>(a, w + j * w_step, w_step, i, y);
+        }
     }
+    i += R;
+}
+
+template <class W, int T> DC_INLINE void all_rows(const MatmulArgs& a, const std::byte* w, int64_t w_step, int t) {
+    int i = 0;
+    while (a.n - i >= kBlockRows) rows_by_tiles<W, kBlockRows, T>(a, w, w_step, t, i);
+    if constexpr (kBlockRows > 4)
+        if (a.n - i >= 4) rows_by_tiles<W, 4, T>(a, w, w_step, t, i);
+    if constexpr (kBlockRows > 3)
+        if (a.n - i == 3) rows_by_tiles<W, 3, T>(a, w, w_step, t, i);
+    if constexpr (kBlockRows > 2)
+        if (a.n - i == 2) rows_by_tiles<W, 2, T>(a, w, w_step, t, i);
+    if (a.n - i == 1) rows_by_tiles<W, 1, T>(a, w, w_step, t, i);
 }
 
 template <class W> void matmul(const MatmulArgs& a) noexcept {
-    const PackedTensor& w = *a.w;
-    const int64_t tile_bytes = int64_t{w.col_tiles()} * W::kTileBytes;  // of one row tile
-    const std::byte* slice = w.data + int64_t{a.slice} * w.row_tiles() * tile_bytes;
-    const float* slice_scales = w.scales ? w.scales + a.slice * w.slice_scales() : nullptr;
-    const int64_t scales_per_row = ceil_div(w.cols, w.scale_cols);
-    for (int t = a.tile_begin; t < a.tile_end; ++t) {
-        const std::byte* row_tile = slice + t * tile_bytes;
-        const float* scales = slice_scales ? slice_scales + t * kTileRows / w.scale_rows * scales_per_row : nullptr;
-        float* y = a.y + int64_t{t - a.tile_begin} * kTileRows;
-        int i = 0;
-        for (; a.n - i >= kBlockRows; i += kBlockRows) tile_rows<W, kBlockRows>(a, row_tile, scales, i, y);
-        if constexpr (kBlockRows > 4)
-            if (a.n - i >= 4) {
-                tile_rows<W, 4>(a, row_tile, scales, i, y);
-                i += 4;
-            }
-        if constexpr (kBlockRows > 3)
-            if (a.n - i == 3) {
-                tile_rows<W, 3>(a, row_tile, scales, i, y);
-                i += 3;
-            }
-        if constexpr (kBlockRows > 2)
-            if (a.n - i == 2) {
-                tile_rows<W, 2>(a, row_tile, scales, i, y);
-                i += 2;
-            }
-        if (a.n - i == 1) tile_rows<W, 1>(a, row_tile, scales, i, y);
-    }
+    const int64_t w_step = int64_t{a.w->col_tiles()} * W::kTileBytes;  // bytes of one row tile
+    const std::byte* w = a.w->data + int64_t{a.slice} * a.w->row_tiles() * w_step;
+    int t = a.tile_begin;
+    for (; t + kWideTiles <= a.tile_end; t += kWideTiles) all_rows<W, kWideTiles>(a, w + t * w_step, w_step, t);
+    if constexpr (kWideTiles > 1)
+        for (; t < a.tile_end; ++t) all_rows<W, 1>(a, w + t * w_step, w_step, t);
 }
 
 }  // namespace

@@ -11,8 +11,9 @@
 namespace deepcalm {
 namespace {
 
-constexpr int kBlockRows = 4;                   // matmul: activation rows of one register block
-constexpr int kBlocksInFlight = 2;              // matmul: column blocks in flight for a single row
+constexpr int kBlockRows = 4, kBlockTiles = 1;  // matmul: register block of many rows, in rows x row tiles
+constexpr int kWideTiles = 2;                   // matmul: row tiles at once for fewer rows
+constexpr int kBlocksInFlight = 2;              // matmul: column blocks at once for one row x one row tile
 constexpr int kScoreHeads = 2, kScorePos = 2;   // attention: register block of scores
 constexpr int kValueHeads = 2, kValueVecs = 2;  // attention: register block of values, 16 dims per vector
 

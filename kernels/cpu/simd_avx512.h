@@ -18,8 +18,9 @@
 namespace deepcalm {
 namespace {
 
-constexpr int kBlockRows = 8;                   // matmul: activation rows of one register block
-constexpr int kBlocksInFlight = 4;              // matmul: column blocks in flight for a single row
+constexpr int kBlockRows = 8, kBlockTiles = 2;  // matmul: register block of many rows, in rows x row tiles
+constexpr int kWideTiles = 4;                   // matmul: row tiles at once for fewer rows
+constexpr int kBlocksInFlight = 4;              // matmul: column blocks at once for one row x one row tile
 constexpr int kScoreHeads = 4, kScorePos = 4;   // attention: register block of scores
 constexpr int kValueHeads = 4, kValueVecs = 4;  // attention: register block of values, 16 dims per vector
 

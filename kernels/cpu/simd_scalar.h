@@ -11,13 +11,15 @@
 namespace deepcalm {
 namespace {
 
-constexpr int kBlockRows = 2;                   // matmul: activation rows of one register block
-constexpr int kBlocksInFlight = 1;              // matmul: column blocks in flight for a single row
+constexpr int kBlockRows = 2, kBlockTiles = 1;  // matmul: register block of many rows, in rows x row tiles
+constexpr int kWideTiles = 1;                   // matmul: row tiles at once for fewer rows
+constexpr int kBlocksInFlight = 1;              // matmul: column blocks at once for one row x one row tile
 constexpr int kScoreHeads = 1, kScorePos = 2;   // attention: register block of scores
 constexpr int kValueHeads = 1, kValueVecs = 2;  // attention: register block of values, 16 dims per vector
 
 typedef float V4f __attribute__((vector_size(16)));
 typedef int32_t V4i __attribute__((vector_size(16)));
+typedef uint32_t V4u __attribute__((vector_size(16)));
 struct F {
     V4f v[4];
 };
@@ -80,11 +82,12 @@ DC_INLINE I iload(const void* p) {
     __builtin_memcpy(&r, p, 64);
     return r;
 }
+DC_INLINE V4u wrapping(V4i a) { return reinterpret_cast<V4u>(a); }  // sums of bit patterns may overflow
 DC_INLINE I operator+(I a, I b) {
-    return each_i([&](int i) { return a.v[i] + b.v[i]; });
+    return each_i([&](int i) { return reinterpret_cast<V4i>(wrapping(a.v[i]) + wrapping(b.v[i])); });
 }
 DC_INLINE I operator-(I a, I b) {
-    return each_i([&](int i) { return a.v[i] - b.v[i]; });
+    return each_i([&](int i) { return reinterpret_cast<V4i>(wrapping(a.v[i]) - wrapping(b.v[i])); });
 }
 DC_INLINE I operator&(I a, I b) {
     return each_i([&](int i) { return a.v[i] & b.v[i]; });
@@ -98,12 +101,11 @@ DC_INLINE I imax(I a, I b) {
 DC_INLINE I iselect_lt(I a, I b, I x, I y) {
     return each_i([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
 }
-typedef uint32_t V4u __attribute__((vector_size(16)));
 template <int K> DC_INLINE I shl(I a) {
-    return each_i([&](int i) { return reinterpret_cast<V4i>(reinterpret_cast<V4u>(a.v[i]) << K); });
+    return each_i([&](int i) { return reinterpret_cast<V4i>(wrapping(a.v[i]) << K); });
 }
 template <int K> DC_INLINE I shr(I a) {  // logical
-    return each_i([&](int i) { return reinterpret_cast<V4i>(reinterpret_cast<V4u>(a.v[i]) >> K); });
+    return each_i([&](int i) { return reinterpret_cast<V4i>(wrapping(a.v[i]) >> K); });
 }
 DC_INLINE F as_f(I a) {
     return each_f([&](int i) { return reinterpret_cast<V4f>(a.v[i]); });
