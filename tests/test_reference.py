@@ -136,6 +136,61 @@ def test_latent_norms_keep_their_own_eps(loaded: Callable[[str], Loaded], monkey
     assert wrong > 2 * exact
 
 
+class DeviceArray(np.ndarray):  # type: ignore[type-arg]
+    """Stands for a cupy array: usable through operators, methods and its own module; numpy functions refuse it."""
+
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        raise TypeError(f"numpy.{func.__name__} called on a device array")
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        operators = {"add", "subtract", "multiply", "divide", "matmul", "negative", "equal", "less_equal"}
+        if method == "__call__" and ufunc.__name__ not in operators:
+            raise TypeError(f"numpy.{ufunc.__name__} called on a device array")
+        if any(type(x) is np.ndarray and x.ndim for x in inputs):
+            raise TypeError(f"{ufunc.__name__} mixes host and device arrays")
+        plain = [x.view(np.ndarray) if isinstance(x, DeviceArray) else x for x in inputs]
+        if "out" in kwargs:
+            kwargs["out"] = tuple(x.view(np.ndarray) for x in kwargs["out"])
+        return np.asarray(getattr(ufunc, method)(*plain, **kwargs)).view(DeviceArray)
+
+
+class DeviceModule:
+    """Stands for cupy: every function of numpy, taking and returning device arrays."""
+
+    inf = np.inf
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(np, name)
+
+        def host(x: Any) -> Any:
+            if isinstance(x, list):
+                return [host(v) for v in x]
+            return x.view(np.ndarray) if isinstance(x, np.ndarray) else x
+
+        def device(x: Any) -> Any:
+            return tuple(map(device, x)) if isinstance(x, tuple) else np.asarray(x).view(DeviceArray)
+
+        return lambda *args, **kw: device(function(*map(host, args), **kw))
+
+
+@pytest.mark.parametrize("name", ["v3", "v2_grouped"])
+def test_other_array_modules(name: str, tmp_path: Path) -> None:
+    """The reference never hands its arrays to numpy behind the back of the module it was given."""
+    golden = golden_cases.load(name)
+    raw, tensors = checkpoint.load(golden.write_checkpoint(tmp_path))
+    cfg = model.Config.from_hf(raw, any(n.endswith("eh_proj.weight") for n in tensors))
+    xp = DeviceModule()
+    m = model.Model(cfg, model.Weights.from_hf(cfg, tensors, xp=xp), xp=xp)
+    logits, hidden = m.forward(golden.ids)
+    assert type(logits) is DeviceArray
+    assert np.abs(logits.view(np.ndarray) - golden.logits).max() <= TOLERANCE
+    if golden.mtp_logits is not None:
+        mtp_logits, _ = m.mtp_forward(golden.ids[1:], hidden[:-1])
+        assert np.abs(mtp_logits.view(np.ndarray) - golden.mtp_logits).max() <= TOLERANCE
+    with pytest.raises(TypeError, match="device array"):
+        np.exp(logits)
+
+
 @pytest.mark.reference
 @pytest.mark.parametrize("preset", tiny.PRESETS)
 def test_logits_equal_live_transformers(preset: str, tmp_path: Path) -> None:
