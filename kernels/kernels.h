@@ -21,8 +21,8 @@ struct Activation {
 // y[i, 16*(t - tile_begin) + r] = sum_c w[slice, 16*t + r, c] * x[row(i), c]   for t in [tile_begin, tile_end), i < n.
 // All 16 lanes of every tile are written, padding rows included.
 //
-// Order of the sum (DESIGN 4.2: the same for every n): blocks of sum_block_cols columns, counted from the start of each
-// scale block for f8, so that no block crosses one; each block a chain of multiply-adds from zero in column order
+// Order of the sum (docs/model.md 7.2: the same for every n): blocks of sum_block_cols columns, counted from the start of
+// each scale block for f8, so that no block crosses one; each block a chain of multiply-adds from zero in column order
 // (avx512x: vdpbf16ps for bf16 pairs; for f8 two chains, columns 4k, 4k+1 and 4k+2, 4k+3, added at the block's end).
 // Blocks are added in order from zero:
 //   f32, f16, bf16:  acc = acc + block
@@ -40,8 +40,8 @@ struct MatmulArgs {
     int64_t y_stride = 0;
 };
 
-// One partial of absorbed attention (MODELS.md 4.1): queries of n_rows tokens x n_heads heads against cache positions
-// pos_begin <= j < row_end[i]. pos_begin is a multiple of kPartialLen and row_end[i] <= pos_begin + kPartialLen.
+// One partial of absorbed attention (docs/model.md 4.1): queries of n_rows tokens x n_heads heads against positions
+// pos_begin <= j < row_end[i] of the cache. pos_begin is a multiple of kPartialLen and row_end[i] <= pos_begin + kPartialLen.
 // Positions are walked in chunks of kChunkLen aligned to 0; inside a chunk: scores, running maximum, exponentials, then
 // values, so a row's bits do not depend on the other rows of the call. Type bf16: q and the exponentials are rounded to
 // bf16 (l sums the rounded ones), everything else is f32. Rows with row_end[i] <= pos_begin get m = -inf,
@@ -112,7 +112,7 @@ const CpuKernels* const* all_cpu_kernels() noexcept;   // null-terminated, best 
 // The first supported table, or the one called `name`; null if unknown or unsupported by this processor.
 const CpuKernels* select_cpu_kernels(const char* name /* may be null */) noexcept;
 
-// kernels/cpu/router.cc: routing of one token (MODELS.md section 5, variants A, B, C), f32, ties to the lowest index.
+// kernels/cpu/router.cc: routing of one token (docs/model.md section 5), f32, ties to the lowest index.
 enum class ScoringFunc : uint8_t { kSoftmax, kSigmoid };
 enum class TopkMethod : uint8_t { kGreedy, kGroupLimitedGreedy, kNoauxTc };
 struct RouterArgs {

@@ -31,7 +31,7 @@ struct ModelConfig {
     ScoringFunc scoring_func = ScoringFunc::kSoftmax;
     bool norm_topk_prob = false;
     float routed_scaling_factor = 1;
-    float rms_norm_eps = 1e-6F;  // layer norms; the two latent norms use kLatentNormEps (MODELS.md 3.1)
+    float rms_norm_eps = 1e-6F;  // layer norms; the two latent norms use kLatentNormEps (docs/model.md 3.1)
     double rope_theta = 1e4;
     RopeType rope_type = RopeType::kDefault;
     double rope_factor = 1;

@@ -1,5 +1,5 @@
 // The forward pass, CPU transcription. Every thread of the pool runs it from top to bottom; a barrier ends each stage.
-// Sections: embed, attention, dense FFN, MoE, layer, main pass, MTP pass. MODELS.md section 3 and appendix A; the numpy
+// Sections: embed, attention, dense FFN, MoE, layer, main pass, MTP pass. docs/model.md section 3; the numpy
 // transcription is tests/ref/model.py, and taps of the same names compare the two.
 //
 // Law L1: a row's bits depend on its own history only. Rows, tiles, heads and experts are dealt to threads in any way that
@@ -32,7 +32,7 @@ class Pass {
         head(w_.final_norm, "final_norm", "logits");
     }
 
-    // MODELS.md 6.1: z = eh_proj [norm(embed(t_next)); norm(h)], one decoder layer with its own cache, own final norm.
+    // docs/model.md 6.1: z = eh_proj [norm(embed(t_next)); norm(h)], a decoder layer with its own cache, own final norm.
     void run_mtp() {
         prefix_ = "mtp.";
         const Range rows = split(n_, tid_, threads_);
@@ -253,8 +253,9 @@ class Pass {
         pool_.barrier();
     }
 
-    // MODELS.md 4.1 over the cache: partials of kPartialLen positions, combined in order. Up to kSplitRows rows the partials
-    // are dealt to threads and meet in shared memory; more rows give each thread whole (row block, head block) units.
+    // docs/model.md 4.1 over the cache: partials of kPartialLen positions, combined in order. Up to kSplitRows rows the
+    // partials are dealt to threads and meet in shared memory; more rows give each thread whole (row block, head block)
+    // units.
     void latent_attention(const LayerWeights& w, int layer_idx) {
         const int64_t c_pad = a_.cache.c_pad();
         MlaPartialArgs m{.type = a_.cache.type(),

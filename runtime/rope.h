@@ -1,4 +1,4 @@
-// Rotary frequencies, YaRN and the softmax scale (MODELS.md 3.4), computed once in double from the configuration.
+// Rotary frequencies, YaRN and the softmax scale (docs/model.md 3.4), computed once in double from the configuration.
 #pragma once
 
 #include "runtime/config.h"

@@ -1,6 +1,6 @@
 // One sequence on a model: tokens, caches, buffers, passes. Not thread-safe by itself; the model's mutex serialises passes.
 //
-// A session is (DESIGN section 4):
+// A session is (docs/model.md 7.3):
 //   tokens()               ids of the n cached positions
 //   main cache             rows 0..n-1
 //   MTP cache              rows 0..m-1, row i computed from (h_i, token i+1), so m <= max(n-1, 0) between rounds

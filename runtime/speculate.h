@@ -1,6 +1,6 @@
-// Drafting with the MTP layer: draft, verify, accept, truncate (MODELS.md 6.4). Exact by construction: every emitted token is
-// sampled from the main model's own logits, computed by the same pass that plain decoding runs (law L1); a draft only decides
-// how many of them one pass yields. This file never sees a tensor layout.
+// Drafting with the MTP layer: draft, verify, accept, truncate (docs/model.md 6.4). Exact by construction: every emitted
+// token is sampled from the main model's own logits, computed by the same pass that plain decoding runs (law L1); a
+// draft only decides how many of them one pass yields. This file never sees a tensor layout.
 #pragma once
 
 #include "runtime/sampler.h"

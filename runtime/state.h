@@ -1,5 +1,6 @@
 // Activation buffers of a session, sized once for max_rows rows; zeroed at allocation so that columns past a natural width
-// stay zero (DESIGN 4.2). n = rows of the pass, d = hidden_size. Rows are padded to 32 columns unless said otherwise.
+// stay zero (docs/model.md 7.2). n = rows of the pass, d = hidden_size. Rows are padded to 32 columns unless said
+// otherwise.
 #pragma once
 
 #include "kernels/kernels.h"

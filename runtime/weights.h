@@ -64,7 +64,7 @@ struct ModelWeights {
     std::vector<LayerWeights> layers;
     const float* final_norm = nullptr;  // [hidden_size]
     PackedTensor head;                  // [vocab_size, hidden_size]
-    // MTP layer, when cfg.num_nextn_predict_layers > 0 (MODELS.md 6.1)
+    // MTP layer, when cfg.num_nextn_predict_layers > 0 (docs/model.md 6.1)
     const float *mtp_enorm = nullptr, *mtp_hnorm = nullptr, *mtp_final_norm = nullptr;  // [hidden_size]
     PackedTensor mtp_eh_proj;  // [hidden_size, 2 * hidden_size]: embedding half, hidden half
     LayerWeights mtp_layer;

@@ -1,6 +1,6 @@
 """The runtime with every weight format and cache type, stage by stage against the reference with the same rounding.
 
-The oracle reads the packed weights with its own decoders, rounds activations and cache rows as DESIGN 4.1 says
+The oracle reads the packed weights with its own decoders, rounds activations and cache rows as docs/model.md 7.1 says
 (ref/rounding.py) and is fed the runtime's own taps, expert choices included, so each tap is one stage's result from
 the runtime's own input: 1e-4 relative RMS. Rows in which an activation that no tap shows (between W_UV and W_O, between
 up and down, before eh_proj) lies too close to a rounding boundary for f32 sums to decide are left out; there are few.

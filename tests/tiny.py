@@ -405,7 +405,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mappi
 
 
 def tensor_shapes(cfg: Mapping[str, Any], mtp_copies: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every unquantised tensor of an old-style config, in file order (MODELS: 2.1, 2.2)."""
+    """(name, shape) of every unquantised tensor of an old-style config, in file order (docs/model.md 2)."""
     d, heads, r = cfg["hidden_size"], cfg["num_attention_heads"], cfg["kv_lora_rank"]
     dn, dr, dv = cfg["qk_nope_head_dim"], cfg["qk_rope_head_dim"], cfg["v_head_dim"]
     n_layers = cfg["num_hidden_layers"]
@@ -481,7 +481,7 @@ def _values(cfg: Mapping[str, Any], seed: int, name: str, shape: tuple[int, ...]
 
 
 def checkpoint_tensors(spec: TinySpec, cfg: Mapping[str, Any], dtype: str, seed: int) -> dict[str, Stored]:
-    """Every stored tensor of a checkpoint, quantised as the real ones are (MODELS: 2.3, 2.4)."""
+    """Every stored tensor of a checkpoint, quantised as the real ones are (docs/model.md 2.3, 2.4)."""
     plain = dtype if dtype in ("f32", "f16") else "bf16"
     out: dict[str, Stored] = {}
     for name, shape in tensor_shapes(cfg, spec.mtp_copies):

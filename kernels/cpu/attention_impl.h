@@ -1,4 +1,4 @@
-// The latent cache and absorbed attention over it (MODELS.md 4.1), on top of a SIMD layer.
+// The latent cache and absorbed attention over it (docs/model.md 4.1), on top of a SIMD layer.
 //
 // A chunk of 64 positions is converted to f32 once and serves as keys and as values of every row and head. Order of a
 // row's arithmetic, per chunk: scores (16 lanes over the dims, sum_block's tree), times softmax_scale; maximum;

@@ -1,4 +1,4 @@
-// Routing of one token (MODELS.md section 5, variants A, B, C). Plain f32 code without vectors: the same bits for every
+// Routing of one token (docs/model.md section 5). Plain f32 code without vectors: the same bits for every
 // instruction set of one architecture, and no libm, whose expf differs between machines.
 #include "kernels/kernels.h"
 

@@ -19,7 +19,7 @@ from typing import Any
 
 MAX_DRAFT = 7
 AUTO_MAX = 3  # longest chain that "auto" tries
-PRIOR_ACCEPTANCE = 0.8  # typical of V3-type MTP layers (MODELS.md 6.7); replaced by what is measured
+PRIOR_ACCEPTANCE = 0.8  # as reported for MTP layers of V3 and R1; replaced by what is measured
 PRIOR_WEIGHT = 8  # drafts that the prior counts for
 MIN_GAIN = 1.02  # predicted gain below which drafting is not tried
 ALLOWANCE = 0.01  # share of the plain cost that drafting may lose before it is turned off

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Turn ends that some families leave out of both config.json and generation_config.json (MODELS.md section 8).
+# Turn ends that some families leave out of both config.json and generation_config.json (docs/model.md section 8).
 _TURN_ENDS = ("<|im_end|>", "<|user|>", "<|observation|>")
 
 

@@ -241,7 +241,7 @@ def random_packed(
     return Packed(fmt, np.stack(slices), np.stack(scale_list) if scale_list else None, scale_block, np.stack(values))
 
 
-# --- activations (DESIGN 4.1) ---------------------------------------------------------------------------------------
+# --- activations (docs/model.md 7.1) ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
