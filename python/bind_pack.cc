@@ -35,6 +35,14 @@ namespace {
     throw_error({dc::ErrorCode::kConfig, "config: " + key + rest});
 }
 
+// A stranger's value for a one-line message: Python's ascii(), cut.
+std::string show(py::handle value) {
+    const auto text = py::reinterpret_steal<py::object>(PyObject_ASCII(value.ptr()));
+    if (!text) throw py::error_already_set();
+    const std::string s = py::str(text);
+    return s.size() <= 64 ? s : s.substr(0, 64) + "...";
+}
+
 class ConfigReader {
   public:
     explicit ConfigReader(const py::dict& d) : d_(d) {}
@@ -90,13 +98,14 @@ class ConfigReader {
             }
             all += (i++ == 0 ? "" : ", ") + std::string(name);
         }
-        bad_config(key, " is '" + text.substr(0, 64) + "', expected one of " + all);
+        bad_config(key, " is " + show(py::str(text)) + ", expected one of " + all);
     }
     void python_only(const char* key) { seen_.insert(key); }
     void refuse_unknown() {
         for (const auto& item : d_) {
-            const std::string key = PyUnicode_Check(item.first.ptr()) ? py::str(item.first) : py::repr(item.first);
-            if (!seen_.contains(key)) bad_config("'" + key.substr(0, 64) + "'", " is not a known key");
+            const char* key = PyUnicode_Check(item.first.ptr()) ? PyUnicode_AsUTF8(item.first.ptr()) : nullptr;
+            PyErr_Clear();
+            if (key == nullptr || !seen_.contains(key)) bad_config(show(item.first), " is not a known key");
         }
     }
 

@@ -55,7 +55,7 @@ def show(value: object, limit: int = 80) -> str:
 
 
 def parse_json(data: bytes, what: str, error: type[Error]) -> Any:
-    """JSON without duplicate keys, NaN or Infinity, nesting bombs or numbers of thousands of digits; else ``error``."""
+    """JSON without duplicate keys, NaN, Infinity, lone surrogates, nesting bombs or endless numbers; else ``error``."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
@@ -68,7 +68,10 @@ def parse_json(data: bytes, what: str, error: type[Error]) -> Any:
         raise ValueError(f"{text} is not JSON")
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        if b"\\ud" in data or b"\\uD" in data:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone surrogate is not text: UnicodeEncodeError
+        return value
     except RecursionError:
         raise error(f"{what}: JSON nested too deeply") from None
     except (ValueError, MemoryError) as e:

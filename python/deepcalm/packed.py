@@ -228,8 +228,10 @@ class PackedFile:
         parts, shape = tuple(spec["parts"]), spec_shape(spec)
         return Stored(spec["name"], spec["role"], kind, fmt, scale, shape, parts, spec["interleaved"], pair, source)
 
-    def _entry(self, stored: Stored, raw: dict[str, Any]) -> Entry:
+    def _entry(self, stored: Stored, raw: object) -> Entry:
         where, info = f"tensor {show(stored.name)}", self.header.tensors[stored.name]
+        if not isinstance(raw, dict):
+            raise self._refuse(f"{where}: its table entry is not an object")
         expected, sha256 = stored.entry(), raw.get("sha256")
         for key in {**expected, **raw}:
             found, right = raw.get(key), expected.get(key)
