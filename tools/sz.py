@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Print lines per file and per area against the project's budgets.
 
-The budgets are a promise to the reader (an afternoon for the whole runtime), so the test suite checks them too.
-Blank lines and comments count: what a reader scrolls past is what is measured.
+The budgets are tripwires, checked by the test suite: raise one only in a commit that says what it buys. Blank lines
+and comments count: what a reader scrolls past is what is measured.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ AREAS = (
         "C++",
         ("kernels/**/*.h", "kernels/**/*.cc", "kernels/**/*.cuh", "kernels/**/*.cu",
          "runtime/**/*.h", "runtime/**/*.cc", "runtime/**/*.cu", "python/*.cc", "python/*.h"),
-        6000,
+        6500,
     ),
-    Area("Python package", ("python/deepcalm/**/*.py",), 2500),
+    Area("Python package", ("python/deepcalm/**/*.py",), 4700),
     Area("tools", ("tools/**/*.py",), None),
     Area("tests", ("tests/**/*.py",), None),
 )

@@ -1,0 +1,106 @@
+"""The project's promises about itself: budgets, commands that the README names, no loose ends in tracked files."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import sz
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAIN_COMMAND = 'pip install . && deepcalm generate "Once upon a time"'
+TEST_COMMAND = "pip install '.[test]' && pytest"
+
+
+@cache
+def tracked() -> tuple[Path, ...]:
+    """Tracked files relative to the root; all of the source folders' files where there is no git checkout."""
+    git = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, check=False)
+    if git.returncode == 0 and git.stdout:
+        return tuple(Path(p) for p in git.stdout.decode().split("\0") if p and (ROOT / p).is_file())
+    folders = ("kernels", "runtime", "python", "tools", "tests", "docs")
+    files = [p for f in folders for p in (ROOT / f).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    return tuple(p.relative_to(ROOT) for p in [*files, *ROOT.glob("*.*"), ROOT / ".ci" / "run"])
+
+
+def text_files() -> dict[Path, str]:
+    out = {}
+    for path in tracked():
+        data = (ROOT / path).read_bytes()
+        if b"\0" not in data[:4096] and len(data) < 1 << 20:
+            out[path] = data.decode("utf-8")
+    return out
+
+
+@pytest.mark.parametrize("area", [a for a in sz.AREAS if a.budget is not None], ids=lambda a: a.name)
+def test_project_area_is_within_its_line_budget(area: sz.Area) -> None:
+    lines = sz.count_lines(ROOT, area)
+    assert lines and area.budget is not None
+    assert sum(lines.values()) <= area.budget, sorted(lines.items(), key=lambda kv: -kv[1])[:5]
+
+
+def test_project_tracked_files_name_no_machine_path() -> None:
+    pattern = re.compile("|".join(("/" + "work/", "/" + "root/", "/" + "home/[a-z]", "[A-Z]:" + r"\\Users")))
+    found = [
+        f"{path}:{text.count(chr(10), 0, m.start()) + 1}: {m.group()}"
+        for path, text in text_files().items()
+        for m in pattern.finditer(text)
+    ]
+    assert not found
+
+
+def test_project_documents_that_are_named_exist() -> None:
+    known = {p.name for p in tracked()}
+    missing = {
+        f"{path}: {m.group(1)}"
+        for path, text in text_files().items()
+        for m in re.finditer(r"\b([A-Za-z_\-]+\.md)\b", text)
+        if m.group(1) not in known
+    }
+    assert not missing
+
+
+def test_project_readme_commands_are_the_ones_that_ci_runs() -> None:
+    blocks = re.findall(r"^```\n(.*?)^```", README, re.S | re.M)
+    assert any(b.strip() == MAIN_COMMAND for b in blocks) and any(b.strip() == TEST_COMMAND for b in blocks)
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "pip install -q '.[test]'\npytest" in ci and "pytest -m reference" in ci
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert 'deepcalm = "deepcalm.cli:main"' in pyproject
+
+
+def test_project_readme_names_files_that_exist() -> None:
+    names = re.findall(r"`((?:kernels|runtime|python|tools|tests|docs|\.ci)/[\w./]*)`", README)
+    names += [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    made_later = {"kernels/cpu/isa_NAME.cc"}
+    assert len(names) > 10
+    assert not [n for n in names if n not in made_later and not (ROOT / n).exists()]
+
+
+def test_project_readme_lists_the_environment_variables_that_are_read() -> None:
+    folders = ("runtime", "kernels", "python")
+    sources = [t for p, t in text_files().items() if p.parts[0] in folders and p.suffix != ".md"]
+    read = {m for t in sources for m in re.findall(r"(?:environ\S*?\(|environ\[|getenv\()\"([A-Z_]+)\"", t)}
+    listed = set(re.findall(r"^\| `([A-Z_]+)` \|", README, re.M))
+    assert {n for n in read if n.startswith("DEEPCALM_")} == {n for n in listed if n.startswith("DEEPCALM_")}
+    assert "NO_COLOR" in listed
+
+
+def test_project_versions_agree() -> None:
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert version and newest and version.group(1) == newest.group(1)
+
+
+def test_project_package_stays_small() -> None:
+    sizes = {p: (ROOT / p).stat().st_size for p in tracked() if p.parts[:2] == ("python", "deepcalm")}
+    assert sum(sizes.values()) < 24 << 20, "the wheel holds this, plus the extension module"
+    demo = Path("python/deepcalm/demo/demo.dcalm")
+    assert sizes.get(demo, 0) < 20 << 20
+    large = [p for p in tracked() if (ROOT / p).stat().st_size > 1 << 20 and p != demo]
+    assert not large
