@@ -16,8 +16,6 @@ from .errors import SessionError
 if TYPE_CHECKING:
     from .model import Model
 
-PROBE_MIB = 1024  # read by the bandwidth probe; far beyond any cache
-
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -65,6 +63,7 @@ def bench(
     decode_tokens: int = 32,
     repeats: int = 5,
     kv: str = "f16",
+    probe_mib: int = 1024,
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchResult:
     """Measures ``model`` with random tokens (seeded: every run routes alike).
@@ -72,6 +71,7 @@ def bench(
     Args:
         prompt_tokens: length of the prefill that is timed, into an empty cache.
         context: tokens in the cache before the decode steps that are timed.
+        probe_mib: memory that the bandwidth probe reads; far beyond any cache.
         progress: called with (repeats done, repeats in all).
 
     Raises:
@@ -98,7 +98,7 @@ def bench(
         session.truncate(min(context, prompt_tokens))
         if session.pos < context:
             session.prefill(ids[session.pos : context])
-        read.append(_core.read_bandwidth(model.threads, PROBE_MIB))
+        read.append(_core.read_bandwidth(model.threads, probe_mib, 1))
         before = session.stats
         for token in ids[context : context + decode_tokens]:
             session.decode(token)

@@ -120,7 +120,8 @@ class Cli(click.Group):
         except MemoryError as e:
             say(f"deepcalm: error: out of memory: {e}")
         except OSError as e:
-            abandon_stdout()
+            if e.filename is None:  # not a file that was named, so it was the output
+                abandon_stdout()
             say(f"deepcalm: error: {e.filename or 'standard output'}: {e.strerror or e}")
         return FAILED
 

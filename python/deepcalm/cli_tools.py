@@ -24,7 +24,7 @@ from .cli_common import (
     write_json,
 )
 from .errors import CheckpointError, Error
-from .text import decode_utf8
+from .text import decode_utf8, one_line
 
 if TYPE_CHECKING:
     from .bench import BenchResult, Spread
@@ -110,7 +110,7 @@ def checkpoint_folder(src: str, quiet: bool) -> Path:
     try:
         return Path(snapshot_download(src, allow_patterns=list(HUB_FILES)))
     except Exception as e:  # the package's own family and that of its HTTP client
-        raise CheckpointError(f"{src}: no such folder, and downloading failed: {type(e).__name__}: {e}") from None
+        raise CheckpointError(f"{src}: no such folder, and downloading failed: {one_line(e)}") from None
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def bench(
     if prompt is None:
         prompt = min(512, int(model.config["max_position_embeddings"]))
     with progress("measuring", quiet) as update:
-        result = measure(model, prompt, context, tokens, repeats, kv, update)
+        result = measure(model, prompt, context, tokens, repeats, kv, progress=update)
     if as_json:
         write_json(dataclasses.asdict(result) | {"command": shlex.join(["deepcalm", *sys.argv[1:]])})
     else:

@@ -1,0 +1,77 @@
+"""Tiny packed models for the tests of the Python surface, packed once per run, and the command line as a process."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import deepcalm
+import tiny
+
+PACKAGE_PARENT = str(Path(deepcalm.__file__).parent.parent)
+COMMAND = [sys.executable, "-m", "deepcalm"]
+
+
+@functools.cache
+def root() -> Path:
+    """A directory that lives as long as the test run."""
+    path = tempfile.mkdtemp(prefix="deepcalm-surface-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return Path(path)
+
+
+@functools.cache
+def checkpoint(preset: str = "v3", seed: int = 0) -> Path:
+    """Folder of a tiny checkpoint in f32."""
+    return tiny.write(root() / f"{preset}-{seed}", preset, dtype="f32", seed=seed)
+
+
+@functools.cache
+def packed(preset: str = "v3", seed: int = 0, dtype: str = "source") -> Path:
+    """Its packed file."""
+    path = root() / f"{preset}-{seed}-{dtype}.dcalm"
+    deepcalm.pack(checkpoint(preset, seed), path, dtype=dtype)
+    return path
+
+
+@functools.cache
+def model(preset: str = "v3", threads: int = 1) -> deepcalm.Model:
+    """The opened model."""
+    return deepcalm.Model(packed(preset), threads=threads)
+
+
+@functools.cache
+def endless() -> Path:
+    """A packed model that never ends a greedy text by itself: the rows of its end tokens in the head are zero."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = tiny.write(root() / "endless", "v3", dtype="f32", n_shards=1, max_position_embeddings=100_000)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][266:270] = 0
+    tensors["model.layers.3.shared_head.head.weight"][266:270] = 0
+    save_file(tensors, folder / "model.safetensors")
+    deepcalm.pack(folder, root() / "endless.dcalm")
+    return root() / "endless.dcalm"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment for a command: this package, no colours, no wide terminal."""
+    return {**os.environ, "PYTHONPATH": PACKAGE_PARENT, "NO_COLOR": "1", "COLUMNS": "80", **extra}
+
+
+def run(
+    *args: str | bytes | Path, stdin: bytes = b"", env: dict[str, str] | None = None, **options: Any
+) -> tuple[int, bytes, str]:
+    """Runs a command: (exit code, stdout, stderr)."""
+    done = subprocess.run(
+        [*COMMAND, *args], input=stdin, env=environment(**(env or {})), timeout=60, check=False,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+    )  # fmt: skip
+    return done.returncode, done.stdout or b"", (done.stderr or b"").decode()

@@ -1,0 +1,593 @@
+"""The Python API on tiny models: sessions, generation, saving, taps, threads, and the errors of each."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import deepcalm
+import surface_cases
+import tiny
+from deepcalm import _core, session
+from deepcalm.errors import ConfigError, Error, PackedFileError, ResourceError, SessionError, UnsupportedError
+from deepcalm.generate import TextGeneration
+from deepcalm.perplexity import log_softmax
+
+F32 = npt.NDArray[np.float32]
+V = tiny.PRESETS["v3"].config["vocab_size"]
+IDS = tiny.token_ids(tiny.N_TOKENS, 40).tolist()
+
+
+def bits(x: F32) -> npt.NDArray[np.uint32]:
+    return np.ascontiguousarray(x).view(np.uint32)
+
+
+@pytest.fixture
+def model() -> deepcalm.Model:
+    return surface_cases.model()
+
+
+@pytest.fixture(scope="module")
+def reference() -> F32:
+    """[40, vocab_size] logits after each token of IDS, computed one token at a time."""
+    s = surface_cases.model().session()
+    return np.stack([s.decode(i) for i in IDS])
+
+
+# ---- package and model
+
+
+def test_public_names_resolve_and_stay_functions() -> None:
+    importlib.import_module("deepcalm.pack")
+    for name in deepcalm.__all__:
+        assert callable(getattr(deepcalm, name)), name
+    with pytest.raises(AttributeError, match="nothing"):
+        deepcalm.nothing  # noqa: B018
+
+
+def test_import_is_light() -> None:
+    heavy = ("numpy", "tokenizers", "jinja2", "rich", "safetensors", "deepcalm._core")
+    code = f"import sys, deepcalm, deepcalm.cli; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=surface_cases.environment(), capture_output=True, check=True
+    )
+    assert done.stdout.strip() == b"[]"
+
+
+def test_stub_names_everything_in_the_extension_module() -> None:
+    stub = (Path(deepcalm.__file__).parent / "_core.pyi").read_text()
+    for name, value in inspect.getmembers(_core):
+        if name.startswith("__") and name != "__version__":
+            continue
+        assert f"{name}:" in stub or f"def {name}(" in stub or f"class {name}:" in stub, name
+        for member in vars(value) if inspect.isclass(value) else ():
+            assert member.startswith("_") or f"def {member}(" in stub, f"{name}.{member}"
+
+
+def test_model_describes_itself(model: deepcalm.Model) -> None:
+    c = model.config
+    assert (c.hidden_size, c["kv_lora_rank"], c.eos_token_ids) == (76, 42, (266,))
+    assert dict(c)["vocab_size"] == V and len(c) > 20 and "bos_token_id" in c
+    for change in (lambda: setattr(c, "hidden_size", 1), lambda: c.__setitem__("hidden_size", 1)):
+        with pytest.raises((AttributeError, TypeError)):
+            change()
+    with pytest.raises(AttributeError, match="no configuration key"):
+        c.missing  # noqa: B018
+    assert model.isa in [i["name"] for i in _core.isas()] and model.threads == 1 and model.device == "cpu"
+    assert model.n_valid == tiny.N_TOKENS < V
+    assert model.active_bytes_per_token(100) > model.active_bytes_per_token(1) > 0
+    assert model.encode("the<eos>") == [265, 257, 266] or model.encode("the<eos>") == [257, 266]
+    assert model.decode([257, 266, 32, 257]) == "the the"
+
+
+def test_chat_template_of_a_checkpoint(model: deepcalm.Model) -> None:
+    text = model.apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert text == "<bos><|user|>Hi<|assistant|>"
+    assert model.encode(text, bos=False)[:2] == [265, 268]
+
+
+def test_open_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = surface_cases.packed()
+    with pytest.raises(UnsupportedError, match="no CUDA backend"):
+        deepcalm.Model(path, device="cuda")
+    assert deepcalm.Model(path, device="auto").notes == ("device auto: cpu, this build has no CUDA backend",)
+    with pytest.raises((UnsupportedError, ResourceError), match="mmx"):
+        deepcalm.Model(path, isa="mmx")
+    for options in ({"device": "tpu"}, {"threads": 0}):
+        with pytest.raises(ValueError, match="expected"):
+            deepcalm.Model(path, **options)  # type: ignore[arg-type]
+    with pytest.raises(PackedFileError, match=r"missing\.dcalm"):
+        deepcalm.Model(tmp_path / "missing.dcalm")
+    monkeypatch.setenv("DEEPCALM_THREADS", "two")
+    with pytest.raises(Error, match="DEEPCALM_THREADS: 'two'"):
+        deepcalm.Model(path)
+
+
+def test_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = surface_cases.packed()
+    monkeypatch.setenv("DEEPCALM_THREADS", "2")
+    monkeypatch.setenv("DEEPCALM_ISA", "scalar")
+    m = deepcalm.Model(path)
+    assert (m.threads, m.isa) == (2, "scalar")
+    best = next(i["name"] for i in _core.isas() if i["supported"])
+    m = deepcalm.Model(path, threads=1, isa=best)
+    assert (m.threads, m.isa) == (1, best)
+
+
+def test_model_without_tokenizer(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "hf", "moonlight", dtype="f32", tokenizer="none")
+    deepcalm.pack(folder, tmp_path / "m.dcalm")
+    m = deepcalm.Model(tmp_path / "m.dcalm")
+    assert m.n_valid == m.config.vocab_size and m.eos_ids == {266, 267}
+    assert len(list(m.session().generate([1, 2], max_tokens=3))) <= 3
+    with pytest.raises(PackedFileError, match="no tokenizer"):
+        m.encode("x")
+
+
+# ---- passes
+
+
+@pytest.mark.parametrize("max_rows", [1, 7, 64])
+@pytest.mark.parametrize("mtp", [False, True])
+def test_logits_do_not_depend_on_how_rows_are_grouped(reference: F32, max_rows: int, mtp: bool) -> None:
+    s = surface_cases.model().session(max_rows=max_rows, mtp=mtp)
+    assert (bits(s.prefill(IDS[:11])) == bits(reference[10])).all()
+    assert (bits(s.decode_many(IDS[11:14])) == bits(reference[11:14])).all()
+    assert (bits(s.decode(IDS[14])) == bits(reference[14])).all()
+    assert (bits(s.prefill(np.array(IDS[15:], np.int64), all_logits=True)) == bits(reference[15:])).all()
+    assert s.pos == 40 and s.tokens.tolist() == IDS
+
+
+@pytest.mark.parametrize("mtp", [False, True])
+def test_truncate_forgets(reference: F32, mtp: bool) -> None:
+    s = surface_cases.model().session(max_rows=8, mtp=mtp)
+    s.prefill([5, 6, 7])
+    s.truncate(0)
+    s.prefill([*IDS[:20], 1, 2, 3])
+    s.truncate(21)
+    s.truncate(20)
+    assert s.last_logits is None
+    assert (bits(s.prefill(IDS[20:])) == bits(reference[-1])).all()
+    for n in (-1, 41):
+        with pytest.raises(SessionError, match="holds 40"):
+            s.truncate(n)
+
+
+def test_reuse_keeps_the_common_prefix(model: deepcalm.Model) -> None:
+    s = model.session()
+    assert s.reuse([1, 2, 3]) == 0
+    s.prefill([1, 2, 3, 4])
+    assert (s.reuse([1, 2, 9, 4]), s.pos) == (2, 2)
+    s.prefill([3, 4])
+    assert (s.reuse([1, 2, 3, 4]), s.pos) == (3, 3)  # one token is left to process
+    assert (s.reuse([1]), s.pos) == (0, 0)
+
+
+def test_session_refuses(model: deepcalm.Model) -> None:
+    s = model.session(ctx=8)
+    with pytest.raises(SessionError, match="no tokens"):
+        s.prefill([])
+    for bad in (-1, V, 2**40):
+        with pytest.raises(SessionError, match=rf"token id {bad}, expected 0\.\.{V - 1}"):
+            s.prefill([1, bad])
+    with pytest.raises(SessionError, match="9 tokens after 0 do not fit the context of 8"):
+        s.prefill([1] * 9)
+    for odd in ([1.5], [[1, 2]], "ab"):
+        with pytest.raises(TypeError, match="flat sequence of integers"):
+            s.prefill(odd)  # type: ignore[arg-type]
+    assert s.pos == 0
+    s.prefill([1] * 8)
+    with pytest.raises(SessionError, match="1 tokens after 8"):
+        s.decode(1)
+    for options in ({"ctx": 0}, {"ctx": 1281}, {"max_rows": 0}):
+        with pytest.raises(SessionError, match="expected 1"):
+            model.session(**options)
+    with pytest.raises(ValueError, match="kv: 'f8'"):
+        model.session(kv="f8")
+    with pytest.raises(UnsupportedError, match="MTP"):
+        surface_cases.model("moonlight").session(mtp=True)
+
+
+def test_cache_beyond_memory_is_refused_with_the_numbers(
+    model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "available_memory", lambda: 100_000)
+    with pytest.raises(ResourceError, match=r"cache of 1280 positions in f32 takes 0\.\d\d GB, 0\.00 GB"):
+        model.session(kv="f32")
+
+
+def test_available_memory_is_read() -> None:
+    free = session.available_memory()
+    assert free is None or free > 1 << 20
+
+
+def test_interrupted_prefill_keeps_complete_passes(reference: F32, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = surface_cases.model().session(max_rows=8)
+    passes = 0
+    one_pass = s._pass
+
+    def interrupted(*args: Any) -> F32:
+        nonlocal passes
+        passes += 1
+        if passes == 3:
+            raise KeyboardInterrupt
+        return one_pass(*args)
+
+    monkeypatch.setattr(s, "_pass", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        s.prefill(IDS)
+    monkeypatch.undo()
+    assert s.tokens.tolist() == IDS[:16] and s.last_logits is None
+    assert (bits(s.prefill(IDS[16:])) == bits(reference[-1])).all()
+
+
+def test_several_sessions_and_threads(reference: F32) -> None:
+    m, out = surface_cases.model(), {}
+
+    def work(n: int) -> None:
+        s = m.session(max_rows=4)
+        out[n] = s.prefill(IDS[: 10 * n])
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (1, 2, 3, 4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for n in (1, 2, 3, 4):
+        assert (bits(out[n]) == bits(reference[10 * n - 1])).all()
+    shared = m.session()
+    threads = [threading.Thread(target=shared.prefill, args=([7] * 16,)) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert shared.tokens.tolist() == [7] * 64
+
+
+def test_stats_count_bytes(model: deepcalm.Model) -> None:
+    s = model.session()
+    s.prefill(IDS[:10])
+    before = s.stats
+    s.decode(1)
+    s.decode_many([2, 3])
+    done = s.stats - before
+    assert (before.prefill_tokens, before.decode_tokens, before.passes, before.rows) == (10, 0, 1, 10)
+    assert (done.prefill_tokens, done.decode_tokens, done.passes, done.rows) == (0, 3, 2, 3)
+    assert done.decode_bytes == done.weight_bytes + done.cache_bytes > 0
+    assert done.decode_rate > 0 and done.decode_bandwidth > 0 and before.prefill_rate > 0
+    assert session.Stats().decode_rate == session.Stats().decode_bandwidth == session.Stats().prefill_rate == 0
+    one = model.session()
+    one.prefill(IDS[:10])
+    start = one.stats
+    one.decode(1)
+    assert abs((one.stats - start).decode_bytes / model.active_bytes_per_token(10) - 1) < 0.05
+
+
+# ---- taps
+
+
+def test_trace_records_what_is_asked_for(reference: F32) -> None:
+    s = surface_cases.model().session(max_rows=8)
+    with s.trace("layers.1.c_kv", "topk_idx", "logits") as taps:
+        logits = s.prefill(IDS[:20])
+    assert sorted(taps) == ["layers.1.c_kv", "layers.1.topk_idx", "layers.2.topk_idx", "logits"]
+    assert taps["layers.1.c_kv"].shape == (20, 42) and taps["layers.1.c_kv"].dtype == np.float32
+    assert taps["layers.2.topk_idx"].shape == (20, 5) and taps["layers.2.topk_idx"].dtype == np.int32
+    assert (bits(logits) == bits(reference[19])).all()
+    with s.trace() as everything:
+        s.decode(IDS[20])
+    assert {"embed", "final_norm", "layers.0.ffn_out", "layers.2.gate_logits", "layers.2.layer_out"} <= set(everything)
+    s.decode(IDS[21])
+    assert everything["embed"].shape == (1, 76)
+    for name in ("c_kw", "layers.3.c_kv", "layers.x.c_kv", "c_kv.", "3.c_kv", ""):
+        with pytest.raises(ValueError, match="no tap"), s.trace(name):
+            pass
+
+
+# ---- generation
+
+
+def greedy(ids: list[int], n: int) -> list[int]:
+    """n greedy tokens by plain full recomputation."""
+    m, out = surface_cases.model(), []
+    for _ in range(n):
+        logits = m.session().prefill([*ids, *out])[: m.n_valid]
+        out.append(int(logits.argmax()))
+    return out
+
+
+def test_generate_is_greedy_decoding(model: deepcalm.Model) -> None:
+    want = greedy(IDS[:5], 8)
+    g = model.session().generate(IDS[:5], max_tokens=8, eos_ids=[])
+    assert list(g) == g.tokens == want and g.reason == "length"
+    s = model.session()
+    s.prefill(IDS[:5])
+    assert list(s.generate(max_tokens=8, eos_ids=[])) == want  # goes on from the last logits
+    assert s.pos == 5 + 7  # the last token is not in the cache yet
+    assert s.tokens.tolist() == [*IDS[:5], *want[:7]]
+
+
+def test_generate_reasons(model: deepcalm.Model) -> None:
+    want = greedy(IDS[:5], 4)
+    eos = model.session().generate(IDS[:5], max_tokens=9, eos_ids=[want[3]])
+    assert (list(eos), eos.reason) == (want[: want.index(want[3])], "eos")
+    full = model.session(ctx=8).generate(IDS[:5], eos_ids=[])
+    assert (list(full), full.reason) == (want[:3], "context")  # eight tokens in all
+    assert full.session.pos == 7
+    none_left = model.session(ctx=5).generate(IDS[:5])
+    assert (list(none_left), none_left.reason, none_left.session.pos) == ([], "context", 5)
+    zero = model.session().generate(IDS[:5], max_tokens=0)
+    assert (list(zero), zero.reason) == ([], "length")
+    assert next(zero, None) is None  # stays ended
+
+
+def test_generate_refuses(model: deepcalm.Model) -> None:
+    s = model.session(ctx=8)
+    with pytest.raises(SessionError, match="prefill some tokens first"):
+        next(s.generate())
+    with pytest.raises(SessionError, match="do not fit"):
+        next(s.generate(IDS[:9]))
+    with pytest.raises(UnsupportedError, match="draft 2: drafting is not available in this version"):
+        s.generate(IDS[:2], draft=2)
+    with pytest.raises(ValueError, match="temp"):
+        s.generate(IDS[:2], temp=-1)
+
+
+def test_sampled_text_depends_on_seed_and_position_only(model: deepcalm.Model) -> None:
+    options: dict[str, Any] = {"temp": 1.2, "top_p": 0.95, "eos_ids": [], "max_tokens": 12}
+    whole = list(model.session().generate(IDS[:5], seed=3, **options))
+    assert whole == list(model.session(max_rows=2).generate(IDS[:5], seed=3, **options))
+    assert whole != list(model.session().generate(IDS[:5], seed=4, **options))
+    # Cut anywhere and go on: the same tokens, because noise is keyed by position.
+    s = model.session()
+    s.prefill(IDS[:5])
+    s.prefill(whole[:6])
+    assert list(s.generate(seed=3, **(options | {"max_tokens": 6}))) == whole[6:]
+    assert max(whole) < model.n_valid
+
+
+def test_text_generation_stops_at_strings_and_flushes(model: deepcalm.Model) -> None:
+    def text(tokens: list[int], stop: tuple[str, ...] = (), interrupt: bool = False) -> tuple[str, str | None]:
+        g = model.session().generate([1], eos_ids=[])
+        feed = iter(tokens)
+
+        def step() -> int:
+            token = next(feed, None)
+            if token is None:
+                g.reason = "length"
+                raise StopIteration
+            return token
+
+        t = TextGeneration(g, stop)
+        g.__class__ = type("Scripted", (type(g),), {"__next__": lambda _self: step()})
+        out = "".join(t) if not interrupt else "".join([next(t)]) + t.interrupt()
+        assert out == t.text
+        return out, t.reason
+
+    the = [257]  # "the"
+    assert text([*the, 32, *the]) == ("the the", "length")
+    assert text([*the, *b" th", *b"at"], ("e th",)) == ("th", "stop")
+    assert text([*b"abc\xf0\x9f"]) == ("abc\ufffd", "length")
+    assert text([*b"abc\xf0\x9f"], ("c\ufffd",)) == ("ab", "stop")
+    assert text([*b"xST\xc3"], ("STOP",)) == ("xST\ufffd", "length")
+    assert text([*b"aSTx"], ("STOP",), interrupt=True) == ("a", "interrupted")
+
+
+def test_module_generate(model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = deepcalm.generate("the", model, max_tokens=6)
+    ids = list(model.session().generate(model.encode("the"), max_tokens=6))
+    assert text == model.decode(ids) == deepcalm.generate("the", surface_cases.packed(), max_tokens=6)
+    assert deepcalm.generate("the", model, max_tokens=6, stop=[text[0]]) == ""
+    monkeypatch.setattr("deepcalm.model.demo_path", surface_cases.packed)
+    assert deepcalm.generate("the", max_tokens=6) == text
+
+
+# ---- saving
+
+
+@pytest.mark.parametrize("kv", session.KV_TYPES)
+@pytest.mark.parametrize("mtp", [False, True])
+def test_restored_session_goes_on_with_the_same_bits(tmp_path: Path, kv: str, mtp: bool) -> None:
+    m = surface_cases.model()
+    a = m.session(kv=kv, mtp=mtp)
+    a.prefill(IDS[:30])
+    a.save(tmp_path / "s")
+    b = m.session(ctx=64, kv=kv, mtp=mtp, max_rows=3)
+    b.prefill([1, 2])
+    b.restore(tmp_path / "s")
+    assert b.tokens.tolist() == IDS[:30] and b.last_logits is None
+    assert (bits(a.prefill(IDS[30:], all_logits=True)) == bits(b.prefill(IDS[30:], all_logits=True))).all()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]  # no temporary file is left
+
+
+def test_mtp_state_is_saved_and_rebuilt(tmp_path: Path) -> None:
+    m = surface_cases.model()
+    plain, kept = m.session(), m.session(max_rows=8, mtp=True)
+    ids = tiny.token_ids(tiny.N_TOKENS, 300, seed=2).tolist()
+    for i in range(0, 300, 50):
+        kept.prefill(ids[i : i + 50])
+    for n in (290, 100, 99):  # the last cut loses h_{n-1}, which is computed again
+        kept.truncate(n)
+        kept.save(tmp_path / "s")
+        again = m.session(mtp=True)
+        again.restore(tmp_path / "s")
+        kept.prefill(ids[n : n + 5])
+        again.prefill(ids[n : n + 5])
+        for name, x in kept._core.state().items():
+            assert (x == again._core.state()[name]).all(), (n, name)
+    plain.restore(tmp_path / "s")  # without the MTP part
+    assert plain.pos == 99
+    plain.save(tmp_path / "plain")
+    with pytest.raises(SessionError, match="saved without MTP state"):
+        kept.restore(tmp_path / "plain")
+    m.session(mtp=True).save(tmp_path / "empty")
+    kept.restore(tmp_path / "empty")
+    assert kept.pos == 0
+
+
+def test_restore_refuses_another_identity(tmp_path: Path) -> None:
+    m = surface_cases.model()
+    s = m.session()
+    s.prefill(IDS[:10])
+    s.save(tmp_path / "s")
+    other_isa = next((i["name"] for i in _core.isas() if i["supported"] and i["name"] != m.isa), None)
+    other_file = deepcalm.Model(surface_cases.packed(dtype="q8")).session()
+    with pytest.raises(SessionError, match=r"model is '.*', this session has '.*'; force=True accepts it"):
+        other_file.restore(tmp_path / "s")
+    other_file.restore(tmp_path / "s", force=True)
+    assert other_file.pos == 10
+    if other_isa is not None:
+        with pytest.raises(SessionError, match=f"isa is '{m.isa}', this session has '{other_isa}'"):
+            deepcalm.Model(m.path, isa=other_isa).session().restore(tmp_path / "s")
+    for force in (False, True):
+        with pytest.raises(SessionError, match="kv is 'f16', this session has 'bf16'"):
+            m.session(kv="bf16").restore(tmp_path / "s", force=force)
+        with pytest.raises(SessionError, match="10 tokens, this session's context holds 9"):
+            m.session(ctx=9).restore(tmp_path / "s", force=force)
+        with pytest.raises(SessionError):
+            surface_cases.model("gigachat3").session().restore(tmp_path / "s", force=force)  # other cache rows
+
+
+def hostile_sessions(good: Path) -> dict[str, Any]:
+    """Name -> what to write: bytes, or (tensors, metadata)."""
+    with safe_open(good, framework="numpy") as f:
+        tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118
+    raw, n = good.read_bytes(), len(tensors["tokens"])
+
+    def changed(**parts: Any) -> Any:
+        return {k: v for k, v in (tensors | parts).items() if v is not None}, metadata
+
+    return {
+        "empty": b"",
+        "text": b"not a session at all" * 9,
+        "truncated": raw[:-1],
+        "long header": (2**63).to_bytes(8, "little") + raw[8:],
+        "no metadata": (tensors, None),
+        "packed model": surface_cases.packed().read_bytes(),
+        "version": (tensors, metadata | {"version": "2"}),
+        "no cache": changed(cache=None),
+        "token ids": changed(tokens=np.full(n, V, np.int32)),
+        "negative ids": changed(tokens=np.full(n, -1, np.int32)),
+        "token dtype": changed(tokens=tensors["tokens"].astype(np.int64)),
+        "token rank": changed(tokens=tensors["tokens"].reshape(1, -1)),
+        "one more token": changed(tokens=np.zeros(n + 1, np.int32)),
+        "layers": changed(cache=tensors["cache"][1:].copy()),
+        "row bytes": changed(cache=tensors["cache"][:, :, 1:].copy()),
+        "cache dtype": changed(cache=tensors["cache"].astype(np.int8)),
+        "mtp rows": changed(mtp_cache=np.zeros((1, 3, tensors["mtp_cache"].shape[2]), np.uint8)),
+        "mtp rank": changed(mtp_cache=tensors["mtp_cache"][0].copy()),
+        "hidden width": changed(hidden=tensors["hidden"][:, 1:].copy()),
+        "hidden count": changed(hidden=np.concatenate([tensors["hidden"]] * 2)),
+        "hidden dtype": changed(hidden=tensors["hidden"].astype(np.float64)),
+    }
+
+
+def test_hostile_session_files_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    m = surface_cases.model()
+    s = m.session(mtp=True)
+    s.prefill(IDS[:10])
+    s.save(tmp_path / "good")
+    s.prefill(IDS[10:12])
+    before = s._core.state()
+    for name, content in hostile_sessions(tmp_path / "good").items():
+        path = tmp_path / "bad"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            save_file(content[0], path, content[1])
+        for force in (False, True):
+            with pytest.raises(SessionError) as e:
+                s.restore(path, force=force)
+                pytest.fail(f"{name}: accepted")
+            assert "\n" not in str(e.value)
+    with pytest.raises(SessionError, match="missing"):
+        s.restore(tmp_path / "missing")
+    for name, x in s._core.state().items():
+        assert (x == before[name]).all()
+
+
+def test_session_that_cannot_be_written(tmp_path: Path) -> None:
+    s = surface_cases.model().session()
+    s.prefill(IDS[:3])
+    with pytest.raises(ResourceError, match="cannot be written"):
+        s.save(tmp_path / "no" / "such" / "folder")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ResourceError, match="cannot be written"):
+        s.save(tmp_path / "folder")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+# ---- perplexity and bench
+
+
+def test_perplexity_is_the_definition(model: deepcalm.Model) -> None:
+    text = "the other thing is in the air over a town" * 3
+    ids = model.encode(text, bos=False)
+    r = deepcalm.perplexity(model, text, ctx=16, kv="f32")
+    start = [265] if r.bos else []
+    width, nll = 16 - len(start), []
+    for i in range(0, len(ids), width):
+        window = start + ids[i : i + width]
+        if len(window) > 1:
+            logits = model.session(kv="f32").prefill(window, all_logits=True)
+            nll += [-log_softmax(logits[j : j + 1])[0, window[j + 1]] for j in range(len(window) - 1)]
+    assert (r.n_tokens, r.n_scored, r.ctx) == (len(ids), len(nll), 16)
+    assert r.nll_mean == pytest.approx(np.mean(nll), rel=1e-12)
+    assert r.nll_standard_error == pytest.approx(np.std(nll, ddof=1) / len(nll) ** 0.5, rel=1e-9)
+    assert r.perplexity == pytest.approx(np.exp(np.mean(nll)))
+    assert r.standard_error == pytest.approx(r.perplexity * r.nll_standard_error)
+
+
+def test_divergence_between_formats(model: deepcalm.Model) -> None:
+    text = "the other thing is in the air over a town"
+    same = deepcalm.perplexity(model, text, ctx=32, against=model).divergence
+    assert same is not None and (same.kl_mean, same.argmax_agreement) == (0.0, 1.0)
+    seen: list[tuple[int, int]] = []
+    q8 = deepcalm.Model(surface_cases.packed(dtype="q8"), threads=1)
+    r = deepcalm.perplexity(q8, text, 32, against=model, progress=lambda *x: seen.append(x))
+    assert r.divergence is not None
+    assert 0 < r.divergence.kl_mean < 0.5 and r.divergence.argmax_agreement > 0.5
+    assert [d for d, _ in seen] == sorted(d for d, _ in seen) and seen[-1][0] <= seen[-1][1]
+
+
+def test_perplexity_refuses(model: deepcalm.Model) -> None:
+    with pytest.raises(Error, match="nothing to score"):
+        deepcalm.perplexity(model, "")
+    with pytest.raises(Error, match="nothing to score"):
+        deepcalm.perplexity(model, "the town", ctx=1)
+    with pytest.raises(Error, match="another tokenizer"):
+        kimi = tiny.write(surface_cases.root() / "other", "kimi_k2", dtype="f32", tokenizer="tiktoken")
+        deepcalm.pack(kimi, surface_cases.root() / "other.dcalm")
+        deepcalm.perplexity(model, "the town", against=deepcalm.Model(surface_cases.root() / "other.dcalm"))
+
+
+def test_bench_measures(model: deepcalm.Model) -> None:
+    r = deepcalm.bench(model, prompt_tokens=12, context=20, decode_tokens=3, repeats=3, probe_mib=8)
+    for s in (r.prefill_rate, r.decode_rate, r.decode_bandwidth, r.read_bandwidth, r.decode_share):
+        assert 0 < s.low <= s.median <= s.high
+    assert abs(r.decode_bytes_per_token / r.active_bytes_per_token - 1) < 0.05
+    with pytest.raises(SessionError, match="need 1300 positions, the model has 1280"):
+        deepcalm.bench(model, context=1290, decode_tokens=10)
+    with pytest.raises(ValueError, match=">= 1"):
+        deepcalm.bench(model, repeats=0)
+
+
+def test_demo_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("deepcalm.model.__file__", str(tmp_path / "model.py"))
+    with pytest.raises(ResourceError, match="no demo model"):
+        deepcalm.demo_path()
+
+
+def test_config_errors_are_checkpoint_errors() -> None:
+    assert issubclass(ConfigError, Error)

@@ -1,0 +1,516 @@
+"""The command line: exact text on stdout, exit codes, one clear line for every error, signals, pipes and terminals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import deepcalm
+import surface_cases
+import tiny
+from deepcalm import _core, cli
+from deepcalm.generate import Generation
+
+Run = Callable[..., tuple[int, bytes, str]]
+SUMMARY = (
+    r"\d+ tokens, ended by (eos|stop|length|context|interrupted); prefill \d+ tokens, [\d.]+ tok/s"
+    r"(; decode [\d.]+ tok/s, [\d.]+ GB/s)?(; seed \d+)?"
+)
+
+
+@pytest.fixture
+def run(capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*args: str | Path, stdin: bytes = b"") -> tuple[int, bytes, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsysbinary.readouterr()
+        code = cli.main([str(a) for a in args])
+        out, err = capsysbinary.readouterr()
+        return code, out, err.decode()
+
+    return call
+
+
+@pytest.fixture
+def path() -> Path:
+    return surface_cases.packed()
+
+
+def expected(prompt: str, n: int, **options: object) -> str:
+    """What the API generates."""
+    return deepcalm.generate(prompt, surface_cases.model(), max_tokens=n, **options)  # type: ignore[arg-type]
+
+
+# ---- generate
+
+
+def test_generate_prints_the_text_and_one_line_of_statistics(run: Run, path: Path) -> None:
+    code, out, err = run("generate", "-m", path, "-n", "12", "the other")
+    assert (code, out.decode()) == (0, expected("the other", 12) + "\n")
+    assert re.fullmatch(SUMMARY + "\n", err)
+    assert run("generate", "-m", path, "-n", "12", "--quiet", "the other") == (0, out, "")
+
+
+def test_generate_reads_prompts_byte_for_byte(run: Run, path: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("naïve 深\r\n".encode())
+    want = expected("naïve 深\r\n", 6).encode() + b"\n"
+    assert run("generate", "-m", path, "-n", "6", "--file", tmp_path / "p.txt")[:2] == (0, want)
+    assert run("generate", "-m", path, "-n", "6", "-", stdin="naïve 深\r\n".encode())[:2] == (0, want)
+    assert run("generate", "-m", path, "-n", "6", "naïve 深\r\n")[:2] == (0, want)
+
+
+def test_generate_json(run: Run, path: Path) -> None:
+    code, out, err = run("generate", "-m", path, "-n", "5", "--json", "-q", "the")
+    value = json.loads(out)
+    assert (code, err, value["text"], value["reason"]) == (0, "", expected("the", 5), "length")
+    assert len(value["tokens"]) == 5 and value["prompt_tokens"] == 1 and value["seed"] is None
+    assert value["decode"]["tokens"] == 4 and value["decode"]["bytes"] > 0 and value["kv"] == "f16"
+
+
+def test_generate_seed_is_reported_and_reproduces(run: Run, path: Path) -> None:
+    args = ("generate", "-m", path, "-n", "16", "--temp", "1", "--top-p", "0.9", "--top-k", "50", "--min-p", "0.01")
+    code, out, err = run(*args, "the")
+    seed = re.search(r"; seed (\d+)$", err.strip())
+    assert code == 0 and seed is not None
+    assert run(*args, "--seed", seed[1], "the")[:2] == (0, out)
+    options = {"temp": 1.0, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "seed": int(seed[1])}
+    assert out.decode() == expected("the", 16, **options) + "\n"
+
+
+def test_generate_ends_before_a_stop_string(run: Run, path: Path) -> None:
+    whole = expected("the", 30)
+    stop = whole[4:7]
+    code, out, err = run("generate", "-m", path, "-n", "30", "--stop", "never", "--stop", stop, "the")
+    assert (code, out.decode()) == (0, whole[: whole.index(stop)] + "\n")
+    assert "ended by stop" in err
+
+
+def test_generate_with_chat_template(run: Run, path: Path) -> None:
+    m = surface_cases.model()
+    ids = m.encode("<bos>SYS<|user|>Hi<|assistant|>", bos=False)
+    want = m.decode(list(m.session().generate(ids, max_tokens=7)))
+    code, out, _ = run("generate", "-m", path, "-n", "7", "--chat", "--system", "SYS", "Hi")
+    assert (code, out.decode()) == (0, want + "\n")
+
+
+def test_generate_ends_with_the_context(run: Run, path: Path) -> None:
+    code, out, err = run("generate", "-m", path, "--ctx", "9", "the")
+    assert (code, out.decode()) == (0, expected("the", 8) + "\n")
+    assert "ended by context" in err
+
+
+def test_generate_runs_with_every_cache_isa_and_thread_count(run: Run, path: Path) -> None:
+    want = run("generate", "-m", path, "-n", "8", "the")[1]
+    assert run("generate", "-m", path, "-n", "8", "--threads", "2", "the")[1] == want
+    for kv in ("f32", "bf16", "q8"):
+        assert run("generate", "-m", path, "-n", "8", "--kv", kv, "the")[0] == 0
+    assert run("generate", "-m", path, "-n", "8", "--isa", "scalar", "--device", "auto", "the")[0] == 0
+
+
+def test_device_auto_and_draft_auto_say_what_happens(run: Run, path: Path) -> None:
+    _, _, err = run("generate", "-m", path, "-n", "2", "--device", "auto", "--draft", "auto", "the")
+    assert err.splitlines()[:2] == [
+        "note: drafting is not available in this version, decoding token by token",
+        "device auto: cpu, this build has no CUDA backend",
+    ]
+    assert len(run("generate", "-m", path, "-n", "2", "--draft", "off", "the")[2].splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("generate",),
+        ("generate", "a", "--file", "b"),
+        ("generate", "a", "--ctx", "0"),
+        ("generate", "a", "-n", "0"),
+        ("generate", "a", "--threads", "0"),
+        ("generate", "a", "--temp", "-1"),
+        ("generate", "a", "--temp", "nan"),
+        ("generate", "a", "--top-p", "0"),
+        ("generate", "a", "--kv", "f8"),
+        ("generate", "a", "--seed", "-1"),
+        ("generate", "a", "--stop", ""),
+        ("generate", "a", "--system", "S"),
+        ("generate", "a", "--draft", "much"),
+        ("generate", "a", "--what"),
+        ("chat", "--stop", ""),
+        ("pack",),
+        ("pack", "src"),
+        ("pack", "src", "dst", "--dtype", "q3"),
+        ("bench", "--repeats", "0"),
+        ("perplexity", "x.dcalm"),
+        ("nothing",),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_2(run: Run, path: Path, args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepcalm.model.demo_path", lambda: path)
+    code, out, err = run(*args)
+    assert (code, out) == (2, b"")
+    assert "Error: " in err and "Traceback" not in err
+
+
+def test_no_arguments_shows_help(run: Run) -> None:
+    code, _, err = run()
+    assert code == 2 and "Examples:" in err
+
+
+@pytest.mark.parametrize("command", ["", "generate", "chat", "pack", "perplexity", "bench"])
+def test_help_has_examples(run: Run, command: str) -> None:
+    code, out, err = run(*command.split(), "--help")
+    assert (code, err) == (0, "")
+    assert re.search(rb"^ *Examples:\n +deepcalm ", out, re.MULTILINE)
+
+
+def test_every_command_is_listed_and_documented(run: Run) -> None:
+    out = run("--help")[1].decode()
+    for name in cli.cli.commands:
+        assert re.search(rf"^  {name} +\S", out, re.MULTILINE)
+        for option in cli.cli.commands[name].params:
+            assert option.param_type_name == "argument" or getattr(option, "help", ""), f"{name} {option.name}"
+
+
+def test_version(run: Run) -> None:
+    code, out, _ = run("--version")
+    assert code == 0 and re.fullmatch(rb"deepcalm \d+\.\d+\.\d+\n", out)
+
+
+def error(result: tuple[int, bytes, str]) -> str:
+    """The one line of a failure."""
+    code, out, err = result
+    assert (code, out) == (1, b"")
+    assert err.startswith("deepcalm: error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_errors_are_one_line_with_the_reason(run: Run, path: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"ab\xff")
+    (tmp_path / "not.dcalm").write_bytes(b"not a model")
+    no_bos = surface_cases.packed("glm4_moe_lite")
+    base = ("generate", "-m", path)
+    cases = [
+        (("generate", "-m", tmp_path / "missing.dcalm", "a"), r"missing\.dcalm"),
+        (("generate", "-m", tmp_path / "not.dcalm", "a"), r"not\.dcalm"),
+        (("generate", "-m", tmp_path, "a"), "is a directory, expected a packed file"),
+        ((*base, "--file", tmp_path / "missing.txt"), r"missing\.txt: No such file"),
+        ((*base, "--file", tmp_path), "Is a directory"),
+        ((*base, "--file", tmp_path / "bad.txt"), r"bad\.txt: not valid UTF-8 at byte 2 \(0xff\)"),
+        ((*base, "a\udcff"), r"the prompt: not valid UTF-8 at byte 1 \(0xff\)"),
+        ((*base, "--ctx", "9", "a" * 9), r"the prompt has 9 tokens, the context 9 positions \(--ctx goes up to 1280\)"),
+        ((*base, "--ctx", "1281", "a"), r"ctx: 1281, expected 1\.\.1280"),
+        (("generate", "-m", no_bos, ""), "the prompt is empty, and this model has no bos"),
+        ((*base, "--device", "cuda", "a"), "device 'cuda': this build has no CUDA backend"),
+        ((*base, "--isa", "mmx", "a"), "mmx"),
+        ((*base, "--draft", "2", "a"), "drafting is not available in this version"),
+        (("perplexity", path, tmp_path / "missing.txt"), r"missing\.txt: No such file"),
+        (("perplexity", path, tmp_path / "bad.txt"), "not valid UTF-8"),
+        (("bench", path, "--context", "5000"), "the model has 1280"),
+        (("pack", tmp_path / "missing", tmp_path / "x.dcalm"), "missing"),
+        (("pack", surface_cases.checkpoint(), tmp_path), "is a directory, expected the name of the packed file"),
+        (("pack", surface_cases.checkpoint(), "/proc/x.dcalm"), "/proc/x.dcalm"),
+    ]
+    for args, reason in cases:
+        assert re.search(reason, error(run(*args, stdin=b"\xfe"))), (args, reason)
+    assert "standard input: not valid UTF-8 at byte 0 (0xfe)" in error(run(*base, "-", stdin=b"\xfe"))
+
+
+def test_empty_prompt_starts_from_bos(run: Run, path: Path) -> None:
+    m = surface_cases.model()
+    want = m.decode(list(m.session().generate([265], max_tokens=5)))
+    assert run("generate", "-m", path, "-n", "5", "")[:2] == (0, want.encode() + b"\n")
+
+
+def test_unpacked_checkpoint_prints_the_pack_command(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "my model", "moonlight", dtype="f32")
+    for command in (("generate", "a", "-m"), ("chat", "-m"), ("bench",)):
+        err = error(run(*command, folder))
+        assert err.rstrip().endswith(f"pack it first: deepcalm pack '{folder}' 'my model.dcalm'")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_memory_is_checked_before_anything_runs(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepcalm.session.available_memory", lambda: 1_000_000)
+    code, _, err = run("generate", "-m", path, "-n", "2", "--ctx", "64", "the")
+    assert code == 0 and err.startswith("note: weights 0.0 GB and cache 0.0 GB exceed the 0.0 GB of memory available")
+    monkeypatch.setattr("deepcalm.session.available_memory", lambda: 10_000)
+    assert "takes 0.00 GB, 0.00 GB of memory are available" in error(run("generate", "-m", path, "the"))
+
+
+def test_interrupt_keeps_the_partial_text(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_step = Generation.__next__
+
+    def interrupted(self: Generation) -> int:
+        if len(self.tokens) == 7:
+            raise KeyboardInterrupt
+        return one_step(self)
+
+    want = surface_cases.model().decode(list(surface_cases.model().session().generate([257], max_tokens=7)))
+    monkeypatch.setattr(Generation, "__next__", interrupted)
+    code, out, err = run("generate", "-m", path, "the")
+    assert (code, out.decode()) == (130, want + "\n")
+    assert err.startswith("7 tokens, ended by interrupted")
+    code, out, _ = run("generate", "-m", path, "--json", "the")
+    assert code == 130 and json.loads(out)["reason"] == "interrupted" and json.loads(out)["text"] == want
+
+
+def start(*args: str | Path, **options: object) -> subprocess.Popen[bytes]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([*surface_cases.COMMAND, *args], env=surface_cases.environment(), **pipes)  # type: ignore[call-overload]
+
+
+ENDLESS = ("-n", "90000", "--ctx", "90000", "--threads", "1")
+
+
+def test_ctrl_c_during_generation() -> None:
+    path = surface_cases.endless()
+    p = start("generate", "-m", path, *ENDLESS, "the")
+    assert p.stdout is not None
+    first = p.stdout.read(40)
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=30)
+    assert p.returncode == 130 and b"ended by interrupted" in err and b"Traceback" not in err
+    text = (first + out).decode()
+    whole = deepcalm.generate("the", deepcalm.Model(path, threads=1), max_tokens=len(text))
+    shown = text[:-1].removesuffix("\ufffd")  # a character that was cut is shown as such
+    assert text.endswith("\n") and len(shown) > 20 and whole.startswith(shown)
+
+
+def test_closed_pipe_ends_quietly() -> None:
+    p = start("generate", "-m", surface_cases.endless(), *ENDLESS, "the")
+    assert p.stdout is not None and p.stderr is not None
+    p.stdout.read(10)
+    p.stdout.close()
+    assert (p.wait(timeout=30), p.stderr.read()) == (0, b"")
+    p.stderr.close()
+    assert p.stdin is not None
+    p.stdin.close()
+
+
+def test_full_output_device_is_an_error(path: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        code, _, err = surface_cases.run("generate", "-m", path, "-n", "4", "-q", "the", stdout=full)
+    assert (code, err) == (1, "deepcalm: error: standard output: No space left on device\n")
+
+
+def test_process_accepts_bytes_that_are_no_text(path: Path) -> None:
+    code, out, err = surface_cases.run("generate", "-m", path, b"a\xff")
+    assert (code, out) == (1, b"") and err == "deepcalm: error: the prompt: not valid UTF-8 at byte 1 (0xff)\n"
+    want = expected("é", 4) + "\n"
+    for locale in ("C", "POSIX"):
+        code, out, _ = surface_cases.run("generate", "-m", path, "-n", "4", "é", env={"LC_ALL": locale})
+        assert (code, out.decode()) == (0, want)
+
+
+# ---- chat
+
+
+def test_chat_keeps_the_conversation_and_the_cache(run: Run, path: Path) -> None:
+    m, opening = surface_cases.model(), {"role": "system", "content": "SYS"}
+
+    def answer(messages: list[dict[str, str]]) -> str:
+        ids = m.encode(m.apply_chat_template(messages), bos=False)
+        return m.decode(list(m.session().generate(ids, max_tokens=6)))
+
+    one = [opening, {"role": "user", "content": "Hi there"}]
+    first = answer(one)
+    two = [*one, {"role": "assistant", "content": first}, {"role": "user", "content": "the other"}]
+    second = answer(two)
+    lines = "Hi there\n\n  \nthe other\n/reset\nHi there\n/quit\nnever read\n"
+    args = ("chat", "-m", path, "-n", "6", "--system", "SYS")
+    code, out, err = run(*args, stdin=lines.encode())
+    assert (code, out.decode()) == (0, "".join(t + "\n" for t in (first, second, first)))
+    cached = re.findall(r"(\d+) of (\d+) prompt tokens were cached", err)
+    assert len(cached) == 3 and cached[0][0] == cached[2][0] == "0"
+    assert int(cached[1][0]) >= len(m.encode(m.apply_chat_template(one), bos=False))
+    assert run(*args, "-q", stdin=b"Hi there")[:3] == (0, first.encode() + b"\n", "")  # ends with its input
+
+
+def test_chat_errors_leave_the_conversation_going(run: Run, path: Path) -> None:
+    lines = b"\xff\n" + b"a" * 70 + b"\nHi\n"
+    code, out, err = run("chat", "-m", path, "-n", "3", "--ctx", "64", stdin=lines)
+    m = surface_cases.model()
+    ids = m.encode("<bos><|user|>Hi<|assistant|>", bos=False)
+    assert (code, out.decode()) == (0, m.decode(list(m.session().generate(ids, max_tokens=3))) + "\n")
+    assert "standard input: not valid UTF-8 at byte 0" in err
+    assert "the prompt has 73 tokens, the context 64 positions" in err and "/reset starts over" in err
+
+
+def test_chat_without_template_is_refused(run: Run, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "hf", "moonlight", dtype="f32")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    deepcalm.pack(folder, tmp_path / "m.dcalm")
+    for args in (("chat",), ("generate", "--chat", "Hi")):
+        assert "has no chat template; use a raw prompt" in error(run(*args, "-m", tmp_path / "m.dcalm"))
+
+
+def test_chat_ctrl_c_stops_the_answer_only() -> None:
+    p = start("chat", "-m", surface_cases.endless(), "--ctx", "90000", "--threads", "1")
+    assert p.stdin is not None and p.stdout is not None
+    p.stdin.write(b"Hi\n")
+    p.stdin.flush()
+    p.stdout.read(30)
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(b"/quit\n", timeout=30)
+    assert p.returncode == 0 and out.endswith(b"\n")
+    assert b"ended by interrupted" in err and b"Traceback" not in err
+
+
+# ---- pack
+
+
+def test_pack_writes_what_the_api_writes(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("pack", surface_cases.checkpoint(), tmp_path / "m.dcalm", "--dtype", "q8")
+    assert (code, out) == (0, b"")
+    assert (tmp_path / "m.dcalm").read_bytes() == surface_cases.packed(dtype="q8").read_bytes()
+    assert re.search(r"^F32 -> q8: [\d.]+ MB$", err, re.MULTILINE)
+    assert re.search(r"^dropped .*: ", err, re.MULTILINE)  # the MTP layer's copies
+    assert "weights per token" in err.splitlines()[-1]
+    assert "\x1b" not in err and "\r" not in err  # no progress bar off a terminal
+    assert [p.name for p in tmp_path.iterdir()] == ["m.dcalm"]
+
+
+def test_pack_plan(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("pack", surface_cases.checkpoint(), "--dry-run", "--dtype", "q4", "--head-dtype", "f16")
+    table = out.decode().splitlines()
+    assert code == 0 and list(tmp_path.iterdir()) == []
+    assert re.match(r"embed +F32 -> \w+ +311x76 +[\d.]+ kB$", table[0])
+    assert any(re.match(r"head +F32 -> f16 ", line) for line in table)
+    assert any(re.match(r"layers\.1\.experts\.w_down +F32 -> q4 +24x76x38", line) for line in table)
+    assert re.match(r"total [\d.]+ MB, [\d.]+ kB of weights per token$", table[-1])
+    code, out, err = run("pack", surface_cases.checkpoint(), tmp_path / "m.dcalm", "--dry-run", "--json", "-q")
+    plan = json.loads(out)
+    assert (code, err) == (0, "") and not (tmp_path / "m.dcalm").exists()
+    assert {t["name"] for t in plan["tensors"]} >= {"embed", "head", "mtp.eh_proj"}
+    assert plan["dropped"] and plan["config"]["kv_lora_rank"] == 42 and plan["data_bytes"] > 0
+
+
+def test_pack_reports_a_full_disk(tmp_path: Path) -> None:
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    code, out, err = surface_cases.run(
+        "pack", surface_cases.checkpoint(), tmp_path / "m.dcalm", preexec_fn=small_files
+    )  # fmt: skip
+    assert (code, out) == (1, b"") and not (tmp_path / "m.dcalm").exists()
+    assert err.startswith("deepcalm: error: ") and "m.dcalm" in err and err.count("\n") == 1
+
+
+def on_terminal(*args: str | Path, env: dict[str, str]) -> tuple[int, str]:
+    """Runs a command with stderr on a pseudo-terminal: (exit code, what it showed)."""
+    main_fd, terminal = pty.openpty()
+    p = subprocess.Popen([*surface_cases.COMMAND, *args], stdout=subprocess.DEVNULL, stderr=terminal, env=env)
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(main_fd, 65536)
+        except OSError:  # EIO: the other side is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(main_fd)
+    return p.wait(timeout=30), shown.decode()
+
+
+def test_progress_bar_only_on_a_terminal(tmp_path: Path) -> None:
+    env = surface_cases.environment(TERM="xterm-256color")
+    code, plain = on_terminal("pack", surface_cases.checkpoint(), tmp_path / "a.dcalm", env=env)
+    assert code == 0 and "packing a.dcalm" in plain and "weights per token" in plain
+    assert not re.search(r"\x1b\[[\d;]*3\dm", plain)  # NO_COLOR
+    del env["NO_COLOR"]
+    code, colour = on_terminal("pack", surface_cases.checkpoint(), tmp_path / "b.dcalm", env=env)
+    assert code == 0 and re.search(r"\x1b\[[\d;]*3\d", colour)
+    code, quiet = on_terminal("pack", surface_cases.checkpoint(), tmp_path / "c.dcalm", "-q", env=env)
+    assert (code, quiet) == (0, "")
+
+
+def test_hub_download_is_optional(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def snapshot_download(repo: str, allow_patterns: list[str]) -> str:
+        asked.append(repo)
+        assert "*.safetensors" in allow_patterns
+        return str(surface_cases.checkpoint())
+
+    fake = type(sys)("huggingface_hub")
+    fake.snapshot_download = snapshot_download  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    assert run("pack", "some-org/some.model", tmp_path / "m.dcalm")[0] == 0
+    assert asked == ["some-org/some.model"] and (tmp_path / "m.dcalm").is_file()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install 'deepcalm[hub]'" in error(run("pack", "some-org/some.model", tmp_path / "n.dcalm"))
+
+
+# ---- perplexity, bench
+
+
+def test_perplexity_command(run: Run, path: Path, tmp_path: Path) -> None:
+    text = "the other thing in the air over a town"
+    (tmp_path / "t.txt").write_text(text)
+    want = deepcalm.perplexity(surface_cases.model(), text, ctx=16)
+    code, out, err = run("perplexity", path, tmp_path / "t.txt", "--ctx", "16")
+    assert (code, err) == (0, "")
+    lines = out.decode().splitlines()
+    assert lines[0] == f"perplexity {want.perplexity:.4f} +- {want.standard_error:.4f}"
+    assert (
+        lines[2]
+        == f"{want.n_scored} of {want.n_tokens} tokens scored, {want.n_windows} windows of 16 positions, without bos"
+    )
+    code, out, _ = run("perplexity", path, "-", "--ctx", "16", "--json", stdin=text.encode())
+    assert code == 0 and json.loads(out)["nll_mean"] == want.nll_mean and json.loads(out)["divergence"] is None
+    q8 = surface_cases.packed(dtype="q8")
+    code, out, _ = run("perplexity", q8, tmp_path / "t.txt", "--ctx", "16", "--kl-against", path)
+    assert code == 0 and re.search(rf"KL\({re.escape(str(path))} \|\| this\) 0\.\d+ \+- 0\.\d+ nats", out.decode())
+
+
+def test_bench_command(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_core, "read_bandwidth", lambda *_: 10.0)  # reads a GiB
+    args = ("bench", path, "--prompt", "16", "--context", "8", "--tokens", "2", "--repeats", "2", "--threads", "1")
+    code, out, err = run(*args)
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.decode().splitlines()][:7] == [
+        "model", "prefill", "decode", "bytes", "bandwidth", "machine", "share",
+    ]  # fmt: skip
+    code, out, _ = run(*args, "--json")
+    value = json.loads(out)
+    assert code == 0 and value["repeats"] == 2 and value["decode_rate"]["median"] > 0 and "command" in value
+
+
+# ---- start
+
+
+def test_first_token_within_the_limit() -> None:
+    """Process start to first text under 1.5 s (best of three: the machine may be busy)."""
+    best = 99.0
+    for _ in range(3):
+        began = time.monotonic()
+        p = start("generate", "-m", surface_cases.packed(), "-n", "64", "the")
+        assert p.stdout is not None
+        assert p.stdout.read(1)
+        best = min(best, time.monotonic() - began)
+        p.communicate(timeout=30)
+    assert best < 1.5
+
+
+def test_stdin_pipe_capacity_is_no_limit(path: Path) -> None:
+    """A prompt longer than a pipe's buffer arrives whole."""
+    text = b"the " * 30_000
+    code, out, err = surface_cases.run("generate", "-m", path, "-", stdin=text)
+    assert (code, out) == (1, b"") and "the prompt has " in err
+    assert int(re.search(r"has (\d+) tokens", err)[1]) > 29_000  # type: ignore[index]
