@@ -166,9 +166,13 @@ class PySession {
         return out;
     }
 
+    I32Array tokens() const {
+        return I32Array(static_cast<py::ssize_t>(s_->tokens().size()), s_->tokens().data());
+    }
+
     py::dict state() {
         py::dict d;
-        d["tokens"] = I32Array(static_cast<py::ssize_t>(s_->tokens().size()), s_->tokens().data());
+        d["tokens"] = tokens();
         d["cache"] = read_cache(false);
         d["mtp_cache"] = read_cache(true);
         F32Array pending({static_cast<py::ssize_t>(s_->pending().size()) / d_, d_});
@@ -339,6 +343,7 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("mtp_pos", [](PySession& s) { return s.cache(true).len; })
         .def_property_readonly("ctx", [](PySession& s) { return s.cache(false).ctx(); })
         .def_property_readonly("max_rows", &PySession::max_rows)
+        .def_property_readonly("tokens", &PySession::tokens, "Token ids of the cached positions [pos] int32 (a copy).")
         .def_property_readonly("cache_bytes",
                                [](PySession& s) { return s.cache(false).n_bytes() + s.cache(true).n_bytes(); })
         .def("forward", &PySession::forward, py::arg("ids"), py::arg("logits") = "last",

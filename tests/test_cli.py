@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import deepcalm
@@ -168,7 +169,7 @@ def test_no_arguments_shows_help(run: Run) -> None:
     assert code == 2 and "Examples:" in err
 
 
-@pytest.mark.parametrize("command", ["", "generate", "chat", "pack", "perplexity", "bench"])
+@pytest.mark.parametrize("command", ["", *cli.cli.commands])
 def test_help_has_examples(run: Run, command: str) -> None:
     code, out, err = run(*command.split(), "--help")
     assert (code, err) == (0, "")
@@ -455,6 +456,38 @@ def test_hub_download_is_optional(run: Run, tmp_path: Path, monkeypatch: pytest.
     assert asked == ["some-org/some.model"] and (tmp_path / "m.dcalm").is_file()
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install 'deepcalm[hub]'" in error(run("pack", "some-org/some.model", tmp_path / "n.dcalm"))
+
+
+# ---- inspect
+
+
+def test_inspect_shows_the_file(run: Run, path: Path) -> None:
+    code, out, err = run("inspect", path, "--check")
+    text = out.decode()
+    assert (code, err) == (0, "")
+    assert re.search(r"^kv_lora_rank +42$", text, re.MULTILINE)
+    assert re.search(r"^layers\.1\.experts\.w_down +f32 +24x76x38 +[\d.]+ kB +from F32$", text, re.MULTILINE)
+    assert re.search(r"^dropped +model\.layers\.3\.\S+: ", text, re.MULTILINE)
+    assert re.search(r"^weights +[\d.]+ MB, [\d.]+ \wB read per token$", text, re.MULTILINE)
+    assert text.endswith("checksums  all right\n")
+    info = json.loads(run("inspect", path, "--json")[1])
+    assert info["file_bytes"] == path.stat().st_size and "bad_checksums" not in info
+
+
+def test_inspect_finds_a_flipped_bit(run: Run, path: Path, tmp_path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-100_000] ^= 1
+    (tmp_path / "m.dcalm").write_bytes(data)
+    assert run("inspect", tmp_path / "m.dcalm")[0] == 0
+    code, out, err = run("inspect", tmp_path / "m.dcalm", "--check")
+    assert code == 1 and b"all right" not in out and "wrong checksum or padding: " in err
+    assert len(json.loads(run("inspect", tmp_path / "m.dcalm", "--check", "--json")[1])["bad_checksums"]) == 1
+
+
+def test_inspect_dumps_a_tensor(run: Run, path: Path, tmp_path: Path) -> None:
+    assert run("inspect", path, "--dump", "layers.0.wo", tmp_path / "wo.npy") == (0, b"", "")
+    assert (np.load(tmp_path / "wo.npy") == deepcalm.unpack(path, "layers.0.wo")).all()
+    assert "no tensor" in error(run("inspect", path, "--dump", "layers.9.wo", tmp_path / "x.npy"))
 
 
 # ---- perplexity, bench

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from .cli_common import (
     write,
     write_json,
 )
-from .errors import CheckpointError, Error
+from .errors import CheckpointError, Error, PackedFileError
 from .text import decode_utf8, one_line
 
 if TYPE_CHECKING:
@@ -129,14 +131,16 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 
 def plan_table(plan: Plan) -> str:
     """One line per tensor: name, from, to, shape, bytes, note; then the total."""
-    rows: list[tuple[str, ...]] = []
-    for t in plan.tensors:
-        rows.append((t.name, f"{t.source_dtype} -> {t.format}", "x".join(map(str, t.shape)), size(t.bytes), t.note))
+    rows = [
+        (t.name, f"{t.source_dtype} -> {t.format}", "x".join(map(str, t.shape)), size(t.bytes), t.note)
+        for t in plan.tensors
+    ]
     return columns(rows) + f"total {size(plan.data_bytes)}, {size(plan.active_bytes_per_token)} of weights per token\n"
 
 
-def columns(rows: list[tuple[str, ...]]) -> str:
+def columns(rows: Iterable[tuple[str, ...]]) -> str:
     """Left-aligned columns, two spaces between them."""
+    rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() + "\n" for r in rows)
 
@@ -154,6 +158,64 @@ def plan_notes(plan: Plan) -> list[str]:
         names = group[0].name if len(group) == 1 else f"{len(group)} tensors ({group[0].name}, ...)"
         lines.append(f"dropped {names}, {size(sum(d.bytes for d in group))}: {why}")
     return lines + [f"note: {note}" for note in plan.notes]
+
+
+# ---- inspect
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  deepcalm inspect v2-lite.dcalm
+  deepcalm inspect v2-lite.dcalm --check
+  deepcalm inspect v2-lite.dcalm --json | jq .config
+  deepcalm inspect v2-lite.dcalm --dump layers.0.wo wo.npy"""
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--check", is_flag=True, help="Compare every checksum; exit code 1 if one differs.")
+@click.option(
+    "--dump", nargs=2, metavar="TENSOR OUT.npy", help="Write a tensor as f32 in its natural shape (numpy file)."
+)
+@json_option
+@quiet_option
+def inspect(file: Path, check: bool, dump: tuple[str, str] | None, as_json: bool, quiet: bool) -> int:
+    """Show what the packed FILE holds: configuration, tensors, formats, bytes, what was dropped."""
+    from .inspect import describe
+    from .packed import PackedFile
+
+    if dump is not None:
+        import numpy as np
+
+        with PackedFile(file) as packed, Path(dump[1]).open("wb") as out:
+            np.save(out, packed.unpack(dump[0]))
+        return 0
+    info = describe(file)
+    bad: list[str] = []
+    if check:
+        with PackedFile(file) as packed, progress(f"checking {file.name}", quiet, "bytes") as update:
+            bad = packed.check(update)
+        info["bad_checksums"] = bad
+    write_json(info) if as_json else write(description(info))
+    if bad:
+        raise PackedFileError(f"{file}: wrong checksum or padding: {', '.join(bad[:5])}"
+                              + (f" and {len(bad) - 5} more" if len(bad) > 5 else ""))  # fmt: skip
+    return 0
+
+
+def description(info: dict[str, Any]) -> str:
+    """Everything but the checksums, as lines; a stranger's names without control characters."""
+    text = columns((k, json.dumps(v)) for k, v in info["config"].items()) + "\n"
+    rows = [(t["name"], t["format"], "x".join(map(str, t["shape"])), size(t["bytes"]), f"from {t['source_dtype']}")
+            for t in info["tensors"]]  # fmt: skip
+    text += columns(rows) + "\n"
+    lines = [("file", f"{size(info['file_bytes'])}, header sha256 {info['header_sha256']}")]
+    lines += [("source", str(info["source"].get("name", "unknown")))]
+    lines += [("formats", ", ".join(f"{k} {size(n)}" for k, n in info["formats"].items()))]
+    lines += [("files", ", ".join(f"{k} {size(n)}" for k, n in info["files"].items()) or "none")]
+    lines += [("weights", f"{size(info['weight_bytes'])}, {size(info['active_bytes_per_token'])} read per token")]
+    lines += [("dropped", f"{d['name']}: {d['why']}") for d in info["dropped"]]
+    lines += [("checksums", "all right")] if info.get("bad_checksums") == [] else []
+    return text + columns((k, one_line(v, 1000)) for k, v in lines)
 
 
 # ---- perplexity
@@ -282,4 +344,4 @@ def bench_text(r: BenchResult) -> str:
     ])  # fmt: skip
 
 
-COMMANDS = (pack, perplexity, bench)
+COMMANDS = (pack, inspect, perplexity, bench)
