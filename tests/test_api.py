@@ -338,10 +338,11 @@ def test_generate_refuses(model: deepcalm.Model) -> None:
         next(s.generate())
     with pytest.raises(SessionError, match="do not fit"):
         next(s.generate(IDS[:9]))
-    with pytest.raises(UnsupportedError, match="draft 2: drafting is not available in this version"):
+    with pytest.raises(SessionError, match="draft 2: the session keeps no MTP state"):
         s.generate(IDS[:2], draft=2)
-    with pytest.raises(ValueError, match="temp"):
-        s.generate(IDS[:2], temp=-1)
+    for options in ({"temp": -1}, {"draft": 8}, {"draft": -1}, {"draft": "on"}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            s.generate(IDS[:2], **options)  # type: ignore[arg-type]
 
 
 def test_sampled_text_depends_on_seed_and_position_only(model: deepcalm.Model) -> None:
@@ -382,6 +383,20 @@ def test_text_generation_stops_at_strings_and_flushes(model: deepcalm.Model) -> 
     assert text([*b"abc\xf0\x9f"], ("c\ufffd",)) == ("ab", "stop")
     assert text([*b"xST\xc3"], ("STOP",)) == ("xST\ufffd", "length")
     assert text([*b"aSTx"], ("STOP",), interrupt=True) == ("a", "interrupted")
+
+
+def test_drafted_text_ends_where_plain_text_does(model: deepcalm.Model) -> None:
+    want = greedy(IDS[:5], 9)
+    for draft in ("off", 1, 3, 7):
+        s = model.session(mtp=True)
+        eos = s.generate(IDS[:5], eos_ids=[want[6]], draft=draft)
+        n = want.index(want[6])
+        assert (list(eos), eos.reason) == (want[:n], "eos")
+        assert s.tokens.tolist() == [*IDS[:5], *want[:n]]  # accepted drafts behind the end have left the cache
+        full = model.session(ctx=12, mtp=True).generate(IDS[:5], eos_ids=[], draft=draft)
+        assert (list(full), full.reason) == (want[:7], "context")
+        text = TextGeneration(model.session(mtp=True).generate(IDS[:5], max_tokens=9, eos_ids=[], draft=draft))
+        assert "".join(text) == model.decode(want) and text.reason == "length"
 
 
 def test_module_generate(model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch) -> None:

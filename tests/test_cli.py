@@ -11,7 +11,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +26,8 @@ from deepcalm.generate import Generation
 Run = Callable[..., tuple[int, bytes, str]]
 SUMMARY = (
     r"\d+ tokens, ended by (eos|stop|length|context|interrupted); prefill \d+ tokens, [\d.]+ tok/s"
-    r"(; decode [\d.]+ tok/s, [\d.]+ GB/s)?(; seed \d+)?"
+    r"(; decode [\d.]+ tok/s, [\d.]+ GB/s)?(; \d+ of \d+ drafts accepted)?(, drafting turned off: it did not pay)?"
+    r"(; seed \d+)?"
 )
 
 
@@ -36,6 +36,7 @@ def run(capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPa
     """The command line in this process: (exit code, stdout, stderr)."""
 
     def call(*args: str | Path, stdin: bytes = b"") -> tuple[int, bytes, str]:
+        monkeypatch.setenv("DEEPCALM_THREADS", "1")
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         capsysbinary.readouterr()
         code = cli.main([str(a) for a in args])
@@ -121,13 +122,24 @@ def test_generate_runs_with_every_cache_isa_and_thread_count(run: Run, path: Pat
     assert run("generate", "-m", path, "-n", "8", "--isa", "scalar", "--device", "auto", "the")[0] == 0
 
 
-def test_device_auto_and_draft_auto_say_what_happens(run: Run, path: Path) -> None:
-    _, _, err = run("generate", "-m", path, "-n", "2", "--device", "auto", "--draft", "auto", "the")
-    assert err.splitlines()[:2] == [
-        "note: drafting is not available in this version, decoding token by token",
-        "device auto: cpu, this build has no CUDA backend",
-    ]
-    assert len(run("generate", "-m", path, "-n", "2", "--draft", "off", "the")[2].splitlines()) == 1
+def test_device_auto_says_what_happens(run: Run, path: Path) -> None:
+    _, _, err = run("generate", "-m", path, "-n", "2", "--device", "auto", "the")
+    assert err.splitlines()[0] == "device auto: cpu, this build has no CUDA backend"
+
+
+@pytest.mark.parametrize("sampling", [(), ("--temp", "0.9", "--seed", "3")], ids=["greedy", "sampled"])
+def test_text_is_the_same_with_any_draft(run: Run, path: Path, sampling: tuple[str, ...]) -> None:
+    args = ("generate", "-m", path, "-n", "40", *sampling, "the other")
+    want = run(*args, "--draft", "off")
+    assert want[0] == 0 and "drafts" not in want[2]
+    for draft in ("auto", "0", "1", "3", "7"):
+        code, out, err = run(*args, "--draft", draft)
+        assert (code, out) == (0, want[1]), draft
+        assert re.search(r"; \d+ of \d+ drafts accepted", err) or draft in ("auto", "0"), err
+    code, out, _ = run(*args, "--draft", "2", "--json")
+    assert code == 0 and json.loads(out)["text"] == want[1].decode()[:-1] and json.loads(out)["drafts"]["offered"] > 0
+    plain = surface_cases.packed("moonlight")
+    assert run("generate", "-m", plain, "-n", "4", "the")[0] == 0  # no MTP layer: auto does without
 
 
 @pytest.mark.parametrize(
@@ -146,6 +158,7 @@ def test_device_auto_and_draft_auto_say_what_happens(run: Run, path: Path) -> No
         ("generate", "a", "--stop", ""),
         ("generate", "a", "--system", "S"),
         ("generate", "a", "--draft", "much"),
+        ("generate", "a", "--draft", "8"),
         ("generate", "a", "--what"),
         ("chat", "--stop", ""),
         ("pack",),
@@ -215,7 +228,7 @@ def test_errors_are_one_line_with_the_reason(run: Run, path: Path, tmp_path: Pat
         (("generate", "-m", no_bos, ""), "the prompt is empty, and this model has no bos"),
         ((*base, "--device", "cuda", "a"), "device 'cuda': this build has no CUDA backend"),
         ((*base, "--isa", "mmx", "a"), "mmx"),
-        ((*base, "--draft", "2", "a"), "drafting is not available in this version"),
+        (("generate", "-m", surface_cases.packed("moonlight"), "--draft", "2", "a"), "no MTP layer"),
         (("perplexity", path, tmp_path / "missing.txt"), r"missing\.txt: No such file"),
         (("perplexity", path, tmp_path / "bad.txt"), "not valid UTF-8"),
         (("bench", path, "--context", "5000"), "the model has 1280"),
@@ -528,17 +541,15 @@ def test_bench_command(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) ->
 # ---- start
 
 
-def test_first_token_within_the_limit() -> None:
-    """Process start to first text under 1.5 s (best of three: the machine may be busy)."""
-    best = 99.0
-    for _ in range(3):
-        began = time.monotonic()
-        p = start("generate", "-m", surface_cases.packed(), "-n", "64", "the")
-        assert p.stdout is not None
-        assert p.stdout.read(1)
-        best = min(best, time.monotonic() - began)
-        p.communicate(timeout=30)
-    assert best < 1.5
+def test_start_is_cheap() -> None:
+    """Process start to first token in less than 1.5 s of processor time; elapsed time is the machine's load too."""
+    p = start("generate", "-m", surface_cases.packed(), "-n", "1", "--threads", "1", "the")
+    out, _ = p.communicate(timeout=30)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    p = start("generate", "-m", surface_cases.packed(), "-n", "1", "--threads", "1", "the")
+    assert p.communicate(timeout=30)[0] == out
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
 
 
 def test_stdin_pipe_capacity_is_no_limit(path: Path) -> None:

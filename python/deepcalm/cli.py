@@ -69,7 +69,8 @@ Examples:
   deepcalm generate "Once upon a time"
   deepcalm generate -m v2-lite.dcalm --temp 0.7 --top-p 0.9 -n 300 "The three laws are"
   deepcalm generate -m chat.dcalm --chat --system "Be brief." "What is MLA?"
-  deepcalm generate -m v2-lite.dcalm --file question.txt --stop "\\n\\n" --json"""
+  deepcalm generate -m v3.dcalm --draft 2 "MTP on or off, the text is the same:"
+  deepcalm generate -m v2-lite.dcalm --file question.txt --stop END --json"""
 )
 @click.argument("prompt", required=False)
 @model_option
@@ -84,7 +85,6 @@ Examples:
     help="New tokens at most.",
 )
 @sampling_options
-@click.option("--draft", metavar="off|auto|K", help="Drafting; not available in this version.")
 @click.option(
     "--chat/--raw",
     "as_chat",
@@ -96,9 +96,9 @@ Examples:
 @json_option
 @quiet_option
 def generate(
-    prompt: str | None, path: Path | None, file: str | None, max_tokens: int, draft: str | None, as_chat: bool,
-    system: str | None, device: str, threads: int | None, isa: str | None, ctx: int | None, kv: str, as_json: bool,
-    quiet: bool, **sampling: Any,
+    prompt: str | None, path: Path | None, file: str | None, max_tokens: int, as_chat: bool, system: str | None,
+    device: str, threads: int | None, isa: str | None, ctx: int | None, kv: str, as_json: bool, quiet: bool,
+    **sampling: Any,
 ) -> int:  # fmt: skip
     """Continue PROMPT ("-": read it from stdin).
 
@@ -110,7 +110,6 @@ def generate(
         raise click.UsageError("give either a PROMPT ('-' for stdin) or --file")
     if system is not None and not as_chat:
         raise click.UsageError("--system needs --chat")
-    check_draft_option(draft, quiet)
     if file is not None or prompt == "-":
         text = decode_utf8(read_text(file or "-"), file or "standard input")
     else:
@@ -122,7 +121,7 @@ def generate(
         ids = model.encode(model.apply_chat_template(messages), bos=False)
     else:
         ids = model.encode(text)
-    session = open_session(model, ctx, kv, quiet)
+    session = open_session(model, ctx, kv, sampling["draft"], quiet)
     check_room(len(ids), session)
     if prompt not in (None, "-") and not (as_chat or as_json or quiet) and sys.stderr.isatty() and sys.stdout.isatty():
         click.secho(text, err=True, nl=False, dim=True, color=False if os.environ.get("NO_COLOR") else None)
@@ -135,19 +134,6 @@ def generate(
         })  # fmt: skip
     say(summary(answer, session.stats, seed), quiet)
     return INTERRUPTED if answer.reason == "interrupted" else 0
-
-
-def check_draft_option(draft: str | None, quiet: bool) -> None:
-    """--draft: words and numbers are told apart here; what they mean is generate.check_draft's business."""
-    if draft is None:
-        return
-    from .generate import check_draft
-
-    if draft not in ("off", "auto") and not draft.isdecimal():
-        raise click.UsageError(f"--draft: {draft!r}, expected off, auto or a number")
-    check_draft(draft)
-    if draft == "auto":
-        say("note: drafting is not available in this version, decoding token by token", quiet)
 
 
 def check_room(n_tokens: int, session: Session) -> None:
@@ -200,6 +186,11 @@ def summary(answer: TextGeneration, stats: Stats, seed: int | None) -> str:
         line += f"; prefill {stats.prefill_tokens} tokens, {stats.prefill_rate:.1f} tok/s"
     if stats.decode_tokens:
         line += f"; decode {stats.decode_rate:.1f} tok/s, {stats.decode_bandwidth:.2f} GB/s"
+    drafts = answer.generation.drafts
+    if drafts.stats.drafted:
+        line += f"; {drafts.stats.accepted} of {drafts.stats.drafted} drafts accepted"
+    if drafts.switches and not drafts.drafting:
+        line += ", drafting turned off: it did not pay"
     return line if seed is None else f"{line}; seed {seed}"
 
 
@@ -213,6 +204,10 @@ def report(answer: TextGeneration, stats: Stats, seed: int | None) -> dict[str, 
         "seed": seed,
         "prefill": {"tokens": stats.prefill_tokens, "seconds": stats.prefill_seconds, "bytes": stats.prefill_bytes},
         "decode": {"tokens": stats.decode_tokens, "seconds": stats.decode_seconds, "bytes": stats.decode_bytes},
+        "drafts": {
+            "offered": answer.generation.drafts.stats.drafted,
+            "accepted": answer.generation.drafts.stats.accepted,
+        },
     }
 
 
@@ -241,7 +236,7 @@ def chat(
     model = open_model(path, device, threads, isa, quiet)
     opening = [{"role": "system", "content": system}] if system is not None else []
     model.apply_chat_template([*opening, {"role": "user", "content": "x"}])  # no template: say so before the first turn
-    session = open_session(model, ctx, kv, quiet)
+    session = open_session(model, ctx, kv, sampling["draft"], quiet)
     messages = list(opening)
     while (line := read_turn(quiet)) is not None:
         if line == "/quit":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -60,9 +61,19 @@ def _no_empty_stop(_ctx: click.Context, _param: click.Parameter, value: tuple[st
     return value
 
 
+def _draft(_ctx: click.Context, _param: click.Parameter, value: str) -> str | int:
+    if value in ("off", "auto"):
+        return value
+    if not re.fullmatch(r"[0-7]", value):
+        raise click.BadParameter(f"{value!r}, expected off, auto or a number 0..7")
+    return int(value)
+
+
 def sampling_options(command: F) -> F:
-    """--temp, --top-p, --top-k, --min-p, --seed, --stop."""
+    """--temp, --top-p, --top-k, --min-p, --seed, --stop, --draft."""
     for option in (
+        click.option("--draft", default="auto", show_default=True, metavar="off|auto|K", callback=_draft,
+                     help="Drafts of the MTP layer per pass, auto: as many as pay. The text is the same with any."),
         click.option("--stop", multiple=True, metavar="STR", callback=_no_empty_stop,
                      help="End before this text; may be given several times."),
         click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="S",
@@ -148,11 +159,15 @@ def open_model(path: Path | None, device: str, threads: int | None, isa: str | N
     return model
 
 
-def open_session(model: Model, ctx: int | None, kv: str, quiet: bool) -> Session:
-    """A session; says before anything runs when weights and cache exceed the memory that is available."""
+def open_session(model: Model, ctx: int | None, kv: str, draft: str | int, quiet: bool) -> Session:
+    """A session; says before anything runs when weights and cache exceed the memory that is available.
+
+    It keeps the MTP layer's state where ``draft`` needs it; "auto" does without in a model that has no MTP layer.
+    """
     from .session import available_memory
 
-    session = model.session(ctx, kv)
+    mtp = bool(model.config["num_nextn_predict_layers"]) if draft == "auto" else draft not in ("off", 0)
+    session = model.session(ctx, kv, mtp=mtp)
     available = available_memory()
     if available is not None and model.file_bytes + session.cache_bytes > available:
         numbers = f"weights {model.file_bytes / 1e9:.1f} GB and cache {session.cache_bytes / 1e9:.1f} GB"
