@@ -80,12 +80,13 @@ class ConfigReader {
     void get(const char* key, std::string& out) {
         const py::object v = take(key);
         if (!PyUnicode_Check(v.ptr())) mistyped(key, v, "a string");
-        const char* text = PyUnicode_AsUTF8(v.ptr());
+        Py_ssize_t size = 0;
+        const char* text = PyUnicode_AsUTF8AndSize(v.ptr(), &size);
         if (text == nullptr) {
             PyErr_Clear();
             bad_config(key, " is not valid Unicode");
         }
-        out = text;
+        out.assign(text, static_cast<size_t>(size));
     }
     template <class E> void get(const char* key, E& out, std::initializer_list<const char*> names) {
         std::string text, all;

@@ -84,16 +84,15 @@ Status validate(const ModelConfig& c) {
     if (c.n_routed_experts > 0) DC_TRY_STATUS(validate_moe(c));
     DC_TRY_STATUS(real("rms_norm_eps", c.rms_norm_eps, 0, true));
     DC_TRY_STATUS(real("rope_theta", c.rope_theta, 1, true));
-    if (c.rope_type == RopeType::kYarn) {
-        DC_TRY_STATUS(real("rope_factor", c.rope_factor, 1, false));
-        DC_TRY_STATUS(
-            in_range("original_max_position_embeddings", c.original_max_position_embeddings, 1, kMaxPositions));
-        DC_TRY_STATUS(real("beta_fast", c.beta_fast, 0, true));
-        DC_TRY_STATUS(real("beta_slow", c.beta_slow, 0, true));
-        DC_TRY_STATUS(real("mscale", c.mscale, 0, false));
-        DC_TRY_STATUS(real("mscale_all_dim", c.mscale_all_dim, 0, false));
-        DC_TRY_STATUS(real("attention_factor", c.attention_factor, 0, false));
-    }
+    const int original_min = c.rope_type == RopeType::kYarn ? 1 : 0;  // 0: absent
+    DC_TRY_STATUS(
+        in_range("original_max_position_embeddings", c.original_max_position_embeddings, original_min, kMaxPositions));
+    DC_TRY_STATUS(real("rope_factor", c.rope_factor, 1, false));
+    DC_TRY_STATUS(real("beta_fast", c.beta_fast, 0, true));
+    DC_TRY_STATUS(real("beta_slow", c.beta_slow, 0, true));
+    DC_TRY_STATUS(real("mscale", c.mscale, 0, false));
+    DC_TRY_STATUS(real("mscale_all_dim", c.mscale_all_dim, 0, false));
+    DC_TRY_STATUS(real("attention_factor", c.attention_factor, 0, false));
     DC_TRY_STATUS(in_range("max_position_embeddings", c.max_position_embeddings, 1, kMaxPositions));
     DC_TRY_STATUS(in_range("vocab_size", c.vocab_size, 1, kMaxVocab));
     return in_range("num_nextn_predict_layers", c.num_nextn_predict_layers, 0, 1);

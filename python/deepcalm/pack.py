@@ -151,7 +151,7 @@ class _Partial:
             if info.st_size == 0:
                 self.path.unlink()
             raise ResourceError(f"{self.dst.parent}: {room} bytes free, the packed file needs {total}")
-        self.n_done = self._verified(jobs, key) if info.st_size == total else 0
+        self.n_done = self._verified(jobs, key, info.st_size == total)
         if self.n_done == 0:
             os.ftruncate(self.fd, 0)  # padding is never written: it must read as zeros
         os.ftruncate(self.fd, total)
@@ -160,7 +160,7 @@ class _Partial:
         for job in jobs[: self.n_done]:
             self.done(job)
 
-    def _verified(self, jobs: list[_Job], key: str) -> int:
+    def _verified(self, jobs: list[_Job], key: str, right_size: bool) -> int:
         """How many leading jobs the journal calls done and whose bytes have the recorded checksums."""
         lines = []
         with contextlib.suppress(OSError, ValueError):
@@ -168,7 +168,7 @@ class _Partial:
                 lines.append(json.loads(line))
         self.restarted = bool(lines) and lines[0] != {"key": key}
         n = 0
-        while not self.restarted and n < len(jobs) and n + 1 < len(lines):
+        while right_size and not self.restarted and n < len(jobs) and n + 1 < len(lines):
             job = jobs[n]
             sha = [self._checksum(at, stored.nbytes) for at, stored in zip(job.offsets, job.stored, strict=True)]
             if lines[n + 1] != {"name": job.stored[0].name, "sha256": sha}:
@@ -256,16 +256,16 @@ class _Writer:
                 future.result()
 
     def buffer(self, size: int) -> Bytes:
-        """The next free buffer, at least ``size`` bytes; raises what an earlier write failed with."""
+        """The buffer whose turn it is, at least ``size`` bytes; raises what an earlier write failed with."""
         while len(self.pending) > 2:
             self.pending.pop(0).result()
-        self.turn = (self.turn + 1) % 3
         if len(self.buffers[self.turn]) < size:
             self.buffers[self.turn] = np.empty(size, np.uint8)
         return self.buffers[self.turn]
 
     def put(self, buffer: Bytes, offset: int, job: _Job, last: bool) -> None:
         """Queues all of ``buffer`` for ``offset``; last: these are the last bytes of a container tensor."""
+        self.turn = (self.turn + 1) % 3
         self.pending.append(self.pool.submit(self._work, buffer, offset, job, last))
 
     def _work(self, buffer: Bytes, offset: int, job: _Job, last: bool) -> None:

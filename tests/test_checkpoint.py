@@ -1,0 +1,557 @@
+"""Checkpoint folders: configurations of both styles, shards, weights, and one test per refusal."""
+
+# ruff: noqa: E501  (tables of refusals: one case, one line)
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import tiny
+from deepcalm import _core
+from deepcalm.checkpoint import Checkpoint
+from deepcalm.container import File, read_header
+from deepcalm.errors import CheckpointError, ConfigError, Error
+from ref import checkpoint as ref_checkpoint
+from ref import model as ref_model
+
+pytestmark = pytest.mark.sanitize
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("hf")
+    return {name: tiny.write(folder / name, name) for name in tiny.PRESETS}
+
+
+@pytest.fixture
+def copy(base: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    return lambda name: Path(shutil.copytree(base[name], tmp_path / name))
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any] | None = None, **keys: Any) -> Path:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | keys
+    if change is not None:
+        change(config)
+    path.write_text(json.dumps(config))
+    return folder
+
+
+def refused(folder: Path, message: str, error: type[Error] = CheckpointError) -> None:
+    with pytest.raises(error, match=message) as e:
+        Checkpoint(folder).close()
+    assert "\n" not in str(e.value) and type(e.value) in (CheckpointError, ConfigError)
+
+
+# --- configuration --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", tiny.PRESETS)
+def test_normalised_config_is_the_preset(preset: str, base: dict[str, Path]) -> None:
+    spec = tiny.PRESETS[preset]
+    with Checkpoint(base[preset]) as c:
+        got = c.config
+    rope = spec.config["rope_scaling"] or {}
+    for key, value in spec.config.items():
+        if key not in ("rope_scaling", "eos_token_id", "q_lora_rank"):
+            assert got[key] == value, key
+    assert got["q_lora_rank"] == (spec.config["q_lora_rank"] or 0)
+    eos = spec.config["eos_token_id"]
+    assert got["eos_token_ids"] == sorted({*(eos if isinstance(eos, list) else [eos]), *spec.generation_eos})
+    assert (got["rope_type"], got["rope_layout"]) == (rope.get("type", "default"), "half")
+    names = {
+        "rope_factor": "factor",
+        "original_max_position_embeddings": "",
+        "beta_fast": "",
+        "beta_slow": "",
+        "mscale": "",
+    }
+    for key, name in names.items():
+        if rope:
+            assert got[key] == rope[name or key]
+    # the reference reads the same file with code of its own
+    raw = json.loads((base[preset] / "config.json").read_text())
+    want = ref_model.Config.from_hf(raw, bool(got["num_nextn_predict_layers"]))
+    for key, value in vars(want).items():
+        if key in got:
+            assert got[key] == value or (not value and not got[key]), key
+
+
+@pytest.mark.parametrize("preset", tiny.PRESETS)
+def test_old_and_new_style_say_the_same(preset: str, tmp_path: Path) -> None:
+    configs = []
+    for style in ("old", "new"):
+        with Checkpoint(tiny.write(tmp_path / style, preset, style=style)) as c:
+            configs.append(c.config)
+    assert configs[0] == configs[1]
+
+
+def yarn(**keys: Any) -> dict[str, Any]:
+    rope = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32, "mscale": 1.0, "mscale_all_dim": 1.0}
+    return {k: v for k, v in (rope | keys).items() if v is not ...}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', expected one of deepseek_v2, .*, glm4_moe_lite, kimi_k25"),
+        ({"model_type": "mistral4"}, r"model_type is 'mistral4' \(planned, not supported yet\)"),
+        ({"model_type": None}, "model_type is None"),
+        ({"model_type": "kimi_k25"}, "text_config is None, expected an object"),
+        ({"hidden_size": ...}, "hidden_size is missing, expected an integer"),
+        ({"hidden_size": True}, "hidden_size is True, expected an integer"),
+        ({"hidden_size": 70.0}, "hidden_size is 70.0, expected an integer"),
+        ({"hidden_size": "70"}, "hidden_size is '70', expected an integer"),
+        ({"hidden_size": 1 << 40}, "hidden_size is 1099511627776, expected an integer"),
+        ({"hidden_size": -1}, "hidden_size is -1, expected an integer"),
+        ({"hidden_size": 65537}, r"hidden_size is 65537, expected 1\.\.65536"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers is 0, expected 1\.\.1024"),
+        ({"num_attention_heads": 1025}, r"num_attention_heads is 1025, expected 1\.\.1024"),
+        ({"kv_lora_rank": 0}, r"kv_lora_rank is 0, expected 1\.\."),
+        ({"qk_rope_head_dim": 11}, "qk_rope_head_dim is 11, expected an even number"),
+        ({"v_head_dim": 4097}, r"v_head_dim is 4097, expected 1\.\.4096"),
+        ({"intermediate_size": 0}, r"intermediate_size is 0, expected 1\.\."),
+        ({"vocab_size": 1 << 23}, r"vocab_size is 8388608, expected 1\.\.4194304"),
+        ({"max_position_embeddings": 1 << 25}, r"max_position_embeddings is 33554432, expected 1\.\."),
+        ({"n_routed_experts": ...}, "n_routed_experts is missing"),
+        ({"n_routed_experts": 4097}, r"n_routed_experts is 4097, expected 0\.\.4096"),
+        ({"num_experts_per_tok": 0}, r"num_experts_per_tok is 0, expected 1\.\.9"),
+        ({"num_experts_per_tok": 10}, r"num_experts_per_tok is 10, expected 1\.\.9"),
+        ({"n_shared_experts": 4096, "moe_intermediate_size": 1 << 20}, r"n_shared_experts \* moe_intermediate_size is 4294967296"),
+        ({"n_group": 2}, "n_group is 2, expected a divisor of n_routed_experts 9"),
+        ({"n_group": 9}, "n_group is 9, expected groups of at least 2 experts"),
+        ({"n_group": 3, "topk_group": 4}, r"topk_group is 4, expected 1\.\.3"),
+        ({"n_group": 3, "topk_group": 1, "num_experts_per_tok": 4}, r"num_experts_per_tok is 4, expected 1\.\.3"),
+        ({"n_group": ...}, "n_group is missing"),
+        ({"first_k_dense_replace": 4}, r"first_k_dense_replace is 4, expected 0\.\.3"),
+        ({"first_k_dense_replace": ...}, "first_k_dense_replace is missing"),
+        ({"moe_layer_freq": 2}, r"moe_layer_freq is 2, expected 1 \(every layer"),
+        ({"mlp_layer_types": ["dense", "sparse", "dense"]}, "mlp_layer_types is .*, expected 3 entries, 'dense' ones first"),
+        ({"mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types is .*, expected 3 entries"),
+        ({"mlp_layer_types": ["dense", "dense", "sparse"]}, "first_k_dense_replace is 1, expected 2 as mlp_layer_types"),
+        ({"topk_method": "best"}, "topk_method is 'best', expected one of greedy, group_limited_greedy, noaux_tc"),
+        ({"scoring_func": "softplus"}, "scoring_func is 'softplus', expected one of softmax, sigmoid"),
+        ({"scoring_func": "softmax"}, "norm_topk_prob is True, expected false with softmax routing .*codes disagree"),
+        ({"scoring_func": "softmax", "norm_topk_prob": False}, r"scoring_func is softmax, expected sigmoid \(topk_method noaux_tc\)"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob is 'yes', expected true or false"),
+        ({"norm_topk_prob": ...}, "norm_topk_prob is missing"),
+        ({"routed_scaling_factor": 0}, "routed_scaling_factor is 0, expected a finite number > 0"),
+        ({"routed_scaling_factor": 1e60}, "routed_scaling_factor is inf, expected a finite number > 0"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0, expected a finite number > 0"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6', expected a number"),
+        ({"rms_norm_eps": 10**400}, r"rms_norm_eps is 1000.*\.\.\., expected a finite number"),
+        ({"hidden_act": "gelu"}, r"hidden_act is 'gelu', expected 'silu'"),
+        ({"attention_bias": True}, r"attention_bias is True, expected False \(not implemented\)"),
+        ({"index_topk": 2048}, "index_topk is 2048, expected absent"),
+        ({"rope_interleave": "no"}, "rope_interleave is 'no', expected True or False"),
+        ({"rope_theta": ...}, "rope_theta is missing, expected a number"),
+        ({"rope_theta": 1.0}, "rope_theta is 1, expected a finite number > 1"),
+        ({"rope_scaling": {}}, "rope_scaling: type is missing, expected default or yarn"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected an object or null"),
+        ({"rope_scaling": yarn(type="longrope")}, "rope_scaling: type is 'longrope', expected one of default, yarn"),
+        ({"rope_scaling": yarn(rope_type="default")}, "rope_type is 'default', expected the same as type 'yarn'"),
+        ({"rope_scaling": yarn(factor=...)}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": yarn(factor=0.5)}, "rope_factor is 0.5, expected a finite number >= 1"),
+        ({"rope_scaling": yarn(original_max_position_embeddings=...)}, "original_max_position_embeddings is missing"),
+        ({"rope_scaling": yarn(original_max_position_embeddings=0)}, r"original_max_position_embeddings is 0, expected 1\.\."),
+        ({"rope_scaling": yarn(beta_fast=0)}, "beta_fast is 0, expected a finite number > 0"),
+        ({"rope_scaling": yarn(mscale=-1)}, "mscale is -1, expected a finite number >= 0"),
+        ({"rope_scaling": yarn(truncate=1)}, "truncate is 1, expected true or false"),
+        ({"rope_scaling": yarn(llama_4_scaling_beta=0.1)}, "rope_scaling: 'llama_4_scaling_beta' is not a known key"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 2.0}}, "rope_theta is 2.0, expected the top level's 50000.0"),
+        ({"rope_parameters": {}, "rope_scaling": yarn()}, "rope_scaling is .*, expected null beside rope_parameters"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, expected 1"),
+        ({"eos_token_id": [1, 299]}, r"eos_token_id is \[1, 299\], expected token ids in 0\.\.298"),
+        ({"bos_token_id": "1"}, r"bos_token_id is '1', expected token ids in 0\.\.298"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected true or false"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method is 'gptq', expected fp8 or compressed-tensors"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method is 'awq'"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quant_method is 'bitsandbytes'"),
+        ({"quantization_config": {"quant_method": "modelopt"}}, "quant_method is 'modelopt'"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quant_method is 'mxfp4'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size is missing, expected two block sizes"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, r"weight_block_size is \[128\]"),
+        ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}}, "fmt is 'e5m2'"),
+    ],
+)  # fmt: skip
+def test_config_refusals_name_the_key(keys: dict[str, Any], message: str, copy: Callable[[str], Path]) -> None:
+    def change(config: dict[str, Any]) -> None:
+        for key, value in keys.items():
+            config.pop(key, None)
+            if value is not ...:
+                config[key] = value
+
+    refused(edit_config(copy("moonlight"), change), r"config.json: .*" + message, ConfigError)
+
+
+def test_norm_topk_prob_with_softmax_is_refused(copy: Callable[[str], Path]) -> None:
+    refused(
+        edit_config(copy("v2_lite"), norm_topk_prob=True),
+        "norm_topk_prob is True, expected false with softmax",
+        ConfigError,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_bits": 8}, "num_bits is 8, expected 4"),
+        ({"symmetric": False}, "symmetric is False, expected True"),
+        ({"strategy": "channel"}, "strategy is 'channel', expected 'group'"),
+        ({"type": "float"}, "type is 'float', expected 'int'"),
+        ({"actorder": "group"}, "actorder is 'group'"),
+        ({"group_size": 16}, "group_size is 16, expected a multiple of 32"),
+        ({"group_size": 48}, "group_size is 48, expected a multiple of 32"),
+        ({"num_bits": None}, "num_bits is None, expected 4"),
+    ],
+)
+def test_compressed_tensors_refusals(change: dict[str, Any], message: str, copy: Callable[[str], Path]) -> None:
+    def edit(config: dict[str, Any]) -> None:
+        config["quantization_config"]["config_groups"]["group_0"]["weights"] |= change
+
+    refused(edit_config(copy("kimi_k2"), edit), message, ConfigError)
+
+
+def test_compressed_tensors_formats_and_groups(copy: Callable[[str], Path]) -> None:
+    folder = copy("kimi_k2")
+    refused(
+        edit_config(folder, lambda c: c["quantization_config"].update(format="nvfp4-pack-quantized")),
+        "format is 'nvfp4-pack",
+        ConfigError,
+    )
+    refused(
+        edit_config(folder, lambda c: c["quantization_config"].update(format="pack-quantized", config_groups={})),
+        "config_groups is {}",
+        ConfigError,
+    )
+
+
+JSON_TEXTS = [
+    (b'{"model_type": "deepseek_v3", "model_type": "kimi_k2"}', "key 'model_type' appears twice"),
+    (b'{"model_type": "deepseek_v3", "x": NaN}', "NaN is not JSON"),
+    (b'{"model_type": Infinity}', "Infinity is not JSON"),
+    (b"[" * 100_000, "nested too deeply"),
+    (b'{"a":' * 50_000, "nested too deeply"),
+    (b'{"x": 1' + b"0" * 5000 + b"}", "not valid JSON"),
+    (b"\xff\xfe{}", "not valid JSON"),
+    (b"", "not valid JSON"),
+    (b"[]", "expected a JSON object"),
+    (b'{"model_type": "\\ud800"}', r"model_type is '\\ud800'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), JSON_TEXTS)
+def test_hostile_json(text: bytes, message: str, copy: Callable[[str], Path]) -> None:
+    folder = copy("moonlight")
+    (folder / "config.json").write_bytes(text)
+    refused(folder, message)
+
+
+def test_missing_and_odd_files(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "no such folder")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "no config.json in it")
+    folder = copy("moonlight")
+    model = folder / "model.safetensors"
+    model.rename(folder / "pytorch_model.bin")
+    refused(folder, r"neither model.safetensors nor .*\['pytorch_model.bin'\] \(pickle files are not read")
+    os.mkfifo(model)
+    refused(folder, "model.safetensors: not a regular file")
+    model.unlink()
+    model.mkdir()
+    refused(folder, "model.safetensors: not a regular file")
+    (folder / "config.json").write_bytes(b" " * ((16 << 20) + 1))
+    refused(folder, "config.json: 16777217 bytes, expected at most 16777216")
+
+
+# --- shards ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../model.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "a\\b.safetensors",
+        "model.bin",
+        "",
+        ".safetensors",
+        "x\n.safetensors",
+        3,
+        None,
+    ],
+)
+def test_index_names_only_files_of_the_folder(name: Any, copy: Callable[[str], Path]) -> None:
+    folder = copy("v3")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = name
+    path.write_text(json.dumps(index))
+    refused(folder, "'lm_head.weight' is in .*, expected the name of a .safetensors file in the same folder")
+
+
+def test_index_must_agree_with_the_shards(copy: Callable[[str], Path]) -> None:
+    folder = copy("v3")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    names = sorted(set(index["weight_map"].values()))
+    tensor = next(t for t, shard in index["weight_map"].items() if shard == names[0])
+    for weight_map, message in [
+        ({tensor: names[1]}, rf"{names[1]}: tensor '{tensor}' is missing, .*index.json lists it there"),
+        ({"model.ghost": names[1]}, "tensor 'model.ghost' is missing"),
+        ({"model.ghost": "gone.safetensors"}, "gone.safetensors: cannot open: No such file"),
+    ]:
+        path.write_text(json.dumps(index | {"weight_map": index["weight_map"] | weight_map}))
+        refused(folder, message)
+    path.write_text('{"weight_map": []}')
+    refused(folder, "weight_map is missing or empty")
+    path.write_text(json.dumps(index))
+    shutil.copy(folder / names[0], folder / names[1])
+    refused(folder, "is also in " + names[0])
+
+
+def build(header: bytes, data: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+HEADERS: list[tuple[bytes, str]] = [
+    (b"", "0 bytes, expected a safetensors file"),
+    (b"1234567", "7 bytes, expected a safetensors file"),
+    ((1 << 63).to_bytes(8, "little"), "header of 9223372036854775808 bytes in a file of 8"),
+    ((100_000_001).to_bytes(8, "little") + b"{}", "header of 100000001 bytes"),
+    ((1).to_bytes(8, "little") + b"{}", "header of 1 bytes"),
+    (build(b"[]"), "header starts with b'\\[\\]'"),
+    (build(b"{" * 90_000), "not valid JSON|nested too deeply"),
+    (build(b'{"a":' * 90_000), "nested too deeply"),
+    (build(b'{"a":{},"a":{}}'), "key 'a' appears twice"),
+    (build(b'{"a":{"dtype":"F32","dtype":"F32"}}'), "key 'dtype' appears twice"),
+    (build(b'{"__metadata__":{"a":1}}'), "__metadata__ must map strings to strings"),
+    (build(b'{"__metadata__":[]}'), "__metadata__ must map strings to strings"),
+    (build(b'{"a":3}'), "tensor 'a': expected an object with dtype, shape and data_offsets"),
+    (build(b'{"a\\u0007":{}}'), "the name is too long or not printable"),
+    *(
+        (build(json.dumps({"a": e}).encode(), bytes(8)), message)
+        for e, message in [
+            ({"dtype": "F32", "shape": [2]}, "expected an object with dtype"),
+            (entry() | {"x": 1}, "expected an object with dtype"),
+            (entry("F4"), "dtype 'F4' is not one of"),
+            (entry(3), "dtype 3 is not one of"),
+            (entry(shape=2), "shape 2, expected at most 8 sizes"),
+            (entry(shape=[2.0]), r"shape \[2.0\], expected at most 8 sizes"),
+            (entry(shape=[True, 2]), r"shape \[True, 2\]"),
+            (entry(shape=[-2]), r"shape \[-2\]"),
+            (entry(shape=[1] * 9), "expected at most 8 sizes"),
+            (entry(shape=[1 << 63]), "expected at most 8 sizes"),
+            (entry(shape=[1 << 62, 1 << 62]), "8 bytes at data_offsets"),
+            (entry(offsets=[0]), r"data_offsets \[0\], expected two byte positions"),
+            (entry(offsets=[0, 8, 8]), "expected two byte positions"),
+            (entry(offsets=["0", 8]), "expected two byte positions"),
+            (entry(offsets=[8, 0]), "-8 bytes at data_offsets"),
+            (entry(offsets=[-8, 0]), "expected two byte positions"),
+            (entry(shape=[3], offsets=[0, 12]), "ends at byte .* of a file of .* bytes: truncated"),
+            (entry(offsets=[1 << 62, (1 << 62) + 8]), "ends at byte .*: truncated"),
+            (entry(shape=[1], offsets=[4, 8]), "starts at byte .*: it leaves a hole before it"),
+            (entry(shape=[1], offsets=[0, 4]), "bytes after the last tensor"),
+        ]
+    ),
+    (build(json.dumps({"a": entry(), "b": entry(shape=[1], offsets=[4, 8])}).encode(), bytes(8)), "'b' starts at byte .*: it overlaps"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("blob", "message"), HEADERS)
+def test_hostile_safetensors_headers(blob: bytes, message: str, copy: Callable[[str], Path]) -> None:
+    folder = copy("moonlight")
+    (folder / "model.safetensors").write_bytes(blob)
+    refused(folder, "model.safetensors: .*" + message)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_mutated_headers_open_or_refuse(
+    data: st.DataObject, base: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    blob = bytearray((base["moonlight"] / "model.safetensors").read_bytes())
+    n = 8 + int.from_bytes(blob[:8], "little")
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, n - 1))
+        blob[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
+    blob = blob[: data.draw(st.sampled_from([len(blob), len(blob) - 1, n, n // 2]))]
+    path = tmp_path_factory.mktemp("m") / "x.safetensors"
+    path.write_bytes(blob)
+    with File(path, CheckpointError) as f:
+        try:
+            header = read_header(f)
+        except CheckpointError as e:
+            assert "\n" not in str(e)
+            return
+        assert sum(t.nbytes for t in header.tensors.values()) == len(blob) - header.data_offset
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 70), 1 << 70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=4), v, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@given(data=st.data())
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+def test_mutated_configs_open_or_refuse(
+    data: st.DataObject, base: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    preset = data.draw(st.sampled_from(["moonlight", "glm4_moe_lite", "gigachat3", "kimi_k2"]))
+    config = json.loads((base[preset] / "config.json").read_text())
+    for _ in range(data.draw(st.integers(1, 3))):
+        target = config
+        for nested in ("rope_parameters", "quantization_config"):
+            if nested in config and isinstance(config[nested], dict) and data.draw(st.booleans()):
+                target = config[nested]
+        target[data.draw(st.sampled_from([*sorted(target), "rope_scaling", "mlp_layer_types"]))] = data.draw(
+            JSON_VALUES
+        )
+    folder = tmp_path_factory.mktemp("c")
+    (folder / "model.safetensors").symlink_to(base[preset] / "model.safetensors")  # as in the hub's cache
+    (folder / "config.json").write_text(json.dumps(config))
+    try:
+        with Checkpoint(folder) as c:
+            _core.validate_config(c.config)
+            for spec in _core.expected_tensors(c.config):
+                assert spec["n_slices"] * spec["rows"] * max(spec["cols"], 1) < 1 << 62
+    except CheckpointError as e:
+        assert "\n" not in str(e)
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["v3", "gigachat3", "kimi_k2"])
+def test_load_f32_agrees_with_the_independent_reader(preset: str, base: dict[str, Path]) -> None:
+    want = ref_checkpoint.load(base[preset])[1]
+    with Checkpoint(base[preset]) as c:
+        for name, value in want.items():
+            got = c.load_f32(c.weight(name, value.shape))
+            np.testing.assert_array_equal(got.reshape(value.shape), value, err_msg=name)
+            if value.ndim == 2 and value.shape[0] > 3:
+                part = c.load_f32(c.weight(name, value.shape), 1, 3)
+                np.testing.assert_array_equal(part, value[1:3])
+
+
+def with_tensors(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    path = folder / "model.safetensors"
+    blob = path.read_bytes()
+    n = 8 + int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8:n])
+    header.pop("__metadata__", None)
+    tensors = {
+        name: (e["dtype"], tuple(e["shape"]), blob[n + e["data_offsets"][0] : n + e["data_offsets"][1]])
+        for name, e in header.items()
+    }
+    change(tensors)
+    tiny.write_safetensors(path, tensors)
+    return folder
+
+
+def zeros(dtype: str, *shape: int) -> tuple[str, tuple[int, ...], bytes]:
+    size = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F64": 8, "I8": 1, "I32": 4, "I64": 8, "U8": 1}[dtype]
+    return dtype, shape, bytes(size * math.prod(shape))
+
+
+KV_B = "model.layers.0.self_attn.kv_b_proj."
+UP = "model.layers.1.mlp.experts.2.up_proj."
+
+
+@pytest.mark.parametrize(
+    ("preset", "add", "message"),
+    [
+        ("moonlight", {KV_B + "weight": None}, rf"tensor {KV_B}weight is missing, expected shape \[80, 34\]"),
+        ("moonlight", {"lm_head.weight": None}, r"tensor lm_head.weight is missing, expected shape \[299, 70\]"),
+        ("moonlight", {UP + "weight": None}, rf"tensor {UP}weight is missing"),
+        ("moonlight", {"model.layers.1.mlp.gate.e_score_correction_bias": None}, "e_score_correction_bias is missing"),
+        ("moonlight", {KV_B + "weight": zeros("BF16", 34, 80)}, rf"{KV_B}weight: BF16 \[34, 80\], expected .* \[80, 34\]"),
+        ("moonlight", {KV_B + "weight": zeros("BF16", 80, 34, 1)}, r"BF16 \[80, 34, 1\], expected"),
+        ("moonlight", {KV_B + "weight": zeros("I8", 80, 34)}, rf"{KV_B}weight: I8 \[80, 34\], expected F32 or BF16 or F16 or F8_E4M3"),
+        ("moonlight", {KV_B + "weight": zeros("F64", 80, 34)}, "F64"),
+        ("moonlight", {KV_B + "weight": zeros("F8_E4M3", 80, 34)}, rf"{KV_B}weight: F8_E4M3 needs {KV_B}weight_scale_inv, found none"),
+        ("moonlight", {KV_B + "weight": zeros("F8_E4M3", 80, 34), KV_B + "weight_scale": zeros("F32", 1)}, "found only .*weight_scale"),
+        ("moonlight", {KV_B + "weight": zeros("F8_E4M3", 80, 34), KV_B + "weight_scale_inv": zeros("F32", 1, 1)}, "no weight_block_size"),
+        ("moonlight", {KV_B + "weight_scale_inv": zeros("F32", 1, 1)}, "BF16 with a scale beside it, expected none"),
+        ("moonlight", {UP + "weight": None, UP + "qweight": zeros("I32", 9, 33)}, rf"{UP}qweight: GPTQ or AWQ is not supported"),
+        ("moonlight", {UP + "SCB": zeros("F32", 33)}, "SCB: bitsandbytes int8 is not supported"),
+        ("moonlight", {UP + "weight_scale_2": zeros("F32", 1)}, "weight_scale_2: NVFP4 is not supported"),
+        ("moonlight", {UP + "weight": None, UP + "weight_blocks": zeros("U8", 3)}, "weight_blocks: MXFP4 is not supported"),
+        ("moonlight", {UP + "weight_packed": zeros("I32", 33, 9)}, "config.json announces no int4 here"),
+        ("kimi_k2", {UP + "weight_zero_point": zeros("I32", 4, 3)}, "weight_zero_point: zero points is not supported"),
+        ("kimi_k2", {UP + "weight_g_idx": zeros("I32", 96)}, "weight_g_idx: activation ordering is not supported"),
+        ("kimi_k2", {UP + "weight_scale": None}, f"{UP}weight_scale is missing"),
+        ("kimi_k2", {UP + "weight_scale": zeros("F32", 32, 3)}, r"weight_scale: F32 \[32, 3\], expected BF16 or F16 \[32, 3\] for"),
+        ("kimi_k2", {UP + "weight_scale": zeros("BF16", 32, 1)}, r"weight_scale: BF16 \[32, 1\], expected .* in groups of 32"),
+        ("kimi_k2", {UP + "weight_packed": zeros("I32", 32, 11)}, r"weight_packed: I32 \[32, 11\], expected I32 \[32, 12\]"),
+        ("kimi_k2", {UP + "weight_shape": zeros("I64", 2)}, r"weight_shape: says \[0, 0\], expected \[32, 96\]"),
+        ("kimi_k2", {UP + "weight": zeros("BF16", 32, 96)}, "expected a plain tensor"),
+        ("gigachat3", {KV_B + "weight_scale_inv": zeros("F32", 5, 1)}, r"weight_scale_inv: F32 \[5, 1\], expected F32 \[5, 2\] for"),
+        ("gigachat3", {KV_B + "weight_scale_inv": zeros("BF16", 5, 2)}, r"weight_scale_inv: BF16 \[5, 2\], expected F32"),
+    ],
+)  # fmt: skip
+def test_weight_refusals_name_the_tensor(
+    preset: str, add: dict[str, Any], message: str, copy: Callable[[str], Path]
+) -> None:
+    from deepcalm.pack import plan
+
+    def change(tensors: dict[str, Any]) -> None:
+        for name, value in add.items():
+            tensors.pop(name, None)
+            if value is not None:
+                tensors[name] = value
+
+    folder = with_tensors(copy(preset), change)
+    with pytest.raises(CheckpointError, match=message) as e:
+        plan(folder)
+    assert "\n" not in str(e.value)
+
+
+def test_a_shard_that_shrinks_while_it_is_read(copy: Callable[[str], Path]) -> None:
+    folder = copy("moonlight")
+    with Checkpoint(folder) as c:
+        os.truncate(folder / "model.safetensors", 100_000)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: ends at byte 100000, expected"):
+            for name, info in c.tensors.items():
+                c.load_f32(c.weight(name, info.shape))
+
+
+# --- the typed configuration ----------------------------------------------------------------------------------------
+
+
+def test_validate_config_is_strict_about_types_and_keys(base: dict[str, Path]) -> None:
+    with Checkpoint(base["v3"]) as c:
+        good = c.config
+    _core.validate_config(good)
+    for key, value in good.items():
+        if key in ("bos_token_id", "eos_token_ids", "tie_word_embeddings"):
+            continue
+        wrong: list[Any] = [None, [value], {}, b"x", 10**400, float("nan"), "x\0y", "\ud800"]
+        wrong += [not value] if type(value) is int else [3.5] if isinstance(value, str | bool) else []
+        for bad in wrong:
+            with pytest.raises(ConfigError, match=f"config: {key} "):
+                _core.validate_config(good | {key: bad})
+        if key != "rope_layout":
+            with pytest.raises(ConfigError, match=f"config: {key} is missing"):
+                _core.validate_config({k: v for k, v in good.items() if k != key})
+    with pytest.raises(ConfigError, match="'surprise' is not a known key"):
+        _core.validate_config(good | {"surprise": 1})
+    with pytest.raises(ConfigError, match="'3' is not a known key"):
+        _core.validate_config(good | {3: 1})

@@ -1,0 +1,667 @@
+"""The packer end to end: values against the independent readers, exactness, plans, resuming, refusals, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+
+import tiny
+from deepcalm import packed
+from deepcalm.errors import CheckpointError, ResourceError, UnsupportedError
+from deepcalm.pack import DTYPES, pack, plan
+from ref import checkpoint as ref_checkpoint
+from ref import formats as F
+from ref import model as ref_model
+from ref import packed as ref_packed
+
+Array = np.ndarray[Any, Any]
+PACK = sys.modules["deepcalm.pack"]  # `deepcalm.pack` is the function
+
+
+def arrays(value: Any, name: str = "") -> Iterator[tuple[str, Array]]:
+    """Every array inside the reference's weights, by name."""
+    if isinstance(value, ref_model.Matrix):
+        yield name, value.w
+    elif isinstance(value, np.ndarray):
+        yield name, value
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from arrays(item, f"{name}[{i}]")
+    elif dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            yield from arrays(getattr(value, f.name), f"{name}.{f.name}")
+
+
+def both(folder: Path, file: Path) -> Iterator[tuple[str, Array, Array]]:
+    """(name, checkpoint values, packed values) of every weight, read without any of deepcalm's own code."""
+    p = ref_packed.PackedFile(file)
+    cfg = ref_packed.config(p)
+    want = dict(arrays(ref_model.Weights.from_hf(cfg, ref_checkpoint.load(folder)[1])))
+    got = dict(arrays(ref_packed.weights(p)))
+    assert set(want) == set(got)
+    for name, w in want.items():
+        assert w.shape == got[name].shape, name
+        yield name, w, got[name]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every preset in its own dtype and style, and one in the other dtypes."""
+    base = tmp_path_factory.mktemp("checkpoints")
+    out = {name: tiny.write(base / name, name) for name in tiny.PRESETS}
+    out |= {f"v3-{d}": tiny.write(base / f"v3-{d}", "v3", dtype=d) for d in ("f16", "f32", "fp8")}
+    return out
+
+
+CASES = [*tiny.PRESETS, "v3-f16", "v3-f32", "v3-fp8"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_source_and_f32_keep_every_value(case: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for dtype in ("source", "f32"):
+        file = tmp_path / f"{dtype}.dcalm"
+        pack(checkpoints[case], file, dtype)
+        for name, want, got in both(checkpoints[case], file):
+            # e4m3 * scale: the reference rounds the product to f32, f8 tiles keep the factors
+            np.testing.assert_allclose(
+                got, want, rtol=6e-8 if "fp8" in case or case == "gigachat3" else 0, err_msg=name
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:])
+@pytest.mark.parametrize("case", ["v3", "v2_lite", "gigachat3", "kimi_k2"])
+def test_targets_are_within_their_rounding(case: str, dtype: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    pack(checkpoints[case], tmp_path / "x", dtype)
+    bound = {"bf16": 2.0**-8, "f16": 2.0**-11, "f8": 2.0**-4, "q8": 1 / 254, "q4": 1 / 5}  # q4 may clip the largest
+    for name, want, got in both(checkpoints[case], tmp_path / "x"):
+        leaf = name.rpartition(".")[2]
+        if "norm" in leaf or leaf.startswith("router"):
+            np.testing.assert_array_equal(got, want, err_msg=name)
+            continue
+        plain = "embed" in name or "eh_proj" in name
+        kind = "bf16" if plain and dtype not in ("f16", "bf16") else dtype
+        if kind == "q4" and not any(part in name for part in ("expert", "shared", "dense")):
+            kind = "q8"  # attention and head
+        if kind in ("q8", "q4"):  # error against the largest of its group; an upper bound: of the whole row or column
+            axis = -2 if "w_uk" in name else -1
+            limit = np.abs(want).max() if "w_uk" in name else np.abs(want).max(axis, keepdims=True)
+        else:
+            limit = np.abs(want) + (np.abs(want).max() * 2.0**-7 if kind == "f8" else 2.0**-13)
+        error = np.abs(got - want)
+        assert (error <= 1.01 * bound[kind] * limit).all(), name
+        if kind == "q4":
+            assert np.sqrt((error**2).mean() / (want**2).mean()) < 0.11, name
+
+
+def test_plan_is_what_is_written(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for case, dtype in [("gigachat3", "source"), ("kimi_k2", "source"), ("v3", "q4"), ("v2_lite", "f8")]:
+        before = plan(checkpoints[case], dtype)
+        after = pack(checkpoints[case], tmp_path / "x", dtype)
+        assert before == after
+        with packed.read(tmp_path / "x") as f:
+            assert f.check() == []
+            assert f.header.file_size == f.data_offset + before.data_bytes
+            assert f.config == before.config
+            assert f.dropped == [dataclasses.asdict(d) for d in before.dropped]
+            stored = {s.name: s.entry() for t in before.tensors for s in t.stored}
+            assert stored == {n: e.entry() for n, e in f.entries.items() if e.kind != "file"}
+            active = sum(e.active_bytes(f.config["num_experts_per_tok"]) for e in f.entries.values())
+            assert before.active_bytes_per_token == active
+
+
+def test_every_source_tensor_is_used_or_dropped(checkpoints: dict[str, Path]) -> None:
+    for folder in checkpoints.values():
+        p = plan(folder)
+        used = {n for t in p.tensors for parts in t.slices for part in parts for n in part.weight.tensors}
+        names = set(ref_checkpoint.raw_tensors(folder))
+        assert used | {d.name for d in p.dropped} == names
+        assert not used & {d.name for d in p.dropped}
+    drops = {d.name: d.why for d in plan(checkpoints["v2_lite"]).dropped}
+    assert set(drops) == {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(3)}
+
+
+def test_dtype_policy(checkpoints: dict[str, Path]) -> None:
+    def formats(dtype: str, **kw: str) -> dict[str, set[str]]:
+        out: dict[str, set[str]] = {}
+        for t in plan(checkpoints["v3"], dtype, **kw).tensors:
+            out.setdefault(t.role, set()).add(t.format)
+        return out
+
+    def table(body: str, plain: str, attn: str, head: str) -> dict[str, set[str]]:
+        out = {"norm": "f32", "bias": "f32", "router": "f32", "embed": plain, "eh_proj": plain, "attn": attn}
+        out |= {"head": head, "ffn": body, "expert": body, "shared": body}
+        return {role: {fmt} for role, fmt in out.items()}
+
+    assert formats("source") == table("bf16", "bf16", "bf16", "bf16")
+    assert formats("f32") == table("f32", "f32", "f32", "f32")
+    assert formats("f16") == table("f16", "f16", "f16", "f16")
+    assert formats("q8") == table("q8", "bf16", "q8", "q8")
+    assert formats("q4") == table("q4", "bf16", "q8", "q8")
+    mixed = formats("q4", attn_dtype="source", head_dtype="f16")
+    assert (mixed["attn"], mixed["head"], mixed["ffn"]) == ({"bf16"}, {"f16"}, {"q4"})
+    with pytest.raises(UnsupportedError, match="head_dtype 'q5', expected one of source, f32"):
+        plan(checkpoints["v3"], head_dtype="q5")
+
+
+# --- exact codes ----------------------------------------------------------------------------------------------------
+
+
+def test_fp8_codes_and_scales_survive_576_rows_and_320_row_heads(tmp_path: Path) -> None:
+    # DeepSeek's edge (512 + 64 = 576 rows, five block rows) and GigaChat3's heads (128 + 192 rows, 2.5 blocks)
+    d = tiny.write(tmp_path / "hf", "gigachat3", kv_lora_rank=512, qk_rope_head_dim=64, num_attention_heads=3)
+    p = pack(d, tmp_path / "x")
+    blocks = {t.name: t.scale_block for t in p.tensors if t.name.startswith("layers.0.")}
+    assert blocks["layers.0.w_uk"] == (128, 64)
+    assert blocks["layers.0.w_uv"] == (64, 128)
+    assert blocks["layers.0.wqkv_a"] == (64, 128)  # q: 3 heads of 192 rows; kv_a starts at row 576
+    assert blocks["layers.0.w_gate_up"] == (16, 128)
+    assert blocks["layers.0.wo"] == (128, 128)
+    assert {t.format for t in p.tensors if t.role in ("attn", "ffn", "expert", "shared")} == {"f8"}
+    raw, file = ref_checkpoint.raw_tensors(d), ref_packed.PackedFile(tmp_path / "x")
+
+    def codes(name: str, rows: int, cols: int, s: int = 0, n: int = 1) -> Array:
+        return F.decode_codes("f8", file.raw(name).reshape(n, -1)[s], rows, cols).astype(np.uint8)
+
+    kv_b, prefix = raw["model.layers.0.self_attn.kv_b_proj.weight"], "model.layers.0.self_attn."
+    for h in range(3):
+        np.testing.assert_array_equal(codes("layers.0.w_uk", 512, 128, h, 3), kv_b[320 * h : 320 * h + 128].T)
+        np.testing.assert_array_equal(codes("layers.0.w_uv", 192, 512, h, 3), kv_b[320 * h + 128 : 320 * h + 320])
+    stacked = codes("layers.0.wqkv_a", 3 * 192 + 576, 200)
+    rope = np.concatenate([np.arange(512), 512 + np.arange(0, 64, 2), 512 + np.arange(1, 64, 2)])
+    np.testing.assert_array_equal(stacked[576:], raw[prefix + "kv_a_proj_with_mqa.weight"][rope])
+    # and the scales: every element's packed scale is its source block's
+    scale = raw[prefix + "kv_b_proj.weight_scale_inv"]
+    grid = file.plain("layers.0.w_uv.scale")  # [heads, 192 / 64, 512 / 128]
+    for h in range(3):
+        rows = (320 * h + 128 + 64 * np.arange(3)) // 128
+        np.testing.assert_array_equal(grid[h], scale[rows])
+
+
+def test_fp8_blocks_that_tiles_cannot_express_become_f32(tmp_path: Path) -> None:
+    d = tiny.write(tmp_path / "hf", "gigachat3", fp8_block=(24, 128))
+    p = pack(d, tmp_path / "x")
+    t = next(t for t in p.tensors if t.name == "layers.0.wo")
+    assert (t.format, t.note) == ("f32", "scale blocks do not fit 16 x 32 tiles: f32")
+    with packed.read(tmp_path / "x") as f:
+        raw = ref_checkpoint.raw_tensors(d)
+        codes = raw["model.layers.0.self_attn.o_proj.weight"]
+        scale = raw["model.layers.0.self_attn.o_proj.weight_scale_inv"]
+        want = F.E4M3[codes].astype(np.float32) * scale[np.arange(200)[:, None] // 24, np.arange(384)[None] // 128]
+        np.testing.assert_array_equal(f.unpack("layers.0.wo"), want)
+
+
+def test_int4_experts_keep_codes_and_scales(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    p = pack(checkpoints["kimi_k2"], tmp_path / "x")
+    experts = [t for t in p.tensors if t.role == "expert"]
+    assert {(t.format, t.scale, t.source_dtype) for t in experts} == {("q4", "bf16", "I4")}
+    raw, file = ref_checkpoint.raw_tensors(checkpoints["kimi_k2"]), ref_packed.PackedFile(tmp_path / "x")
+    data = file.raw("layers.1.experts.w_down").reshape(20, -1)
+    for e in range(20):
+        base = f"model.layers.1.mlp.experts.{e}.down_proj.weight"
+        words = raw[base + "_packed"].view(np.uint32)
+        nibbles = (words[:, np.arange(32) // 8] >> (4 * (np.arange(32) % 8)).astype(np.uint32)) & np.uint32(15)
+        np.testing.assert_array_equal(F.decode_codes("q4b", data[e], 96, 32), nibbles.astype(np.int16) - 8)
+        bits = F.bf16_bits(raw[base + "_scale"])
+        np.testing.assert_array_equal(F.decode_scales("q4b", data[e], 96, 32), bits)
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Applies ``change`` to the dict of stored tensors {name: (dtype, shape, bytes)} of a one-file checkpoint."""
+    path = folder / "model.safetensors"
+    blob = path.read_bytes()
+    n = int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8 : 8 + n])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, e in header.items():
+        begin, end = e["data_offsets"]
+        tensors[name] = (e["dtype"], tuple(e["shape"]), blob[8 + n + begin : 8 + n + end])
+    change(tensors)
+    tiny.write_safetensors(path, tensors)
+
+
+def test_mixed_parts_are_stored_f32(tmp_path: Path) -> None:
+    d = tiny.write(tmp_path / "hf", "gigachat3")
+    name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    values = ref_checkpoint.load(d)[1][name]
+
+    def change(tensors: dict[str, Any]) -> None:
+        del tensors[name + "_scale_inv"]
+        tensors[name] = ("BF16", values.shape, F.bf16_bits(values).tobytes())
+
+    rewrite(d, change)
+    p = pack(d, tmp_path / "x")
+    t = next(t for t in p.tensors if t.name == "layers.0.wqkv_a")
+    assert (t.format, t.source_dtype, t.note) == (
+        "f32",
+        "BF16+F8_E4M3",
+        "BF16 and F8_E4M3 in one tensor: f32 keeps both",
+    )
+    for label, want, got in both(d, tmp_path / "x"):
+        np.testing.assert_allclose(got, want, rtol=6e-8, err_msg=label)
+
+
+def test_half_split_checkpoints_are_not_permuted(tmp_path: Path) -> None:
+    a = tiny.write(tmp_path / "a", "glm4_moe_lite")
+    b = tiny.write(tmp_path / "b", "glm4_moe_lite", extra_config={"rope_interleave": False})
+    config = json.loads((b / "config.json").read_text()) | {"rope_interleave": False}
+    (b / "config.json").write_text(json.dumps(config))
+    pack(a, tmp_path / "xa")
+    pack(b, tmp_path / "xb")
+    with packed.read(tmp_path / "xa") as fa, packed.read(tmp_path / "xb") as fb:
+        qa, qb = fa.unpack("layers.0.wq_b"), fb.unpack("layers.0.wq_b")
+    raw = ref_checkpoint.load(b)[1]["model.layers.0.self_attn.q_b_proj.weight"]
+    np.testing.assert_array_equal(qb, raw)
+    assert (qa != qb).any()
+
+
+def test_tied_head_is_a_second_tensor(tmp_path: Path) -> None:
+    d = tiny.write(tmp_path / "hf", "moonlight", tie_word_embeddings=True)
+    p = pack(d, tmp_path / "x", "q8")
+    by_name = {t.name: t for t in p.tensors}
+    assert by_name["head"].sources == by_name["embed"].sources == ["model.embed_tokens.weight"]
+    assert (by_name["head"].format, by_name["embed"].format) == ("q8", "bf16")
+    # a file that holds the copy as well: dropped, and said if it differs
+    embed = ref_checkpoint.raw_tensors(d)["model.embed_tokens.weight"]
+    for same, why in [(True, "copy of"), (False, "differs from")]:
+        bits = F.bf16_bits(embed if same else embed[::-1]).tobytes()
+        rewrite(d, lambda t, b=bits: t.update({"lm_head.weight": ("BF16", embed.shape, b)}))
+        after = plan(d)
+        assert [(x.name, x.why[: len(why)]) for x in after.dropped] == [("lm_head.weight", why)]
+        assert bool(after.notes) != same
+
+
+# --- MTP ------------------------------------------------------------------------------------------------------------
+
+
+def test_mtp_copies_are_compared_and_dropped(tmp_path: Path) -> None:
+    d = tiny.write(tmp_path / "hf", "v3", n_shards=1)
+    assert [x.why for x in plan(d).dropped] == ["copy of model.embed_tokens.weight", "copy of lm_head.weight"]
+    head = "model.layers.3.shared_head.head.weight"
+    rewrite(d, lambda t: t.update({head: (*t[head][:2], bytes(len(t[head][2])))}))
+    p = plan(d)
+    assert p.config["num_nextn_predict_layers"] == 1
+    assert p.dropped[1].why == "differs from lm_head.weight, which is used instead"
+    assert p.notes == [f"{head} differs from lm_head.weight, which is used instead; drafts may be accepted less often"]
+
+
+def test_incomplete_mtp_layer_is_dropped_with_the_reason(tmp_path: Path) -> None:
+    d = tiny.write(tmp_path / "hf", "v3", n_shards=1)
+    rewrite(d, lambda t: t.pop("model.layers.3.mlp.experts.7.up_proj.weight"))
+    p = pack(d, tmp_path / "x")
+    missing = "model.layers.3.mlp.experts.7.up_proj.weight is missing"
+    assert p.config["num_nextn_predict_layers"] == 0
+    assert p.notes == [f"the MTP layer is dropped: {missing}; drafting will not be available"]
+    assert {x.why for x in p.dropped} == {f"MTP layer incomplete: {missing}"}
+    assert not any(t.name.startswith("mtp.") for t in p.tensors)
+
+
+def test_announced_mtp_layer_without_tensors_is_noted_and_further_ones_dropped(tmp_path: Path) -> None:
+    d = tiny.write(tmp_path / "hf", "moonlight")
+    config = json.loads((d / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (d / "config.json").write_text(json.dumps(config))
+    further = {"model.layers.4.enorm.weight": ("F32", (2,), bytes(8)), "model.extra": ("U8", (1,), b"x")}
+    rewrite(d, lambda t: t.update(further))
+    p = plan(d)
+    assert p.notes == ["config.json names an MTP layer but the files hold none; drafting will not be available"]
+    drops = {x.name: x.why for x in p.dropped}
+    assert drops["model.layers.4.enorm.weight"] == "further MTP module: only the first is used"
+    assert drops["model.extra"] == "not part of this architecture"
+
+
+def test_kimi_k25_wrapper(tmp_path: Path) -> None:
+    d = tiny.write(tmp_path / "hf", "kimi_k2")
+    config = json.loads((d / "config.json").read_text())
+    (d / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": config, "vision_config": {}}))
+
+    def wrap(tensors: dict[str, Any]) -> None:
+        inner = {"language_model." + name: t for name, t in tensors.items()}
+        tensors.clear()
+        tensors |= inner | {"vision_tower.patch.weight": ("F32", (1,), bytes(4))}
+
+    plain = tiny.write(tmp_path / "plain", "kimi_k2")
+    rewrite(d, wrap)
+    p = pack(d, tmp_path / "x")
+    pack(plain, tmp_path / "y")
+    assert [(x.name, x.why) for x in p.dropped] == [("vision_tower.patch.weight", "not part of the text model")]
+    with packed.read(tmp_path / "x") as a, packed.read(tmp_path / "y") as b:
+        assert {n: e.sha256 for n, e in a.entries.items()} == {n: e.sha256 for n, e in b.entries.items()}
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
+
+
+def test_container_is_valid_for_the_safetensors_package(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for case, dtype in [("gigachat3", "source"), ("v3", "q4")]:
+        pack(checkpoints[case], tmp_path / "x", dtype)
+        blob = (tmp_path / "x").read_bytes()
+        entries = dict(safetensors.deserialize(blob))
+        with packed.read(tmp_path / "x") as f:
+            assert set(entries) == set(f.entries)
+            for name, e in f.entries.items():
+                assert entries[name]["data"][: e.nbytes] == f.read_bytes(name).tobytes()
+                assert e.offset % 64 == 0
+
+
+def test_stored_files_are_the_checkpoint_s(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    pack(checkpoints["glm4_moe_lite"], tmp_path / "x")
+    with packed.read(tmp_path / "x") as f:
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+            assert f.tokenizer_file(name) == (checkpoints["glm4_moe_lite"] / name).read_bytes()
+        assert f.tokenizer_file("nope") is None
+        assert f.config["eos_token_ids"] == [266, 268, 269] and f.config["bos_token_id"] is None
+
+
+def test_packing_again_gives_the_same_bytes_and_replaces(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("something else")
+    reached: list[tuple[int, int]] = []
+    pack(checkpoints["v3"], tmp_path / "x", "q4", progress=lambda done, total: reached.append((done, total)))
+    first = (tmp_path / "x").read_bytes()
+    pack(checkpoints["v3"], tmp_path / "x", "q4")
+    assert (tmp_path / "x").read_bytes() == first
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert reached == sorted(reached) and reached[-1] == (len(first), len(first))
+
+
+def test_slab_size_does_not_change_the_bytes(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for case, dtype in [("gigachat3", "source"), ("v3", "f8"), ("v2_lite", "q4"), ("kimi_k2", "source")]:
+        pack(checkpoints[case], tmp_path / "x", dtype)
+        with monkeypatch.context() as m:
+            m.setattr(PACK, "SLAB_BYTES", 3000)
+            pack(checkpoints[case], tmp_path / "y", dtype)
+        assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import sys, time
+from deepcalm.pack import pack
+pack(sys.argv[1], sys.argv[2], "q8", progress=lambda done, total: time.sleep(0.002))
+"""
+
+
+def test_killed_packs_resume_with_identical_bytes(
+    checkpoints: dict[str, Path], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    src, dst, partial = checkpoints["v3"], tmp_path / "x", tmp_path / "x.partial"
+    pack(src, tmp_path / "whole", "q8")
+    for _ in range(2):
+        child = subprocess.Popen([sys.executable, "-c", CHILD, str(src), str(dst)], env=dict(os.environ))
+        deadline = time.monotonic() + 20
+        while not partial.exists() and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0.01, 0.15))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert not dst.exists() or child.returncode == 0
+    pack(src, dst, "q8")
+    assert dst.read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not partial.exists() and not (tmp_path / "x.partial.journal").exists()
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupted(src: Path, dst: Path, after: int, dtype: str = "q8") -> None:
+    """A pack that is stopped after ``after`` progress calls."""
+    calls = iter(range(1 << 30))
+
+    def progress(_done: int, _total: int) -> None:
+        if next(calls) >= after:
+            raise Stop
+
+    with pytest.raises(Stop):
+        pack(src, dst, dtype, progress=progress)
+
+
+def test_interrupted_packs_resume_only_what_is_missing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    src, dst = checkpoints["gigachat3"], tmp_path / "x"
+    pack(src, tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    n_done = []
+    for after in (3, 12, 15):
+        interrupted(src, dst, after, "source")
+        assert not dst.exists()
+        n_done.append(len((tmp_path / "x.partial.journal").read_text().splitlines()) - 1)
+    assert n_done == sorted(n_done) and n_done[-1] > 20, n_done
+    assert (
+        pack(src, dst).notes[0].startswith(f"resumed: {n_done[-1]} of {len(plan(src).tensors) + 4} tensors were packed")
+    )
+    assert dst.read_bytes() == whole
+
+
+def test_resume_does_not_believe_the_journal(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    src, dst, partial = checkpoints["v3"], tmp_path / "x", tmp_path / "x.partial"
+    pack(src, tmp_path / "whole", "q8")
+    whole = (tmp_path / "whole").read_bytes()
+    journal = tmp_path / "x.partial.journal"
+    for damage in ("bytes", "truncated", "torn", "garbage", "no journal"):
+        interrupted(src, dst, 30)
+        if damage == "bytes":  # lost in the page cache at a power cut
+            with packed.read(tmp_path / "whole") as f, partial.open("r+b") as out:
+                out.seek(f.entries["layers.0.wo"].offset)
+                out.write(bytes(100))
+        elif damage == "truncated":
+            os.truncate(partial, 1000)
+        elif damage == "torn":
+            text = journal.read_text()
+            journal.write_text(text[:-20])
+        elif damage == "garbage":
+            journal.write_text('[1, 2]\nnull\n{"name": 3}\n')
+        else:
+            journal.unlink()
+        pack(src, dst, "q8")
+        assert dst.read_bytes() == whole, damage
+        dst.unlink()
+
+
+def test_other_options_or_sources_start_over_and_say_so(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    interrupted(checkpoints["v3"], tmp_path / "x", 10)
+    p = pack(checkpoints["v3"], tmp_path / "x", "q4")
+    assert p.notes == ["x.partial belonged to another source or other options and was started over"]
+    pack(checkpoints["v3"], tmp_path / "y", "q4")
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+    src = tiny.write(tmp_path / "hf", "moonlight")
+    interrupted(src, tmp_path / "z", 10)
+    os.utime(src / "model.safetensors", ns=(1, 1))
+    assert "started over" in pack(src, tmp_path / "z", "q8").notes[0]
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def poison(folder: Path, name: str, element: int, bits: bytes) -> None:
+    def change(tensors: dict[str, Any]) -> None:
+        dtype, shape, data = tensors[name]
+        at = element * len(bits)
+        tensors[name] = (dtype, shape, data[:at] + bits + data[at + len(bits) :])
+
+    rewrite(folder, change)
+
+
+@pytest.mark.parametrize(
+    ("name", "element", "bits", "dtype", "message"),
+    [
+        (
+            "model.layers.1.mlp.experts.3.down_proj.weight",
+            33 * 5 + 7,
+            b"\xc0\x7f",
+            "source",
+            r"value at \[5, 7\] is nan",
+        ),
+        ("model.layers.0.self_attn.kv_b_proj.weight", 34 * 30 + 1, b"\x80\xff", "f32", r"value at \[30, 1\] is -inf"),
+        ("model.layers.2.input_layernorm.weight", 9, b"\xc0\x7f", "source", r"value at \[9\] is nan"),
+        ("model.embed_tokens.weight", 70 * 298 + 69, b"\xc0\x7f", "q8", r"value at \[298, 69\] is nan"),
+        ("lm_head.weight", 0, b"\x00\x48", "f16", r"value at \[0, 0\] is 131072, expected \|w\| <= 65504 for f16"),
+        ("lm_head.weight", 70 * 8, b"\x00\x60", "q8", r"value at \[8, 0\] is 3.68935e\+19, expected one whose q8"),
+        ("model.layers.1.mlp.gate.weight", 3, b"\x80\x7f", "q4", r"value at \[0, 3\] is inf, expected a finite number"),
+    ],
+)
+def test_values_that_do_not_fit_refuse_by_name(
+    name: str, element: int, bits: bytes, dtype: str, message: str, tmp_path: Path
+) -> None:
+    d = tiny.write(tmp_path / "hf", "moonlight")
+    poison(d, name, element, bits)
+    with pytest.raises(CheckpointError, match=f"model.safetensors: tensor {name}: {message}"):
+        pack(d, tmp_path / "x", dtype)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]  # no target, nothing to resume
+
+
+def test_underflowing_scales_refuse_by_name(tmp_path: Path) -> None:
+    d = tiny.write(tmp_path / "hf", "moonlight")
+    name = "model.layers.1.mlp.shared_experts.down_proj.weight"  # [70, 66]
+    tiny_row = F.bf16_bits(np.full(66, 1e-10, np.float32)).tobytes()
+
+    def change(tensors: dict[str, Any]) -> None:
+        dtype, shape, data = tensors[name]
+        tensors[name] = (dtype, shape, data[: 132 * 4] + tiny_row + data[132 * 5 :])
+
+    rewrite(d, change)
+    for dtype in ("q8", "q4"):
+        message = rf"{name}: value at \[4, 0\] is 1.00044e-10, expected one whose {dtype} scale"
+        with pytest.raises(CheckpointError, match=message):
+            pack(d, tmp_path / "x", dtype)
+    pack(d, tmp_path / "x", "f8")  # f32 scales hold it
+
+
+def test_bad_fp8_codes_and_scales_refuse_by_name(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.experts.5.up_proj.weight"  # [136, 200], scales [2, 2]
+    at = rf"{name}_scale_inv: scale at \[1, 0\] is "
+    cases = [(name, 200 * 130 + 3, b"\xff", rf"{name}: value at \[130, 3\] is nan, expected a finite number")]
+    cases += [(name + "_scale_inv", 2, b"\x00\x00\xc0\x7f", at + "nan, expected a finite")]
+    cases += [(name + "_scale_inv", 2, b"\x00\x00\x80\xff", at + "-inf, expected a finite")]
+    cases += [(name + "_scale_inv", 2, b"\x00\x00\x00\x7f", at + "1.70.*e.38, expected a finite number up to 7.6e.35")]
+    for i, (tensor, element, bits, message) in enumerate(cases):
+        d = tmp_path / str(i)
+        shutil.copytree(checkpoints["gigachat3"], d)
+        poison(d, tensor, element, bits)
+        for dtype in ("source", "q8"):
+            with pytest.raises(CheckpointError, match=message):
+                pack(d, tmp_path / "x", dtype)
+
+
+def test_bad_int4_scales_refuse_by_name(tmp_path: Path) -> None:
+    d = tiny.write(tmp_path / "hf", "kimi_k2")
+    name = "model.layers.2.mlp.experts.19.gate_proj.weight"  # [32, 96], scales [32, 3]
+    poison(d, name + "_scale", 3 * 31 + 2, b"\x80\x7f")
+    message = rf"{name}_packed: value at \[31, 64\] is -?(inf|nan), expected a finite number"
+    with pytest.raises(CheckpointError, match=message):
+        pack(d, tmp_path / "x")
+
+
+def test_disk_problems_are_resource_errors(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src = checkpoints["v3"]
+    for dst, message in [
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "x", "its folder does not exist"),
+        (src / "config.json", "would overwrite a file of the checkpoint"),
+        (Path("/proc/x.dcalm"), "cannot write the packed file"),
+    ]:
+        with pytest.raises(ResourceError, match=message):
+            pack(src, dst, "q8")
+    real = os.statvfs(tmp_path)
+    few = os.statvfs_result([*real[:4], 1, *real[5:]])
+    with monkeypatch.context() as m:
+        m.setattr(os, "statvfs", lambda _path: few)
+        with pytest.raises(ResourceError, match=r"\d+ bytes free, the packed file needs \d+"):
+            pack(src, tmp_path / "x", "q8")
+    assert list(tmp_path.iterdir()) == []
+
+    calls, pwrite = iter(range(1 << 30)), os.pwrite
+
+    def full(fd: int, data: Any, offset: int) -> int:
+        if next(calls) > 30:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(fd, data, offset)
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "pwrite", full)
+        with pytest.raises(ResourceError, match=r"No space left on device; x.partial is kept: make room"):
+            pack(src, tmp_path / "x", "q8")
+    assert not (tmp_path / "x").exists()
+    assert "resumed" in pack(src, tmp_path / "x", "q8").notes[0]
+    pack(src, tmp_path / "y", "q8")
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+
+
+def test_two_packs_of_one_target_do_not_mix(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def progress(_done: int, _total: int) -> None:
+        if not seen:
+            with pytest.raises(ResourceError, match="another pack is writing this file") as error:
+                pack(checkpoints["v3"], tmp_path / "x", "q8")
+            seen.append(str(error.value))
+
+    pack(checkpoints["v3"], tmp_path / "x", "q8", progress=progress)
+    assert seen
+    with packed.read(tmp_path / "x") as f:
+        assert f.check() == []
+
+
+def test_a_link_in_the_way_is_not_followed(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "x.partial").symlink_to(tmp_path / "victim")
+    with pytest.raises(ResourceError, match="cannot write the packed file"):
+        pack(checkpoints["v3"], tmp_path / "x", "q8")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys, resource
+from deepcalm.pack import pack
+from pathlib import Path
+import deepcalm
+def peak():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+before = peak()
+pack(sys.argv[1], sys.argv[2], sys.argv[3])
+print(before, peak())
+"""
+
+
+@pytest.mark.parametrize("dtype", ["source", "f32", "q4"])
+def test_memory_is_bounded_by_the_slabs(dtype: str, large: Path, tmp_path: Path) -> None:
+    run = [sys.executable, "-c", MEASURE, str(large), str(tmp_path / "x"), dtype]
+    before, peak = (int(n) for n in subprocess.run(run, check=True, capture_output=True, text=True).stdout.split())
+    assert peak - before < 80e6, (before, peak)  # three slabs out, one in, one row of tiles; not tensors of 100 MB
+    with packed.read(tmp_path / "x") as f:
+        assert f.check() == []
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with an embedding, a head and a dense FFN of 100 MB each, repeated random bf16 values."""
+    d = tiny.write(tmp_path_factory.mktemp("large"), "moonlight")
+    config = json.loads((d / "config.json").read_text())
+    config |= {"vocab_size": 24000, "hidden_size": 2048, "num_hidden_layers": 1, "intermediate_size": 24000}
+    (d / "config.json").write_text(json.dumps(config))
+    bits = F.bf16_bits(np.random.default_rng(0).standard_normal(1 << 20)).tobytes()
+    tensors = {}
+    for name, shape in tiny.tensor_shapes(config):
+        n = 2 * int(np.prod(shape))
+        tensors[name] = ("BF16", shape, (bits * (n // len(bits) + 1))[:n])
+    tiny.write_safetensors(d / "model.safetensors", tensors)
+    return d
