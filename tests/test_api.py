@@ -104,14 +104,15 @@ def test_open_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert deepcalm.Model(path, device="auto").notes == ("device auto: cpu, this build has no CUDA backend",)
     with pytest.raises((UnsupportedError, ResourceError), match="mmx"):
         deepcalm.Model(path, isa="mmx")
-    for options in ({"device": "tpu"}, {"threads": 0}):
+    for options in ({"device": "tpu"}, {"threads": 0}, {"threads": 2**40}):
         with pytest.raises(ValueError, match="expected"):
             deepcalm.Model(path, **options)  # type: ignore[arg-type]
     with pytest.raises(PackedFileError, match=r"missing\.dcalm"):
         deepcalm.Model(tmp_path / "missing.dcalm")
-    monkeypatch.setenv("DEEPCALM_THREADS", "two")
-    with pytest.raises(Error, match="DEEPCALM_THREADS: 'two'"):
-        deepcalm.Model(path)
+    for text in ("two", "0", "-1", "9" * 30, "٣"):
+        monkeypatch.setenv("DEEPCALM_THREADS", text)
+        with pytest.raises(Error, match=rf"DEEPCALM_THREADS: '{text}', expected 1\.\.1024"):
+            deepcalm.Model(path)
 
 
 def test_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +191,7 @@ def test_session_refuses(model: deepcalm.Model) -> None:
     s.prefill([1] * 8)
     with pytest.raises(SessionError, match="1 tokens after 8"):
         s.decode(1)
-    for options in ({"ctx": 0}, {"ctx": 1281}, {"max_rows": 0}):
+    for options in ({"ctx": 0}, {"ctx": 1281}, {"ctx": 2**40}, {"max_rows": 0}):
         with pytest.raises(SessionError, match="expected 1"):
             model.session(**options)
     with pytest.raises(ValueError, match="kv: 'f8'"):

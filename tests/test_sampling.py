@@ -167,7 +167,15 @@ def test_padding_rows_may_hold_anything() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        *({"temp": -1}, {"temp": math.nan}, {"temp": math.inf}, {"top_k": -1}, {"min_p": -0.1}, {"min_p": 2}),
+        *(
+            {"temp": -1},
+            {"temp": math.nan},
+            {"temp": math.inf},
+            {"top_k": -1},
+            {"top_k": 2**31},
+            {"min_p": -0.1},
+            {"min_p": 2},
+        ),
         *({"top_p": 0}, {"top_p": 1.1}, {"top_p": math.nan}, {"seed": -1}, {"seed": 2**64}),
     ],
     ids=str,

@@ -12,15 +12,13 @@ import click
 
 from .cli_common import (
     INTERRUPTED,
+    RUNTIME,
+    SAMPLING,
     Cli,
-    json_option,
-    model_option,
     open_model,
     open_session,
-    quiet_option,
+    options,
     read_text,
-    runtime_options,
-    sampling_options,
     say,
     write,
     write_json,
@@ -73,30 +71,15 @@ Examples:
   deepcalm generate -m v2-lite.dcalm --file question.txt --stop END --json"""
 )
 @click.argument("prompt", required=False)
-@model_option
+@options("--model")
 @click.option("--file", type=click.Path(), metavar="FILE", help="Read the prompt from a file, byte for byte.")
+@options("--max-tokens", *SAMPLING)
 @click.option(
-    "-n",
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    metavar="N",
-    help="New tokens at most.",
+    "--chat/--raw", "as_chat", help="Apply the checkpoint's chat template, or take the prompt as it is (default)."
 )
-@sampling_options
-@click.option(
-    "--chat/--raw",
-    "as_chat",
-    default=False,
-    help="Apply the checkpoint's chat template, or take the prompt as it is (default).",
-)
-@click.option("--system", metavar="TEXT", help="System message; needs --chat.")
-@runtime_options
-@json_option
-@quiet_option
+@options("--system", *RUNTIME, "--json", "--quiet")
 def generate(
-    prompt: str | None, path: Path | None, file: str | None, max_tokens: int, as_chat: bool, system: str | None,
+    prompt: str | None, path: Path | None, file: str | None, max_tokens: int | None, as_chat: bool, system: str | None,
     device: str, threads: int | None, isa: str | None, ctx: int | None, kv: str, as_json: bool, quiet: bool,
     **sampling: Any,
 ) -> int:  # fmt: skip
@@ -125,7 +108,7 @@ def generate(
     check_room(len(ids), session)
     if prompt not in (None, "-") and not (as_chat or as_json or quiet) and sys.stderr.isatty() and sys.stdout.isatty():
         click.secho(text, err=True, nl=False, dim=True, color=False if os.environ.get("NO_COLOR") else None)
-    answer, seed = start(session, ids, max_tokens, **sampling)
+    answer, seed = start(session, ids, max_tokens or 256, **sampling)
     stream(answer, show=not as_json)
     if as_json:
         write_json(report(answer, session.stats, seed) | {
@@ -190,7 +173,7 @@ def summary(answer: TextGeneration, stats: Stats, seed: int | None) -> str:
     if drafts.stats.drafted:
         line += f"; {drafts.stats.accepted} of {drafts.stats.drafted} drafts accepted"
     if drafts.switches and not drafts.drafting:
-        line += ", drafting turned off: it did not pay"
+        line += "; drafting turned off, it did not pay"
     return line if seed is None else f"{line}; seed {seed}"
 
 
@@ -218,12 +201,7 @@ Examples:
   deepcalm chat -m v2-lite-chat.dcalm --system "Answer in French." --temp 0.7
 Commands: /reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer and keeps its text."""
 )
-@model_option
-@click.option("-n", "--max-tokens", type=click.IntRange(min=1), metavar="N", help="Tokens of an answer at most.")
-@sampling_options
-@click.option("--system", metavar="TEXT", help="System message.")
-@runtime_options
-@quiet_option
+@options("--model", "--max-tokens", *SAMPLING, "--system", *RUNTIME, "--quiet")
 def chat(
     path: Path | None, max_tokens: int | None, system: str | None, device: str, threads: int | None, isa: str | None,
     ctx: int | None, kv: str, quiet: bool, **sampling: Any,
@@ -273,6 +251,7 @@ def read_turn(quiet: bool) -> str | None:
             click.echo("> ", err=True, nl=False)
         data = sys.stdin.buffer.readline()
         if not data:
+            say("", quiet or not sys.stdin.isatty())
             return None
         try:
             return decode_utf8(data, "standard input").rstrip("\r\n")

@@ -27,32 +27,8 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 FAILED, INTERRUPTED = 1, 130
 
-model_option = click.option(
-    "-m",
-    "--model",
-    "path",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Packed file (default: the demo model).",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
-
-
-def runtime_options(command: F) -> F:
-    """--device, --threads, --isa, --ctx, --kv."""
-    for option in (
-        click.option("--kv", type=click.Choice(["f16", "bf16", "f32", "q8"]), default="f16", show_default=True,
-                     help="Type of the cache."),
-        click.option("--ctx", type=click.IntRange(min=1), metavar="N",
-                     help="Positions in the cache (default: the model's maximum, at most 4096)."),
-        click.option("--isa", metavar="NAME", help="scalar, avx2, avx512 or avx512x (default: the best)."),
-        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads (default: one per core)."),
-        click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="cpu", show_default=True,
-                     help="Where to compute."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
+POSITIVE = click.IntRange(min=1)
+FILE = click.Path(path_type=Path)
 
 
 def _no_empty_stop(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -69,25 +45,51 @@ def _draft(_ctx: click.Context, _param: click.Parameter, value: str) -> str | in
     return int(value)
 
 
-def sampling_options(command: F) -> F:
-    """--temp, --top-p, --top-k, --min-p, --seed, --stop, --draft."""
-    for option in (
-        click.option("--draft", default="auto", show_default=True, metavar="off|auto|K", callback=_draft,
-                     help="Drafts of the MTP layer per pass, auto: as many as pay. The text is the same with any."),
-        click.option("--stop", multiple=True, metavar="STR", callback=_no_empty_stop,
-                     help="End before this text; may be given several times."),
-        click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="S",
-                     help="Same seed, same text (default: a random one, which is reported)."),
-        click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, metavar="P",
-                     help="Only tokens at least P times as probable as the best one."),
-        click.option("--top-k", type=click.IntRange(min=0), default=0, metavar="K", help="Only the K best tokens."),
-        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, metavar="P",
-                     help="Only the best tokens that make up this probability."),
-        click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True, metavar="T",
-                     help="Temperature; 0 always takes the most probable token."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
+# fmt: off
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "--model": {"type": FILE, "metavar": "FILE", "help": "Packed file (default: the demo model)."},
+    "--max-tokens": {"type": POSITIVE, "metavar": "N", "help": "New tokens at most (default: 256, in chat no limit)."},
+    "--temp": {"type": click.FloatRange(min=0), "default": 0.0, "metavar": "T", "show_default": True,
+               "help": "Temperature; 0 always takes the most probable token."},
+    "--top-p": {"type": click.FloatRange(0, 1, min_open=True), "default": 1.0, "metavar": "P",
+                "help": "Only the best tokens that make up this probability."},
+    "--top-k": {"type": click.IntRange(0, 2**31 - 1), "default": 0, "metavar": "K", "help": "Only the K best tokens."},
+    "--min-p": {"type": click.FloatRange(0, 1), "default": 0.0, "metavar": "P",
+                "help": "Only tokens at least P times as probable as the best one."},
+    "--seed": {"type": click.IntRange(0, 2**64 - 1), "metavar": "S",
+               "help": "Same seed, same text (default: a random one, which is reported)."},
+    "--stop": {"multiple": True, "metavar": "STR", "callback": _no_empty_stop,
+               "help": "End before this text; may be given several times."},
+    "--draft": {"default": "auto", "show_default": True, "metavar": "off|auto|K", "callback": _draft,
+                "help": "Drafts of the MTP layer per pass, auto: as many as pay. The text is the same with any."},
+    "--system": {"metavar": "TEXT", "help": "System message of the chat template."},
+    "--device": {"type": click.Choice(["cpu", "cuda", "auto"]), "default": "cpu", "show_default": True,
+                 "help": "Where to compute."},
+    "--threads": {"type": click.IntRange(1, 1024), "metavar": "N", "help": "Threads (default: one per core)."},
+    "--isa": {"metavar": "NAME", "help": "scalar, avx2, avx512 or avx512x (default: the best)."},
+    "--ctx": {"type": POSITIVE, "metavar": "N",
+              "help": "Positions in the cache (default: the model's maximum, at most 4096)."},
+    "--kv": {"type": click.Choice(["f16", "bf16", "f32", "q8"]), "default": "f16", "show_default": True,
+             "help": "Type of the cache."},
+    "--json": {"is_flag": True, "help": "One JSON object on stdout."},
+    "--quiet": {"is_flag": True, "help": "Nothing on stderr but errors."},
+}
+_NAMES = {"--model": ("-m", "--model", "path"), "--max-tokens": ("-n", "--max-tokens"),
+          "--json": ("--json", "as_json"), "--quiet": ("-q", "--quiet")}
+# fmt: on
+SAMPLING = ("--temp", "--top-p", "--top-k", "--min-p", "--seed", "--stop", "--draft")
+RUNTIME = ("--device", "--threads", "--isa", "--ctx", "--kv")
+
+
+def options(*names: str) -> Callable[[F], F]:
+    """Decorator: these shared options, listed by --help in this order."""
+
+    def add(command: F) -> F:
+        for name in reversed(names):
+            command = click.option(*_NAMES.get(name, (name,)), **_OPTIONS[name])(command)
+        return command
+
+    return add
 
 
 def say(message: str, quiet: bool = False) -> None:

@@ -14,17 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_common import (
-    json_option,
-    open_model,
-    progress,
-    quiet_option,
-    read_text,
-    runtime_options,
-    say,
-    write,
-    write_json,
-)
+from .cli_common import FILE, POSITIVE, RUNTIME, open_model, options, progress, read_text, say, write, write_json
 from .errors import CheckpointError, Error, PackedFileError
 from .text import decode_utf8, one_line
 
@@ -57,7 +47,7 @@ Examples:
 A packing that was interrupted goes on where it stopped when the same command is given again."""
 )
 @click.argument("src")
-@click.argument("dst", type=click.Path(path_type=Path), required=False)
+@click.argument("dst", type=FILE, required=False)
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
@@ -68,8 +58,7 @@ A packing that was interrupted goes on where it stopped when the same command is
 @click.option("--attn-dtype", type=click.Choice(DTYPES), help="Another format for attention.")
 @click.option("--head-dtype", type=click.Choice(DTYPES), help="Another format for the head.")
 @click.option("--dry-run", is_flag=True, help="Only print the plan: every tensor, from, to, bytes.")
-@json_option
-@quiet_option
+@options("--json", "--quiet")
 def pack(
     src: str, dst: Path | None, dtype: str, attn_dtype: str | None, head_dtype: str | None, dry_run: bool,
     as_json: bool, quiet: bool,
@@ -171,13 +160,12 @@ Examples:
   deepcalm inspect v2-lite.dcalm --json | jq .config
   deepcalm inspect v2-lite.dcalm --dump layers.0.wo wo.npy"""
 )
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=FILE)
 @click.option("--check", is_flag=True, help="Compare every checksum; exit code 1 if one differs.")
 @click.option(
     "--dump", nargs=2, metavar="TENSOR OUT.npy", help="Write a tensor as f32 in its natural shape (numpy file)."
 )
-@json_option
-@quiet_option
+@options("--json", "--quiet")
 def inspect(file: Path, check: bool, dump: tuple[str, str] | None, as_json: bool, quiet: bool) -> int:
     """Show what the packed FILE holds: configuration, tensors, formats, bytes, what was dropped."""
     from .inspect import describe
@@ -227,17 +215,15 @@ Examples:
   deepcalm perplexity v2-lite.dcalm book.txt --ctx 2048
   deepcalm perplexity v2-lite-q4.dcalm book.txt --kl-against v2-lite-bf16.dcalm --json"""
 )
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=FILE)
 @click.argument("text")
 @click.option(
     "--kl-against",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="Also the divergence from another packed file of the same model.",
 )
-@runtime_options
-@json_option
-@quiet_option
+@options(*RUNTIME, "--json", "--quiet")
 def perplexity(
     file: Path, text: str, kl_against: Path | None, device: str, threads: int | None, isa: str | None, ctx: int | None,
     kv: str, as_json: bool, quiet: bool,
@@ -284,27 +270,12 @@ Examples:
   deepcalm bench v2-lite.dcalm --context 4000 --threads 2
   deepcalm bench v2-lite.dcalm --kv bf16 --repeats 9 --json"""
 )
-@click.argument("file", type=click.Path(path_type=Path), required=False)
-@click.option("--prompt", type=click.IntRange(min=1), metavar="N", help="Tokens of the timed prefill (default: 512).")
-@click.option(
-    "--context",
-    type=click.IntRange(min=1),
-    default=128,
-    show_default=True,
-    metavar="N",
-    help="Tokens in the cache when decoding starts.",
-)
-@click.option(
-    "--tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="N", help="Timed decode steps."
-)
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, metavar="N", help="Repeats.")
-@click.option(
-    "--kv", type=click.Choice(["f16", "bf16", "f32", "q8"]), default="f16", show_default=True, help="Type of the cache."
-)
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads (default: one per core).")
-@click.option("--isa", metavar="NAME", help="Instruction set (default: the best).")
-@json_option
-@quiet_option
+@click.argument("file", type=FILE, required=False)
+@click.option("--prompt", type=POSITIVE, metavar="N", help="Tokens of the timed prefill (default: 512).")
+@click.option("--context", type=POSITIVE, default=128, metavar="N", help="Tokens cached when decoding starts (128).")
+@click.option("--tokens", type=POSITIVE, default=32, metavar="N", help="Timed decode steps (32).")
+@click.option("--repeats", type=POSITIVE, default=5, metavar="N", help="Repeats (5).")
+@options("--kv", "--threads", "--isa", "--json", "--quiet")
 def bench(
     file: Path | None, prompt: int | None, context: int, tokens: int, repeats: int, kv: str, threads: int | None,
     isa: str | None, as_json: bool, quiet: bool,
@@ -320,27 +291,27 @@ def bench(
         prompt = min(512, int(model.config["max_position_embeddings"]))
     with progress("measuring", quiet) as update:
         result = measure(model, prompt, context, tokens, repeats, kv, progress=update)
-    if as_json:
-        write_json(dataclasses.asdict(result) | {"command": shlex.join(["deepcalm", *sys.argv[1:]])})
-    else:
-        write(bench_text(result))
+    command = shlex.join(["deepcalm", *sys.argv[1:]])
+    write_json(dataclasses.asdict(result) | {"command": command}) if as_json else write(bench_text(result, command))
 
 
-def bench_text(r: BenchResult) -> str:
+def bench_text(r: BenchResult, command: str) -> str:
     """The result as lines: median (lowest - highest)."""
 
     def spread(s: Spread, form: str) -> str:
         return f"{s.median:{form}} ({s.low:{form}} - {s.high:{form}})"
 
     share = dataclasses.replace(r.decode_share, **{k: 100 * v for k, v in dataclasses.asdict(r.decode_share).items()})
+    cached = "; above 100 %: the weights stay in the processor's caches" if r.decode_share.median > 1 else ""
     return columns([
-        ("model", f"{r.file}, {r.isa}, {r.threads} threads, cache {r.kv}; median (lowest - highest) of {r.repeats}"),
+        ("command", command),
+        ("model", f"{r.file}, {r.isa}, threads {r.threads}, cache {r.kv}; median (lowest - highest) of {r.repeats}"),
         ("prefill", f"{spread(r.prefill_rate, '.1f')} tok/s, {r.prompt_tokens} tokens into an empty cache"),
         ("decode", f"{spread(r.decode_rate, '.1f')} tok/s, {r.decode_tokens} tokens after {r.context}"),
         ("bytes", f"{size(r.decode_bytes_per_token)} read per decoded token"),
         ("bandwidth", f"{spread(r.decode_bandwidth, '.2f')} GB/s in decode"),
         ("machine", f"{spread(r.read_bandwidth, '.2f')} GB/s plain read with as many threads, between the repeats"),
-        ("share", f"{spread(share, '.1f')} % of the plain read"),
+        ("share", f"{spread(share, '.1f')} % of the plain read{cached}"),
     ])  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class Sampling:
     def __post_init__(self) -> None:
         checks = (
             ("temp", 0 <= self.temp < float("inf"), "a finite number >= 0"),
-            ("top_k", self.top_k >= 0, "a number >= 0"),
+            ("top_k", 0 <= self.top_k < 1 << 31, "a number in 0..2^31-1"),
             ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "a number in [0, 1]"),
             ("seed", 0 <= self.seed < 1 << 64, "a number in 0..2^64-1"),
@@ -217,7 +217,7 @@ def generate(
     prompt: str,
     model: Model | str | os.PathLike[str] | None = None,
     *,
-    max_tokens: int | None = 128,
+    max_tokens: int | None = 256,
     stop: Sequence[str] = (),
     ctx: int | None = None,
     kv: str = "f16",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _core, packed
 from .container import parse_json
-from .errors import Error, PackedFileError, ResourceError, UnsupportedError
+from .errors import Error, PackedFileError, ResourceError, SessionError, UnsupportedError
 from .session import MAX_ROWS, Session
 from .text import Vocabulary, decode_utf8, load_tokenizer, one_line
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .chat import ChatTemplate
 
 DEFAULT_CTX = 4096
+MAX_THREADS = 1024
 DEVICES = ("cpu", "cuda", "auto")
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 NO_CUDA = "this build has no CUDA backend"
@@ -81,11 +82,11 @@ class Model:
         isa = isa or os.environ.get("DEEPCALM_ISA") or None
         if threads is None:
             text = os.environ.get("DEEPCALM_THREADS", "")
-            if text and not (text.isascii() and text.isdigit() and int(text) > 0):
-                raise Error(f"DEEPCALM_THREADS: {one_line(text, 40)!r}, expected a positive number")
+            if text and not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_THREADS):
+                raise Error(f"DEEPCALM_THREADS: {one_line(text, 40)!r}, expected 1..{MAX_THREADS}")
             threads = int(text or 0)
-        elif threads < 1:
-            raise ValueError(f"threads: {threads}, expected a positive number")
+        elif not 1 <= threads <= MAX_THREADS:
+            raise ValueError(f"threads: {threads}, expected 1..{MAX_THREADS}")
         with packed.PackedFile(self.path) as file:
             self.config = Config(file.config)
             self.header_sha256 = file.header_sha256
@@ -200,8 +201,11 @@ class Model:
             SessionError: ctx below 1 or above max_position_embeddings.
             ResourceError: the cache does not fit into the available memory.
         """
-        ctx = min(DEFAULT_CTX, int(self.config["max_position_embeddings"])) if ctx is None else ctx
-        return Session(self, ctx, kv, min(MAX_ROWS, max(ctx, 1)) if max_rows is None else max_rows, mtp)
+        limit = int(self.config["max_position_embeddings"])
+        ctx = min(DEFAULT_CTX, limit) if ctx is None else ctx
+        if not 1 <= ctx <= limit:
+            raise SessionError(f"ctx: {ctx}, expected 1..{limit} (max_position_embeddings)")
+        return Session(self, ctx, kv, min(MAX_ROWS, ctx) if max_rows is None else max_rows, mtp)
 
 
 def demo_path() -> Path:
