@@ -87,6 +87,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "whole tiles": ("v3", {**_TILES, "intermediate_size": 96, "moe_intermediate_size": 32, "vocab_size": 320}),
     "widths of one": ("moonlight", {**_ONES, "intermediate_size": 1, "hidden_size": 7}),
     "heads wider than the latent": ("v3", {"qk_nope_head_dim": 130, "v_head_dim": 70, "kv_lora_rank": 20}),
+    "an eps that every norm feels": ("glm4_moe_lite", {"rms_norm_eps": 0.05}),
     "yarn range not truncated": ("v3", {"rope_scaling": {**_YARN, "truncate": False}}),
     "yarn with attention_factor": ("v3", {"rope_scaling": {**_YARN, "attention_factor": 1.3}}),
     "yarn without mscale": ("v3", {"rope_scaling": {k: v for k, v in _YARN.items() if not k.startswith("mscale")}}),

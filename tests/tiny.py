@@ -474,10 +474,16 @@ def _values(cfg: Mapping[str, Any], seed: int, name: str, shape: tuple[int, ...]
         gain = 1.6 / (cfg["routed_scaling_factor"] if ".experts." in name else 1.0) ** 0.5
     elif name.endswith("mlp.gate.weight"):
         gain = 1.3
-    fan_in = 1 if name == "model.embed_tokens.weight" else shape[-1]
-    if cfg["tie_word_embeddings"] and name == "model.embed_tokens.weight":
-        gain, fan_in = 1.5, shape[-1]
-    return normal(seed, name, n).reshape(shape) * (gain / float(fan_in) ** 0.5)
+    fan_in = shape[-1]
+    if name == "model.embed_tokens.weight":
+        gain, fan_in = (1.5, shape[-1]) if cfg["tie_word_embeddings"] else (0.1, 1)
+    w = normal(seed, name, n).reshape(shape) * (gain / float(fan_in) ** 0.5)
+    # Small inputs to the norms of embedding and latents: there a wrong eps (1e-5 for 1e-6) shows in the logits.
+    if name.endswith("q_a_proj.weight"):
+        w *= 0.1
+    elif name.endswith("kv_a_proj_with_mqa.weight"):
+        w[: cfg["kv_lora_rank"]] *= 0.1
+    return w
 
 
 def checkpoint_tensors(spec: TinySpec, cfg: Mapping[str, Any], dtype: str, seed: int) -> dict[str, Stored]:
