@@ -8,8 +8,8 @@ bits: the shipped weights came from a faster implementation of the same model an
 
     tools/train_demo.py OUT --text own=own.txt:1:1 --text tiny=tinystories.txt:6:3 --text bailey=bailey.txt:3:0
 
-Each --text is NAME=FILE[:N1[:N2]]: a UTF-8 file (or .xz of one) whose documents end with a line `<|endoftext|>`, and
-how often it is repeated in the first 70 % of the run and in the rest (default 1:1). 2 % of its documents are held out.
+Each --text is NAME=FILE[:N1[:N2]]: a UTF-8 file (or .xz of one) whose documents end with `<|endoftext|>`, and how
+often it is repeated in the first 70 % of the run and in the rest (default 1:1). 2 % of its documents are held out.
 OUT receives config.json, model.safetensors (bf16), the tokenizer, log.csv, valid.csv, valid_docs.json, and at the end
 demo.dcalm, packed as q8. Needs the `reference` extra; --device cuda helps.
 """
@@ -253,7 +253,7 @@ class StoryModel(nn.Module):
 def read_documents(path: Path) -> list[str]:
     data = path.read_bytes()
     text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
-    return [doc.strip() for doc in text.split(EOS) if doc.strip()]
+    return [doc for part in text.split(EOS) if (doc := part.replace(BOS, "").strip())]
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
