@@ -246,7 +246,7 @@ JSON_TEXTS = [
     (b"\xff\xfe{}", "not valid JSON"),
     (b"", "not valid JSON"),
     (b"[]", "expected a JSON object"),
-    (b'{"model_type": "\\ud800"}', r"model_type is '\\ud800'"),
+    (b'{"model_type": "\\ud800"}', "not valid JSON"),
 ]  # fmt: skip
 
 
@@ -553,5 +553,5 @@ def test_validate_config_is_strict_about_types_and_keys(base: dict[str, Path]) -
                 _core.validate_config({k: v for k, v in good.items() if k != key})
     with pytest.raises(ConfigError, match="'surprise' is not a known key"):
         _core.validate_config(good | {"surprise": 1})
-    with pytest.raises(ConfigError, match="'3' is not a known key"):
+    with pytest.raises(ConfigError, match="config: 3 is not a known key"):
         _core.validate_config(good | {3: 1})
