@@ -289,7 +289,9 @@ def test_trace_records_what_is_asked_for(reference: F32) -> None:
     with s.trace() as everything:
         s.decode(IDS[20])
     assert {"embed", "final_norm", "layers.0.ffn_out", "layers.2.gate_logits", "layers.2.layer_out"} <= set(everything)
-    s.decode(IDS[21])
+    with s.trace("embed") as taps:
+        list(s.generate(IDS[21:24], max_tokens=5, eos_ids=[]))
+    assert taps["embed"].shape == (3 + 4, 76)  # the last token is not processed
     assert everything["embed"].shape == (1, 76)
     for name in ("c_kw", "layers.3.c_kv", "layers.x.c_kv", "c_kv.", "3.c_kv", ""):
         with pytest.raises(ValueError, match="no tap"), s.trace(name):

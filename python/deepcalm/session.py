@@ -157,6 +157,7 @@ class Session:
             seconds, read = r["draft_seconds"] + r["verify_seconds"], r["draft_bytes"] + r["verify_bytes"]
             for key, value in (("tokens", len(r["tokens"])), ("seconds", seconds), ("bytes", read)):
                 self._sums[f"decode_{key}"] = self._sums.get(f"decode_{key}", 0) + value
+            self._collect_taps()
             return r
 
     def _run(self, kind: str, ids: Sequence[int] | npt.NDArray[np.integer[Any]], all_logits: bool) -> F32:
@@ -196,11 +197,14 @@ class Session:
         read = sum(after[k] - before[k] for k in ("weight_bytes", "cache_bytes"))
         for key, value in (("tokens", len(ids)), ("seconds", seconds), ("bytes", read)):
             self._sums[f"{kind}_{key}"] = self._sums.get(f"{kind}_{key}", 0) + value
+        self._collect_taps()
+        return out
+
+    def _collect_taps(self) -> None:
         if self._taps is not None:
             for name, rows in self._core.taps().items():
                 old = self._taps.get(name)
                 self._taps[name] = rows if old is None else np.concatenate([old, rows])
-        return out
 
     # ---- state
 
@@ -282,7 +286,8 @@ class Session:
                 "logits"; none at all means everything.
 
         Yields:
-            name -> array [rows, ...], f32 (topk_idx: int32), copies; rows of consecutive passes are joined.
+            name -> array [rows, ...], f32 (topk_idx: int32), copies; rows of consecutive passes are joined, those of
+            rejected drafts too.
 
         Raises:
             ValueError: an unknown name.
