@@ -29,34 +29,58 @@ struct Candidate {
 // Most probable first, ties to the lowest id.
 bool before(const Candidate& a, const Candidate& b) { return a.logit != b.logit ? a.logit > b.logit : a.id < b.id; }
 
-// Applies top_k, top_p and min_p to candidates sorted by before(); probabilities are exp((l - max) / temp).
-void filter(std::vector<Candidate>& c, const SampleParams& p, double total) {
-    const double max = c.front().logit;
+// Keeps what top_k, top_p and min_p leave; probabilities are exp((l - max) / temp). Sorts no more than top_p needs.
+void filter(std::vector<Candidate>& c, const SampleParams& p, double max) {
     const auto weight = [&](const Candidate& x) { return std::exp((x.logit - max) / p.temp); };
-    if (p.top_p < 1) {
-        double mass = 0;
-        size_t n = 0;
-        while (n < c.size() && mass < p.top_p * total) mass += weight(c[n++]);
-        c.resize(std::max<size_t>(n, 1));
+    const auto at = [&](size_t i) { return c.begin() + static_cast<ptrdiff_t>(i); };
+    if (p.top_k > 0 && static_cast<size_t>(p.top_k) < c.size()) {
+        std::nth_element(c.begin(), at(static_cast<size_t>(p.top_k)), c.end(), before);
+        c.resize(static_cast<size_t>(p.top_k));
+        std::sort(c.begin(), c.end(), before);  // the sum below has one order
     }
-    if (p.min_p > 0) {
-        size_t n = 1;
-        while (n < c.size() && weight(c[n]) >= p.min_p) ++n;
+    if (p.top_p < 1) {
+        double total = 0, mass = 0;
+        for (const Candidate& x : c) total += weight(x);
+        size_t n = 0, sorted = 0;
+        for (; n < c.size() && (n == 0 || mass < p.top_p * total); mass += weight(c[n++])) {
+            if (n < sorted) continue;
+            const size_t end = std::min(c.size(), 4 * sorted + 64);
+            if (end < c.size()) std::nth_element(at(sorted), at(end), c.end(), before);
+            std::sort(at(sorted), at(end), before);
+            sorted = end;
+        }
         c.resize(n);
     }
+    if (p.min_p > 0) std::erase_if(c, [&](const Candidate& x) { return weight(x) < p.min_p; });
+}
+
+constexpr uint64_t kNoiseRange = uint64_t{1} << 52;
+
+// Two tokens share a Philox block.
+std::array<uint32_t, 4> noise_block(uint64_t seed, int64_t pos, int v) {
+    const auto p = static_cast<uint64_t>(pos);
+    return philox({static_cast<uint32_t>(v / 2), static_cast<uint32_t>(p), static_cast<uint32_t>(p >> 32), 0}, seed);
+}
+uint64_t noise_bits(const std::array<uint32_t, 4>& block, int v) {  // 0..kNoiseRange-1
+    const size_t half = static_cast<size_t>(v % 2) * 2;
+    return (uint64_t{block[half]} << 32 | block[half + 1]) >> 12;
+}
+double gumbel_of(uint64_t bits) {
+    const double u = (static_cast<double>(bits) + 0.5) * 0x1p-52;  // never 0 or 1
+    return -std::log(-std::log(u));
+}
+
+// [k] noise bits below kNoiseRange minus this give less than k of Gumbel noise: 1 - u > exp(-k), with room for rounding.
+std::array<uint64_t, 40> noise_tails() {
+    std::array<uint64_t, 40> tail;
+    for (size_t k = 0; k < tail.size(); ++k)
+        tail[k] = static_cast<uint64_t>(0x1p52 * 1.000001 * std::exp(-static_cast<double>(k))) + 1;
+    return tail;
 }
 
 }  // namespace
 
-double gumbel(uint64_t seed, int64_t pos, int v) {
-    const auto r = philox({static_cast<uint32_t>(v / 2), static_cast<uint32_t>(pos),
-                           static_cast<uint32_t>(static_cast<uint64_t>(pos) >> 32), 0},
-                          seed);
-    const size_t half = static_cast<size_t>(v % 2) * 2;
-    const uint64_t bits = (uint64_t{r[half]} << 32 | r[half + 1]) >> 12;  // 52 bits
-    const double u = (static_cast<double>(bits) + 0.5) * 0x1p-52;         // never 0 or 1
-    return -std::log(-std::log(u));
-}
+double gumbel(uint64_t seed, int64_t pos, int v) { return gumbel_of(noise_bits(noise_block(seed, pos, v), v)); }
 
 Result<int> sample(const float* logits, int n_vocab, int n_valid, const SampleParams& p, int64_t pos) {
     n_valid = std::min(n_valid, n_vocab);
@@ -71,24 +95,25 @@ Result<int> sample(const float* logits, int n_vocab, int n_valid, const SamplePa
     if (p.temp <= 0) return best;
 
     std::vector<Candidate> c;
-    const bool all = p.top_k <= 0 && p.top_p >= 1 && p.min_p <= 0;
     c.reserve(static_cast<size_t>(n_valid));
-    for (int v = 0; v < n_valid; ++v) c.push_back({logits[v], v});
-    if (!all) {
-        if (p.top_k > 0 && p.top_k < n_valid) {
-            std::nth_element(c.begin(), c.begin() + p.top_k, c.end(), before);
-            c.resize(static_cast<size_t>(p.top_k));
-        }
-        double total = 0;
-        for (const Candidate& x : c) total += std::exp((double{x.logit} - logits[best]) / p.temp);
-        std::sort(c.begin(), c.end(), before);
-        filter(c, p, total);
+    for (int v = 0; v < n_valid; ++v) {
+        if (std::isfinite(logits[v])) c.push_back({logits[v], v});
     }
+    filter(c, p, logits[best]);
+    // Of a large vocabulary few tokens can still win once some score is known: the others are ruled out without logarithms.
+    static const std::array<uint64_t, 40> tails = noise_tails();
     double best_score = -INFINITY;
-    int choice = best;
+    int choice = best, block_of = -1;
+    std::array<uint32_t, 4> block{};
     for (const Candidate& x : c) {
-        if (!std::isfinite(x.logit)) continue;
-        const double score = double{x.logit} / p.temp + gumbel(p.seed, pos, x.id);
+        if (x.id / 2 != block_of) {
+            block_of = x.id / 2;
+            block = noise_block(p.seed, pos, x.id);
+        }
+        const uint64_t bits = noise_bits(block, x.id);
+        const double base = double{x.logit} / p.temp, needed = best_score - base;
+        if (needed >= 1 && kNoiseRange - bits > tails[needed < 39 ? static_cast<size_t>(needed) : 39]) continue;
+        const double score = base + gumbel_of(bits);
         if (score > best_score || (score == best_score && x.id < choice)) {
             best_score = score;
             choice = x.id;
