@@ -95,12 +95,17 @@ void cache_read(CacheType type, const std::byte* row, int c_pad, int r_pad, floa
     } else {
         const std::byte* scales = row + c_pad;
         const std::byte* rope = scales + c_pad / 16;
-        alignas(64) uint16_t bits[16] = {};
-        for (int i = 0; i < c_pad; i += 32) {
-            __builtin_memcpy(bits, scales + i / 16, 2);
-            const F d = set1(first(load_f16(bits)));
-            store(out + i, to_f(load_i8(row + i)) * d);
-            store(out + i + 16, to_f(load_i8(row + i + 16)) * d);
+        alignas(64) float d[16];
+        for (int group = 0; group < c_pad / 32; group += 16) {
+            const int n = c_pad / 32 - group < 16 ? c_pad / 32 - group : 16;
+            alignas(64) uint16_t bits[16] = {};
+            __builtin_memcpy(bits, scales + 2 * group, 2 * static_cast<size_t>(n));
+            store(d, load_f16(bits));
+            for (int g = 0; g < n; ++g) {
+                const int i = 32 * (group + g);
+                store(out + i, to_f(load_i8(row + i)) * set1(d[g]));
+                store(out + i + 16, to_f(load_i8(row + i + 16)) * set1(d[g]));
+            }
         }
         for (int i = 0; i < r_pad; i += 16) store(out + c_pad + i, load_f16(rope + 2 * i));
     }
@@ -155,28 +160,29 @@ DC_INLINE void value_block(const float* p, const float* c, int width, int n_pos,
         for (int v = 0; v < ND; ++v) store(o + h * c_pad + 16 * v, acc[h][v]);
 }
 
-template <int NH> void values(const float* p, const float* c, int width, int n_pos, float* o, int c_pad) {
-    int d = 0;
-    for (; d + 16 * kValueVecs <= c_pad; d += 16 * kValueVecs)
-        value_block<NH, kValueVecs>(p, c + d, width, n_pos, o + d, c_pad);
-    for (; d < c_pad; d += 16) value_block<NH, 1>(p, c + d, width, n_pos, o + d, c_pad);
+// All heads for the dims d .. d + 16 ND: these columns of the chunk stay in the first-level cache.
+template <int ND> void values(const MlaPartialArgs& a, const float* p, const float* c, int n_pos, float* o) {
+    const int width = a.c_pad + a.r_pad;
+    int h = 0;
+    for (; h + kValueHeads <= a.n_heads; h += kValueHeads)
+        value_block<kValueHeads, ND>(p + h * kChunkLen, c, width, n_pos, o + h * a.c_pad, a.c_pad);
+    for (; h < a.n_heads; ++h) value_block<1, ND>(p + h * kChunkLen, c, width, n_pos, o + h * a.c_pad, a.c_pad);
 }
 
 // One row's heads against one converted chunk of n_pos positions (n_pos <= kChunkLen).
 void attend_chunk(const MlaPartialArgs& a, const float* q, const float* chunk, int n_pos, float* scores, float* m,
                   float* l, float* o) {
     const int width = a.c_pad + a.r_pad;
-    int h = 0;
-    for (; h + kScoreHeads <= a.n_heads; h += kScoreHeads)
-        for (int p = 0; p < n_pos; p += kScorePos)
-            score_block<kScoreHeads>(q + h * width, width, chunk + p * width, a.softmax_scale,
-                                     scores + h * kChunkLen + p);
-    for (; h < a.n_heads; ++h)
-        for (int p = 0; p < n_pos; p += kScorePos)
-            score_block<1>(q + h * width, width, chunk + p * width, a.softmax_scale, scores + h * kChunkLen + p);
+    for (int p = 0; p < n_pos; p += kScorePos) {
+        const float* k = chunk + p * width;
+        int h = 0;
+        for (; h + kScoreHeads <= a.n_heads; h += kScoreHeads)
+            score_block<kScoreHeads>(q + h * width, width, k, a.softmax_scale, scores + h * kChunkLen + p);
+        for (; h < a.n_heads; ++h) score_block<1>(q + h * width, width, k, a.softmax_scale, scores + h * kChunkLen + p);
+    }
 
     const int n_vec = padded(n_pos, 16);
-    for (h = 0; h < a.n_heads; ++h) {
+    for (int h = 0; h < a.n_heads; ++h) {
         float* s = scores + h * kChunkLen;
         for (int j = n_pos; j < n_vec; ++j) s[j] = kMinusInf;  // their probability is exactly 0
         F top = load(s);
@@ -196,9 +202,9 @@ void attend_chunk(const MlaPartialArgs& a, const float* q, const float* chunk, i
         if (alpha != 1.0F)
             for (int d = 0; d < a.c_pad; d += 16) store(o + h * a.c_pad + d, load(o + h * a.c_pad + d) * set1(alpha));
     }
-    for (h = 0; h + kValueHeads <= a.n_heads; h += kValueHeads)
-        values<kValueHeads>(scores + h * kChunkLen, chunk, width, n_pos, o + h * a.c_pad, a.c_pad);
-    for (; h < a.n_heads; ++h) values<1>(scores + h * kChunkLen, chunk, width, n_pos, o + h * a.c_pad, a.c_pad);
+    int d = 0;
+    for (; d + 16 * kValueVecs <= a.c_pad; d += 16 * kValueVecs) values<kValueVecs>(a, scores, chunk + d, n_pos, o + d);
+    for (; d < a.c_pad; d += 16) values<1>(a, scores, chunk + d, n_pos, o + d);
 }
 
 void mla_partial(const MlaPartialArgs& a) noexcept {

@@ -38,7 +38,7 @@ struct WeightF16 {
     static DC_INLINE Acc start() { return set1(0); }
     static DC_INLINE Unit load(const std::byte* p) {
         Unit u;
-        f16_pair(p, u.even, u.odd);
+        f16_pair(iload(p), u.even, u.odd);
         return u;
     }
     static DC_INLINE void mac(Acc& acc, const Unit& w, const X* x) {
@@ -72,13 +72,13 @@ struct WeightBF16Plain {
     static DC_INLINE F value(Acc acc) { return acc; }
 };
 
-// e4m3 in the top byte of each lane -> f32, exact, without denormal operands (which cost a microcode assist): the
-// exponent is moved by 120, and a zero exponent, which then reads 2^-7 (1 + m/8), is mended to 2^-6 m/8.
+// e4m3 in the top byte of each lane -> f32, exact, without denormal operands (slow, and zero where a thread has set DAZ):
+// the exponent is moved by 120. A zero exponent then reads n = 2^-7 (1 + m/8) for 2^-6 m/8 = 2n - 2^-6, which is below n
+// there and nowhere else.
 DC_INLINE F e4m3_lanes(I v) {
-    const I mag = shr<4>(v & iset1(0x7f000000));
-    const F normal = as_f(mag + iset1(120 << 23));
-    const F small = normal + normal - set1(0x1p-6F);
-    return as_f(as_i(select_lt(normal, set1(0x1p-6F), small, normal)) | (v & iset1(INT32_MIN)));
+    const F n = as_f(shr<4>(v & iset1(0x7f000000)) + iset1(120 << 23));
+    const F magnitude = min(n, fma(n, set1(2.0F), set1(-0x1p-6F)));
+    return as_f(as_i(magnitude) | (v & iset1(INT32_MIN)));
 }
 
 struct WeightF8Plain {

@@ -12,7 +12,7 @@ namespace deepcalm {
 namespace {
 
 constexpr int kBlockRows = 4, kBlockTiles = 1;  // matmul: register block of many rows, in rows x row tiles
-constexpr int kWideTiles = 2;                   // matmul: row tiles at once for fewer rows
+constexpr int kWideTiles = 4;                   // matmul: row tiles at once for fewer rows
 constexpr int kBlocksInFlight = 2;              // matmul: column blocks at once for one row x one row tile
 constexpr int kScoreHeads = 2, kScorePos = 2;   // attention: register block of scores
 constexpr int kValueHeads = 2, kValueVecs = 2;  // attention: register block of values, 16 dims per vector
@@ -101,9 +101,8 @@ DC_INLINE void store_f16(void* p, F x) {
     _mm_storeu_si128(to, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128(to + 1, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
 }
-// 16-bit weight units: 2 columns x 16 rows, the even column in the low half of each lane.
-DC_INLINE void f16_pair(const void* p, F& even, F& odd) {
-    const I v = iload(p);
+// An f16 in each half of a lane -> f32 of the low and of the high half.
+DC_INLINE void f16_pair(I v, F& even, F& odd) {
     even = f16_lanes(pack_u16(v & iset1(0xffff)));
     odd = f16_lanes(pack_u16(shr<16>(v)));
 }

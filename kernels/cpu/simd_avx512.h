@@ -74,13 +74,13 @@ DC_INLINE F load_f16(const void* p) { return {_mm512_cvtph_ps(load_256(p))}; }
 DC_INLINE void store_f16(void* p, F a) {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-// 16-bit weight units: 2 columns x 16 rows, the even column in the low half of each lane.
-DC_INLINE void f16_pair(const void* p, F& even, F& odd) {
+// An f16 in each half of a lane -> f32 of the low and of the high half.
+DC_INLINE void f16_pair(I v, F& even, F& odd) {
     const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1,  //
                                            30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    const __m512i v = _mm512_permutexvar_epi16(order, _mm512_loadu_si512(p));
-    even = {_mm512_cvtph_ps(_mm512_castsi512_si256(v))};
-    odd = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1))};
+    const __m512i h = _mm512_permutexvar_epi16(order, v.v);
+    even = {_mm512_cvtph_ps(_mm512_castsi512_si256(h))};
+    odd = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1))};
 }
 
 DC_INLINE float first(F a) { return _mm512_cvtss_f32(a.v); }

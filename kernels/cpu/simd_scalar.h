@@ -180,9 +180,8 @@ DC_INLINE void sum_block(const F (&a)[2], float* out) {  // out[i] = sum(a[i])
 DC_INLINE float first(F a) { return a.v[0][0]; }
 DC_INLINE void prefetch(const void*) {}
 
-// 16-bit weight units: 2 columns x 16 rows, the even column in the low half of each lane.
-DC_INLINE void f16_pair(const void* p, F& even, F& odd) {
-    const I v = iload(p);
+// An f16 in each half of a lane -> f32 of the low and of the high half.
+DC_INLINE void f16_pair(I v, F& even, F& odd) {
     even = f16_lanes(v & iset1(0xffff));
     odd = f16_lanes(shr<16>(v));
 }
