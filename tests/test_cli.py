@@ -20,7 +20,7 @@ import pytest
 import deepcalm
 import surface_cases
 import tiny
-from deepcalm import _core, cli
+from deepcalm import _core, cli, cli_common
 from deepcalm.generate import Generation
 
 Run = Callable[..., tuple[int, bytes, str]]
@@ -142,6 +142,15 @@ def test_text_is_the_same_with_any_draft(run: Run, path: Path, sampling: tuple[s
     assert run("generate", "-m", plain, "-n", "4", "the")[0] == 0  # no MTP layer: auto does without
 
 
+def test_demo_model_tells_a_story(run: Run) -> None:
+    code, out, _ = run("generate", "-n", "60", "Once upon a time")
+    text = out.decode("ascii")
+    assert code == 0 and text.startswith(", there was a") and len(text.split()) > 40
+    assert set(text) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ,.!?;:'\"- \n")
+    assert deepcalm.generate("Once upon a time", max_tokens=60) + "\n" == text
+    assert "no chat template" in error(run("generate", "--chat", "Hello"))
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -172,8 +181,7 @@ def test_text_is_the_same_with_any_draft(run: Run, path: Path, sampling: tuple[s
     ],
     ids=" ".join,
 )
-def test_wrong_usage_is_2(run: Run, path: Path, args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepcalm.model.demo_path", lambda: path)
+def test_wrong_usage_is_2(run: Run, args: tuple[str, ...]) -> None:
     code, out, err = run(*args)
     assert (code, out) == (2, b"")
     assert "Error: " in err and "Traceback" not in err
@@ -283,8 +291,20 @@ def test_interrupt_keeps_the_partial_text(run: Run, path: Path, monkeypatch: pyt
     assert code == 130 and json.loads(out)["reason"] == "interrupted" and json.loads(out)["text"] == want
 
 
+def test_interrupt_while_writing_waits_for_the_write() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), cli_common.deferred_interrupt():
+        signal.raise_signal(signal.SIGINT)
+        done.append(1)
+    with pytest.raises(KeyboardInterrupt), cli_common.deferred_interrupt():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        done.append(2)
+    assert done == [1]
+
+
 def start(*args: str | Path, **options: object) -> subprocess.Popen[bytes]:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0} | options
     return subprocess.Popen([*surface_cases.COMMAND, *args], env=surface_cases.environment(), **pipes)  # type: ignore[call-overload]
 
 
@@ -295,7 +315,9 @@ def test_ctrl_c_during_generation() -> None:
     path = surface_cases.endless()
     p = start("generate", "-m", path, *ENDLESS, "the")
     assert p.stdout is not None
-    first = p.stdout.read(40)
+    first = b""
+    while len(first) < 40:
+        first += p.stdout.read(40)
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=30)
     assert p.returncode == 130 and b"ended by interrupted" in err and b"Traceback" not in err

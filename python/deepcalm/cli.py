@@ -15,6 +15,7 @@ from .cli_common import (
     RUNTIME,
     SAMPLING,
     Cli,
+    deferred_interrupt,
     open_model,
     open_session,
     options,
@@ -151,13 +152,21 @@ def start(
 
 
 def stream(answer: TextGeneration, show: bool = True) -> None:
-    """Writes the text as it comes; Ctrl-C ends it and keeps what there is."""
-    show_piece = write if show else lambda _piece: None
+    """Writes the text as it comes; Ctrl-C ends it and keeps what there is, every character once."""
+    shown = 0
+
+    def write_new() -> None:
+        nonlocal shown
+        with deferred_interrupt():
+            write(answer.text[shown:] if show else "")
+            shown = len(answer.text)
+
     try:
-        for piece in answer:
-            show_piece(piece)
+        for _ in answer:
+            write_new()
     except KeyboardInterrupt:
-        show_piece(answer.interrupt())
+        answer.interrupt()
+    write_new()
     if show and answer.text and not answer.text.endswith("\n"):
         write("\n")
 
