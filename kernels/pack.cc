@@ -75,7 +75,11 @@ struct Tile {
 
 #define DC_QUADS(a, b, c, d)                                                                                           \
     a, b, c, d, 4 + a, 4 + b, 4 + c, 4 + d, 8 + a, 8 + b, 8 + c, 8 + d, 12 + a, 12 + b, 12 + c, 12 + d
+#ifdef __clang__
+#define DC_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
 #define DC_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, Ints{__VA_ARGS__})
+#endif
 
 // 16 rows of 16 floats -> 16 columns: 4 x 4 inside groups of four lanes, then the groups.
 DC_INLINE void transpose(const Floats* row, Floats* col) {

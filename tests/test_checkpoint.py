@@ -96,6 +96,17 @@ def test_old_and_new_style_say_the_same(preset: str, tmp_path: Path) -> None:
     assert configs[0] == configs[1]
 
 
+def test_keys_that_change_nothing_are_accepted(copy: Callable[[str], Path]) -> None:
+    folder = copy("v3")
+    with Checkpoint(folder) as c:
+        want = c.config
+    rope = json.loads((folder / "config.json").read_text())["rope_scaling"] | {"truncate": None, "attention_factor": None}
+    harmless: dict[str, Any] = {"layer_types": ["full_attention"] * 3, "sliding_window": None, "head_dim": 16, "rope_scaling": rope}
+    edit_config(folder, **harmless, partial_rotary_factor=1.0, moe_layer_freq=1, transformers_version="5.23.0", auto_map={})
+    with Checkpoint(folder) as c:
+        assert c.config == want
+
+
 def yarn(**keys: Any) -> dict[str, Any]:
     rope = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32, "mscale": 1.0, "mscale_all_dim": 1.0}
     return {k: v for k, v in (rope | keys).items() if v is not ...}
@@ -152,6 +163,8 @@ def yarn(**keys: Any) -> dict[str, Any]:
         ({"rms_norm_eps": 10**400}, r"rms_norm_eps is 1000.*\.\.\., expected a finite number"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu', expected 'silu'"),
         ({"attention_bias": True}, r"attention_bias is True, expected False \(not implemented\)"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types is .*, expected"),
+        ({"layer_types": 3}, "layer_types is 3, expected"),
         ({"index_topk": 2048}, "index_topk is 2048, expected absent"),
         ({"rope_interleave": "no"}, "rope_interleave is 'no', expected True or False"),
         ({"rope_theta": ...}, "rope_theta is missing, expected a number"),

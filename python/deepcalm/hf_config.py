@@ -126,7 +126,7 @@ def _rope(k: _Keys) -> dict[str, Any]:
         for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0), ("mscale", 0.0), ("mscale_all_dim", 0.0)):
             rope[key] = r.real(key, default, null=default)
         rope["attention_factor"] = r.real("attention_factor", 0.0, null=0.0)
-        rope["rope_truncate"] = r.boolean("truncate", True)
+        rope["rope_truncate"] = r.boolean("truncate", True, null=True)
     return rope
 
 
@@ -226,8 +226,9 @@ def normalise(raw: dict[str, Any], generation: dict[str, Any], n_mtp: int, where
     k.must_be("hidden_act", ("silu",), "no other activation is implemented")
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
         k.must_be(key, (False,), "not implemented")
-    for key in ("sliding_window", "index_topk", "layer_types"):
+    for key in ("sliding_window", "index_topk"):
         k.must_be(key, (), "only full attention is implemented")
+    k.must_be("layer_types", (["full_attention"] * cfg["num_hidden_layers"],), "only full attention is implemented")
     k.must_be("rope_interleave", (True, False), "")
     vocab = cfg["vocab_size"]
     both = ((raw, where), (generation, "generation_config.json"))
