@@ -80,21 +80,28 @@ template <class T> class Guarded {
     T* base_;
 };
 
+// Rows of `width` elements with `width` guarded ones behind each: the layout of d and sum follows from x's stride.
 template <class T> py::tuple prepare_as(const CpuKernels& k, ActKind kind, const Floats& x) {
     const int n = dim(x, 0), cols = dim(x, 1);
-    const int64_t stride = round_up(cols, kTileCols), groups = stride / kTileCols;
-    Array<T> out({static_cast<py::ssize_t>(n), static_cast<py::ssize_t>(stride)});
-    Floats d({n, static_cast<int>(groups)});
-    Array<int32_t> sum({n, static_cast<int>(groups)});
-    std::memset(out.mutable_data(), 0xA7, static_cast<size_t>(out.nbytes()));
+    const int64_t width = round_up(cols, kTileCols), groups = width / kTileCols;
+    Guarded<T> out(n, width);
+    const int64_t group_stride = out.stride() / kTileCols;
+    Guarded<float> d(1, n * group_stride);
+    Guarded<int32_t> sum(1, n * group_stride);
     const bool i8 = kind == ActKind::kI8;
-    const Activation a{.x = out.mutable_data(),
-                       .d = i8 ? d.mutable_data() : nullptr,
-                       .sum = i8 ? sum.mutable_data() : nullptr,
-                       .stride = stride};
-    for (int i = 0; i < n; ++i) k.prepare[static_cast<int>(kind)](x.data(i), cols, a, i);
-    if (!i8) return py::make_tuple(out, py::none(), py::none());
-    return py::make_tuple(out, d, sum);
+    std::memset(d.row(0), 0xFF, static_cast<size_t>(n * group_stride) * 4);
+    std::memset(sum.row(0), 0xFF, static_cast<size_t>(n * group_stride) * 4);
+    const Activation a{
+        .x = out.row(0), .d = i8 ? d.row(0) : nullptr, .sum = i8 ? sum.row(0) : nullptr, .stride = out.stride()};
+    for (int i = n; i-- > 0;) k.prepare[static_cast<int>(kind)](x.data(i), cols, a, i);
+    const py::object rows = out.take({n, width});
+    if (!i8) return py::make_tuple(rows, py::none(), py::none());
+    const py::slice all(0, n, 1), used(0, groups, 1), spare(groups, group_stride, 1);
+    const py::object all_d = d.take({n, group_stride}), all_sum = sum.take({n, group_stride});
+    const py::object untouched = all_sum[py::make_tuple(all, spare)].attr("__eq__")(-1).attr("all")();
+    if (!untouched.cast<bool>()) throw std::runtime_error("kernel wrote outside its output");
+    return py::make_tuple(rows, all_d[py::make_tuple(all, used)].attr("copy")(),
+                          all_sum[py::make_tuple(all, used)].attr("copy")());
 }
 
 py::tuple prepare(const std::string& isa, const std::string& kind_name, const Floats& x) {
@@ -310,15 +317,6 @@ py::tuple route_rows(const Floats& gate_logits, const std::optional<Floats>& bia
 
 void init_testing(py::module_& m) {
     using namespace pybind11::literals;
-    m.def(
-        "isas",
-        [] {
-            std::vector<std::string> names;
-            for (const CpuKernels* const* k = all_cpu_kernels(); *k; ++k)
-                if (select_cpu_kernels((*k)->isa)) names.push_back((*k)->isa);
-            return names;
-        },
-        "Instruction sets that this build and processor can run, best first.");
     m.def("prepare", &prepare, "isa"_a, "kind"_a, "x"_a,
           "Rounds x f32 [n, cols] for kind f32|bf16|i8: (x [n, round_up(cols, 32)], d, sum); d, sum only for i8.");
     m.def("matmul", &matmul, "isa"_a, "format"_a, "w"_a, "rows"_a, "cols"_a, "x"_a, "d"_a = py::none(),
