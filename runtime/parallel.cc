@@ -8,9 +8,12 @@
 namespace deepcalm {
 namespace {
 
-// About 20 us of spinning covers every stage imbalance of a decode step; after that the core is offered to others, so
-// more threads than cores, or a busy machine, degrade instead of collapsing.
+// Spinning covers every stage imbalance of a decode step; after that the thread sleeps, so that on a busy machine, or with
+// more threads than cores, the one that is waited for gets the core. (sched_yield() instead let 2 threads on an overloaded
+// machine fall to a fortieth of 1 thread's speed.)
 constexpr int kSpins = 4000;
+constexpr int kMinSpins = 50;
+constexpr uint32_t kRetry = 32;  // every so many waits spin in full
 
 void pause() {
 #if defined(__x86_64__)
@@ -83,15 +86,23 @@ void ThreadPool::barrier() {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == n_threads_ - 1) {
         arrived_.store(0, std::memory_order_relaxed);
         phase_.store(phase + 1, std::memory_order_release);
+        phase_.notify_all();  // a system call only if somebody sleeps
         return;
     }
+    // A wait that ends in sleep means that a core is missing: spin less next time, try in full again now and then.
+    const int limit = waits_.fetch_add(1, std::memory_order_relaxed) % kRetry == 0
+                          ? kSpins
+                          : spin_limit_.load(std::memory_order_relaxed);
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase;) {
-        if (++spins < kSpins) {
+        if (++spins < limit) {
             pause();
         } else {
-            sched_yield();
+            spin_limit_.store(kMinSpins, std::memory_order_relaxed);
+            phase_.wait(phase, std::memory_order_acquire);
+            return;
         }
     }
+    if (limit == kSpins) spin_limit_.store(kSpins, std::memory_order_relaxed);
 }
 
 int default_threads() {

@@ -53,6 +53,8 @@ class ThreadPool {
     alignas(128) std::atomic<uint32_t> generation_{0};  // bumped to start a run
     alignas(128) std::atomic<int> arrived_{0};
     alignas(128) std::atomic<uint32_t> phase_{0};
+    alignas(128) std::atomic<int> spin_limit_{1};  // pauses before a waiting thread sleeps
+    std::atomic<uint32_t> waits_{0};
 };
 
 // Threads to use by default: distinct physical cores of the affinity mask.
