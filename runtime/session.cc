@@ -181,7 +181,11 @@ Status Session::truncate(int n) {
         return Error{ErrorCode::kSession,
                      "truncate: " + std::to_string(n) + " positions, expected 0.." + std::to_string(cache_.len)};
     }
-    if (n == cache_.len) return {};
+    if (n < cache_.len) forget(n);
+    return {};
+}
+
+void Session::forget(int n) {
     cache_.len = n;
     tokens_.resize(static_cast<size_t>(n));
     recent_.clear();
@@ -192,7 +196,6 @@ Status Session::truncate(int n) {
         const int keep = mtp_cache_.len < m ? 0 : std::min(n_pending(), n - m);
         pending_.resize(static_cast<size_t>(keep) * static_cast<size_t>(model_.cfg().hidden_size));
     }
-    return {};
 }
 
 Status Session::load(std::span<const int32_t> tokens, const std::byte* main_rows, int m, const std::byte* mtp_rows,

@@ -83,6 +83,8 @@ class Session {
     Status catch_up(const int32_t* next, int n_logits);
     // Recomputes main row n-1 when its hidden state is needed and gone.
     Status restore_pending();
+    // truncate() without checks or locks; n <= pos. The token after position n-1 becomes unknown again.
+    void forget(int n);
     const float* logits_row(int64_t i) const;
     void count_union(int rows);  // the first `rows` rows of the last main pass stay in the sequence
     int n_pending() const { return static_cast<int>(static_cast<int64_t>(pending_.size()) / model_.cfg().hidden_size); }

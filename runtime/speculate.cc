@@ -69,15 +69,20 @@ Result<Round> Speculator::round(Session& s, int32_t token, const DraftParams& p,
     }
     r.n_drafted = static_cast<int>(rows.size()) - 1;
 
+    const auto give_up = [&](Error& error) {  // as if the round had not been: `token` may be another one next time
+        s.forget(n);
+        return std::move(error);
+    };
     const Meter meter(s.stats_);
-    DC_TRY_STATUS(s.main_pass(rows, r.n_drafted + 1));
+    if (Status status = s.main_pass(rows, r.n_drafted + 1); !status.ok()) return give_up(status.error());
     r.verify_bytes = meter.bytes();
     r.verify_seconds = meter.seconds();
     r.experts_verify = meter.experts();
     for (int j = 0; j <= r.n_drafted; ++j) {
-        DC_TRY(const int next, sample(s.logits_row(j), n_vocab, n_valid, p.sample, n + 1 + j));
-        r.tokens.push_back(next);
-        if (j == r.n_drafted || next != rows[static_cast<size_t>(j) + 1]) break;
+        auto next = sample(s.logits_row(j), n_vocab, n_valid, p.sample, n + 1 + j);
+        if (!next.ok()) return give_up(next.error());
+        r.tokens.push_back(next.value());
+        if (j == r.n_drafted || next.value() != rows[static_cast<size_t>(j) + 1]) break;
         ++r.n_accepted;
     }
     if (logits != nullptr) s.copy_logits(r.n_accepted + 1, logits);

@@ -8,6 +8,7 @@ decode, taps, truncation, restored caches, MTP passes in between, drafting, othe
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import runtime_cases as rc
 import tiny
 from deepcalm import _core
-from deepcalm.errors import UnsupportedError
+from deepcalm.errors import SessionError, UnsupportedError
 
 Case = tuple[rc.packed.PackedFile, str, rc.Array]  # packed file, cache type, token ids [N]
 N = 72  # crosses an attention chunk (64)
@@ -222,6 +223,37 @@ def test_truncate_and_restore_with_drafting(mtp_case: Case, isa: str) -> None:
     for s in (session, restored):
         draft(s, 60, 60)
         assert_same_bits("logits", s.forward(ids[61:65], "all"), truth.logits[61:65])
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_a_failed_round_leaves_no_trace(tmp_path: Path, k: int) -> None:
+    """Logits that overflow end the round with an error; the session is where it was and goes on exactly."""
+    tensors = tiny.checkpoint_tensors(tiny.PRESETS["v3"], tiny.PRESETS["v3"].config, "f32", 0)
+    folder = tiny.write(tmp_path / "hf", "v3", dtype="f32", n_shards=1)
+    for name in ("lm_head.weight", "model.layers.3.shared_head.head.weight"):
+        dtype, shape, data = tensors[name]
+        huge = np.copysign(np.float32(3e38), np.frombuffer(data, "<f4"))
+        tensors[name] = dtype, shape, huge.tobytes()
+    tiny.write_safetensors(folder / "model.safetensors", tensors)
+    file = rc.pack(folder, dtype="f32")
+    core = rc.open_model(file, rc.ISAS[0])
+    ids = tiny.token_ids(file.config["vocab_size"], 20, 3)
+    truth = rc.Run(core, ids)
+    session = _core.Session(core, 64, "f32", 64, mtp=True)
+    session.forward(ids[:10], "none")
+    with pytest.raises(SessionError, match="not finite"):
+        session.draft_round(int(ids[10]), k, n_valid=N_VALID, **GREEDY)
+    state = session.state()
+    assert session.pos == 10 and state["tokens"].tolist() == ids[:10].tolist()
+    # the MTP row of position 9 needed the failed token: gone again, with the hidden state that it consumed
+    assert state["mtp_cache"].shape[1] + len(state["hidden"]) == (10 if k == 0 else 9)
+    session.forward(ids[10:], "none")
+    with pytest.raises(SessionError, match="not finite"):
+        session.draft_round(0, 1, n_valid=N_VALID, **GREEDY)  # catches up over the tokens that came instead
+    mtp_rows = session.state()["mtp_cache"]
+    assert_same_bits("MTP cache", mtp_rows, truth.mtp(20)[2][:, : mtp_rows.shape[1]])
+    assert mtp_rows.shape[1] == 19
+    assert_same_bits("cache", session.read_cache(False), truth.cache)
 
 
 def test_a_model_without_mtp_layer_refuses_to_draft() -> None:
