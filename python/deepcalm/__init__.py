@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .packed import unpack
     from .perplexity import perplexity
     from .session import Session
+    from .verify import verify
 
 _MODULE_OF = {
     "Generation": "generate",
@@ -48,6 +49,7 @@ _MODULE_OF = {
     "pack": "pack",
     "perplexity": "perplexity",
     "unpack": "packed",
+    "verify": "verify",
 }
 __all__ = [
     "CheckpointError",
@@ -67,6 +69,7 @@ __all__ = [
     "pack",
     "perplexity",
     "unpack",
+    "verify",
 ]
 
 

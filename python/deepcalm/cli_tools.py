@@ -1,4 +1,4 @@
-"""The commands around a model: ``pack``, ``inspect``, ``perplexity``, ``bench``."""
+"""The commands around a model: ``pack``, ``inspect``, ``verify``, ``perplexity``, ``bench``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .bench import BenchResult, Spread
     from .pack import Plan
     from .perplexity import Perplexity
+    from .verify import Report
 
 DTYPES = ("source", "bf16", "f16", "f8", "q8", "q4", "f32")
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tiktoken.model")
@@ -206,6 +207,75 @@ def description(info: dict[str, Any]) -> str:
     return text + columns((k, one_line(v, 1000)) for k, v in lines)
 
 
+# ---- verify
+
+
+def _layers(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:
+    """ "0-2,5" -> [0, 1, 2, 5]"""
+    out: set[int] = set()
+    for part in (value or "").split(",") if value is not None else ():
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part, re.ASCII)
+        if match is None or int(match[1]) > int(match[2] or match[1]):
+            raise click.BadParameter(f"{part!r}, expected numbers and ranges as in 0-2,5")
+        out |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return None if value is None else sorted(out)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  deepcalm verify v2-lite.dcalm --against ~/models/DeepSeek-V2-Lite
+  deepcalm verify v3.dcalm --against ~/models/DeepSeek-V3 --layers 0-4,61
+  deepcalm verify v2-lite.dcalm --against ~/models/DeepSeek-V2-Lite --json | jq .first_divergence
+Exit code 0: everything that was compared agrees; 1: something does not, and the first place is named."""
+)
+@click.argument("file", type=FILE)
+@click.option("--against", type=FILE, required=True, metavar="DIR", help="The checkpoint that FILE was packed from.")
+@click.option(
+    "--layers", metavar="A-B,...", callback=_layers, help="Only these layers; the MTP layer is the last plus one."
+)
+@click.option("--prompt", metavar="TEXT", help="The text to run (default: a built-in one).")
+@click.option("--tokens", type=click.IntRange(8, 4096), default=32, show_default=True, metavar="N",
+              help="Tokens of it, at least 8.")  # fmt: skip
+@options("--isa", "--json", "--quiet")
+def verify(
+    file: Path, against: Path, layers: list[int] | None, prompt: str | None, tokens: int, isa: str | None,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Tell whether the packed FILE computes what its checkpoint says.
+
+    Compares the configuration, every weight, and every stage of every layer with a second implementation in numpy;
+    then the logits with themselves over threads, passes and drafts, to the bit. What packing costs in accuracy is
+    reported and not judged.
+    """
+    from .verify import verify as compare
+
+    try:
+        with progress(f"verifying {file.name}", quiet) as update:
+            report = compare(file, against, layers=layers, prompt=prompt, tokens=tokens, isa=isa, progress=update)
+    except ValueError as e:
+        raise click.UsageError(str(e)) from None
+    write_json(report.as_dict()) if as_json else write(verify_text(report))
+    for note in report.notes:
+        say(f"note: {one_line(note, 200)}", quiet)
+    if (first := report.first_divergence) is not None:
+        more = len(report.divergences) - 1
+        raise Error(one_line(str(first), 400) + (f"; and {more} more" if more else ""))
+
+
+def verify_text(r: Report) -> str:
+    """One line per comparison, then the effect."""
+    rows = [("", "compared", "", "worst", "allowed", "")]
+    for c in r.checks:
+        unit = {"weights": " half steps", "arithmetic": " rel. RMS"}.get(c.leg, " differ")
+        items = {"weights": "tensors", "arithmetic": "taps", "exactness": "runs"}.get(c.leg, "")
+        worst = f"{c.error:.2f}" if c.leg == "weights" else f"{c.error:.2g}"
+        rows.append((c.leg, c.what, f"{c.items} {items}", worst + unit, f"{c.allowed:g}", "ok" if c.ok else "DIFFERS"))
+    lines = [f"{key:<22}{value:.6g}" for key, value in r.effect.items()]
+    effect = f"\neffect of packing, {r.tokens} tokens, f16 cache, against the checkpoint in f64\n" if lines else ""
+    return columns(rows) + effect + "".join(line + "\n" for line in lines)
+
+
 # ---- perplexity
 
 
@@ -315,4 +385,4 @@ def bench_text(r: BenchResult, command: str) -> str:
     ])  # fmt: skip
 
 
-COMMANDS = (pack, inspect, perplexity, bench)
+COMMANDS = (pack, inspect, verify, perplexity, bench)

@@ -1,0 +1,537 @@
+"""The reference that ``verify`` holds the runtime against: numpy, written from docs/format.md and docs/model.md alone.
+
+Nothing of the C++ code, of the packer's plan or of its reading of config.json is used here: tiles are decoded from the
+byte table, packed rows are traced to checkpoint rows again, rope, softmax scale and routing come from the source's own
+config.json. Weights are read in slabs, so memory stays small whatever the file's size. Values are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+
+from .checkpoint import Checkpoint
+from .packed import PackedFile
+
+Array = Any  # np.ndarray; the docstrings give shapes, values are f64 unless they say otherwise
+LATENT_EPS = 1e-6  # of the two latent norms, whatever rms_norm_eps says
+NUDGE = 3e-7  # share of a row's largest value by which an f32 sum may be off, before it is rounded for a product
+SLAB_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Format:
+    """A weight format: bytes of a 16 x 32 tile, rounding of activations, allowed relative RMS of a tap behind it."""
+
+    tile_bytes: int
+    act: str
+    tolerance: float
+
+
+FORMATS = {
+    "f32": Format(2048, "f32", 2e-5), "f16": Format(1024, "f32", 2e-5), "bf16": Format(1024, "bf16", 1e-4),
+    "f8": Format(512, "bf16", 1e-4), "q8": Format(544, "i8", 1e-4), "q4": Format(288, "i8", 1e-4),
+}  # fmt: skip
+ELEMENTWISE = 1e-5  # allowed relative RMS of a tap without a product: norms, sums, rope of a given vector, routing
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+def bf16(bits: Array) -> Array:
+    """uint16 bits -> f32."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def bf16_round(x: Array) -> Array:
+    """Nearest even bf16 of f32, as f32 (finite values)."""
+    u = x.astype(np.float32).view(np.uint32)
+    return ((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def _e4m3() -> Array:
+    code = np.arange(256)
+    e, m = (code >> 3) & 15, code & 7
+    value = np.where(e == 0, m * 2.0**-9, (8 + m) * np.exp2(e - 10.0)) * np.where(code > 127, -1, 1)
+    return np.where((code & 127) == 127, np.nan, value)
+
+
+E4M3 = _e4m3()  # [256] values; 0x7F and 0xFF are NaN
+
+
+def decode(fmt: str, scale: str, tiles: Array) -> tuple[Array, Array | None]:
+    """Tiles uint8 [T, C, tile_bytes] -> (values or e4m3 values [16 T, 32 C], scales [16 T, C] of q8 and q4), f64."""
+    t, c = tiles.shape[:2]
+    scales: Array | None = None
+    if fmt == "f32":
+        v = tiles.view("<f4").reshape(t, c, 32, 16).transpose(0, 3, 1, 2)
+    elif fmt in ("bf16", "f16"):
+        bits = tiles.view("<u2").reshape(t, c, 16, 16, 2).transpose(0, 3, 1, 2, 4)
+        v = bf16(bits) if fmt == "bf16" else np.ascontiguousarray(bits).view(np.float16)
+    elif fmt == "q4":
+        b = tiles[..., :256].reshape(t, c, 4, 16, 4).transpose(0, 3, 1, 2, 4).reshape(t, 16, c, 16)
+        v = np.concatenate([b & 15, b >> 4], axis=3).astype(np.float64) - 8
+    else:
+        b = tiles[..., :512].reshape(t, c, 8, 16, 4).transpose(0, 3, 1, 2, 4)
+        v = E4M3[b] if fmt == "f8" else b.astype(np.float64) - 128
+    v = v.reshape(16 * t, 32 * c).astype(np.float64)
+    if fmt in ("q8", "q4"):
+        bits = np.ascontiguousarray(tiles[..., -32:]).view("<u2").transpose(0, 2, 1).reshape(16 * t, c)
+        scales = (bf16(bits) if scale == "bf16" else np.ascontiguousarray(bits).view(np.float16)).astype(np.float64)
+        v *= np.repeat(scales, 32, axis=1)
+    return v, scales
+
+
+def round_activations(kind: str, x: Array) -> Array:
+    """x [n, cols] as a product with weights of this kind sees it (docs/model.md 7.1), f64."""
+    x = x.astype(np.float32)
+    if kind == "bf16":
+        x = bf16_round(x)
+    elif kind == "i8":
+        g = np.pad(x, [(0, 0), (0, -x.shape[1] % 32)]).reshape(len(x), -1, 32)
+        amax = np.abs(g).max(-1, keepdims=True)
+        live = amax >= np.float32(2.0**-119)
+        safe = np.where(live, amax, np.float32(1))
+        d = np.where(live, amax / np.float32(127), np.float32(0)).astype(np.float64)
+        return (np.rint(g * (np.float32(127) / safe)) * d).reshape(len(x), -1)[:, : x.shape[1]]
+    return x.astype(np.float64)
+
+
+# ---- configuration, from config.json itself -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the formulas need; symbols as in docs/model.md."""
+
+    d: int
+    layers: int
+    heads: int
+    rq: int
+    r: int
+    dn: int
+    dr: int
+    dv: int
+    dense: int  # layers before the first with experts
+    width: int
+    expert_width: int
+    experts: int
+    top_k: int
+    shared: int
+    groups: int
+    top_groups: int
+    grouping: str  # "" | "max" | "top2"
+    softmax: bool
+    bias: bool
+    normed: bool
+    factor: float
+    eps: float
+    theta: float
+    yarn: Mapping[str, Any] | None
+    pairs: bool  # the checkpoint's rope rows are pairs (2j, 2j + 1)
+    tied: bool
+    vocab: int
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> Settings:
+        """From an unwrapped config.json of either style."""
+        v2 = raw["model_type"] == "deepseek_v2"
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        method = raw.get("topk_method") or ("greedy" if v2 else "noaux_tc")
+        types, experts = raw.get("mlp_layer_types"), raw.get("n_routed_experts") or 0
+        dense = types.count("dense") if types else raw.get("first_k_dense_replace", 0)
+        return cls(
+            raw["hidden_size"], raw["num_hidden_layers"], raw["num_attention_heads"], raw.get("q_lora_rank") or 0,
+            raw["kv_lora_rank"], raw["qk_nope_head_dim"], raw["qk_rope_head_dim"], raw["v_head_dim"],
+            dense if experts else 1 << 30, raw["intermediate_size"], raw.get("moe_intermediate_size") or 0, experts,
+            raw.get("num_experts_per_tok") or 0, raw.get("n_shared_experts") or 0, raw.get("n_group") or 1,
+            raw.get("topk_group") or 1,
+            {"greedy": "", "group_limited_greedy": "max", "noaux_tc": "top2"}[method],
+            (raw.get("scoring_func") or ("softmax" if v2 else "sigmoid")) == "softmax", method == "noaux_tc",
+            method == "noaux_tc" and bool(raw.get("norm_topk_prob")), raw.get("routed_scaling_factor") or 1.0,
+            raw["rms_norm_eps"], rope.get("rope_theta") or raw["rope_theta"], rope if kind == "yarn" else None,
+            raw.get("rope_interleave") is not False, bool(raw.get("tie_word_embeddings")), raw["vocab_size"],
+        )  # fmt: skip
+
+
+def _magnitude(s: Settings, key: str) -> float:
+    """m(c) of docs/model.md 3.4; 0 where the key is absent or 0."""
+    y = s.yarn or {}
+    return (0.1 * y[key] * float(np.log(y["factor"])) + 1 if y["factor"] > 1 else 1.0) if y.get(key) else 0.0
+
+
+def inv_freq(s: Settings) -> Array:
+    """[dr/2] radians per position."""
+    f = s.theta ** (-np.arange(0, s.dr, 2) / s.dr)
+    if s.yarn is None:
+        return f
+    turns = np.array([s.yarn.get("beta_fast") or 32.0, s.yarn.get("beta_slow") or 1.0]) * 2 * np.pi
+    at = s.dr * np.log(s.yarn["original_max_position_embeddings"] / turns) / (2 * np.log(s.theta))
+    if s.yarn.get("truncate", True):
+        at = np.array([np.floor(at[0]), np.ceil(at[1])])
+    lo, hi = max(at[0], 0.0), min(at[1], s.dr - 1.0)
+    ramp = np.clip((np.arange(s.dr // 2) - lo) / (hi - lo or 0.001), 0, 1)
+    return f * (1 - ramp) + f / s.yarn["factor"] * ramp
+
+
+def amplitude(s: Settings) -> float:
+    """A, on cos and sin."""
+    if s.yarn is None:
+        return 1.0
+    if s.yarn.get("attention_factor"):
+        return float(s.yarn["attention_factor"])
+    a, b = _magnitude(s, "mscale"), _magnitude(s, "mscale_all_dim")
+    return a / b if a and b else 0.1 * float(np.log(s.yarn["factor"])) + 1 if s.yarn["factor"] > 1 else 1.0
+
+
+def softmax_scale(s: Settings) -> float:
+    """sigma, on the whole score."""
+    return float((s.dn + s.dr) ** -0.5 * (_magnitude(s, "mscale_all_dim") or 1.0) ** 2)
+
+
+def rotate(s: Settings, v: Array) -> Array:
+    """v [n, ..., dr], row i at position i; channels (j, j + dr/2) turn together."""
+    angle = (np.arange(len(v), dtype=np.float32)[:, None] * inv_freq(s).astype(np.float32)).astype(np.float64)
+    shape = (len(v), *[1] * (v.ndim - 2), s.dr // 2)
+    cos, sin = (t.reshape(shape) * amplitude(s) for t in (np.cos(angle), np.sin(angle)))
+    a, b = v[..., : s.dr // 2], v[..., s.dr // 2 :]
+    return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+# ---- formulas -------------------------------------------------------------------------------------------------------
+
+
+def rmsnorm(x: Array, w: Array, eps: float) -> Array:
+    """w x / sqrt(mean x^2 + eps)"""
+    return w * x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def softmax(z: Array) -> Array:
+    """Over the last axis."""
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def scores(s: Settings, z: Array, bias: Array | None) -> tuple[Array, Array]:
+    """Gate logits z [n, E] -> (p [n, E] for the weights, u [n, E] for the choice: -inf where the group is out)."""
+    p = softmax(z) if s.softmax else 1 / (1 + np.exp(-z))
+    u = p if bias is None else p + bias
+    if s.grouping and s.groups > 1:
+        best = np.sort(u.reshape(len(u), s.groups, -1), axis=-1)
+        rank = best[..., -1] if s.grouping == "max" else best[..., -2:].sum(-1)
+        place = np.argsort(np.argsort(-rank, axis=-1, kind="stable"), axis=-1)
+        u = np.where(np.repeat(place < s.top_groups, s.experts // s.groups, axis=1), u, -np.inf)
+    return p, u
+
+
+def choose(s: Settings, u: Array) -> Array:
+    """[n, k] expert indices, ascending."""
+    return np.sort(np.argsort(-u, axis=-1, kind="stable")[:, : s.top_k], axis=-1)
+
+
+def expert_weights(s: Settings, p: Array, experts: Array) -> Array:
+    """[n, k] weights of the chosen experts."""
+    w = np.take_along_axis(p, experts, axis=1)
+    return (w / (w.sum(-1, keepdims=True) + 1e-20) if s.normed else w) * s.factor
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+class Weights(Protocol):
+    """Matrices in packed layout (stacked parts padded to 16 rows), under their packed names."""
+
+    def slabs(self, name: str, slice_: int = 0) -> Iterator[tuple[int, Array, Array | None]]:
+        """(first row, values [k, cols], scales) of slice after slab, top to bottom; k is a multiple of 16."""
+        ...
+
+    def plain(self, name: str, rows: Array | None = None) -> Array:
+        """A vector, or these rows of the embedding."""
+        ...
+
+    def act(self, name: str) -> str:
+        """Rounding of the activations that meet this matrix; "" for none."""
+        ...
+
+
+def slab_rows(cols: int) -> int:
+    """Rows of a slab."""
+    return max(1, SLAB_ELEMENTS // cols // 16) * 16
+
+
+class PackedWeights:
+    """The packed file as the byte table describes it."""
+
+    def __init__(self, file: PackedFile) -> None:
+        self.file = file
+
+    def act(self, name: str) -> str:
+        return FORMATS[self.file.entries[name].format].act
+
+    def plain(self, name: str, rows: Array | None = None) -> Array:
+        e = self.file.entries[name]
+        kind = {"f32": "<f4", "f16": "<f2", "bf16": "<u2"}[e.format]
+        cols = e.shape[-1]
+        size = cols * np.dtype(kind).itemsize
+        which = [0] if rows is None else rows
+        out = np.stack([np.fromfile(self.file.path, kind, cols, offset=e.offset + int(i) * size) for i in which])
+        out = (bf16(out) if e.format == "bf16" else out).astype(np.float64)
+        return out[0] if rows is None else out
+
+    def slabs(self, name: str, slice_: int = 0) -> Iterator[tuple[int, Array, Array | None]]:
+        e = self.file.entries[name]
+        rows, cols = e.shape[-2:] if len(e.shape) > 1 else (1, *e.shape)
+        if e.kind == "plain":
+            for row in range(0, rows, slab_rows(cols)):
+                values = self.plain(name, np.arange(row, min(row + slab_rows(cols), rows)))
+                yield row, values.reshape(-1, cols), None
+            return
+        row_bytes, n_tiles = -(-cols // 32) * FORMATS[e.format].tile_bytes, -(-rows // 16)
+        grid = self.file.entries.get(name + ".scale")
+        block: Array | None = None
+        if grid is not None:
+            size = grid.shape[1] * grid.shape[2]
+            block = np.fromfile(self.file.path, "<f4", size, offset=grid.offset + 4 * slice_ * size)
+            block = block.reshape(grid.shape[1:]).astype(np.float64)
+        step = slab_rows(cols) // 16
+        for t in range(0, n_tiles, step):
+            n = min(step, n_tiles - t)
+            begin = e.offset + (slice_ * n_tiles + t) * row_bytes
+            raw = np.fromfile(self.file.path, np.uint8, n * row_bytes, offset=begin)
+            v, scales = decode(e.format, e.scale, raw.reshape(n, -1, FORMATS[e.format].tile_bytes))
+            if block is not None and e.scale_block is not None:
+                i = np.minimum(np.arange(16 * t, 16 * (t + n)) // e.scale_block[0], len(block) - 1)
+                j = np.minimum(np.arange(v.shape[1]) // e.scale_block[1], block.shape[1] - 1)
+                scales = block[i[:, None], j[None, :]]
+                v = v * scales
+            yield 16 * t, v, scales
+
+
+class SourceWeights:
+    """The checkpoint's values where the packed file must have them: names, parts, slices, rope order, stated again."""
+
+    def __init__(self, ckpt: Checkpoint, settings: Settings) -> None:
+        self.ckpt, self.s = ckpt, settings
+        self.weight = lru_cache(maxsize=64)(ckpt.weight)
+        self._grid = lru_cache(maxsize=8)(ckpt.read_scale)
+
+    def act(self, name: str) -> str:  # noqa: ARG002
+        return ""
+
+    def origin(self, name: str, slice_: int) -> tuple[list[tuple[str, tuple[int, ...], Array]], bool]:
+        """([(checkpoint name, its shape, [packed rows] its row in each packed row or -1)], transposed)."""
+        s, rest = self.s, name.split(".", 2)[2] if name.startswith("layers.") else name.removeprefix("mtp.")
+        top = {"embed": "model.embed_tokens", "head": "model.embed_tokens" if s.tied else "lm_head",
+               "final_norm": "model.norm"}  # fmt: skip
+        if name in top:
+            shape: tuple[int, ...] = (s.d,) if name == "final_norm" else (s.vocab, s.d)
+            rows = np.arange(1 if len(shape) == 1 else s.vocab)
+            return [(f"{self.ckpt.prefix}{top[name]}.weight", shape, rows)], False
+        layer = s.layers if name.startswith("mtp.") else int(name.split(".")[1])
+        p = f"{self.ckpt.prefix}model.layers.{layer}."
+        q_rows, kv_rows = s.heads * (s.dn + s.dr), s.r + s.dr
+        vectors = {
+            "attn_norm": ("input_layernorm", s.d), "ffn_norm": ("post_attention_layernorm", s.d),
+            "q_a_norm": ("self_attn.q_a_layernorm", s.rq), "kv_a_norm": ("self_attn.kv_a_layernorm", s.r),
+            "enorm": ("enorm", s.d), "hnorm": ("hnorm", s.d), "final_norm": ("shared_head.norm", s.d),
+        }  # fmt: skip
+        if rest == "router_bias":
+            return [(p + "mlp.gate.e_score_correction_bias", (s.experts,), np.arange(1))], False
+        if rest in vectors:
+            return [(f"{p}{vectors[rest][0]}.weight", (vectors[rest][1],), np.arange(1))], False
+        if rest in ("w_uk", "w_uv"):
+            key = rest == "w_uk"
+            rows = slice_ * (s.dn + s.dv) + (np.arange(s.dn) if key else s.dn + np.arange(s.dv))
+            return [(p + "self_attn.kv_b_proj.weight", (s.heads * (s.dn + s.dv), s.r), rows)], key
+        if rest == "wqkv_a":
+            first = ("q_a_proj", s.rq, np.arange(s.rq)) if s.rq else ("q_proj", q_rows, self._rope(q_rows, s.dn))
+            parts = [first, ("kv_a_proj_with_mqa", kv_rows, self._rope(kv_rows, s.r))]
+            pads = [-(-n // 16) * 16 for _, n, _ in parts]
+            out, begin = [], 0
+            for (tensor, n, take), pad in zip(parts, pads, strict=True):
+                index = np.full(sum(pads), -1)
+                index[begin : begin + n] = take
+                out.append((f"{p}self_attn.{tensor}.weight", (n, s.d), index))
+                begin += pad
+            return out, False
+        if rest in ("wq_b", "wo", "router", "eh_proj"):
+            matrices: dict[str, tuple[str, tuple[int, ...]]] = {
+                "wq_b": ("self_attn.q_b_proj", (q_rows, s.rq)), "wo": ("self_attn.o_proj", (s.d, s.heads * s.dv)),
+                "router": ("mlp.gate", (s.experts, s.d)), "eh_proj": ("eh_proj", (s.d, 2 * s.d)),
+            }  # fmt: skip
+            tensor, shape = matrices[rest]
+            index = self._rope(q_rows, s.dn) if rest == "wq_b" else np.arange(shape[0])
+            return [(f"{p}{tensor}.weight", shape, index)], False
+        kind, _, last = rest.rpartition(".")
+        where = {"": "mlp.", "experts": f"mlp.experts.{slice_}.", "shared": "mlp.shared_experts."}[kind]
+        width = {"": s.width, "experts": s.expert_width, "shared": s.shared * s.expert_width}[kind]
+        if last == "w_down":
+            return [(f"{p}{where}down_proj.weight", (s.d, width), np.arange(s.d))], False
+        row = np.arange(2 * (-(-width // 16) * 16))  # 16 rows of gate, 16 of up, and so on
+        natural = row // 32 * 16 + row % 16
+        return [(f"{p}{where}{part}_proj.weight", (width, s.d),
+                 np.where((row // 16 % 2 == i) & (natural < width), natural, -1))
+                for i, part in enumerate(("gate", "up"))], False  # fmt: skip
+
+    def _rope(self, rows: int, plain: int) -> Array:
+        """Checkpoint row of each packed row: per period of plain + dr rows, even rope rows first, then odd ones."""
+        row = np.arange(rows)
+        period = plain + self.s.dr
+        j, half = row % period - plain, self.s.dr // 2
+        return np.where((j < 0) | (not self.s.pairs), row, row - j + np.where(j < half, 2 * j, 2 * (j - half) + 1))
+
+    def read(self, name: str, shape: tuple[int, ...], begin: int, end: int) -> Array:
+        """Rows of a checkpoint tensor, f64."""
+        w = self.weight(name, shape)
+        raw = self.ckpt.read_rows(w, begin, end)
+        if w.kind == "f8":
+            grid = self._grid(w)
+            assert grid is not None
+            i, j = np.arange(begin, end) // w.block[0], np.arange(w.cols) // w.block[1]
+            return E4M3[raw] * grid[i[:, None], j[None, :]].astype(np.float64)
+        if w.kind == "i4":
+            bits = self.ckpt.read_scale(w, begin, end)
+            assert bits is not None
+            scale = (bf16(bits) if w.scale_dtype == "bf16" else bits.view(np.float16)).astype(np.float64)
+            j = np.arange(w.cols)
+            code = (raw[:, j // 2] >> np.where(j % 2, 4, 0).astype(np.uint8)) & 15
+            return (code.astype(np.float64) - 8) * scale[:, j // w.block[1]]
+        if w.kind == "bf16":
+            return bf16(raw.view("<u2")).astype(np.float64)
+        return raw.view("<f4" if w.kind == "f32" else "<f2").astype(np.float64)
+
+    def plain(self, name: str, rows: Array | None = None) -> Array:
+        tensor, shape, _ = self.origin(name, 0)[0][0]
+        if rows is None:
+            return self.read(tensor, shape, 0, 1)[0]
+        return np.stack([self.read(tensor, shape, int(i), int(i) + 1)[0] for i in rows])
+
+    def slabs(self, name: str, slice_: int = 0) -> Iterator[tuple[int, Array, Array | None]]:
+        origins, transposed = self.origin(name, slice_)
+        if transposed:
+            tensor, shape, index = origins[0]
+            whole = self.read(tensor, shape, index[0], index[-1] + 1).T
+            index = np.arange(len(whole))
+        else:
+            index = origins[0][2]
+        cols = whole.shape[1] if transposed else origins[0][1][-1]
+        step = slab_rows(cols)
+        for begin in range(0, len(index), step):
+            end = min(begin + step, len(index))
+            out = np.zeros((-(-(end - begin) // 16) * 16, cols))
+            if transposed:
+                out[: end - begin] = whole[begin:end]
+            for tensor, shape, rows in [] if transposed else origins:
+                take = rows[begin:end]
+                live = np.flatnonzero(take >= 0)
+                if len(live):
+                    low = int(take[live].min())
+                    out[live] = self.read(tensor, shape, low, int(take[live].max()) + 1)[take[live] - low]
+            yield begin, out, None
+
+
+# ---- one layer ------------------------------------------------------------------------------------------------------
+
+Taps = dict[str, "tuple[Array, Array | float]"]  # name -> (value, [n] norm of what undecided roundings may change)
+
+
+class Reference:
+    """The model over a sequence from position 0. With forced taps every stage is computed from the runtime's own input.
+
+    Activations that no tap shows are rounded twice, nudged down and up: where the two differ, the rounding is too close
+    to a tie for f32 sums to decide, and the difference is reported beside the value.
+    """
+
+    def __init__(self, settings: Settings, weights: Weights, kv: str = "") -> None:
+        self.s, self.w, self.kv = settings, weights, kv
+
+    def product(self, x: Array, name: str, slice_: int = 0, unseen: bool = False) -> tuple[Array, Array | float]:
+        """x [n, cols] -> (W x [n, packed rows], spread)."""
+        act, rows = self.w.act(name), x
+        both = unseen and act not in ("", "f32")
+        if act:
+            nudge = NUDGE * np.abs(x).max(-1, keepdims=True) if both else 0
+            rows = round_activations(act, np.concatenate([x - nudge, x + nudge]) if both else x)
+        y = np.concatenate([rows @ v[:, : x.shape[1]].T for _, v, _ in self.w.slabs(name, slice_)], axis=1)
+        if not both:
+            return y, 0.0
+        low, high = np.split(y, 2)
+        return (low + high) / 2, np.linalg.norm(high - low, axis=1)
+
+    def mlp(self, x: Array, name: str, width: int, slice_: int = 0) -> tuple[Array, Array | float]:
+        """Gate, up and down projection of ``name``."""
+        y = self.product(x, name + "w_gate_up", slice_)[0].reshape(len(x), -1, 2, 16)
+        gate, up = (y[:, :, i].reshape(len(x), -1)[:, :width] for i in (0, 1))
+        out, spread = self.product(gate / (1 + np.exp(-gate)) * up, name + "w_down", slice_, unseen=True)
+        return out[:, : self.s.d], spread
+
+    def layer(self, p: str, moe: bool, x: Array, forced: Mapping[str, Array]) -> Taps:
+        """All taps of a layer (prefix ``p``) on the residual stream x [n, d]."""
+        s, plain, out = self.s, self.w.plain, {}
+
+        def tap(name: str, value: Array, spread: Array | float = 0.0) -> Array:
+            out[p + name] = (value, spread)
+            given: Array = np.asarray(forced.get(p + name, value))
+            return given if given.dtype.kind == "i" else given.astype(np.float64)
+
+        n, start = len(x), -(-(s.rq or s.heads * (s.dn + s.dr)) // 16) * 16
+        a = tap("attn_norm", rmsnorm(x, plain(p + "attn_norm"), s.eps))
+        qkv = self.product(a, p + "wqkv_a")[0]
+        q, t = qkv[:, : s.heads * (s.dn + s.dr)], qkv[:, start : start + s.r + s.dr]
+        if s.rq:
+            q_a = tap("q_a", rmsnorm(qkv[:, : s.rq], plain(p + "q_a_norm"), LATENT_EPS))
+            q = self.product(q_a, p + "wq_b")[0][:, : s.heads * (s.dn + s.dr)]
+        q = q.reshape(n, s.heads, -1)
+        q = tap("q", np.concatenate([q[..., : s.dn], rotate(s, q[..., s.dn :])], axis=-1))
+        c = tap("c_kv", rmsnorm(t[:, : s.r], plain(p + "kv_a_norm"), LATENT_EPS))
+        kr = tap("k_rope", rotate(s, t[:, s.r :]))
+        if self.kv == "f16":
+            c, kr = (v.astype(np.float16).astype(np.float64) for v in (c, kr))
+
+        heads = range(s.heads)
+        qa = np.stack([self.product(q[:, h, : s.dn], p + "w_uk", h)[0][:, : s.r] for h in heads], axis=1)
+        qa = tap("q_absorbed", qa)
+        score = softmax_scale(s) * (np.einsum("nhr,tr->nht", qa, c) + np.einsum("nhr,tr->nht", q[..., s.dn :], kr))
+        score = np.where(np.tril(np.ones((n, n), bool))[:, None], score, -np.inf)
+        u = tap("attn_latent", np.einsum("nht,tr->nhr", softmax(score), c))
+        v = np.concatenate([self.product(u[:, h], p + "w_uv", h)[0][:, : s.dv] for h in heads], axis=1)
+        y, spread = self.product(v, p + "wo", unseen=True)
+        x = x + tap("attn_out", y[:, : s.d], spread)
+
+        b = tap("ffn_norm", rmsnorm(x, plain(p + "ffn_norm"), s.eps))
+        if not moe:
+            x = x + tap("ffn_out", *self.mlp(b, p, s.width))
+        else:
+            z = tap("gate_logits", self.product(b, p + "router")[0][:, : s.experts])
+            prob, u = scores(s, z, plain(p + "router_bias") if s.bias else None)
+            experts = tap("topk_idx", choose(s, u))
+            weight = tap("topk_weight", expert_weights(s, prob, experts))
+            routed, loose = np.zeros(x.shape), np.zeros(n)
+            for e in np.unique(experts):
+                rows, slots = np.nonzero(experts == e)
+                y, spread = self.mlp(b[rows], p + "experts.", s.expert_width, int(e))
+                routed[rows] += weight[rows, slots][:, None] * y
+                loose[rows] += weight[rows, slots] * spread
+            x = x + tap("routed_out", routed, loose)
+            if s.shared:
+                x = x + tap("shared_out", *self.mlp(b, p + "shared.", s.shared * s.expert_width))
+        tap("layer_out", x)
+        return out
+
+    def head(self, p: str, x: Array, forced: Mapping[str, Array]) -> Taps:
+        """final_norm and logits of the main model (p "") or of the MTP layer."""
+        h = rmsnorm(x, self.w.plain(p + "final_norm"), self.s.eps)
+        given = np.asarray(forced.get(p + "final_norm", h), np.float64)
+        return {p + "final_norm": (h, 0.0), p + "logits": (self.product(given, "head")[0][:, : self.s.vocab], 0.0)}
+
+    def mtp_input(self, next_ids: Array, hidden: Array) -> Taps:
+        """What enters the MTP layer: next_ids [n] beside the main model's hidden [n, d] after its final norm."""
+        e = rmsnorm(self.w.plain("embed", next_ids), self.w.plain("mtp.enorm"), self.s.eps)
+        h = rmsnorm(hidden.astype(np.float64), self.w.plain("mtp.hnorm"), self.s.eps)
+        y, spread = self.product(np.concatenate([e, h], axis=1), "mtp.eh_proj", unseen=True)
+        return {"mtp.embed": (y[:, : self.s.d], spread)}

@@ -1,0 +1,519 @@
+"""Does a packed model compute what the original checkpoint says? Configuration, bytes, arithmetic, exactness, effect.
+
+Every weight is compared with the checkpoint by a decoder of its own (reference.py), every stage of every layer with a
+numpy model fed the runtime's own input, and the runtime with itself over threads, chunks and drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import _core, reference
+from .checkpoint import Checkpoint
+from .errors import Error
+from .generate import Sampling
+from .model import Model
+from .packed import Entry, PackedFile
+from .reference import Array
+from .session import STAGES
+
+MIN_TOKENS, TOKENS = 8, 32
+TAP_BYTES = 256 << 20  # taps of as many layers as this holds are recorded in one pass
+EFFECT_LIMIT = 100_000_000  # weights of a model that the reference can run from the source in reasonable time
+CHUNKS, DRAFTS, NEW_TOKENS, PROMPTS = (1, 3, 16), (1, 2, 3), 12, 3
+CLOSE = 1e-6  # two routing scores this close may be ordered either way by f32
+TEXT = (
+    "Once upon a time there was a small machine that read every book in the house, and each evening it told a story "
+    "about the sea, the wind and a lamp that nobody had ever seen burning."
+)
+# config keys without which the two models cannot be compared tensor by tensor
+SHAPES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
+    "qk_rope_head_dim", "v_head_dim", "intermediate_size", "moe_intermediate_size", "n_routed_experts",
+    "n_shared_experts", "first_k_dense_replace", "vocab_size", "topk_method", "num_experts_per_tok",
+    "num_nextn_predict_layers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where the packed model first leaves what it should be, one per tensor, tap or key."""
+
+    leg: str  # "config" | "checksum" | "weights" | "arithmetic" | "exactness"
+    where: str  # key, tensor or tap
+    index: tuple[int, ...]  # tensors: slice, packed row, column; taps: token, coordinates
+    found: Any
+    expected: Any
+    detail: str = ""
+
+    def __str__(self) -> str:
+        at = f" at {list(self.index)}" if self.index else ""
+        return f"{self.leg}: {self.where}{at}: found {_show(self.found)}, expected {_show(self.expected)}" + (
+            f" ({self.detail})" if self.detail else ""
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the report. ``error`` of ``allowed``: relative RMS of the worst tap, or steps of the worst weight."""
+
+    leg: str
+    what: str
+    items: int
+    error: float
+    allowed: float
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The result of ``verify``. ``effect`` is reported, not judged; ``notes`` say what was left out."""
+
+    file: str
+    against: str
+    tokens: int
+    checks: tuple[Check, ...]
+    divergences: tuple[Divergence, ...]
+    effect: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was compared agrees."""
+        return not self.divergences
+
+    @property
+    def first_divergence(self) -> Divergence | None:
+        """The first in the order config, checksums, weights, arithmetic (in pass order), exactness; None if ok."""
+        return self.divergences[0] if self.divergences else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; numbers that are not finite become null."""
+        first = asdict(self.first_divergence) if self.first_divergence else None
+        out: dict[str, Any] = _finite({"ok": self.ok, "first_divergence": first} | asdict(self))
+        return out
+
+
+def verify(
+    path: str | Path,
+    against: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    prompt: str | None = None,
+    tokens: int = TOKENS,
+    isa: str | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Report:
+    """Compares a packed file with the checkpoint folder that it was made from.
+
+    Args:
+        path: the ``.dcalm`` file.
+        against: the Hugging Face folder.
+        layers: only these layers' weights and arithmetic (the MTP layer is number num_hidden_layers); None: all.
+        prompt: text whose first ``tokens`` tokens are run; None: a built-in one.
+        tokens: positions compared, at least 8 (fewer hide errors of rope and softmax scale).
+        isa: instruction set; None: the best.
+        progress: called with (done, total) steps.
+
+    Raises:
+        PackedFileError, CheckpointError, ConfigError: a file cannot be read at all.
+        ValueError: a layer or token count out of range.
+    """
+    with PackedFile(path) as file, Checkpoint(against) as ckpt:
+        limit = int(file.config["max_position_embeddings"]) - NEW_TOKENS - 1
+        if not MIN_TOKENS <= tokens <= limit:
+            raise ValueError(f"tokens: {tokens}, expected {MIN_TOKENS}..{limit}")
+        last = file.config["num_hidden_layers"] + file.config["num_nextn_predict_layers"]
+        for i in layers or ():
+            if not 0 <= i < last:
+                raise ValueError(f"layers: {i}, expected 0..{last - 1}")
+        return _Verifier(file, ckpt, layers, isa, progress).run(prompt, tokens)
+
+
+class _Verifier:
+    def __init__(
+        self, file: PackedFile, ckpt: Checkpoint, layers: Sequence[int] | None, isa: str | None, progress: Any
+    ) -> None:
+        self.file, self.ckpt, self.isa, self.progress = file, ckpt, isa, progress
+        self.checks: list[Check] = []
+        self.divergences: list[Divergence] = []
+        self.notes: list[str] = []
+        self.effect: dict[str, float] = {}
+        self.n_layers = int(file.config["num_hidden_layers"])
+        self.has_mtp = bool(file.config["num_nextn_predict_layers"])
+        everything = range(self.n_layers + self.has_mtp)
+        self.layers = sorted(set(everything if layers is None else layers))
+        self.whole = self.layers == list(everything)
+        self.steps, self.total = 0, 3 * len(self.layers) + 3
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.progress:
+            self.progress(min(self.steps, self.total), self.total)
+
+    def diverge(self, leg: str, where: str, index: Sequence[int], found: Any, expected: Any, detail: str = "") -> None:
+        a, b = (v.item() if isinstance(v, np.generic) else v for v in (found, expected))
+        self.divergences.append(Divergence(leg, where, tuple(int(i) for i in index), a, b, detail))
+
+    def run(self, prompt: str | None, tokens: int) -> Report:
+        comparable = self.config()
+        if comparable:
+            self.settings = reference.Settings.of(self.ckpt.raw_config)
+            self.packed = reference.PackedWeights(self.file)
+            self.source = reference.SourceWeights(self.ckpt, self.settings)
+            self.checksums()
+            self.weights()
+            self.model = Model(self.file.path, threads=1, isa=self.isa)
+            self.ids = self.tokens(prompt, tokens)
+            self.logits = self.model.session(ctx=len(self.ids) + NEW_TOKENS).prefill(self.ids, all_logits=True)
+            self.arithmetic()
+            self.exactness()
+            self.effects()
+        else:
+            self.notes.append("the two models have different shapes: nothing else was compared")
+        if not self.whole:
+            self.notes.append(f"only layers {_ranges(self.layers)} were compared; embedding, head and effect were not")
+        n = len(self.ids) if comparable else 0
+        return Report(str(self.file.path), str(self.ckpt.path), n, tuple(self.checks), tuple(self.divergences),
+                      self.effect, tuple(self.notes))  # fmt: skip
+
+    def tokens(self, prompt: str | None, n: int) -> Array:
+        vocab = self.settings.vocab
+        if self.model.has_tokenizer:
+            ids = self.model.encode(TEXT if prompt is None else prompt)[:n]
+            if len(ids) >= MIN_TOKENS:
+                return np.asarray(ids, np.int32)
+        if prompt is not None:
+            raise Error(f"the prompt has fewer than {MIN_TOKENS} tokens, too few to show errors of the softmax scale")
+        self.notes.append("no tokenizer in the file: random token ids were run")
+        return np.random.default_rng(0).integers(0, vocab, n).astype(np.int32)
+
+    # ---- configuration, checksums, weights
+
+    def config(self) -> bool:
+        """Every key of the file's configuration against the one that the checkpoint implies; False: other shapes."""
+        found, expected = self.file.config, self.ckpt.config
+        bad = [k for k in {**expected, **found} if k not in found or k not in expected or found[k] != expected[k]]
+        for k in bad:
+            self.diverge("config", k, (), found.get(k, "nothing"), expected.get(k, "nothing"))
+        self.checks.append(Check("config", "keys", len(expected), len(bad), 0, not bad))
+        self.step()
+        return not set(bad) & set(SHAPES)
+
+    def checksums(self) -> None:
+        bad = self.file.check()
+        for name in bad:
+            self.diverge("checksum", name, (), "other bytes", "those of the recorded sha256, zero padding")
+        self.checks.append(Check("checksum", "tensors and files", len(self.file.entries), len(bad), 0, not bad))
+        self.step()
+
+    def weights(self) -> None:
+        groups: dict[str, list[Entry]] = {}
+        for name, e in self.file.entries.items():
+            if e.kind in ("tiled", "plain"):
+                groups.setdefault(_prefix(name), []).append(e)
+        for p, entries in groups.items():
+            layer = self.n_layers if p == "mtp." else int(p.split(".")[1]) if p else -1
+            if layer not in self.layers and not (self.whole and not p):
+                continue
+            worst = max(self.tensor(e) for e in entries)
+            self.checks.append(Check("weights", p.rstrip(".") or "top", len(entries), worst, 1.0, worst <= 1))
+            self.step()
+
+    def tensor(self, e: Entry) -> float:
+        """The largest difference of a tensor from the checkpoint, as a share of what its format allows."""
+        rows, cols = e.shape[-2:] if len(e.shape) > 1 else (1, *e.shape)
+        worst = 0.0
+        for i in range(e.n_slices):
+            origins, transposed = self.source.origin(e.name, i)
+            kinds = {self.source.weight(name, shape).kind for name, shape, _ in origins}
+            pairs = zip(self.packed.slabs(e.name, i), self.source.slabs(e.name, i), strict=True)
+            for (row, found, scales), (_, expected, _) in pairs:
+                n = min(len(found), len(expected), rows - row)
+                outside = np.abs(found[:, cols:]).max(initial=0) + np.abs(found[n:]).max(initial=0)
+                f, x = found[:n, :cols], expected[:n]
+                s = None if scales is None else np.repeat(scales, found.shape[1] // scales.shape[1], 1)[:n, :cols]
+                share = _share(e, f, x, s, kinds, transposed)
+                share[~np.isfinite(f)] = np.inf
+                worst = max(worst, float(share.max()), np.inf if outside else 0.0)
+                if share.max() > 1:
+                    r, c = (int(v) for v in np.argwhere(share > 1)[0])
+                    detail = f"{int((share > 1).sum())} elements differ in this slab; {e.format} from "
+                    detail += " and ".join(name for name, _, _ in origins)
+                    self.diverge("weights", e.name, (i, row + r, c), f[r, c], x[r, c], detail)
+                elif outside:
+                    self.diverge("weights", e.name, (i, row), "values in the padding", "zeros")
+                elif s is not None and (bad := _odd_scales(e, x, s)) is not None:
+                    worst = np.inf
+                    r, c = bad
+                    detail = f"a {e.format} scale that does not fit its group's largest weight"
+                    largest = np.abs(x[r, c // 32 * 32 : c // 32 * 32 + 32]).max()
+                    self.diverge("weights", e.name, (i, row + r, c), s[r, c], f"about {largest:.4g} / "
+                                 + ("127" if e.format == "q8" else "6..10"), detail)  # fmt: skip
+                if worst > 1:
+                    return worst
+        return worst
+
+    # ---- arithmetic
+
+    def taps(self) -> Iterator[tuple[int, dict[str, Array]]]:
+        """(layer, the runtime's taps of it, its input and what is outside the layers), layer after layer."""
+        s, session = self.settings, self.model.session(ctx=len(self.ids))
+        row = 4 * (s.heads * (s.dn + s.dr + 2 * s.r) + 8 * s.d)
+        group = max(1, TAP_BYTES // (row * len(self.ids)))
+        main = [i for i in self.layers if i < self.n_layers]
+        for begin in range(0, len(main), group):
+            part = main[begin : begin + group]
+            names = [f"layers.{i}.{stage}" for i in part for stage in STAGES]
+            names += [f"layers.{i - 1}.layer_out" for i in part if i] + ["embed", "final_norm", "logits"]
+            session.truncate(0)
+            with session.trace(*names) as taps:
+                session.prefill(self.ids, all_logits=True)
+            for i in part:
+                yield i, taps
+
+    def arithmetic(self) -> None:
+        ref, s = reference.Reference(self.settings, self.packed, "f16"), self.settings
+        taps: dict[str, Array] = {}
+        for i, taps in self.taps():
+            x = taps[f"layers.{i - 1}.layer_out" if i else "embed"].astype(np.float64)
+            if i == 0:
+                self.compare("embed", {"embed": (self.packed.plain("embed", self.ids), 0.0)}, taps)
+            self.compare(f"layers.{i}", ref.layer(f"layers.{i}.", i >= s.dense, x, taps), taps)
+            self.step()
+        if self.whole:
+            x = taps[f"layers.{self.n_layers - 1}.layer_out"].astype(np.float64)
+            self.compare("head", ref.head("", x, taps), taps)
+        if self.n_layers in self.layers:
+            hidden, taps = self.mtp_taps()
+            inputs = ref.mtp_input(self.ids[1:], hidden)
+            self.compare("mtp input", inputs, taps)
+            x = taps["mtp.embed"].astype(np.float64)
+            self.compare("mtp", ref.layer("mtp.", s.layers >= s.dense, x, taps), taps)
+            x = taps["mtp.layer_out"].astype(np.float64)
+            self.compare("mtp head", ref.head("mtp.", x, taps), taps)
+            self.step()
+
+    def mtp_taps(self) -> tuple[Array, dict[str, Array]]:
+        """(main hidden states, taps of the MTP layer fed with them and the true next tokens)."""
+        n = len(self.ids)
+        core = _core.Session(self.model.core, n, "f16", n, False)
+        core.forward(self.ids, "none")
+        hidden = core.hidden()[:-1]
+        core.trace(["*"])
+        core.mtp_forward(self.ids[1:], hidden, "all")
+        return hidden, core.taps()
+
+    def compare(self, what: str, ours: reference.Taps, taps: dict[str, Array]) -> None:
+        """One layer's taps, in pass order, against the reference's."""
+        worst, ok = (0.0, 1.0), True
+        for name, (expected, spread) in ours.items():
+            found = taps[name]
+            if name.endswith("topk_idx"):
+                good = self.routing(name, found, expected, taps)
+                ok &= good
+                continue
+            allowed = self.allowed(name)
+            rows = found.reshape(len(found), -1).astype(np.float64)
+            difference = rows - expected.reshape(rows.shape)
+            excess = np.maximum(np.linalg.norm(difference, axis=1) - spread, 0)
+            size = float(np.linalg.norm(expected)) or 1.0
+            error = float(np.linalg.norm(excess)) / size
+            error = error if np.isfinite(error) else np.inf
+            if not error <= allowed:
+                ok = False
+                at = np.unravel_index(np.argmax(np.nan_to_num(np.abs(difference), nan=np.inf)), difference.shape)
+                index = np.unravel_index(at[0] * rows.shape[1] + at[1], found.shape)
+                detail = f"relative RMS {error:.1e}, allowed {allowed:.0e}"
+                self.diverge("arithmetic", name, [int(i) for i in index], found[index], expected[index], detail)
+            if error / allowed >= worst[0] / worst[1]:
+                worst = (error, allowed)
+        self.checks.append(Check("arithmetic", what, len(ours), *worst, ok))
+
+    def allowed(self, tap: str) -> float:
+        """The largest tolerance of the formats behind a tap."""
+        p, stage = _prefix(tap), tap.rpartition(".")[2]
+        gate, down = "w_gate_up", "w_down"
+        behind = {
+            "q_a": ["wqkv_a"], "q": ["wq_b" if self.settings.rq else "wqkv_a"], "c_kv": ["wqkv_a"],
+            "k_rope": ["wqkv_a"], "q_absorbed": ["w_uk"], "attn_latent": ["router?"], "attn_out": ["w_uv", "wo"],
+            "gate_logits": ["router"], "routed_out": [f"experts.{gate}", f"experts.{down}"], "ffn_out": [gate, down],
+            "shared_out": [f"shared.{gate}", f"shared.{down}"],
+        }.get(stage, [])  # fmt: skip
+        names = ["head"] if stage == "logits" else ["mtp.eh_proj"] if tap == "mtp.embed" else [p + b for b in behind]
+        formats = ["f32" if n.endswith("?") else self.file.entries[n].format for n in names]
+        return max([reference.FORMATS[f].tolerance for f in formats], default=reference.ELEMENTWISE)
+
+    def routing(self, name: str, found: Array, expected: Array, taps: dict[str, Array]) -> bool:
+        """The chosen experts: those of the reference, or others whose scores are equal up to f32 rounding."""
+        s, p = self.settings, _prefix(name)
+        z = taps[p + "gate_logits"].astype(np.float64)
+        bias = self.packed.plain(p + "router_bias") if s.bias else None
+        _, u = reference.scores(s, z, bias)
+        for row in np.flatnonzero((found != expected).any(axis=1)).tolist():
+            chosen, best = set(found[row].tolist()), set(expected[row].tolist())
+            score = [[float(u[row, e]) for e in sorted(side)] for side in (chosen - best, best - chosen)]
+            if len(chosen) < s.top_k or (score[0] and not min(score[0]) >= max(score[1]) - CLOSE):
+                detail = "what the reference's router chooses from the runtime's own gate_logits"
+                self.diverge("arithmetic", name, (row,), found[row].tolist(), expected[row].tolist(), detail)
+                return False
+        return True
+
+    # ---- exactness
+
+    def exactness(self) -> None:
+        """The same logits, to the bit, for any chunks and threads; the same tokens and logits with any drafts."""
+        ctx, bad, n = len(self.ids) + NEW_TOKENS + 1, len(self.divergences), 0
+        for threads in (1, 2):
+            model = self.model if threads == 1 else Model(self.file.path, threads=2, isa=self.isa)
+            for rows in (*CHUNKS, len(self.ids)):
+                found = model.session(ctx=ctx, max_rows=rows).prefill(self.ids, all_logits=True)
+                self.same(f"logits with {threads} threads, passes of {rows} tokens", found, self.logits)
+                n += 1
+            if self.has_mtp:
+                for end in np.linspace(MIN_TOKENS, len(self.ids), PROMPTS, dtype=int):
+                    plain = self.generated(model, end, 0)
+                    for k in DRAFTS:
+                        drafted, what = self.generated(model, end, k), f"with {k} drafts, {threads} threads"
+                        if plain[0] != drafted[0]:
+                            at = int(np.flatnonzero(np.not_equal(drafted[0], plain[0]))[0])
+                            self.diverge("exactness", f"tokens {what}", (at,), drafted[0][at], plain[0][at])
+                        else:
+                            self.same(f"logits {what}", drafted[1], plain[1])
+                        n += 1
+        bad = len(self.divergences) - bad
+        self.checks.append(Check("exactness", "threads, chunks" + ", drafts" * self.has_mtp, n, bad, 0, not bad))
+        self.step()
+
+    def same(self, where: str, found: Array, expected: Array) -> None:
+        if found.tobytes() != expected.tobytes():
+            at = np.argwhere(found.view(np.uint32) != expected.view(np.uint32))[0]
+            self.diverge("exactness", where, at, found[tuple(at)], expected[tuple(at)], "not the same bits")
+
+    def generated(self, model: Model, end: int, k: int) -> tuple[list[int], Array]:
+        """Greedy (tokens, their logits) after the first ``end`` ids, ``k`` drafts a round."""
+        session = model.session(ctx=end + NEW_TOKENS + 8, mtp=True)
+        session.prefill(self.ids[: end - 1], all_logits=False)
+        token, out, logits = int(self.ids[end - 1]), list[int](), []
+        while len(out) < NEW_TOKENS:
+            r = session.draft_round(token, k, Sampling(), model.n_valid, want_logits=True)
+            out += [int(t) for t in r["tokens"]]
+            logits.append(r["logits"])
+            token = out[-1]
+        return out[:NEW_TOKENS], np.concatenate(logits)[:NEW_TOKENS]
+
+    # ---- effect
+
+    def effects(self) -> None:
+        """What packing costs: the runtime against the checkpoint's weights in float64 on the same tokens."""
+        s = self.settings
+        if not self.whole:
+            return
+        size = sum(int(np.prod(t.shape)) for t in self.ckpt.tensors.values())
+        if size > EFFECT_LIMIT:
+            self.notes.append(f"effect not measured: {size / 1e9:.1f} G weights, the reference runs up to "
+                              f"{EFFECT_LIMIT / 1e9:.1f} G; see `deepcalm perplexity --kl-against`")  # fmt: skip
+            return
+        ref, same, chosen = reference.Reference(s, self.source), 0, 0
+        x, session = self.source.plain("embed", self.ids), self.model.session(ctx=len(self.ids))
+        with session.trace("topk_idx") as ours:
+            session.prefill(self.ids, all_logits=True)
+        for i in range(s.layers):
+            taps = ref.layer(f"layers.{i}.", i >= s.dense, x, {})
+            x = np.asarray(taps[f"layers.{i}.layer_out"][0])
+            if (idx := ours.get(f"layers.{i}.topk_idx")) is not None:
+                theirs = taps[f"layers.{i}.topk_idx"][0]
+                same += sum(len(set(a) & set(b)) for a, b in zip(idx.tolist(), theirs.tolist(), strict=True))
+                chosen += idx.size
+        head = ref.head("", x, {})
+        self.effect |= _distance(self.logits, head["logits"][0])
+        if chosen:
+            self.effect["router_agreement"] = same / chosen
+        if self.has_mtp:
+            _, taps_mtp = self.mtp_taps()
+            z = np.asarray(ref.mtp_input(self.ids[1:], head["final_norm"][0][:-1])["mtp.embed"][0])
+            z = np.asarray(ref.layer("mtp.", s.layers >= s.dense, z, {})["mtp.layer_out"][0])
+            found, expected = taps_mtp["mtp.logits"], ref.head("mtp.", z, {})["mtp.logits"][0]
+            self.effect["mtp_argmax_agreement"] = float((found.argmax(-1) == expected.argmax(-1)).mean())
+        self.step()
+
+
+# ---- pieces
+
+
+def _share(e: Entry, f: Array, x: Array, s: Array | None, kinds: set[str], transposed: bool) -> Array:
+    """|found - expected| as a share of what the format allows; infinite where nothing is."""
+    same = kinds == {{"q4": "i4"}.get(e.format, e.format)} and not (e.format == "q4" and transposed)
+    if same or e.format == "f32":
+        want = x.astype(np.float32).astype(np.float64) if e.format == "f32" else x
+        if (f == want).all() or not (e.format == "f8" and e.role == "attn"):
+            return np.where(f == want, 0.0, np.inf)
+    if e.format in ("q8", "q4"):
+        assert s is not None
+        low, high = (-127, 127) if e.format == "q8" else (-8, 7)
+        ends = np.sort(np.stack([low * s, high * s]), axis=0)
+        target, half = np.clip(x, *ends), np.abs(s) / 2
+    elif e.format == "f8":
+        assert s is not None
+        exponent = np.frexp(x / np.where(s == 0, 1, s))[1]
+        target, half = x, np.ldexp(1.0, np.maximum(exponent, -5) - 5) * s
+    else:
+        exponent, bits = np.frexp(x)[1], 9 if e.format == "bf16" else 12
+        target, half = x, np.ldexp(1.0, (exponent if bits == 9 else np.maximum(exponent, -13)) - bits)
+    return np.abs(f - target) / (half * (1 + 1e-5) + np.abs(x) * 2.0**-22 + 1e-40)
+
+
+def _odd_scales(e: Entry, x: Array, s: Array) -> tuple[int, int] | None:
+    """(row, column) of a q8 or q4 scale that no quantiser would choose for these weights."""
+    if e.format not in ("q8", "q4") or e.source_dtype == "I4":
+        return None
+    groups = np.pad(np.abs(x), [(0, 0), (0, -x.shape[1] % 32)]).reshape(len(x), -1, 32).max(-1)
+    scale = np.abs(s[:, ::32])
+    low, high = (126.9, 127.6) if e.format == "q8" else (5.5, 10.5)
+    bad = np.argwhere((groups > high * (scale + 2.0**-24)) | (groups < low * (scale - 2.0**-24)))
+    return (int(bad[0][0]), int(bad[0][1]) * 32) if len(bad) else None
+
+
+def _distance(found: Array, expected: Array) -> dict[str, float]:
+    p, q = (v - v.max(-1, keepdims=True) for v in (expected.astype(np.float64), found.astype(np.float64)))
+    p, q = (v - np.log(np.exp(v).sum(-1, keepdims=True)) for v in (p, q))
+    nmse = ((found - expected) ** 2).sum() / ((expected - expected.mean(-1, keepdims=True)) ** 2).sum()
+    return {
+        "kl": float((np.exp(p) * (p - q)).sum(-1).mean()),
+        "nmse": float(nmse),
+        "max_abs": float(np.abs(found - expected).max()),
+        "argmax_agreement": float((found.argmax(-1) == expected.argmax(-1)).mean()),
+    }
+
+
+def _prefix(name: str) -> str:
+    """ "layers.3." of "layers.3.experts.w_down", "mtp." or ""."""
+    parts = name.split(".")
+    return "mtp." if parts[0] == "mtp" else f"layers.{parts[1]}." if parts[0] == "layers" else ""
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _ranges(values: Sequence[int]) -> str:
+    out: list[list[int]] = []
+    for v in values:
+        if out and out[-1][1] == v - 1:
+            out[-1][1] = v
+        else:
+            out.append([v, v])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in out)
+
+
+def _show(value: Any) -> str:
+    return f"{value:.7g}" if isinstance(value, float) else str(value)
