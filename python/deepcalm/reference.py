@@ -352,7 +352,8 @@ class SourceWeights:
             first = ("q_a_proj", s.rq, np.arange(s.rq)) if s.rq else ("q_proj", q_rows, self._rope(q_rows, s.dn))
             parts = [first, ("kv_a_proj_with_mqa", kv_rows, self._rope(kv_rows, s.r))]
             pads = [-(-n // 16) * 16 for _, n, _ in parts]
-            out, begin = [], 0
+            out: list[tuple[str, tuple[int, ...], Array]] = []
+            begin = 0
             for (tensor, n, take), pad in zip(parts, pads, strict=True):
                 index = np.full(sum(pads), -1)
                 index[begin : begin + n] = take
