@@ -52,8 +52,9 @@ def pack(
 
 
 def weights(rng: np.random.Generator, rows: int, cols: int) -> Array:
-    """f32 [rows, cols] of mixed magnitudes, with a zero group and exact ties."""
+    """f32 [rows, cols] of mixed magnitudes, a zero group, exact ties; nothing so small that its scale vanishes."""
     w = rng.standard_normal((rows, cols)) * np.exp(rng.uniform(-6, 1, (rows, 1)))
+    w = np.where(np.abs(w) < 2e-5, 2e-5, w)
     w[0, : min(cols, 32)] = 0
     w[-1, 0] = 0.5
     return w.astype(np.float32)
@@ -199,7 +200,9 @@ def test_q8_is_nearest_under_f16_scales(shape: tuple[int, int], rng: np.random.G
     padded = np.zeros((shape[0], -(-shape[1] // 32) * 32), np.float32)
     padded[:, : shape[1]] = w
     groups = padded.reshape(shape[0], -1, 32)
-    bits = F.f16_bits(np.abs(groups).max(2) / np.float32(127))
+    amax = np.abs(groups).max(2)
+    bits = F.f16_bits(amax / np.float32(127))
+    bits = bits + ((bits != 0) & (amax > np.float32(127.5) * F.f16_value(bits))).astype(np.uint16)  # subnormal scales
     scale = F.f16_value(bits)[..., None]
     codes = np.where(scale == 0, 0, np.clip(np.rint(groups / np.where(scale == 0, 1, scale)), -127, 127))
     tiles, _, bad = pack("q8", w)
