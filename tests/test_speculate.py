@@ -7,6 +7,7 @@ a distribution, transformers' own drafting, and what the controller spends.
 from __future__ import annotations
 
 import functools
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import deepcalm
 import runtime_cases as rc
 import surface_cases
 import tiny
-from deepcalm import SessionError, _core
-from deepcalm.draft import LIMIT, LIMIT_TOKENS, PLAIN_EVERY, Controller, CostModel
+from deepcalm import SessionError, _core, cli
+from deepcalm.bench import bench_draft
+from deepcalm.draft import LIMIT, LIMIT_TOKENS, PLAIN_EVERY, Controller, CostModel, expected_tokens
 from deepcalm.generate import TextGeneration
 from test_bit_equality import assert_same_bits
 from test_sampling import chi_square_p, softmax
@@ -414,3 +416,40 @@ def test_auto_reads_at_most_two_per_cent_more(name: str) -> None:
                 read.append(done.weight_bytes + done.cache_bytes)
             assert texts[0] == texts[1] and len(texts[0]) == 160
             assert read[1] <= (1 + LIMIT) * read[0], (name, temp, read[1] / read[0])
+
+
+# ---- measurement
+
+
+def test_bench_draft_measures_what_was_asked() -> None:
+    model = deepcalm.Model(surface_cases.packed("v3", dtype="q8"), threads=1)
+    options: dict[str, Any] = {"context": 9, "decode_tokens": 60, "repeats": 3, "probe_mib": 8}
+    for k, accept in ((1, 1.0), (3, 0.0), (2, 0.7)):
+        r = bench_draft(model, k, accept, **options)
+        assert abs(r.acceptance - expected_tokens(accept, k) / k + 1 / k) < 0.15
+        assert r.tokens_per_pass == pytest.approx(1 + k * r.acceptance)
+        assert r.plain_experts == 10 and 10 < r.experts_per_pass <= 10 * (k + 1)  # 2 MoE layers, top 5
+        # what was read is what the cost model says, cache rows and the first tokens apart
+        measured = r.plain_bytes_per_token / r.drafted_bytes_per_token
+        assert measured == pytest.approx(r.predicted_bytes, rel=0.1)
+        assert r.predicted > 0 and 0 < r.speedup.low <= r.speedup.median <= r.speedup.high
+    own = bench_draft(demo(), 1, prompt=demo().encode("Once upon a time"), **options)
+    assert own.acceptance > 0.8 and own.predicted_bytes > 1
+    with pytest.raises(SessionError, match="no MTP layer"):
+        bench_draft(surface_cases.model("moonlight"), 1)
+    with pytest.raises(SessionError, match="the model has 512"):
+        bench_draft(demo(), 1, context=500)
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        bench_draft(demo(), 1, accept=1.5)
+
+
+def test_bench_draft_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_core, "read_bandwidth", lambda *_: 10.0)  # reads a GiB
+    args = ["bench", str(surface_cases.packed()), "--context", "8", "--tokens", "6", "--repeats", "2", "--threads", "1"]
+    assert cli.main([*args, "--draft", "2", "--accept", "0.5"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["command", "model", "drafts", "passes", "bytes", "plain", "drafted", "speedup", "machine"]
+    assert cli.main([*args, "--draft", "1", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["k"] == 1 and value["accept"] is None and value["speedup"]["median"] > 0 and "command" in value
+    assert cli.main([*args, "--accept", "0.5"]) == 2

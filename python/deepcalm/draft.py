@@ -136,6 +136,11 @@ class DraftStats:
         """Tokens per main pass."""
         return self.tokens / self.rounds if self.rounds else 0.0
 
+    @property
+    def experts_per_pass(self) -> float:
+        """Distinct (layer, expert) pairs of a main pass."""
+        return self.experts / self.rounds if self.rounds else 0.0
+
     def add(self, r: Mapping[str, Any]) -> None:
         """Adds a round as ``_core.Session.draft_round`` reports it."""
         self.rounds += 1
@@ -155,11 +160,11 @@ class DraftStats:
 class Controller:
     """Decides the drafts of each round of one text.
 
-    ``draft`` a number: always that many. "off": none. "auto": drafts only while it pays. It starts where the cost model
-    predicts a gain, keeps two accounts against plain decoding, in bytes and in seconds, and turns it off when either is
-    DRAWDOWN plain steps below its best; after a pause that doubles it tries again. No round starts that could, at
-    worst, take the whole text's bytes beyond LIMIT: so a text of LIMIT_TOKENS or more reads at most that share more than
-    without drafting, whatever the acceptance.
+    ``draft`` a number: always that many. "off": none. "auto": drafts only while it pays. It starts where the cost
+    model predicts a gain, keeps two accounts against plain decoding, in bytes and in seconds, and turns it off when
+    either is DRAWDOWN plain steps below its best; after a pause that doubles it tries again. No round starts that
+    could, at worst, take the whole text's bytes beyond LIMIT: a text of LIMIT_TOKENS or more reads at most that
+    share more than without drafting, whatever the acceptance.
     """
 
     def __init__(self, cost: CostModel | None, draft: str | int) -> None:
