@@ -32,8 +32,8 @@ inline constexpr int kNumFormats = 7;
 enum class ActKind : uint8_t {
     kF32,   // f32, unrounded
     kBF16,  // nearest-even bf16
-    kI8,    // int8 per row and group of 32 columns, in f32: d = amax / 127, code = rint(x * (127 / amax)), amax = max|x|;
-            // amax < 2^-119 counts as zero (d = 0, codes 0); a NaN or Inf makes d not finite, so outputs show it
+    kI8,  // int8 per row and group of 32 columns, in f32: d = amax / 127, code = rint(x * (127 / amax)), amax = max|x|;
+          // amax < 2^-119 counts as zero (d = 0, codes 0); a NaN or Inf makes d not finite, so outputs show it
 };
 inline constexpr int kNumActKinds = 3;
 
@@ -47,9 +47,9 @@ struct FormatInfo {
 };
 
 inline constexpr FormatInfo kFormats[kNumFormats] = {
-    {"f32", "", 2048, 128, ActKind::kF32, 1e-5F},   {"bf16", "", 1024, 128, ActKind::kBF16, 1e-5F},
-    {"f16", "", 1024, 128, ActKind::kF32, 1e-5F},   {"f8", "f32", 512, 128, ActKind::kBF16, 1e-5F},
-    {"q8", "f16", 544, 32, ActKind::kI8, 1e-5F},    {"q4", "f16", 288, 32, ActKind::kI8, 1e-5F},
+    {"f32", "", 2048, 128, ActKind::kF32, 1e-5F}, {"bf16", "", 1024, 128, ActKind::kBF16, 1e-5F},
+    {"f16", "", 1024, 128, ActKind::kF32, 1e-5F}, {"f8", "f32", 512, 128, ActKind::kBF16, 1e-5F},
+    {"q8", "f16", 544, 32, ActKind::kI8, 1e-5F},  {"q4", "f16", 288, 32, ActKind::kI8, 1e-5F},
     {"q4", "bf16", 288, 32, ActKind::kI8, 1e-5F},
 };
 
@@ -87,7 +87,7 @@ struct PackedTensor {
     const float* scales = nullptr;    // f8: [n_slices, ceil(rows/scale_rows), ceil(cols/scale_cols)] f32; else null
     Format format = Format::kF32;
     int n_slices = 1;
-    int rows = 0, cols = 0;                  // natural (unpadded) shape of a slice; after stacking, of the stacked matrix
+    int rows = 0, cols = 0;  // natural (unpadded) shape of a slice; after stacking, of the stacked matrix
     int scale_rows = 128, scale_cols = 128;  // f8 scale block, multiples of 16 and 32
 
     constexpr int row_tiles() const { return static_cast<int>(ceil_div(rows, kTileRows)); }
@@ -95,9 +95,7 @@ struct PackedTensor {
     constexpr int64_t row_tile_bytes() const { return int64_t{col_tiles()} * info(format).tile_bytes; }
     constexpr int64_t slice_bytes() const { return row_tiles() * row_tile_bytes(); }
     constexpr int64_t n_bytes() const { return n_slices * slice_bytes(); }
-    constexpr int64_t slice_scales() const {
-        return ceil_div(rows, scale_rows) * ceil_div(cols, scale_cols);
-    }
+    constexpr int64_t slice_scales() const { return ceil_div(rows, scale_rows) * ceil_div(cols, scale_cols); }
 };
 
 // Key/value cache row of one position and layer: the normed latent c_kv and the rotated k_rope, nothing else.

@@ -12,10 +12,10 @@ namespace deepcalm {
 // Activation rows prepared for products of one ActKind, all rows with the same stride. cols_pad = round_up(cols, 32);
 // elements cols..cols_pad-1 are zero.
 struct Activation {
-    void* x = nullptr;         // [n, stride] f32 | u16 bf16 | int8, by kind
-    float* d = nullptr;        // kI8: [n, stride / 32] f32 group scales; else null
-    int32_t* sum = nullptr;    // kI8: [n, stride / 32] sum of the codes of each group; else null
-    int64_t stride = 0;        // elements between rows, a multiple of 32
+    void* x = nullptr;       // [n, stride] f32 | u16 bf16 | int8, by kind
+    float* d = nullptr;      // kI8: [n, stride / 32] f32 group scales; else null
+    int32_t* sum = nullptr;  // kI8: [n, stride / 32] sum of the codes of each group; else null
+    int64_t stride = 0;      // elements between rows, a multiple of 32
 };
 
 // y[i, 16*(t - tile_begin) + r] = sum_c w[slice, 16*t + r, c] * x[row(i), c]   for t in [tile_begin, tile_end), i < n.
@@ -46,16 +46,16 @@ struct MatmulArgs {
 // values, so a row's bits do not depend on the other rows of the call. Type bf16: q and the exponentials are rounded to
 // bf16 (l sums the rounded ones), everything else is f32. Rows with row_end[i] <= pos_begin get m = -inf,
 // l = 0, o = 0. Cache positions >= row_end[i] are not used for row i (they may hold anything, NaN included).
-inline constexpr int kChunkLen = 64;     // positions that share one cache tile
-inline constexpr int kPartialLen = 1024; // positions per partial (16 chunks)
+inline constexpr int kChunkLen = 64;      // positions that share one cache tile
+inline constexpr int kPartialLen = 1024;  // positions per partial (16 chunks)
 
 struct MlaPartialArgs {
     CacheType type = CacheType::kF16;
     const std::byte* cache = nullptr;  // row 0 of this layer's cache; row stride row_bytes
     int64_t row_bytes = 0;
-    int c_pad = 0, r_pad = 0;          // padded widths of the latent and rope parts, see format.h
+    int c_pad = 0, r_pad = 0;  // padded widths of the latent and rope parts, see format.h
     int n_rows = 0, n_heads = 0;
-    const float* q = nullptr;          // [n_rows, q_row_stride]: per head [c_pad + r_pad] = q_absorbed | rotated q_rope, zero-padded
+    const float* q = nullptr;  // [n_rows, q_row_stride]: per head [c_pad + r_pad] = q_absorbed | rotated q_rope, zeros
     int64_t q_row_stride = 0;
     int pos_begin = 0;
     const int32_t* row_end = nullptr;  // [n_rows] one past the last position that row i sees
@@ -63,19 +63,20 @@ struct MlaPartialArgs {
     float* m = nullptr;                // [n_rows, ml_row_stride]: [n_heads] running maximum (natural-log units)
     float* l = nullptr;                // [n_rows, ml_row_stride]: [n_heads] sum of exponentials relative to m
     int64_t ml_row_stride = 0;
-    float* o = nullptr;                // [n_rows, o_row_stride]: [n_heads, c_pad] unnormalised sum of exp * c_kv
+    float* o = nullptr;  // [n_rows, o_row_stride]: [n_heads, c_pad] unnormalised sum of exp * c_kv
     int64_t o_row_stride = 0;
-    void* scratch = nullptr;           // mla_scratch_bytes(), private to the calling thread
+    void* scratch = nullptr;  // mla_scratch_bytes(), private to the calling thread
 };
 constexpr int64_t mla_scratch_bytes(int c_pad, int r_pad, int n_heads) {
     // the chunk as f32 [kChunkLen, c_pad + r_pad], scores [n_heads, kChunkLen], one query block [n_heads, c_pad + r_pad]
     return 4 * (int64_t{kChunkLen} * (c_pad + r_pad) + int64_t{n_heads} * kChunkLen +
-                int64_t{n_heads} * (c_pad + r_pad)) + 256;
+                int64_t{n_heads} * (c_pad + r_pad)) +
+           256;
 }
 
 struct CpuKernels {
-    const char* isa;     // "scalar" | "avx2" | "avx512" | "avx512x"
-    uint32_t required;   // CpuFeature bits that the OS must have enabled
+    const char* isa;    // "scalar" | "avx2" | "avx512" | "avx512x"
+    uint32_t required;  // CpuFeature bits that the OS must have enabled
 
     // Rounds one row: x [cols] f32 -> out row `row` of kind k (zero-fills up to round_up(cols, 32); computes d and sum for
     // kI8, as ActKind says). Non-finite x gives non-finite d or bf16 and defined codes, never undefined behaviour.
@@ -103,12 +104,12 @@ struct CpuKernels {
 };
 
 enum CpuFeature : uint32_t {
-    kCpuAvx2 = 1U << 0,       // AVX2, FMA, F16C
-    kCpuAvx512 = 1U << 1,     // F BW DQ VL (and the above)
-    kCpuAvx512X = 1U << 2,    // VNNI VBMI BF16 (and the above)
+    kCpuAvx2 = 1U << 0,     // AVX2, FMA, F16C
+    kCpuAvx512 = 1U << 1,   // F BW DQ VL (and the above)
+    kCpuAvx512X = 1U << 2,  // VNNI VBMI BF16 (and the above)
 };
-uint32_t cpu_features() noexcept;                      // CPUID and XCR0
-const CpuKernels* const* all_cpu_kernels() noexcept;   // null-terminated, best first; only those compiled in
+uint32_t cpu_features() noexcept;                     // CPUID and XCR0
+const CpuKernels* const* all_cpu_kernels() noexcept;  // null-terminated, best first; only those compiled in
 // The first supported table, or the one called `name`; null if unknown or unsupported by this processor.
 const CpuKernels* select_cpu_kernels(const char* name /* may be null */) noexcept;
 
@@ -123,8 +124,8 @@ struct RouterArgs {
     TopkMethod topk_method = TopkMethod::kGreedy;
     bool norm_topk_prob = false;
     float routed_scaling_factor = 1;
-    float* scratch = nullptr;      // [2 * n_routed_experts + n_group]
-    int32_t* topk_idx = nullptr;   // [num_experts_per_tok] ascending expert index, always 0..n_routed_experts-1 and distinct
+    float* scratch = nullptr;     // [2 * n_routed_experts + n_group]
+    int32_t* topk_idx = nullptr;  // [num_experts_per_tok] expert indices, distinct, ascending, in 0..n_routed_experts-1
     float* topk_weight = nullptr;  // [num_experts_per_tok]
 };
 void route(const RouterArgs& args) noexcept;
@@ -145,7 +146,8 @@ struct PackArgs {
 };
 bool pack_tiles(PackArgs& args) noexcept;
 // Codes that already exist: e4m3 bytes [rows, cols] into f8 tiles (bytes unchanged). NaN codes (0x7F, 0xFF) are refused.
-bool pack_f8_codes(const uint8_t* codes, int64_t stride, int rows, int cols, std::byte* out, int* bad_row, int* bad_col) noexcept;
+bool pack_f8_codes(const uint8_t* codes, int64_t stride, int rows, int cols, std::byte* out, int* bad_row,
+                   int* bad_col) noexcept;
 // int4 codes 0..15 (value = (code - 8) * scale): nibbles [rows, cols/2] low first, 16-bit scales [rows, cols/32] -> q4/q4b tiles.
 bool pack_q4_codes(const uint8_t* nibbles, int64_t stride, const uint16_t* scales, int64_t scale_stride, Format format,
                    int rows, int cols, std::byte* out, int* bad_row, int* bad_col) noexcept;

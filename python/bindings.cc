@@ -166,9 +166,7 @@ class PySession {
         return out;
     }
 
-    I32Array tokens() const {
-        return I32Array(static_cast<py::ssize_t>(s_->tokens().size()), s_->tokens().data());
-    }
+    I32Array tokens() const { return I32Array(static_cast<py::ssize_t>(s_->tokens().size()), s_->tokens().data()); }
 
     py::dict state() {
         py::dict d;

@@ -289,7 +289,7 @@ def make_bases(folder: Path) -> dict[str, list[str]]:
     import deepcalm
     import tiny
 
-    small = {"num_hidden_layers": 2}
+    small: dict[str, Any] = {"num_hidden_layers": 2}
     checkpoints = {
         "v2_lite": tiny.write(folder / "v2_lite", "v2_lite", **small),
         "v3": tiny.write(folder / "v3", "v3", **small),

@@ -51,8 +51,8 @@ def router_margin(cfg: model.Config, m: model.Model) -> float:
     for name, z in m.taps.items():
         if not name.endswith("gate_logits"):
             continue
-        layers = m.weights.layers if not name.startswith("mtp.") else [m.weights.mtp.layer]
-        bias = layers[int(name.split(".")[1]) if not name.startswith("mtp.") else 0].router_bias
+        mtp = m.weights.mtp if name.startswith("mtp.") else None
+        bias = (mtp.layer if mtp else m.weights.layers[int(name.split(".")[1])]).router_bias
         p = model.softmax(z) if cfg.scoring_func == "softmax" else model.sigmoid(z)
         u = p if bias is None else p + bias
         if cfg.topk_method != "greedy" and cfg.n_group > 1:
@@ -89,7 +89,7 @@ def make(preset: str, dtype: str, seed: int) -> str | None:
                 return f"{name}: argmax margin {gap(theirs, 1):.1e}"
             print(f"{preset} {dtype} seed {seed} {name}: std {theirs.std():.3f}, router margin {margin:.1e}, "
                   f"numpy reference differs by {np.abs(ours - theirs).max():.1e}")  # fmt: skip
-        fields = {"mtp_logits": mtp_logits} if mtp_logits is not None else {}
+        fields: dict[str, Any] = {"mtp_logits": mtp_logits} if mtp_logits is not None else {}
         np.savez_compressed(
             ROOT / "tests" / "golden" / f"{preset}.npz",
             preset=preset,

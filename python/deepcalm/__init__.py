@@ -36,12 +36,11 @@ if TYPE_CHECKING:
     from .packed import unpack
     from .perplexity import perplexity
     from .session import Session
-    from .verify import Report, verify
+    from .verify import verify
 
 _MODULE_OF = {
     "Generation": "generate",
     "Model": "model",
-    "Report": "verify",
     "Sampling": "generate",
     "Session": "session",
     "bench": "bench",
@@ -59,7 +58,6 @@ __all__ = [
     "Generation",
     "Model",
     "PackedFileError",
-    "Report",
     "ResourceError",
     "Sampling",
     "Session",
