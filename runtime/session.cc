@@ -212,7 +212,8 @@ Status Session::load(std::span<const int32_t> tokens, const std::byte* main_rows
     }
     const int64_t rows = static_cast<int64_t>(pending.size()) / d;
     if (!keep_mtp_ && (m != 0 || rows != 0)) return fail("holds MTP rows, this session keeps none");
-    if (keep_mtp_ && (m < 0 || (m + rows != n && !(rows == 0 && m + 1 == n)))) {
+    // Row m - 1 needs token m: with all n rows there would be nothing left to draft from.
+    if (keep_mtp_ && (m < 0 || m > std::max<int64_t>(n - 1, 0) || (m + rows != n && !(rows == 0 && m + 1 == n)))) {
         return fail(std::to_string(m) + " MTP rows and " + std::to_string(rows) + " hidden states for " +
                     std::to_string(n) + " positions");
     }
@@ -225,6 +226,7 @@ Status Session::load(std::span<const int32_t> tokens, const std::byte* main_rows
     mtp_cache_.len = m;
     tokens_.assign(tokens.begin(), tokens.end());
     pending_.assign(pending.begin(), pending.end());
+    recent_.clear();
     last_rows_ = 0;
     return {};
 }

@@ -34,6 +34,12 @@ Result<Round> Speculator::round(Session& s, int32_t token, const DraftParams& p,
                      "draft: " + std::to_string(p.k) + ", expected 0.." + std::to_string(kMaxDraft)};
     }
     if (p.k > 0 && !s.keep_mtp_) return Error{ErrorCode::kSession, "draft: this session keeps no MTP state"};
+    for (int j = 0; p.forced != nullptr && j < p.k; ++j) {
+        if (p.forced[j] < 0 || p.forced[j] >= n_vocab) {
+            return Error{ErrorCode::kSession, "draft: forced token id " + std::to_string(p.forced[j]) +
+                                                  ", expected 0.." + std::to_string(n_vocab - 1)};
+        }
+    }
     int k = std::min({p.k, s.cache_.ctx() - s.cache_.len - 1, s.state_.max_rows - 1});
     // Row 0 of the MTP cache pairs (h_0, t_1): nothing can be drafted before the first main row.
     if (s.cache_.len == 0) k = 0;
@@ -80,7 +86,11 @@ Result<Round> Speculator::round(Session& s, int32_t token, const DraftParams& p,
     r.experts_verify = meter.experts();
     for (int j = 0; j <= r.n_drafted; ++j) {
         auto next = sample(s.logits_row(j), n_vocab, n_valid, p.sample, n + 1 + j);
-        if (!next.ok()) return give_up(next.error());
+        if (!next.ok()) {  // plain decoding reports a row without a token when it gets there, not earlier
+            if (j == 0) return give_up(next.error());
+            --r.n_accepted;  // the draft accepted last is the token that the next round passes
+            break;
+        }
         r.tokens.push_back(next.value());
         if (j == r.n_drafted || next.value() != rows[static_cast<size_t>(j) + 1]) break;
         ++r.n_accepted;
@@ -97,7 +107,10 @@ Result<Round> Speculator::round(Session& s, int32_t token, const DraftParams& p,
         const auto d = static_cast<size_t>(s.model_.cfg().hidden_size);
         s.pending_.resize(static_cast<size_t>(keep - s.mtp_cache_.len) * d);
         if (s.n_pending() > Session::kMaxPending) {
+            const Meter catch_up(s.stats_);
             DC_TRY_STATUS(s.catch_up(nullptr, 0));
+            r.draft_bytes += catch_up.bytes();
+            r.draft_seconds += catch_up.seconds();
         }
     }
     return r;

@@ -26,7 +26,8 @@ from deepcalm.generate import Generation
 Run = Callable[..., tuple[int, bytes, str]]
 SUMMARY = (
     r"\d+ tokens, ended by (eos|stop|length|context|interrupted); prefill \d+ tokens, [\d.]+ tok/s"
-    r"(; decode [\d.]+ tok/s, [\d.]+ GB/s)?(; \d+ of \d+ drafts accepted)?(; drafting turned off, it did not pay)?"
+    r"(; decode [\d.]+ tok/s, [\d.]+ GB/s)?"
+    r"(; \d+ of \d+ drafts accepted, [\d.]+ tokens and [\d.]+ experts a pass)?(; drafting turned off, it did not pay)?"
     r"(; seed \d+)?"
 )
 

@@ -36,11 +36,12 @@ if TYPE_CHECKING:
     from .packed import unpack
     from .perplexity import perplexity
     from .session import Session
-    from .verify import verify
+    from .verify import Report, verify
 
 _MODULE_OF = {
     "Generation": "generate",
     "Model": "model",
+    "Report": "verify",
     "Sampling": "generate",
     "Session": "session",
     "bench": "bench",
@@ -58,6 +59,7 @@ __all__ = [
     "Generation",
     "Model",
     "PackedFileError",
+    "Report",
     "ResourceError",
     "Sampling",
     "Session",

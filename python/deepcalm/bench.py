@@ -6,12 +6,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _core
+from .draft import CostModel, DraftStats, expected_tokens
 from .errors import SessionError
+from .generate import Sampling
 
 if TYPE_CHECKING:
     from .model import Model
@@ -123,4 +125,140 @@ def bench(
         decode_bandwidth=Spread.of(bandwidth),
         read_bandwidth=Spread.of(read),
         decode_share=Spread.of([b / r for b, r in zip(bandwidth, read, strict=True)]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBench:
+    """Drafted against plain decoding of the same text; rates in tokens per second, bytes counted by the passes.
+
+    ``predicted``: speedup from a calibration's stage times (plain step, verification, drafts), bytes and acceptance;
+    ``predicted_bytes``: from bytes alone. ``speedup`` is measured, pair by pair.
+    """
+
+    file: str
+    isa: str
+    threads: int
+    kv: str
+    k: int
+    accept: float | None  # probability that a draft was left right; None: the MTP layer's own drafts
+    context: int
+    decode_tokens: int
+    repeats: int
+    acceptance: float  # accepted / drafted
+    tokens_per_pass: float
+    experts_per_pass: float  # distinct (layer, expert) pairs of a verification pass
+    plain_experts: float
+    plain_bytes_per_token: float
+    drafted_bytes_per_token: float
+    draft_bytes_share: float  # of all bytes, read by the MTP layer
+    plain_rate: Spread
+    drafted_rate: Spread
+    speedup: Spread
+    predicted: float
+    predicted_bytes: float
+    read_bandwidth: Spread
+
+
+def bench_draft(
+    model: Model,
+    k: int,
+    accept: float | None = None,
+    context: int = 128,
+    decode_tokens: int = 64,
+    repeats: int = 5,
+    kv: str = "f16",
+    probe_mib: int = 1024,
+    seed: int = 0,
+    prompt: list[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> DraftBench:
+    """Measures ``k`` drafts a round against plain decoding of the same greedy text, in interleaved repeats.
+
+    Args:
+        accept: the MTP layer runs, but its drafts are replaced by the known next tokens, each spoiled with probability
+            1 - accept; None: its own drafts.
+        seed: of the random prompt and of what is spoiled.
+        prompt: token ids instead of ``context`` random ones.
+        progress: called with (repeats done, repeats in all).
+
+    Raises:
+        SessionError: a model without MTP layer, or whose maximum context is too short.
+    """
+    if not 1 <= k <= 7 or not (accept is None or 0 <= accept <= 1) or min(context, decode_tokens, repeats) < 1:
+        raise ValueError("draft: expected 1..7, accept 0..1, context, tokens and repeats >= 1")
+    if not model.config["num_nextn_predict_layers"]:
+        raise SessionError("this model has no MTP layer: nothing to draft with")
+    rng = np.random.default_rng(seed)
+    ids = prompt or rng.integers(0, model.n_valid, context).tolist()
+    ctx, limit = len(ids) + decode_tokens + k + 1, int(model.config["max_position_embeddings"])
+    if ctx > limit:
+        raise SessionError(f"{decode_tokens} tokens after {len(ids)} need {ctx} positions, the model has {limit}")
+    session, greedy, n = model.session(ctx, kv, mtp=True), Sampling(), len(ids)
+    session.prefill(ids)
+    assert session.last_logits is not None
+    known = [greedy.choose(session.last_logits, n, model.n_valid)]
+    while len(known) < decode_tokens + k:
+        known += session.draft_round(known[-1], 0, greedy, model.n_valid)["tokens"]
+
+    def run(k: int, accept: float | None) -> DraftStats:
+        session.truncate(n)
+        made, stats = known[:1], DraftStats()
+        while len(made) < decode_tokens:
+            options: dict[str, Any] = {}
+            if accept is not None and k:
+                right = rng.random(k) < accept
+                ahead = zip(known[len(made) :], right, strict=False)
+                forced = [t if ok else (t + 1) % model.n_valid for t, ok in ahead]
+                options["forced"] = np.array(forced, np.int32)
+            r = session.draft_round(made[-1], k, greedy, model.n_valid, **options)
+            made += r["tokens"]
+            stats.add(r)
+        if made != known[: len(made)]:
+            raise SessionError("drafted text differs from plain text: please report this")
+        return stats
+
+    cost = CostModel.of(model.core.weight_bytes, model.config)
+    run(k, 1.0)  # first touch; MTP rows of the prompt
+    base, full = run(0, None), run(k, 1.0)
+    plain: list[DraftStats] = []
+    drafted: list[DraftStats] = []
+    read = []
+    for i in range(repeats):
+        read.append(_core.read_bandwidth(model.threads, probe_mib, 1))
+        for which in (0, k) if i % 2 else (k, 0):
+            (drafted if which else plain).append(run(which, accept))
+        if progress is not None:
+            progress(i + 1, repeats)
+    tokens, rounds, offered = (sum(getattr(s, f) for s in drafted) for f in ("tokens", "rounds", "drafted"))
+    taken = sum(s.accepted for s in drafted)
+    # One by one: how often each position was right, for the layer's own drafts fade with it.
+    own = [sum(s.taken[j] for s in drafted) / max(sum(s.offered[j] for s in drafted), 1) for j in range(1, k + 1)]
+    rates = own if accept is None else [accept] * k
+    per_round = expected_tokens(rates, k)
+    drafts = full.draft_seconds * cost.draft_bytes(k, per_round) / cost.draft_bytes(k, k + 1)
+    plain_rate, drafted_rate = ([s.tokens / s.seconds for s in group] for group in (plain, drafted))
+    return DraftBench(
+        file=str(model.path),
+        isa=model.isa,
+        threads=model.threads,
+        kv=kv,
+        k=k,
+        accept=accept,
+        context=n,
+        decode_tokens=decode_tokens,
+        repeats=repeats,
+        acceptance=taken / max(offered, 1),
+        tokens_per_pass=tokens / rounds,
+        experts_per_pass=sum(s.experts for s in drafted) / rounds,
+        plain_experts=base.experts / base.rounds,
+        plain_bytes_per_token=base.bytes / base.tokens,
+        drafted_bytes_per_token=sum(s.bytes for s in drafted) / tokens,
+        draft_bytes_share=sum(s.draft_bytes for s in drafted) / sum(s.bytes for s in drafted),
+        plain_rate=Spread.of(plain_rate),
+        drafted_rate=Spread.of(drafted_rate),
+        speedup=Spread.of([d / p for d, p in zip(drafted_rate, plain_rate, strict=True)]),
+        predicted=per_round * base.seconds / base.rounds / ((full.seconds - full.draft_seconds + drafts) / full.rounds),
+        predicted_bytes=cost.gain(k, rates, session.expert_union),
+        read_bandwidth=Spread.of(read),
     )

@@ -181,6 +181,7 @@ def summary(answer: TextGeneration, stats: Stats, seed: int | None) -> str:
     drafts = answer.generation.drafts
     if drafts.stats.drafted:
         line += f"; {drafts.stats.accepted} of {drafts.stats.drafted} drafts accepted"
+        line += f", {drafts.stats.tokens_per_pass:.2f} tokens and {drafts.stats.experts_per_pass:.1f} experts a pass"
     if drafts.switches and not drafts.drafting:
         line += "; drafting turned off, it did not pay"
     return line if seed is None else f"{line}; seed {seed}"
@@ -199,6 +200,9 @@ def report(answer: TextGeneration, stats: Stats, seed: int | None) -> dict[str, 
         "drafts": {
             "offered": answer.generation.drafts.stats.drafted,
             "accepted": answer.generation.drafts.stats.accepted,
+            "acceptance": answer.generation.drafts.stats.acceptance,
+            "tokens_per_pass": answer.generation.drafts.stats.tokens_per_pass,
+            "experts_per_pass": answer.generation.drafts.stats.experts_per_pass,
         },
     }
 

@@ -19,7 +19,7 @@ from .errors import CheckpointError, Error, PackedFileError
 from .text import decode_utf8, one_line
 
 if TYPE_CHECKING:
-    from .bench import BenchResult, Spread
+    from .bench import BenchResult, DraftBench, Spread
     from .pack import Plan
     from .perplexity import Perplexity
     from .verify import Report
@@ -338,39 +338,70 @@ def perplexity_text(r: Perplexity) -> str:
 Examples:
   deepcalm bench
   deepcalm bench v2-lite.dcalm --context 4000 --threads 2
-  deepcalm bench v2-lite.dcalm --kv bf16 --repeats 9 --json"""
+  deepcalm bench v2-lite.dcalm --kv bf16 --repeats 9 --json
+  deepcalm bench v3.dcalm --draft 2 --accept 0.8       (drafts right with this probability, for models not trained)"""
 )
 @click.argument("file", type=FILE, required=False)
 @click.option("--prompt", type=POSITIVE, metavar="N", help="Tokens of the timed prefill (default: 512).")
 @click.option("--context", type=POSITIVE, default=128, metavar="N", help="Tokens cached when decoding starts (128).")
 @click.option("--tokens", type=POSITIVE, default=32, metavar="N", help="Timed decode steps (32).")
 @click.option("--repeats", type=POSITIVE, default=5, metavar="N", help="Repeats (5).")
+@click.option("--draft", type=click.IntRange(1, 7), metavar="K", help="K drafts a round against plain decoding.")
+@click.option("--accept", type=click.FloatRange(0, 1), metavar="A", help="Make drafts right with this probability.")
 @options("--kv", "--threads", "--isa", "--json", "--quiet")
 def bench(
-    file: Path | None, prompt: int | None, context: int, tokens: int, repeats: int, kv: str, threads: int | None,
-    isa: str | None, as_json: bool, quiet: bool,
+    file: Path | None, prompt: int | None, context: int, tokens: int, repeats: int, draft: int | None,
+    accept: float | None, kv: str, threads: int | None, isa: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure prefill and decode of FILE (default: the demo model), beside the read bandwidth of this machine.
 
     Tokens are random, with a fixed seed. Bytes are counted by the passes from the weights and cache rows they touch.
     """
     from .bench import bench as measure
+    from .bench import bench_draft
 
+    if accept is not None and draft is None:
+        raise click.UsageError("--accept goes with --draft K")
     model = open_model(file, "cpu", threads, isa, quiet)
     if prompt is None:
         prompt = min(512, int(model.config["max_position_embeddings"]))
+    command = shlex.join(["deepcalm", *sys.argv[1:]])
+    if draft is not None:
+        with progress("measuring", quiet) as update:
+            drafted = bench_draft(model, draft, accept, context, tokens, repeats, kv, progress=update)
+        values = dataclasses.asdict(drafted) | {"command": command}
+        write_json(values) if as_json else write(draft_text(drafted, command))
+        return
     with progress("measuring", quiet) as update:
         result = measure(model, prompt, context, tokens, repeats, kv, progress=update)
-    command = shlex.join(["deepcalm", *sys.argv[1:]])
     write_json(dataclasses.asdict(result) | {"command": command}) if as_json else write(bench_text(result, command))
+
+
+def spread(s: Spread, form: str) -> str:
+    """Median (lowest - highest)."""
+    return f"{s.median:{form}} ({s.low:{form}} - {s.high:{form}})"
+
+
+def draft_text(r: DraftBench, command: str) -> str:
+    """The comparison as lines."""
+    right = "the MTP layer's own" if r.accept is None else f"made right with probability {r.accept:g}"
+    return columns([
+        ("command", command),
+        ("model", f"{r.file}, {r.isa}, threads {r.threads}, cache {r.kv}; median (lowest - highest) of {r.repeats}"),
+        ("drafts", f"{r.k} a round, {right}; {100 * r.acceptance:.1f} % accepted"),
+        ("passes", f"{r.tokens_per_pass:.2f} tokens and {r.experts_per_pass:.1f} distinct experts a pass, "
+                   f"plain {r.plain_experts:.1f}"),
+        ("bytes", f"{size(round(r.drafted_bytes_per_token))} a token, {100 * r.draft_bytes_share:.1f} % by the MTP "
+                  f"layer; plain {size(round(r.plain_bytes_per_token))}"),
+        ("plain", f"{spread(r.plain_rate, '.1f')} tok/s, {r.decode_tokens} tokens after {r.context}"),
+        ("drafted", f"{spread(r.drafted_rate, '.1f')} tok/s, the same text"),
+        ("speedup", f"{spread(r.speedup, '.3f')}; predicted {r.predicted:.3f}, from bytes {r.predicted_bytes:.3f}"),
+        ("machine", f"{spread(r.read_bandwidth, '.2f')} GB/s plain read with as many threads, between the repeats"),
+    ])  # fmt: skip
 
 
 def bench_text(r: BenchResult, command: str) -> str:
     """The result as lines: median (lowest - highest)."""
-
-    def spread(s: Spread, form: str) -> str:
-        return f"{s.median:{form}} ({s.low:{form}} - {s.high:{form}})"
-
     share = dataclasses.replace(r.decode_share, **{k: 100 * v for k, v in dataclasses.asdict(r.decode_share).items()})
     cached = "; above 100 %: the weights stay in the processor's caches" if r.decode_share.median > 1 else ""
     return columns([

@@ -6,6 +6,7 @@ clock:
 
     plain step            B1 = fixed + head + layers x k experts + cache
     round with K drafts   B1 + (U(K+1) - U(1)) experts + K x MTP step        U(j): distinct experts of j adjacent tokens
+                          + (U1(t) - U1(1)) experts                          MTP rows of the t tokens of the last round
     tokens per round      1 + a + a^2 + ... + a^K                            a: acceptance of one draft
 """
 
@@ -22,16 +23,27 @@ AUTO_MAX = 3  # longest chain that "auto" tries
 PRIOR_ACCEPTANCE = 0.8  # as reported for MTP layers of V3 and R1; replaced by what is measured
 PRIOR_WEIGHT = 8  # drafts that the prior counts for
 MIN_GAIN = 1.02  # predicted gain below which drafting is not tried
-ALLOWANCE = 0.01  # share of the plain cost that drafting may lose before it is turned off
-GRACE_TOKENS = 64  # the allowance at the start of a text is that of this many tokens
-RETRY_TOKENS = 256  # first pause after drafting lost; doubles each time
+DRAWDOWN = 4.0  # plain steps that drafting may lose, counted from its best moment, before it is turned off
+WON = 16.0  # plain steps won that make up for earlier failures
+LIMIT = 0.02  # share of the plain bytes that drafting never loses in a text of LIMIT_TOKENS or more
+LIMIT_TOKENS = 128
+MEMORY = 0.97  # weight of a draft's outcome in the acceptance, one round later
+RETRY_TOKENS = 256  # first pause after drafting lost; doubles each time, up to MAX_PAUSE
+MAX_PAUSE = 1024
 PLAIN_EVERY = 64  # while drafting, a plain step this often keeps its price known
 PLAIN_FIRST = 2  # plain steps before the first draft
+MAX_SLOWNESS = (
+    2.0  # a round's seconds count as at most so many times those that its bytes predict: others use the machine
+)
 
 
-def expected_tokens(acceptance: float, k: int) -> float:
-    """Tokens of a round with ``k`` drafts, each accepted with probability ``acceptance`` if those before it were."""
-    return float(sum(acceptance**j for j in range(k + 1)))
+def expected_tokens(acceptance: float | Sequence[float], k: int) -> float:
+    """Tokens of a round with ``k`` drafts; draft j is accepted with probability ``acceptance`` [j-1] if j-1 was."""
+    tokens, sure = 1.0, 1.0
+    for j in range(k):
+        sure *= acceptance if isinstance(acceptance, float | int) else acceptance[j]
+        tokens += sure
+    return tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +83,31 @@ class CostModel:
             return 0.0
         return self.layers * self.n_experts * (1 - (1 - self.top_k / self.n_experts) ** rows)
 
-    def relative_cost(self, k: int, counted: Sequence[tuple[int, int]] = ()) -> float:
-        """Bytes of a round with ``k`` drafts over those of a plain step."""
-        extra = (self.union(k + 1, counted) - self.union(1, counted)) * self.expert
-        return 1 + (extra + k * self.mtp_step) / self.plain
+    def draft_bytes(self, k: int, rows: float) -> float:
+        """Bytes of ``k`` drafts; the first one's pass brings the MTP cache up to date with ``rows`` tokens."""
+        if not self.top_k or k == 0:
+            return k * self.mtp_step
+        batch = float(self.n_experts * (1 - (1 - self.top_k / self.n_experts) ** rows))
+        return k * self.mtp_step + (batch - self.top_k) * self.expert
 
-    def gain(self, k: int, acceptance: float, counted: Sequence[tuple[int, int]] = ()) -> float:
+    def verify_bytes(self, k: int, counted: Sequence[tuple[int, int]] = ()) -> float:
+        """Bytes of the main pass over ``k`` drafts and the token before them."""
+        return self.plain + (self.union(k + 1, counted) - self.union(1, counted)) * self.expert
+
+    def relative_cost(self, k: int, counted: Sequence[tuple[int, int]] = (), rows: float = 1) -> float:
+        """Bytes of a round with ``k`` drafts over those of a plain step; ``rows``: see ``draft_bytes``."""
+        return (self.verify_bytes(k, counted) + self.draft_bytes(k, rows)) / self.plain
+
+    def worst_loss(self, k: int, rows: int) -> float:
+        """Plain steps that a round with ``k`` drafts loses at most: none accepted, no expert shared."""
+        most = (min((k + 1) * self.top_k, self.n_experts) - self.top_k) * self.layers
+        batch = min(rows * self.top_k, self.n_experts) - self.top_k
+        return (max(most, 0) * self.expert + max(batch, 0) * self.expert + k * self.mtp_step) / self.plain
+
+    def gain(self, k: int, acceptance: float | Sequence[float], counted: Sequence[tuple[int, int]] = ()) -> float:
         """Predicted speed with ``k`` drafts over plain decoding, where bytes decide."""
-        return expected_tokens(acceptance, k) / self.relative_cost(k, counted)
+        tokens = expected_tokens(acceptance, k)
+        return tokens / self.relative_cost(k, counted, tokens)
 
 
 @dataclass(slots=True)
@@ -107,6 +136,11 @@ class DraftStats:
         """Tokens per main pass."""
         return self.tokens / self.rounds if self.rounds else 0.0
 
+    @property
+    def experts_per_pass(self) -> float:
+        """Distinct (layer, expert) pairs of a main pass."""
+        return self.experts / self.rounds if self.rounds else 0.0
+
     def add(self, r: Mapping[str, Any]) -> None:
         """Adds a round as ``_core.Session.draft_round`` reports it."""
         self.rounds += 1
@@ -126,10 +160,11 @@ class DraftStats:
 class Controller:
     """Decides the drafts of each round of one text.
 
-    ``draft`` a number: always that many. "off": none. "auto": drafts only while it pays. It starts where the cost model
-    predicts a gain, keeps two accounts against plain decoding, in counted bytes and in seconds, and turns drafting off
-    when either has lost more than ALLOWANCE of the plain cost; after a pause that doubles it tries again if the
-    accounts have room for it. So on any text the loss is bounded, whatever the acceptance.
+    ``draft`` a number: always that many. "off": none. "auto": drafts only while it pays. It starts where the cost
+    model predicts a gain, keeps two accounts against plain decoding, in bytes and in seconds, and turns it off when
+    either is DRAWDOWN plain steps below its best; after a pause that doubles it tries again. No round starts that
+    could, at worst, take the whole text's bytes beyond LIMIT: a text of LIMIT_TOKENS or more reads at most that
+    share more than without drafting, whatever the acceptance.
     """
 
     def __init__(self, cost: CostModel | None, draft: str | int) -> None:
@@ -140,37 +175,68 @@ class Controller:
         self.switches = 0
         self._plain_seconds: deque[float] = deque(maxlen=9)
         self._plain_bytes = 0
-        self._lost_bytes = self._lost_seconds = 0.0  # plain steps lost; negative: won
+        self._lost = 0.0  # plain steps that the whole text lost in bytes; negative: won
+        self._down_bytes = self._down_seconds = 0.0  # plain steps lost since the best moment
+        self._won = 0.0  # plain steps won in bytes since drafting was turned on
         self._pause = PLAIN_FIRST
-        self._next_pause = RETRY_TOKENS
+        self._next_pause = RETRY_TOKENS // 2
         self._since_plain = 0
+        # [j-1]: rounds lately that offered, and accepted, draft j after accepting all before it
+        self._offered, self._taken = [0.0] * MAX_DRAFT, [0.0] * MAX_DRAFT
 
     @property
-    def acceptance(self) -> float:
-        """Acceptance of a draft whose predecessors were accepted: measured, with a prior."""
-        s = self.stats
-        return (sum(s.taken) + PRIOR_ACCEPTANCE * PRIOR_WEIGHT) / (sum(s.offered) + PRIOR_WEIGHT)
+    def acceptance(self) -> list[float]:
+        """[j-1]: acceptance of draft j when those before it were accepted: measured lately, with a prior."""
+        rates, prior = [], PRIOR_ACCEPTANCE
+        for offered, taken in zip(self._offered, self._taken, strict=True):
+            rates.append((taken + prior * PRIOR_WEIGHT) / (offered + PRIOR_WEIGHT))
+            prior = min(prior, rates[-1])  # later drafts come from the layer's own output: no better than those before
+        return rates
 
     def predict(self, k: int, counted: Sequence[tuple[int, int]] = ()) -> float:
         """Predicted speed with ``k`` drafts over plain decoding, from bytes and the acceptance so far."""
         return self.cost.gain(k, self.acceptance, counted) if self.cost else 1.0
 
-    def next_k(self, counted: Sequence[tuple[int, int]] = ()) -> int:
-        """Drafts of the next round; ``counted``: ``_core.Session.expert_union()``."""
+    def next_k(self, counted: Sequence[tuple[int, int]] = (), pending: int = 1) -> int:
+        """Drafts of the next round.
+
+        Args:
+            counted: ``_core.Session.expert_union()``.
+            pending: tokens that the MTP cache lacks; the first draft's pass makes their rows.
+        """
         if self.fixed is not None or self.cost is None:
             return self.fixed or 0
+        if not self.drafting and self._pause > 0:
+            return 0
+        gains = {k: self.predict(k, counted) for k in range(1, AUTO_MAX + 1)}
+        best = max(gains, key=lambda k: gains[k])
+        if not self.drafting and gains[best] < MIN_GAIN:
+            self._pause = RETRY_TOKENS
+            self._forget()
+            return 0
+        room = LIMIT * max(self.stats.tokens, LIMIT_TOKENS) - self._lost
+        best = max((k for k in gains if self.cost.worst_loss(k, pending) <= room), key=lambda k: gains[k], default=0)
+        if best == 0:
+            if self.drafting:
+                self._turn_off()
+            return 0
         if not self.drafting:
-            if self._pause > 0:
-                return 0
-            best = max(range(1, AUTO_MAX + 1), key=lambda k: self.predict(k, counted))
-            if self.predict(best, counted) < MIN_GAIN:
-                self._pause = RETRY_TOKENS
-                return 0
             self.drafting = True
             self.switches += 1
-        if self._since_plain >= PLAIN_EVERY:
-            return 0
-        return max(range(1, AUTO_MAX + 1), key=lambda k: self.predict(k, counted))
+            self._down_bytes = self._down_seconds = self._won = 0.0
+        return 0 if self._since_plain >= PLAIN_EVERY else best
+
+    def _turn_off(self) -> None:
+        self.drafting = False
+        self.switches += 1
+        self._next_pause = RETRY_TOKENS if self._won > WON else min(2 * self._next_pause, MAX_PAUSE)
+        self._pause = self._next_pause
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was accepted says little about the text after a pause."""
+        self._offered = [n / 4 for n in self._offered]
+        self._taken = [n / 4 for n in self._taken]
 
     def min_confidence(self, counted: Sequence[tuple[int, int]] = ()) -> float:
         """Probability below which a draft is not worth a row of the verification pass: that row's relative cost."""
@@ -182,22 +248,24 @@ class Controller:
         """Takes a finished round into account."""
         self.stats.add(r)
         n, seconds = len(r["tokens"]), r["draft_seconds"] + r["verify_seconds"]
+        if not self.drafting:
+            self._pause -= n
         if r["draft_bytes"] == 0:
             self._plain_seconds.append(seconds)
             self._plain_bytes = r["verify_bytes"]
             self._since_plain = 0
-            self._pause -= n
             return
         self._since_plain += n
+        for j in range(min(r["accepted"] + 1, r["drafted"])):
+            self._offered[j] = MEMORY * self._offered[j] + 1
+            self._taken[j] = MEMORY * self._taken[j] + (j < r["accepted"])
         plain_seconds = statistics.median(self._plain_seconds) if self._plain_seconds else seconds
         plain_bytes = self._plain_bytes or r["verify_bytes"]
-        steps = ALLOWANCE * max(self.stats.tokens, GRACE_TOKENS)
-        # In plain steps. What was won long ago does not pay for losses now: credit is kept for one allowance only.
-        read = (r["draft_bytes"] + r["verify_bytes"]) / plain_bytes - n
-        self._lost_bytes = max(self._lost_bytes + read, -steps)
-        self._lost_seconds = max(self._lost_seconds + seconds / plain_seconds - n, -steps)
-        if self.drafting and max(self._lost_bytes, self._lost_seconds) > steps:
-            self.drafting = False
-            self.switches += 1
-            self._pause = self._next_pause
-            self._next_pause *= 2
+        read = (r["draft_bytes"] + r["verify_bytes"]) / plain_bytes  # in plain steps
+        took = min(seconds / plain_seconds, MAX_SLOWNESS * read)
+        self._lost += read - n
+        self._won += n - read
+        self._down_bytes = max(self._down_bytes + read - n, 0.0)
+        self._down_seconds = max(self._down_seconds + took - n, 0.0)
+        if self.drafting and max(self._down_bytes, self._down_seconds) > DRAWDOWN:
+            self._turn_off()

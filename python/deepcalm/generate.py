@@ -69,7 +69,8 @@ class Generation(Iterator[int]):
     """New token ids after ``ids``, made one per step; the work starts with the first.
 
     ``reason`` is None while it runs, then "eos", "length" (``max_tokens``) or "context" (the context is full); an eos
-    token is not returned. ``tokens`` are the ids returned so far; the last of them is not in the cache yet.
+    token is not returned. ``tokens`` are the ids returned so far; the last of them is not in the cache yet. While it
+    drafts, the cache may be ahead of them: ``close`` it before using the session if you stop taking tokens early.
 
     Args:
         ids: the prompt, appended to what the session holds; None: go on from the logits of its last call.
@@ -138,7 +139,7 @@ class Generation(Iterator[int]):
     def _round(self) -> list[int]:
         """Drafts, verifies, and returns the tokens that are certain now."""
         control, counted = self.drafts, self.session.expert_union
-        k = control.next_k(counted)
+        k = control.next_k(counted, self.session.mtp_pending)
         # No row is verified for a token that plain decoding would not return.
         k = min(k, self.session.ctx - self.session.pos - 2)
         if self.max_tokens is not None:

@@ -379,6 +379,18 @@ class SourceWeights:
                  np.where((row // 16 % 2 == i) & (natural < width), natural, -1))
                 for i, part in enumerate(("gate", "up"))], False  # fmt: skip
 
+    def keeps_blocks(self, name: str, slice_: int) -> bool:
+        """Whether every 16 x 32 tile lies in one f8 scale block of the checkpoint, so that codes can be kept."""
+        origins, transposed = self.origin(name, slice_)
+        for tensor, shape, index in origins:
+            block = self.weight(tensor, shape).block
+            ids = [index[index >= 0] // block[0], np.arange(shape[-1]) // block[1]]
+            for along, tile in zip(ids[::-1] if transposed else ids, (16, 32), strict=True):
+                tiles = np.pad(along, (0, -len(along) % tile), mode="edge").reshape(-1, tile)
+                if (tiles != tiles[:, :1]).any():
+                    return False
+        return True
+
     def _rope(self, rows: int, plain: int) -> Array:
         """Checkpoint row of each packed row: per period of plain + dr rows, even rope rows first, then odd ones."""
         row = np.arange(rows)

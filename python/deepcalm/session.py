@@ -229,6 +229,11 @@ class Session:
         return self._mtp
 
     @property
+    def mtp_pending(self) -> int:
+        """Tokens whose MTP rows the next draft computes, the one it is given included."""
+        return self._core.pos - self._core.mtp_pos
+
+    @property
     def expert_union(self) -> list[tuple[int, int]]:
         """[j-1]: (windows, distinct (layer, expert) pairs in them) of j adjacent tokens, j = 1..8."""
         return self._core.expert_union()

@@ -25,7 +25,8 @@ from .session import STAGES
 MIN_TOKENS, TOKENS = 8, 32
 TAP_BYTES = 256 << 20  # taps of as many layers as this holds are recorded in one pass
 EFFECT_LIMIT = 100_000_000  # weights of a model that the reference can run from the source in reasonable time
-CHUNKS, DRAFTS, NEW_TOKENS, PROMPTS = (1, 3, 16), (1, 2, 3), 12, 3
+CHUNKS, DRAFTS, NEW_TOKENS, PROMPTS = (1, 3, 16), (1, 2, 3), 8, 3
+LEGS = ("checksums", "weights", "arithmetic", "exactness", "effects")
 CLOSE = 1e-6  # two routing scores this close may be ordered either way by f32
 TEXT = (
     "Once upon a time there was a small machine that read every book in the house, and each evening it told a story "
@@ -107,6 +108,7 @@ def verify(
     prompt: str | None = None,
     tokens: int = TOKENS,
     isa: str | None = None,
+    legs: Sequence[str] = LEGS,
     progress: Callable[[int, int], object] | None = None,
 ) -> Report:
     """Compares a packed file with the checkpoint folder that it was made from.
@@ -118,11 +120,12 @@ def verify(
         prompt: text whose first ``tokens`` tokens are run; None: a built-in one.
         tokens: positions compared, at least 8 (fewer hide errors of rope and softmax scale).
         isa: instruction set; None: the best.
+        legs: which comparisons to make besides the configuration.
         progress: called with (done, total) steps.
 
     Raises:
         PackedFileError, CheckpointError, ConfigError: a file cannot be read at all.
-        ValueError: a layer or token count out of range.
+        ValueError: an unknown leg, a layer or token count out of range.
     """
     with PackedFile(path) as file, Checkpoint(against) as ckpt:
         limit = int(file.config["max_position_embeddings"]) - NEW_TOKENS - 1
@@ -132,14 +135,24 @@ def verify(
         for i in layers or ():
             if not 0 <= i < last:
                 raise ValueError(f"layers: {i}, expected 0..{last - 1}")
-        return _Verifier(file, ckpt, layers, isa, progress).run(prompt, tokens)
+        for leg in legs:
+            if leg not in LEGS:
+                raise ValueError(f"legs: {leg!r}, expected one of {', '.join(LEGS)}")
+        return _Verifier(file, ckpt, layers, isa, legs, progress).run(prompt, tokens)
 
 
 class _Verifier:
     def __init__(
-        self, file: PackedFile, ckpt: Checkpoint, layers: Sequence[int] | None, isa: str | None, progress: Any
+        self,
+        file: PackedFile,
+        ckpt: Checkpoint,
+        layers: Sequence[int] | None,
+        isa: str | None,
+        legs: Sequence[str],
+        progress: Any,
     ) -> None:
         self.file, self.ckpt, self.isa, self.progress = file, ckpt, isa, progress
+        self.legs = legs
         self.checks: list[Check] = []
         self.divergences: list[Divergence] = []
         self.notes: list[str] = []
@@ -166,14 +179,13 @@ class _Verifier:
             self.settings = reference.Settings.of(self.ckpt.raw_config)
             self.packed = reference.PackedWeights(self.file)
             self.source = reference.SourceWeights(self.ckpt, self.settings)
-            self.checksums()
-            self.weights()
+            for leg in (leg for leg in LEGS[:2] if leg in self.legs):
+                getattr(self, leg)()
             self.model = Model(self.file.path, threads=1, isa=self.isa)
             self.ids = self.tokens(prompt, tokens)
             self.logits = self.model.session(ctx=len(self.ids) + NEW_TOKENS).prefill(self.ids, all_logits=True)
-            self.arithmetic()
-            self.exactness()
-            self.effects()
+            for leg in (leg for leg in LEGS[2:] if leg in self.legs):
+                getattr(self, leg)()
         else:
             self.notes.append("the two models have different shapes: nothing else was compared")
         if not self.whole:
@@ -229,6 +241,7 @@ class _Verifier:
         """The largest difference of a tensor from the checkpoint, as a share of what its format allows."""
         rows, cols = e.shape[-2:] if len(e.shape) > 1 else (1, *e.shape)
         worst = 0.0
+        keeps = e.format == "f8" and all(self.source.keeps_blocks(e.name, i) for i in range(e.n_slices))
         for i in range(e.n_slices):
             origins, transposed = self.source.origin(e.name, i)
             kinds = {self.source.weight(name, shape).kind for name, shape, _ in origins}
@@ -238,7 +251,7 @@ class _Verifier:
                 outside = np.abs(found[:, cols:]).max(initial=0) + np.abs(found[n:]).max(initial=0)
                 f, x = found[:n, :cols], expected[:n]
                 s = None if scales is None else np.repeat(scales, found.shape[1] // scales.shape[1], 1)[:n, :cols]
-                share = _share(e, f, x, s, kinds, transposed)
+                share = _share(e.format, f, x, s, _exact(e.format, kinds, transposed, keeps))
                 share[~np.isfinite(f)] = np.inf
                 worst = max(worst, float(share.max()), np.inf if outside else 0.0)
                 if share.max() > 1:
@@ -446,24 +459,28 @@ class _Verifier:
 # ---- pieces
 
 
-def _share(e: Entry, f: Array, x: Array, s: Array | None, kinds: set[str], transposed: bool) -> Array:
+def _exact(fmt: str, kinds: set[str], transposed: bool, keeps: bool) -> bool:
+    """Whether a format must hold the source's values unchanged."""
+    if fmt in ("f8", "q4"):
+        return kinds == ({"f8"} if fmt == "f8" else {"i4"}) and (keeps if fmt == "f8" else not transposed)
+    return fmt == "f32" or kinds == {fmt}
+
+
+def _share(fmt: str, f: Array, x: Array, s: Array | None, exact: bool) -> Array:
     """|found - expected| as a share of what the format allows; infinite where nothing is."""
-    same = kinds == {{"q4": "i4"}.get(e.format, e.format)} and not (e.format == "q4" and transposed)
-    if same or e.format == "f32":
-        want = x.astype(np.float32).astype(np.float64) if e.format == "f32" else x
-        if (f == want).all() or not (e.format == "f8" and e.role == "attn"):
-            return np.where(f == want, 0.0, np.inf)
-    if e.format in ("q8", "q4"):
+    if exact:  # in f32 a source of two factors was rounded once
+        return np.where(f == (x.astype(np.float32) if fmt == "f32" else x), 0.0, np.inf)
+    if fmt in ("q8", "q4"):
         assert s is not None
-        low, high = (-127, 127) if e.format == "q8" else (-8, 7)
+        low, high = (-127, 127) if fmt == "q8" else (-8, 7)
         ends = np.sort(np.stack([low * s, high * s]), axis=0)
         target, half = np.clip(x, *ends), np.abs(s) / 2
-    elif e.format == "f8":
+    elif fmt == "f8":
         assert s is not None
         exponent = np.frexp(x / np.where(s == 0, 1, s))[1]
         target, half = x, np.ldexp(1.0, np.maximum(exponent, -5) - 5) * s
     else:
-        exponent, bits = np.frexp(x)[1], 9 if e.format == "bf16" else 12
+        exponent, bits = np.frexp(x)[1], 9 if fmt == "bf16" else 12
         target, half = x, np.ldexp(1.0, (exponent if bits == 9 else np.maximum(exponent, -13)) - bits)
     return np.abs(f - target) / (half * (1 + 1e-5) + np.abs(x) * 2.0**-22 + 1e-40)
 

@@ -68,3 +68,40 @@ def logits(folder: Path, ids: Array) -> tuple[Array, Array, Array | None]:
             )
             mtp_logits = model.lm_head(g)[0].numpy()
         return out[0].numpy(), hidden[0].numpy(), mtp_logits
+
+
+def draft(folder: Path, ids: list[int], n_new: int) -> tuple[list[int], list[int]]:
+    """Greedy generate(use_mtp=True) from ids -> (n_new tokens, accepted drafts of every round after the prompt's)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.generation.candidate_generator import MTPCandidateGenerator
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    rounds: list[int] = []
+    update = MTPCandidateGenerator.update_candidate_strategy
+
+    def record(self: Any, input_ids: Any, scores: Any, num_matches: int) -> Any:
+        rounds.append(int(num_matches))
+        return update(self, input_ids, scores, num_matches)
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **eager)
+        # as in logits(): the real models' layer numbers are wired in, and GLM's config class has no MTP fields
+        model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{model.config.num_hidden_layers}\..*"]
+        model.config.num_mtp_layers = 1
+        model.config.mtp_mlp_layer_types = ["sparse"]
+        tokens = torch.tensor(ids, dtype=torch.int64)[None]
+        MTPCandidateGenerator.update_candidate_strategy = record
+        try:
+            out = model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), use_mtp=True, do_sample=False, max_new_tokens=n_new,
+                min_new_tokens=n_new, eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+        finally:
+            MTPCandidateGenerator.update_candidate_strategy = update
+    return out[0, len(ids) :].tolist(), rounds[1:]
