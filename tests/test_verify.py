@@ -451,7 +451,7 @@ def test_command_passes_and_prints_json() -> None:
     assert r["ok"] is True and r["first_divergence"] is None and r["tokens"] == 12 and r["divergences"] == []
     assert set(r) == {"ok", "first_divergence", "file", "against", "tokens", "checks", "divergences", "effect", "notes"}
     assert {c["leg"] for c in r["checks"]} == {"config", "checksum", "weights", "arithmetic", "exactness"}
-    assert all(set(c) == {"leg", "what", "items", "error", "allowed", "ok"} and c["ok"] for c in r["checks"])
+    assert all(set(c) == {"leg", "what", "items", "error", "allowed", "ok", "at"} and c["ok"] for c in r["checks"])
 
 
 def test_command_fails_with_one_line() -> None:

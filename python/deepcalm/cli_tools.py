@@ -269,8 +269,11 @@ def verify_text(r: Report) -> str:
     for c in r.checks:
         unit = {"weights": " half steps", "arithmetic": " rel. RMS"}.get(c.leg, " differ")
         items = {"weights": "tensors", "arithmetic": "taps", "exactness": "runs"}.get(c.leg, "")
+        items = items[:-1] if c.items == 1 else items
         worst = f"{c.error:.2f}" if c.leg == "weights" else f"{c.error:.2g}"
-        rows.append((c.leg, c.what, f"{c.items} {items}", worst + unit, f"{c.allowed:g}", "ok" if c.ok else "DIFFERS"))
+        where = f" ({c.at})" if c.at and c.error else ""
+        rows.append((c.leg, c.what, f"{c.items} {items}", worst + unit + where, f"{c.allowed:g}",
+                     "ok" if c.ok else "DIFFERS"))  # fmt: skip
     lines = [f"{key:<22}{value:.6g}" for key, value in r.effect.items()]
     effect = f"\neffect of packing, {r.tokens} tokens, f16 cache, against the checkpoint in f64\n" if lines else ""
     return columns(rows) + effect + "".join(line + "\n" for line in lines)

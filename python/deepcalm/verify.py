@@ -69,6 +69,7 @@ class Check:
     error: float
     allowed: float
     ok: bool
+    at: str = ""  # the tensor or tap that is worst
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,8 +234,8 @@ class _Verifier:
             layer = self.n_layers if p == "mtp." else int(p.split(".")[1]) if p else -1
             if layer not in self.layers and not (self.whole and not p):
                 continue
-            worst = max(self.tensor(e) for e in entries)
-            self.checks.append(Check("weights", p.rstrip(".") or "top", len(entries), worst, 1.0, worst <= 1))
+            worst, at = max((self.tensor(e), e.name.removeprefix(p)) for e in entries)
+            self.checks.append(Check("weights", p.rstrip(".") or "top", len(entries), worst, 1.0, worst <= 1, at))
             self.step()
 
     def tensor(self, e: Entry) -> float:
@@ -324,7 +325,7 @@ class _Verifier:
 
     def compare(self, what: str, ours: reference.Taps, taps: dict[str, Array]) -> None:
         """One layer's taps, in pass order, against the reference's."""
-        worst, ok = (0.0, 1.0), True
+        worst, ok = (0.0, 1.0, ""), True
         for name, (expected, spread) in ours.items():
             found = taps[name]
             if name.endswith("topk_idx"):
@@ -345,8 +346,8 @@ class _Verifier:
                 detail = f"relative RMS {error:.1e}, allowed {allowed:.0e}"
                 self.diverge("arithmetic", name, [int(i) for i in index], found[index], expected[index], detail)
             if error / allowed >= worst[0] / worst[1]:
-                worst = (error, allowed)
-        self.checks.append(Check("arithmetic", what, len(ours), *worst, ok))
+                worst = (error, allowed, name.removeprefix(_prefix(name)))
+        self.checks.append(Check("arithmetic", what, len(ours), *worst[:2], ok, worst[2]))
 
     def allowed(self, tap: str) -> float:
         """The largest tolerance of the formats behind a tap."""
