@@ -448,6 +448,20 @@ py::object pack_rows(const Bytes& out, int64_t out_offset, int64_t tile_stride, 
     return bad_at(ok, call.bad_row, call.bad_col);
 }
 
+// Index of the first of n values whose exponent is all ones (infinity, NaN), or -1.
+template <class T> int first_not_finite(const std::byte* p, int n, T exponent) {
+    const auto is_special = [&](int i) {
+        T v;
+        std::memcpy(&v, p + int64_t{i} * int64_t{sizeof v}, sizeof v);
+        return (v & exponent) == exponent;
+    };
+    int any = 0;
+    for (int i = 0; i < n; ++i) any |= is_special(i);
+    int i = any ? 0 : n;
+    while (i < n && !is_special(i)) ++i;
+    return i < n ? i : -1;
+}
+
 py::object convert_rows(const py::array& out, const std::string& to, const std::string& kind, const Bytes& data,
                         int cols, int first_row, const py::object& scale, int block_rows, int block_cols,
                         const std::string& scale_dtype) {
@@ -458,33 +472,28 @@ py::object convert_rows(const py::array& out, const std::string& to, const std::
     require((out.flags() & py::array::c_style) != 0 && out.writeable() && out.nbytes() == elem * src.n_rows * cols,
             "output has the wrong size");
     auto* dst = static_cast<std::byte*>(py::array(out).mutable_data());
-    int row = 0, col = 0;
-    bool ok = true;
+    int row = 0, bad = -1;
     {
         const py::gil_scoped_release release;
         std::vector<float> line(static_cast<size_t>(cols));
-        for (; row < src.n_rows && ok; ++row) {
-            src.load(row, line.data());
-            for (col = 0; col < cols; ++col) {
-                const float f = line[static_cast<size_t>(col)];
-                uint16_t h = 0;
-                uint32_t u;
-                std::memcpy(&u, &f, 4);
-                ok = (u & 0x7F800000U) != 0x7F800000U;
-                if (target == Kind::kF32) {
-                    std::memcpy(dst, &f, 4);
-                } else {
-                    h = target == Kind::kBF16 ? dc::f32_to_bf16(f) : dc::f32_to_f16(f);
-                    const uint16_t inf = target == Kind::kBF16 ? 0x7F80 : 0x7C00;
-                    ok = ok && (h & inf) != inf;
-                    std::memcpy(dst, &h, 2);
+        for (; row < src.n_rows && bad < 0; ++row, dst += elem * cols) {
+            if (target != src.kind) src.load(row, line.data());
+            if (target == src.kind || target == Kind::kF32) {
+                const void* from = target == src.kind ? static_cast<const void*>(src.row(row)) : line.data();
+                std::memcpy(dst, from, static_cast<size_t>(elem * cols));
+            } else {
+                for (int c = 0; c < cols; ++c) {
+                    const float f = line[static_cast<size_t>(c)];
+                    const uint16_t h = target == Kind::kBF16 ? dc::f32_to_bf16(f) : dc::f32_to_f16(f);
+                    std::memcpy(dst + 2 * c, &h, 2);
                 }
-                if (!ok) break;
-                dst += elem;
             }
+            bad = target == Kind::kF32    ? first_not_finite<uint32_t>(dst, cols, 0x7F800000U)
+                  : target == Kind::kBF16 ? first_not_finite<uint16_t>(dst, cols, 0x7F80)
+                                          : first_not_finite<uint16_t>(dst, cols, 0x7C00);
         }
     }
-    return bad_at(ok, row - 1, col);
+    return bad_at(bad < 0, row - 1, bad);
 }
 
 Floats unpack_slice(const Bytes& data, const py::object& scales, const std::string& format,

@@ -147,7 +147,7 @@ def test_conversions_agree_with_numpy_on_every_code(rng: np.random.Generator) ->
     # random bits, f16 values, and the midpoints between them (ties go to even)
     middle = np.concatenate([exact * np.float32(1 + 2.0**-11), exact + np.float32(2.0**-25)])
     x = np.concatenate([rng.integers(0, 1 << 32, 200_000, dtype=np.uint64).astype(np.uint32).view(np.float32), middle])
-    x = x[np.isfinite(x)]
+    x = np.append(x[np.isfinite(x)], np.float32(3.4e38))
     for to, dtype in (("f16", np.float16), ("bf16", ml_dtypes.bfloat16)):
         with np.errstate(over="ignore"):
             want = x.astype(dtype)

@@ -237,16 +237,23 @@ class Checkpoint:
 
     # ---- bytes ------------------------------------------------------------------------------------------------------
 
-    def read(self, info: TensorInfo, begin: int = 0, limit: int | None = None) -> bytes:
-        """Stored bytes of a tensor from ``begin`` on, at most ``limit``."""
-        n = info.nbytes - begin if limit is None else min(limit, info.nbytes - begin)
-        return self._files[self._file_of[info.name]].read(info.offset + begin, n)
+    def read(self, info: TensorInfo) -> bytes:
+        """All stored bytes of a tensor."""
+        return self._files[self._file_of[info.name]].read(info.offset, info.nbytes)
 
     def same_bytes(self, a: str, b: str) -> bool:
         """Whether two tensors have the same dtype, shape and bytes."""
-        x, y, step = self.tensors[a], self.tensors[b], 4 << 20
-        same = (x.dtype, x.shape) == (y.dtype, y.shape)
-        return same and all(self.read(x, i, step) == self.read(y, i, step) for i in range(0, x.nbytes, step))
+        x, y = self.tensors[a], self.tensors[b]
+        if (x.dtype, x.shape) != (y.dtype, y.shape):
+            return False
+        buffers = np.empty((2, 1 << 20), np.uint8)
+        for begin in range(0, x.nbytes, buffers.shape[1]):
+            views = buffers[:, : x.nbytes - begin]
+            for info, view in zip((x, y), views, strict=True):
+                self._files[self._file_of[info.name]].read_into(view.data, info.offset + begin)
+            if not np.array_equal(views[0], views[1]):
+                return False
+        return True
 
     def read_rows(self, w: Weight, begin: int, end: int, out: Bytes | None = None) -> Bytes:
         """Stored bytes of rows begin..end-1: uint8 [end - begin, w.row_bytes], in the front of ``out`` if given."""
