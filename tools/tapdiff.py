@@ -108,7 +108,8 @@ def main(args: list[str] | None = None) -> int:
         if o.record:
             text = o.ids.split(",") if o.ids else deepcalm.Model(o.files[0], threads=1).encode(o.prompt)
             ids = np.array([int(i) for i in text], np.int32)
-            np.savez(o.record, **record(o.files[0], ids, o.isa, o.threads, o.kv, o.rows))
+            taps: dict[str, Any] = {**record(o.files[0], ids, o.isa, o.threads, o.kv, o.rows)}
+            np.savez(o.record, **taps)
             return 0
         a, b = ({k: z[k] for k in z.files} for z in (np.load(f, allow_pickle=False) for f in o.files))
     except (deepcalm.Error, OSError, ValueError) as e:
