@@ -154,7 +154,8 @@ def main() -> int:
                 for k in (1, 2, 3):
                     speed.append(dataclasses.asdict(bench_draft(model, k, accept, prompt=own)))
             auto.append(auto_against_off(model, own or list(range(5, 45)), args.max_load))
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    head = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    git = subprocess.run(head, capture_output=True, text=True, check=False)
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), platform.machine())  # fmt: skip
     result = {
