@@ -17,12 +17,20 @@ Result<double> read_bandwidth(int n_threads, int64_t bytes, int repeats) {
         std::atomic<uint64_t> sink{0};
         const auto start = std::chrono::steady_clock::now();
         pool.run([&](int tid) {
-            const int64_t lines = bytes / 64;
-            const int64_t begin = lines * tid / pool.size(), end = lines * (tid + 1) / pool.size();
-            const auto* p = static_cast<const uint64_t*>(static_cast<const void*>(buffer.data() + begin * 64));
+            // Eight pages at a time, line by line across them: a single stream does not fill a core's outstanding reads.
+            constexpr int64_t kPage = 4096, kPages = 8;
+            const int64_t blocks = bytes / (kPage * kPages);
+            const int64_t begin = blocks * tid / pool.size(), end = blocks * (tid + 1) / pool.size();
             uint64_t sum[8] = {};
-            for (int64_t line = begin; line < end; ++line, p += 8) {
-                for (int j = 0; j < 8; ++j) sum[j] += p[j];
+            for (int64_t block = begin; block < end; ++block) {
+                const std::byte* base = buffer.data() + block * kPage * kPages;
+                for (int64_t line = 0; line < kPage; line += 64) {
+                    for (int64_t page = 0; page < kPages; ++page) {
+                        const auto* p =
+                            static_cast<const uint64_t*>(static_cast<const void*>(base + page * kPage + line));
+                        for (int j = 0; j < 8; ++j) sum[j] += p[j];
+                    }
+                }
             }
             for (const uint64_t s : sum) sink += s;
         });
