@@ -230,19 +230,17 @@ class PackedFile:
 
     def _entry(self, stored: Stored, raw: object) -> Entry:
         where, info = f"tensor {show(stored.name)}", self.header.tensors[stored.name]
-        if not isinstance(raw, dict):
-            raise self._refuse(f"{where}: its table entry is not an object")
-        expected, sha256 = stored.entry(), raw.get("sha256")
-        for key in {**expected, **raw}:
-            found, right = raw.get(key), expected.get(key)
+        given = raw if isinstance(raw, dict) else {}  # what is no object lacks every key
+        expected, sha256 = stored.entry(), given.get("sha256")
+        for key in {**expected, **given}:
+            found, right = given.get(key), expected.get(key)
             if key != "sha256" and (found != right or type(found) is not type(right)):
                 raise self._refuse(f"{where}: {show(key)} is {show(found)}, expected {show(right)}")
         if not isinstance(sha256, str) or len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
             raise self._refuse(f"{where}: sha256 is {show(sha256)}, expected 64 hexadecimal digits")
-        if (info.dtype, info.shape, info.nbytes) != stored.container():
-            dtype, shape, n = stored.container()
+        if (info.dtype, info.shape, info.nbytes) != (want := stored.container()):
             found = f"{info.dtype} {list(info.shape)}, {info.nbytes} bytes in the container"
-            raise self._refuse(f"{where}: {found}, expected {dtype} {list(shape)}, {n} bytes")
+            raise self._refuse(f"{where}: {found}, expected {want[0]} {list(want[1])}, {want[2]} bytes")
         return Entry(**{f.name: getattr(stored, f.name) for f in fields(Stored)}, sha256=sha256, offset=info.offset)
 
     # ---- contents ---------------------------------------------------------------------------------------------------
