@@ -55,9 +55,9 @@ def test_isa_object_exports_only_its_table(isa: str, tmp_path: Path) -> None:
     kinds = [re.match(r"[0-9a-f ]{16} (\w) (.*)", line) for line in listing.splitlines()]
     symbols = [(m.group(1), m.group(2)) for m in kinds if m]
     assert symbols
-    assert [name for kind, name in symbols if kind.isupper() and kind != "U"] == [f"deepcalm::kernels_{isa}"]
-    assert not [name for kind, name in symbols if kind in "wvuWV"], "weak symbols"
     undefined = {name for kind, name in symbols if kind == "U"}
     if any("asan" in name or "ubsan" in name for name in undefined):
-        pytest.skip("sanitizer build")
+        pytest.skip("sanitizer build: its objects carry the sanitizer's symbols")
+    assert [name for kind, name in symbols if kind.isupper() and kind != "U"] == [f"deepcalm::kernels_{isa}"]
+    assert not [name for kind, name in symbols if kind in "wvuWV"], "weak symbols"
     assert undefined <= {"memcpy", "memset", "memmove", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}
