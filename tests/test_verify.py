@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +65,8 @@ def test_right_models_pass(preset: str, source: str, options: dict[str, str]) ->
     r = verify(pack(folder, **options), folder)
     assert r.ok and r.first_divergence is None, str(r.first_divergence)
     legs = {c.leg for c in r.checks}
-    assert legs == {"config", "checksum", "weights", "arithmetic", "exactness"} and not r.notes
+    assert legs == {"config", "checksum", "weights", "arithmetic", "exactness"}
+    assert all("transformers" in note for note in r.notes)
     arithmetic = {c.what: c for c in r.checks if c.leg == "arithmetic"}
     mtp = tiny.PRESETS[preset].config["num_nextn_predict_layers"]
     assert ("mtp" in arithmetic) == bool(mtp) == ("mtp_argmax_agreement" in r.effect)
@@ -76,6 +78,40 @@ def test_right_models_pass(preset: str, source: str, options: dict[str, str]) ->
     )
     limit = {"f32": 1e-4, "source": 0.02, "bf16": 0.05}.get(options["dtype"], 1.0)
     assert 0 <= r.effect["kl"] < limit and 0 < r.effect["router_agreement"] <= 1
+
+
+@pytest.mark.parametrize("kv", ["f32", "bf16", "q8"])
+def test_every_cache_type_passes_and_only_with_its_own_rounding(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint("v3", "bf16")
+    file, right = pack(folder, dtype="q8"), reference.cache_round
+    r = verify(file, folder, kv=kv, tokens=80, legs=("arithmetic", "exactness"))  # 80: a second chunk of the cache
+    assert r.ok and r.kv == kv, str(r.first_divergence)
+    monkeypatch.setattr(reference, "cache_round", lambda _, c, k_rope: right("f16", c, k_rope))
+    r = verify(file, folder, kv=kv, legs=("arithmetic",))
+    assert [d.where for d in r.divergences[:1]] == ["layers.0.attn_latent"], str(r.first_divergence)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(("preset", "source"), [("v3", "bf16"), ("v3", "fp8"), ("kimi_k2", "int4"), ("v2_lite", "f32")])
+def test_transformers_is_asked_too(preset: str, source: str) -> None:
+    pytest.importorskip("torch", reason="torch is not installed (extra `reference`)")
+    pytest.importorskip("transformers", reason="transformers is not installed (extra `reference`)")
+    folder = checkpoint(preset, source)
+    r = verify(pack(folder, dtype="f32"), folder, kv="f32", legs=("effects",))
+    assert not r.notes and r.effect["transformers_max_abs"] < 1e-4 and r.effect["transformers_argmax_agreement"] == 1
+    mtp = bool(tiny.PRESETS[preset].config["num_nextn_predict_layers"])
+    assert ("transformers_mtp_tokens_equal" in r.effect) == mtp
+    assert r.effect.get("transformers_mtp_tokens_equal", 1) == 1
+    other = verify(pack(folder, dtype="q4"), folder, kv="f32", legs=("effects",))  # it is a measurement
+    assert other.effect["transformers_max_abs"] > 10 * r.effect["transformers_max_abs"]
+
+
+def test_without_the_extra_verify_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    folder = checkpoint("v3", "bf16")
+    r = verify(pack(folder, dtype="q8"), folder, legs=("effects",))
+    assert r.ok and len(r.notes) == 1 and "torch is not installed (extra `reference`)" in r.notes[0]
+    assert "transformers_kl" not in r.effect
 
 
 def test_the_reference_is_the_specification() -> None:
@@ -453,7 +489,8 @@ def test_command_passes_and_prints_json() -> None:
     assert (code, err) == (0, "")
     r = json.loads(out, parse_constant=pytest.fail)
     assert r["ok"] is True and r["first_divergence"] is None and r["tokens"] == 12 and r["divergences"] == []
-    assert set(r) == {"ok", "first_divergence", "file", "against", "tokens", "checks", "divergences", "effect", "notes"}
+    assert set(r) == {"ok", "first_divergence", "file", "against", "tokens", "kv", "checks", "divergences",
+                      "effect", "notes"}  # fmt: skip
     assert {c["leg"] for c in r["checks"]} == {"config", "checksum", "weights", "arithmetic", "exactness"}
     assert all(set(c) == {"leg", "what", "items", "error", "allowed", "ok", "at"} and c["ok"] for c in r["checks"])
 

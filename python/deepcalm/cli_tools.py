@@ -237,22 +237,23 @@ Exit code 0: everything that was compared agrees; 1: something does not, and the
 @click.option("--prompt", metavar="TEXT", help="The text to run (default: a built-in one).")
 @click.option("--tokens", type=click.IntRange(8, 4096), default=32, show_default=True, metavar="N",
               help="Tokens of it, at least 8.")  # fmt: skip
-@options("--isa", "--json", "--quiet")
+@options("--isa", "--kv", "--json", "--quiet")
 def verify(
-    file: Path, against: Path, layers: list[int] | None, prompt: str | None, tokens: int, isa: str | None,
+    file: Path, against: Path, layers: list[int] | None, prompt: str | None, tokens: int, isa: str | None, kv: str,
     as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Tell whether the packed FILE computes what its checkpoint says.
 
     Compares the configuration, every weight, and every stage of every layer with a second implementation in numpy;
     then the logits with themselves over threads, passes and drafts, to the bit. What packing costs in accuracy is
-    reported and not judged.
+    reported and not judged; with the extra `reference` also the distance from transformers on the same prompt.
     """
     from .verify import verify as compare
 
     try:
         with progress(f"verifying {file.name}", quiet) as update:
-            report = compare(file, against, layers=layers, prompt=prompt, tokens=tokens, isa=isa, progress=update)
+            report = compare(file, against, layers=layers, prompt=prompt, tokens=tokens, isa=isa, kv=kv,
+                             progress=update)  # fmt: skip
     except ValueError as e:
         raise click.UsageError(str(e)) from None
     write_json(report.as_dict()) if as_json else write(verify_text(report))
@@ -274,8 +275,8 @@ def verify_text(r: Report) -> str:
         where = f" ({c.at})" if c.at and c.error else ""
         rows.append((c.leg, c.what, f"{c.items} {items}", worst + unit + where, f"{c.allowed:g}",
                      "ok" if c.ok else "DIFFERS"))  # fmt: skip
-    lines = [f"{key:<22}{value:.6g}" for key, value in r.effect.items()]
-    effect = f"\neffect of packing, {r.tokens} tokens, f16 cache, against the checkpoint in f64\n" if lines else ""
+    lines = [f"{key:<32}{value:.6g}" for key, value in r.effect.items()]
+    effect = f"\neffect of packing, {r.tokens} tokens, {r.kv} cache, against the checkpoint in f64\n" if lines else ""
     return columns(rows) + effect + "".join(line + "\n" for line in lines)
 
 

@@ -448,6 +448,58 @@ class SourceWeights:
             yield begin, out, None
 
 
+# ---- cache ----------------------------------------------------------------------------------------------------------
+
+CACHE_CHUNK, CACHE_PARTIAL = 64, 1024  # positions that share a running maximum; after which it starts anew
+
+
+def cache_round(kv: str, c: Array, k_rope: Array) -> tuple[Array, Array]:
+    """c [n, r] and k_rope [n, dr] as read back from a cache of type f32, f16, bf16, q8; "": unrounded. Both f64.
+
+    q8: codes within +-127 with one f16 scale, max|c| / 127, per 32 channels; k_rope in f16.
+    """
+    if kv == "f32":
+        c, k_rope = c.astype(np.float32), k_rope.astype(np.float32)
+    elif kv == "bf16":
+        c, k_rope = bf16_round(c), bf16_round(k_rope)
+    elif kv:
+        k_rope = k_rope.astype(np.float32).astype(np.float16)
+        c = c.astype(np.float32 if kv == "q8" else np.float16)
+    if kv == "q8":  # in f32, as the runtime does: a code near a tie must fall on the same side
+        groups = np.pad(c, [(0, 0), (0, -c.shape[1] % 32)]).reshape(len(c), -1, 32)
+        step = (np.abs(groups).max(-1, keepdims=True) / np.float32(127)).astype(np.float16).astype(np.float32)
+        codes = np.rint(groups * np.divide(np.float32(1), step, out=np.zeros_like(step), where=step > 0))
+        c = (np.clip(codes, -127, 127) * step).reshape(len(c), -1)[:, : c.shape[1]]
+    return c.astype(np.float64), k_rope.astype(np.float64)
+
+
+def attend(kv: str, scale: float, qa: Array, qr: Array, c: Array, kr: Array) -> tuple[Array, Array | float]:
+    """Causal attention: qa [n, h, r], qr [n, h, dr] on c [n, r], kr [n, dr] -> ([n, h, r], [n] spread).
+
+    A bf16 cache rounds queries, and probabilities relative to the running maximum of their partial.
+    """
+    if kv == "bf16":
+        qa, qr = (bf16_round(v).astype(np.float64) for v in (qa, qr))
+    n = len(qa)
+    score = scale * (np.einsum("nhr,tr->nht", qa, c) + np.einsum("nhr,tr->nht", qr, kr))
+    score = np.where(np.tril(np.ones((n, n), bool))[:, None], score, -np.inf)
+    if kv != "bf16":
+        return np.einsum("nht,tr->nhr", softmax(score), c), 0.0
+    top = np.empty_like(score)
+    for begin in range(0, n, CACHE_CHUNK):
+        most = score[..., begin : begin + CACHE_CHUNK].max(-1, keepdims=True)
+        most = np.maximum(most, top[..., begin - 1 : begin]) if begin % CACHE_PARTIAL else most
+        top[..., begin : begin + CACHE_CHUNK] = most
+    seen = np.isfinite(score)
+    weight = np.exp(np.where(seen, top - score.max(-1, keepdims=True), 0))
+    raw = np.exp(np.where(seen, score - np.where(seen, top, 0), -np.inf))
+    sides = []
+    for nudge in (-NUDGE, NUDGE):
+        p = bf16_round(raw * (1 + 4 * nudge)) * weight
+        sides.append(np.einsum("nht,tr->nhr", p / p.sum(-1, keepdims=True), c))
+    return (sides[0] + sides[1]) / 2, np.linalg.norm((sides[1] - sides[0]).reshape(n, -1), axis=1)
+
+
 # ---- one layer ------------------------------------------------------------------------------------------------------
 
 Taps = dict[str, "tuple[Array, Array | float]"]  # name -> (value, [n] norm of what undecided roundings may change)
@@ -503,15 +555,12 @@ class Reference:
         q = tap("q", np.concatenate([q[..., : s.dn], rotate(s, q[..., s.dn :])], axis=-1))
         c = tap("c_kv", rmsnorm(t[:, : s.r], plain(p + "kv_a_norm"), LATENT_EPS))
         kr = tap("k_rope", rotate(s, t[:, s.r :]))
-        if self.kv == "f16":
-            c, kr = (v.astype(np.float16).astype(np.float64) for v in (c, kr))
+        c, kr = cache_round(self.kv, c, kr)
 
         heads = range(s.heads)
         qa = np.stack([self.product(q[:, h, : s.dn], p + "w_uk", h)[0][:, : s.r] for h in heads], axis=1)
         qa = tap("q_absorbed", qa)
-        score = softmax_scale(s) * (np.einsum("nhr,tr->nht", qa, c) + np.einsum("nhr,tr->nht", q[..., s.dn :], kr))
-        score = np.where(np.tril(np.ones((n, n), bool))[:, None], score, -np.inf)
-        u = tap("attn_latent", np.einsum("nht,tr->nhr", softmax(score), c))
+        u = tap("attn_latent", *attend(self.kv, softmax_scale(s), qa, q[..., s.dn :], c, kr))
         v = np.concatenate([self.product(u[:, h], p + "w_uv", h)[0][:, : s.dv] for h in heads], axis=1)
         y, spread = self.product(v, p + "wo", unseen=True)
         x = x + tap("attn_out", y[:, : s.d], spread)

@@ -15,12 +15,13 @@ import numpy as np
 
 from . import _core, reference
 from .checkpoint import Checkpoint
-from .errors import Error
+from .errors import Error, ResourceError
 from .generate import Sampling
 from .model import Model
 from .packed import Entry, PackedFile
 from .reference import Array
 from .session import STAGES
+from .text import one_line
 
 MIN_TOKENS, TOKENS = 8, 32
 TAP_BYTES = 256 << 20  # taps of as many layers as this holds are recorded in one pass
@@ -79,6 +80,7 @@ class Report:
     file: str
     against: str
     tokens: int
+    kv: str
     checks: tuple[Check, ...]
     divergences: tuple[Divergence, ...]
     effect: dict[str, float] = field(default_factory=dict)
@@ -109,6 +111,7 @@ def verify(
     prompt: str | None = None,
     tokens: int = TOKENS,
     isa: str | None = None,
+    kv: str = "f16",
     legs: Sequence[str] = LEGS,
     progress: Callable[[int, int], object] | None = None,
 ) -> Report:
@@ -121,6 +124,7 @@ def verify(
         prompt: text whose first ``tokens`` tokens are run; None: a built-in one.
         tokens: positions compared, at least 8 (fewer hide errors of rope and softmax scale).
         isa: instruction set; None: the best.
+        kv: cache type of the passes that are compared.
         legs: which comparisons to make besides the configuration.
         progress: called with (done, total) steps.
 
@@ -139,7 +143,7 @@ def verify(
         for leg in legs:
             if leg not in LEGS:
                 raise ValueError(f"legs: {leg!r}, expected one of {', '.join(LEGS)}")
-        return _Verifier(file, ckpt, layers, isa, legs, progress).run(prompt, tokens)
+        return _Verifier(file, ckpt, layers, isa, kv, legs, progress).run(prompt, tokens)
 
 
 class _Verifier:
@@ -149,11 +153,12 @@ class _Verifier:
         ckpt: Checkpoint,
         layers: Sequence[int] | None,
         isa: str | None,
+        kv: str,
         legs: Sequence[str],
         progress: Any,
     ) -> None:
         self.file, self.ckpt, self.isa, self.progress = file, ckpt, isa, progress
-        self.legs = legs
+        self.kv, self.legs = kv, legs
         self.checks: list[Check] = []
         self.divergences: list[Divergence] = []
         self.notes: list[str] = []
@@ -184,7 +189,7 @@ class _Verifier:
                 getattr(self, leg)()
             self.model = Model(self.file.path, threads=1, isa=self.isa)
             self.ids = self.tokens(prompt, tokens)
-            self.logits = self.model.session(ctx=len(self.ids) + NEW_TOKENS).prefill(self.ids, all_logits=True)
+            self.logits = self.model.session(len(self.ids) + NEW_TOKENS, self.kv).prefill(self.ids, all_logits=True)
             for leg in (leg for leg in LEGS[2:] if leg in self.legs):
                 getattr(self, leg)()
         else:
@@ -192,7 +197,7 @@ class _Verifier:
         if not self.whole:
             self.notes.append(f"only layers {_ranges(self.layers)} were compared; embedding, head and effect were not")
         n = len(self.ids) if comparable else 0
-        return Report(str(self.file.path), str(self.ckpt.path), n, tuple(self.checks), tuple(self.divergences),
+        return Report(str(self.file.path), str(self.ckpt.path), n, self.kv, tuple(self.checks), tuple(self.divergences),
                       self.effect, tuple(self.notes))  # fmt: skip
 
     def tokens(self, prompt: str | None, n: int) -> Array:
@@ -277,7 +282,7 @@ class _Verifier:
 
     def taps(self) -> Iterator[tuple[int, dict[str, Array]]]:
         """(layer, the runtime's taps of it, its input and what is outside the layers), layer after layer."""
-        s, session = self.settings, self.model.session(ctx=len(self.ids))
+        s, session = self.settings, self.model.session(len(self.ids), self.kv)
         row = 4 * (s.heads * (s.dn + s.dr + 2 * s.r) + 8 * s.d)
         group = max(1, TAP_BYTES // (row * len(self.ids)))
         main = [i for i in self.layers if i < self.n_layers]
@@ -292,7 +297,7 @@ class _Verifier:
                 yield i, taps
 
     def arithmetic(self) -> None:
-        ref, s = reference.Reference(self.settings, self.packed, "f16"), self.settings
+        ref, s = reference.Reference(self.settings, self.packed, self.kv), self.settings
         taps: dict[str, Array] = {}
         for i, taps in self.taps():
             x = taps[f"layers.{i - 1}.layer_out" if i else "embed"].astype(np.float64)
@@ -316,7 +321,7 @@ class _Verifier:
     def mtp_taps(self) -> tuple[Array, dict[str, Array]]:
         """(main hidden states, taps of the MTP layer fed with them and the true next tokens)."""
         n = len(self.ids)
-        core = _core.Session(self.model.core, n, "f16", n, False)
+        core = _core.Session(self.model.core, n, self.kv, n, False)
         core.forward(self.ids, "none")
         hidden = core.hidden()[:-1]
         core.trace(["*"])
@@ -386,7 +391,7 @@ class _Verifier:
         for threads in (1, 2):
             model = self.model if threads == 1 else Model(self.file.path, threads=2, isa=self.isa)
             for rows in (*CHUNKS, len(self.ids)):
-                found = model.session(ctx=ctx, max_rows=rows).prefill(self.ids, all_logits=True)
+                found = model.session(ctx, self.kv, max_rows=rows).prefill(self.ids, all_logits=True)
                 self.same(f"logits with {threads} threads, passes of {rows} tokens", found, self.logits)
                 n += 1
             if self.has_mtp:
@@ -411,7 +416,7 @@ class _Verifier:
 
     def generated(self, model: Model, end: int, k: int) -> tuple[list[int], Array]:
         """Greedy (tokens, their logits) after the first ``end`` ids, ``k`` drafts a round."""
-        session = model.session(ctx=end + NEW_TOKENS + 8, mtp=True)
+        session = model.session(end + NEW_TOKENS + 8, self.kv, mtp=True)
         session.prefill(self.ids[: end - 1], all_logits=False)
         token, out, logits = int(self.ids[end - 1]), list[int](), []
         while len(out) < NEW_TOKENS:
@@ -434,7 +439,7 @@ class _Verifier:
                               f"{EFFECT_LIMIT / 1e9:.1f} G; see `deepcalm perplexity --kl-against`")  # fmt: skip
             return
         ref, same, chosen = reference.Reference(s, self.source), 0, 0
-        x, session = self.source.plain("embed", self.ids), self.model.session(ctx=len(self.ids))
+        x, session = self.source.plain("embed", self.ids), self.model.session(len(self.ids), self.kv)
         with session.trace("topk_idx") as ours:
             session.prefill(self.ids, all_logits=True)
         for i in range(s.layers):
@@ -454,7 +459,37 @@ class _Verifier:
             z = np.asarray(ref.layer("mtp.", s.layers >= s.dense, z, {})["mtp.layer_out"][0])
             found, expected = taps_mtp["mtp.logits"], ref.head("mtp.", z, {})["mtp.logits"][0]
             self.effect["mtp_argmax_agreement"] = float((found.argmax(-1) == expected.argmax(-1)).mean())
+        self.second_opinion()
         self.step()
+
+    def second_opinion(self) -> None:
+        """The same prompt in transformers, where the extra is installed; drafted text against its own drafting."""
+        from . import peer
+
+        try:
+            logits, tokens = peer.opinion(self.ckpt, self.ids, NEW_TOKENS)
+        except ImportError as e:
+            missing = (e.name or str(e)).partition(".")[0]
+            self.notes.append(f"no comparison with transformers: {missing} is not installed (extra `reference`)")
+            return
+        except ResourceError as e:
+            self.notes.append(one_line(e, 200))
+            return
+        self.effect |= {f"transformers_{k}": v for k, v in _distance(self.logits, logits).items()}
+        if tokens is not None:
+            last = int(self.logits[-1].argmax())
+            ours = [last, *self.continued([*self.ids.tolist(), last], NEW_TOKENS - 1)]
+            same = np.equal(ours, tokens)
+            self.effect["transformers_mtp_tokens_equal"] = float(np.cumprod(same).sum() / len(same))
+
+    def continued(self, ids: list[int], n: int) -> list[int]:
+        """``n`` greedy tokens after ids, with one draft a round as transformers has."""
+        session = self.model.session(len(ids) + n + 8, self.kv, mtp=True)
+        session.prefill(ids[:-1])
+        out = [ids[-1]]
+        while len(out) <= n:
+            out += [int(t) for t in session.draft_round(out[-1], 1, Sampling(), len(self.logits[0]))["tokens"]]
+        return out[1 : n + 1]
 
 
 # ---- pieces
