@@ -78,6 +78,11 @@ struct CpuKernels {
     const char* isa;    // "scalar" | "avx2" | "avx512" | "avx512x"
     uint32_t required;  // CpuFeature bits that the OS must have enabled
 
+    // The bare multiply-add of f32, the dot instruction of bf16 and of int8 (null where the set has none), `rounds` times
+    // on a register block of independent chains: the ceiling that rates are printed beside. buf: 64 bytes of finite
+    // operands, overwritten. Returns the operations done, multiply and add counted apart.
+    int64_t (*peak[kNumActKinds])(int64_t rounds, void* buf) noexcept;
+
     // Rounds one row: x [cols] f32 -> out row `row` of kind k (zero-fills up to round_up(cols, 32); computes d and sum for
     // kI8, as ActKind says). Non-finite x gives non-finite d or bf16 and defined codes, never undefined behaviour.
     void (*prepare[kNumActKinds])(const float* x, int cols, const Activation& out, int64_t row) noexcept;

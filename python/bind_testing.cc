@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "runtime/probe.h"
 
 namespace py = pybind11;
 using namespace deepcalm;
@@ -314,6 +315,55 @@ py::tuple route_rows(const Floats& gate_logits, const std::optional<Floats>& bia
 }
 
 }  // namespace
+
+void init_probes(py::module_& m) {
+    using namespace pybind11::literals;
+    m.def(
+        "compute_ceilings",
+        [](const std::string& isa, int threads) {
+            require(threads > 0, "threads must be positive");
+            constexpr const char* kNames[] = {"f32", "bf16", "int8"};  // in the order of ActKind
+            py::dict out;
+            for (int kind = 0; kind < kNumActKinds; ++kind) {
+                double rate = 0;
+                {
+                    const py::gil_scoped_release release;
+                    rate = compute_ceiling(table(isa), static_cast<ActKind>(kind), threads);
+                }
+                if (rate > 0) out[kNames[kind]] = rate;
+            }
+            return out;
+        },
+        "isa"_a, "threads"_a,
+        "1e9 operations per second (multiply and add counted apart) from registers, best of 5: f32 multiply-adds, and "
+        "the bf16 and int8 dot instructions where the set has them.");
+    m.def(
+        "inner_loop_rate",
+        [](const std::string& isa, const std::string& format, int threads, int rows) {
+            require(threads > 0 && rows > 0, "threads and rows must be positive");
+            const CpuKernels& k = table(isa);
+            const Format f = format_of(format);
+            const py::gil_scoped_release release;
+            return inner_loop_rate(k, f, threads, rows);
+        },
+        "isa"_a, "format"_a, "threads"_a, "rows"_a = 64,
+        "1e9 operations per second of the matmul kernel on operands in the first-level cache: 64 outputs x 256 columns "
+        "(q8, q4), 128 (bf16, f8) or 64 (f16, f32), `rows` activation rows; best of 5.");
+    m.def(
+        "attention_rate",
+        [](const std::string& isa, const std::string& kv, int heads, int rows, int positions) {
+            require(heads > 0 && rows > 0 && positions > 0, "heads, rows and positions must be positive");
+            const CpuKernels& k = table(isa);
+            const CacheType type = cache_of(kv);
+            const py::gil_scoped_release release;
+            const auto rate = attention_rate(k, type, heads, rows, positions);
+            if (!rate.ok()) throw std::bad_alloc();
+            return rate.value();
+        },
+        "isa"_a, "kv"_a, "heads"_a, "rows"_a, "positions"_a,
+        "1e9 operations per second of the attention kernel on one thread, latent 512 + rope 64, every row seeing all "
+        "positions: 2 (576 + 512) operations per row, head and position; best of 5.");
+}
 
 void init_testing(py::module_& m) {
     using namespace pybind11::literals;

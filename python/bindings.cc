@@ -14,6 +14,7 @@ using namespace deepcalm;
 
 void init_pack(py::module_& m);     // bind_pack.cc: formats, manifest, packing
 void init_testing(py::module_& m);  // bind_testing.cc: single kernels, for the oracles
+void init_probes(py::module_& m);   // bind_testing.cc: rates of the bare instructions and kernels
 
 namespace {
 
@@ -290,6 +291,7 @@ PYBIND11_MODULE(_core, m) {
         py::arg("threads"), py::arg("mib") = 512, py::arg("repeats") = 3,
         "Measured read bandwidth in GB/s (1e9 bytes) of `threads` threads over a buffer of `mib` MiB, best of "
         "`repeats`.");
+    init_probes(m);
     m.def(
         "sample",
         [](const F32Array& logits, double temp, int top_k, double top_p, double min_p, uint64_t seed, int64_t pos,

@@ -425,3 +425,21 @@ def test_mla_exponential_accuracy(isa: str, rng: np.random.Generator) -> None:
     rows[5, 64] = np.nan
     m, l, o = T.mla_partial(isa, "f32", rows.view(np.uint8), 64, 16, q, 0, np.array([64], np.int32), 1.0)
     assert np.isnan(l[0, 0]), "a NaN must reach the logits"
+
+
+# --- ceilings and rates ---------------------------------------------------------------------------------------------
+
+
+@every_isa
+def test_rates_stand_below_their_ceilings(isa: str) -> None:
+    top = _core.compute_ceilings(isa, 1)
+    assert set(top) == ({"f32", "bf16", "int8"} if isa == "avx512x" else {"f32"})
+    assert all(rate > 0.1 for rate in top.values())
+    if isa == "avx512x":  # the instruction of each format bounds its kernel; 1.3 covers a changing clock
+        for fmt, kind in [("f32", "f32"), ("bf16", "bf16"), ("f8", "bf16"), ("q8", "int8"), ("q4", "int8")]:
+            assert 0 < _core.inner_loop_rate(isa, fmt, 1, 8) < 1.3 * top[kind], fmt
+    assert 0 < _core.attention_rate(isa, "f16", 3, 9, 65) < 1.3 * top["f32"]
+    with pytest.raises(ValueError, match="rows must be positive"):
+        _core.inner_loop_rate(isa, "q8", 1, 0)
+    with pytest.raises(ValueError, match="unknown or not supported"):
+        _core.compute_ceilings("sse9", 1)

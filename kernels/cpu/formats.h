@@ -13,6 +13,8 @@ DC_INLINE int32_t load_32(const void* p) {
     return v;
 }
 
+struct NoDot {};  // in place of a dot instruction that the set lacks
+
 struct WeightF32 {
     using X = float;
     using Acc = F;

@@ -121,6 +121,17 @@ struct WeightF8 {
     }
 };
 
+struct PeakBF16 {
+    using Reg = __m512i;
+    static constexpr int64_t kOps = 2 * 32;
+    static DC_INLINE Reg step(Reg acc, Reg a) { return _mm512_castps_si512(dot_bf16(_mm512_castsi512_ps(acc), a, a)); }
+};
+struct PeakI8 {
+    using Reg = __m512i;
+    static constexpr int64_t kOps = 2 * 64;
+    static DC_INLINE Reg step(Reg acc, Reg a) { return _mm512_dpbusd_epi32(acc, a, a); }
+};
+
 }  // namespace
 }  // namespace deepcalm
 

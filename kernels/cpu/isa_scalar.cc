@@ -9,6 +9,8 @@ namespace deepcalm {
 namespace {
 using WeightBF16 = WeightBF16Plain;
 using WeightF8 = WeightF8Plain;
+using PeakBF16 = NoDot;
+using PeakI8 = NoDot;
 }  // namespace
 }  // namespace deepcalm
 

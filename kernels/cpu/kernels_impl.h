@@ -8,7 +8,7 @@
 //   load_u16 load_i8 (widening to I)  store_u16 store_i8 (low bits)  load_f16 store_f16 f16_pair
 //   first, max_lane, sum (a fixed tree), sum_block (kScoreHeads * kScorePos sums at once), prefetch
 //   DotQ8, DotQ4: exact integer dots of a tile; register block sizes kBlockRows .. kValueVecs;
-//   WeightBF16, WeightF8: either formats.h's plain ones or its own.
+//   WeightBF16, WeightF8: either formats.h's plain ones or its own; PeakBF16, PeakI8: its dot instructions or NoDot.
 #pragma once
 
 #include "kernels/cpu/attention_impl.h"
@@ -93,11 +93,40 @@ void axpy(float a, const float* x, float* y, int n) noexcept {
     if (i < n) store_n(y + i, fma(set1(a), load_n(x + i, n - i), load_n(y + i, n - i)), n - i);
 }
 
+// Ceilings: an Op names a register, its operations per step and the step; an Op without kOps is an instruction not there.
+struct PeakF32 {
+    using Reg = F;
+    static constexpr int64_t kOps = 2 * 16;
+    static DC_INLINE Reg step(Reg acc, Reg a) { return fma(a, a, acc); }
+};
+template <class Op> int64_t peak(int64_t rounds, void* buf) noexcept {
+    constexpr int kChains = kBlockRows * kBlockTiles;
+    typename Op::Reg acc[kChains], a;
+    __builtin_memcpy(&a, buf, sizeof a);
+#pragma GCC unroll 32
+    for (auto& v : acc) v = a;
+    for (int64_t i = 0; i < rounds; ++i)
+#pragma GCC unroll 32
+        for (auto& v : acc) v = Op::step(v, a);
+#pragma GCC unroll 32
+    for (const auto& v : acc) __builtin_memcpy(buf, &v, sizeof v);
+    __asm__ volatile("" : : "r"(buf) : "memory");
+    return rounds * kChains * Op::kOps;
+}
+template <class Op> constexpr decltype(&peak<PeakF32>) peak_of() {
+    if constexpr (requires { Op::kOps; }) {
+        return peak<Op>;
+    } else {
+        return nullptr;
+    }
+}
+
 constexpr CpuKernels make_table(const char* isa, uint32_t required) {
     return {
         .isa = isa,
         .required = required,
-        .prepare = {prepare_f32, prepare_bf16, prepare_i8},  // in the order of ActKind
+        .peak = {peak<PeakF32>, peak_of<PeakBF16>(), peak_of<PeakI8>()},  // in the order of ActKind
+        .prepare = {prepare_f32, prepare_bf16, prepare_i8},               // in the order of ActKind
         .matmul = {matmul<WeightF32>, matmul<WeightBF16>, matmul<WeightF16>, matmul<WeightF8>, matmul<WeightQ8>,
                    matmul<WeightQ4>, matmul<WeightQ4B>},  // in the order of Format
         .rmsnorm = rmsnorm,
