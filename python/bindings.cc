@@ -235,6 +235,16 @@ class PySession {
         return d;
     }
 
+    py::list stage_stats() const {
+        py::list out;
+        for (int i = 0; i < 2 * kNumStages; ++i) {
+            const StageStats& t = s_->stats().stages[i / kNumStages][i % kNumStages];
+            const std::string name = std::string(i < kNumStages ? "" : "mtp.") + kStageNames[i % kNumStages];
+            if (t.calls > 0) out.append(py::make_tuple(name, t.calls, t.bytes, t.seconds, t.wait_sum, t.wait_max));
+        }
+        return out;
+    }
+
     py::list expert_union() const {
         py::list out;
         const ExpertUnion& u = s_->expert_union();
@@ -372,6 +382,9 @@ PYBIND11_MODULE(_core, m) {
         .def("trace", &PySession::trace, py::arg("names"))
         .def("taps", &PySession::taps, "Taps of the last forward pass as arrays [n, ...]; clears them.")
         .def("stats", &PySession::stats)
+        .def("stage_stats", &PySession::stage_stats,
+             "(name, calls, bytes, seconds, wait_sum, wait_max) of every stage that ran, in the order of a pass; "
+             "'mtp.' before those of MTP passes. Bytes and seconds add up to those of stats().")
         .def("expert_union", &PySession::expert_union,
              "(windows, distinct (layer, expert) pairs in them) for windows of 1..8 adjacent tokens.");
 }

@@ -16,13 +16,13 @@ class Pass {
   public:
     Pass(const PassArgs& a, int tid)
         : a_(a), s_(a.state), c_(a.model.cfg()), w_(a.model.weights()), k_(a.model.kernels()), pool_(a.model.pool()),
-          tid_(tid), threads_(pool_.size()), n_(static_cast<int>(a.ids.size())), d_(c_.hidden_size),
-          heads_(c_.num_attention_heads) {}
+          clock_(s_.clocks[static_cast<size_t>(tid)]), tid_(tid), threads_(pool_.size()),
+          n_(static_cast<int>(a.ids.size())), d_(c_.hidden_size), heads_(c_.num_attention_heads) {}
 
     void run_main() {
         const Range rows = split(n_, tid_, threads_);
         for (int i = rows.begin; i < rows.end; ++i) embed(a_.ids[static_cast<size_t>(i)], x_row(i));
-        pool_.barrier();
+        end(Stage::kEmbed);
         tap("embed", s_.x, {d_}, d_stride());
         for (int i = 0; i < c_.num_hidden_layers; ++i) {
             if (a_.trace.on()) prefix_ = "layers." + std::to_string(i) + ".";
@@ -43,11 +43,12 @@ class Pass {
             k_.rmsnorm(a_.hidden + int64_t{i} * d_, w_.mtp_hnorm, eh + d_, d_, c_.rms_norm_eps);
             prepare(s_.eh, i, {&w_.mtp_eh_proj});
         }
-        pool_.barrier();
+        read_floats(2 * d_);
+        end(Stage::kEmbed);
         const Range tiles = split(w_.mtp_eh_proj.row_tiles(), tid_, threads_);
         matmul(w_.mtp_eh_proj, 0, tiles, s_.eh, n_, s_.out + 16 * tiles.begin, d_stride());
         for (int i = 0; i < n_; ++i) copy_tiles(s_.out + i * d_stride(), x_row(i), tiles);
-        pool_.barrier();
+        end(Stage::kEhProj);
         tap("embed", s_.x, {d_}, d_stride());
         layer(w_.mtp_layer, 0);
         head(w_.mtp_final_norm, "final_norm", "logits");
@@ -55,6 +56,28 @@ class Pass {
 
   private:
     // ---- helpers ---------------------------------------------------------------------------------------------------
+
+    // All threads meet; the time since the last meeting is charged to the stage, this thread's waiting apart.
+    void meet(Stage stage) const {
+        StageClock::Sum& sum = clock_.stage[static_cast<int>(stage)];
+        const int64_t arrived = threads_ > 1 ? now_ns() : 0;
+        pool_.barrier();
+        const int64_t left = now_ns();
+        if (threads_ > 1) sum.wait_ns += left - arrived;
+        sum.ns += left - clock_.mark;
+        sum.bytes += clock_.bytes;
+        clock_.mark = left;
+        clock_.bytes = 0;
+        clock_.last = stage;
+    }
+    void end(Stage stage) const {
+        meet(stage);
+        clock_.stage[static_cast<int>(stage)].calls += 1;
+    }
+    // n f32 weights (norms, biases) that every thread reads: counted once.
+    void read_floats(int64_t n) const {
+        if (tid_ == 0) clock_.bytes += 4 * n;
+    }
 
     int64_t d_stride() const { return s_.h.stride(); }
     float* x_row(int64_t i) const { return s_.x + i * d_stride(); }
@@ -90,10 +113,19 @@ class Pass {
         return x;
     }
 
+    // Bytes of row tiles of one slice; a row of scale blocks belongs to its first tile.
+    static int64_t tile_bytes(const PackedTensor& t, Range tiles) {
+        const int64_t bytes = (tiles.end - tiles.begin) * t.row_tile_bytes();
+        if (t.scales == nullptr) return bytes;
+        const int64_t per = t.scale_rows / kTileRows;
+        return bytes + 4 * (ceil_div(tiles.end, per) - ceil_div(tiles.begin, per)) * ceil_div(t.cols, t.scale_cols);
+    }
+
     // y: where the first tile of the range goes.
     void matmul(const PackedTensor& t, int slice, Range tiles, const ActSite& site, int n, float* y, int64_t y_stride,
                 int64_t first = 0, int64_t step = 1, const int32_t* rows = nullptr) const {
         if (tiles.begin >= tiles.end || n == 0) return;
+        clock_.bytes += tile_bytes(t, tiles);
         k_.matmul[static_cast<int>(t.format)]({.w = &t,
                                                .slice = slice,
                                                .tile_begin = tiles.begin,
@@ -139,7 +171,9 @@ class Pass {
     }
 
     void embed(int32_t id, float* out) const {
-        const std::byte* row = w_.embed + int64_t{id} * d_ * (w_.embed_format == Format::kF32 ? 4 : 2);
+        const int64_t row_bytes = int64_t{d_} * (w_.embed_format == Format::kF32 ? 4 : 2);
+        const std::byte* row = w_.embed + id * row_bytes;
+        clock_.bytes += row_bytes;
         if (w_.embed_format == Format::kF32) {
             std::memcpy(out, row, static_cast<size_t>(d_) * 4);
             return;
@@ -164,11 +198,12 @@ class Pass {
             k_.rmsnorm(x_row(i), w.attn_norm, s_.h.row(i), d_, c_.rms_norm_eps);
             prepare(s_.h, i, {&w.wqkv_a});
         }
-        pool_.barrier();
+        read_floats(d_);
+        end(Stage::kAttnNorm);
         tap("attn_norm", s_.h.f32, {d_}, d_stride());
 
         matmul_share(w.wqkv_a, s_.h, s_.qkv_a, s_.qkv_a_stride);
-        pool_.barrier();
+        end(Stage::kQkvA);
 
         // latent norms, key rotation, cache write; the cache row is what every later reader sees, this pass included
         for (int i = rows.begin; i < rows.end; ++i) {
@@ -187,13 +222,14 @@ class Pass {
                 prepare(s_.q_a, i, {&w.wq_b});
             }
         }
-        pool_.barrier();
+        read_floats(int64_t{r} + c_.q_lora_rank);
+        end(Stage::kLatent);
         tap("c_kv", s_.c_kv, {r}, r);
         tap("k_rope", s_.k_rope, {dr}, dr);
         if (q_lora) {
             tap("q_a", s_.q_a.f32, {c_.q_lora_rank}, s_.q_a.stride());
             matmul_share(w.wq_b, s_.q_a, s_.q, s_.q_stride);
-            pool_.barrier();
+            end(Stage::kQB);
         }
 
         // rotate query heads; nope parts become operands of W_UK, rope parts stand beside its output
@@ -207,18 +243,18 @@ class Pass {
             prepare(s_.q_nope, u, {&w.w_uk});
             std::copy(q + dn, q + dqk, s_.q_full + u * s_.q_width + a_.cache.c_pad());
         }
-        pool_.barrier();
+        end(Stage::kQRope);
         tap("q", s_.q, {heads_, dqk}, s_.q_stride);
 
         deal(heads_, w.w_uk.row_tiles(), [&](int h, Range t) {
             matmul(w.w_uk, h, t, s_.q_nope, n_, s_.q_full + h * s_.q_width + 16 * int64_t{t.begin}, heads_ * s_.q_width,
                    h, heads_);
         });
-        pool_.barrier();
+        end(Stage::kWUk);
         if (a_.trace.on()) tap_heads("q_absorbed", s_.q_full, s_.q_width, r);
 
         latent_attention(w, layer_idx);
-        pool_.barrier();
+        end(Stage::kAttention);
         if (a_.trace.on()) tap_heads("attn_latent", s_.attn_latent.f32, s_.attn_latent.stride(), r);
 
         const int64_t v_pad = round_up(dv, kTileRows);
@@ -226,7 +262,7 @@ class Pass {
             float* y = s_.uv_tmp + int64_t{h} * s_.max_rows * v_pad + 16 * int64_t{t.begin};
             matmul(w.w_uv, h, t, s_.attn_latent, n_, y, v_pad, h, heads_);
         });
-        pool_.barrier();
+        meet(Stage::kWUv);
         for (int i = rows.begin; i < rows.end; ++i) {
             for (int h = 0; h < heads_; ++h) {
                 const float* v = s_.uv_tmp + (int64_t{h} * s_.max_rows + i) * v_pad;
@@ -234,11 +270,11 @@ class Pass {
             }
             prepare(s_.attn_v, i, {&w.wo});
         }
-        pool_.barrier();
+        end(Stage::kWUv);
 
         const Range tiles = matmul_share(w.wo, s_.attn_v, s_.out, d_stride());
         for (int i = 0; i < n_; ++i) add_tiles(s_.out + i * d_stride(), x_row(i), tiles);
-        pool_.barrier();
+        end(Stage::kWo);
         tap("attn_out", s_.out, {d_}, d_stride());
     }
 
@@ -281,6 +317,9 @@ class Pass {
             m.o = s_.part_o + slot * c_pad;
             m.o_row_stride = row_stride * c_pad;
             k_.mla_partial(m);
+            // A cache row counts once, where the last row of the pass meets the first heads: it sees all of them.
+            const int64_t seen = ends_[static_cast<size_t>(i1 - 1 - i0)] - m.pos_begin;
+            if (h0 == 0 && i1 == n_) clock_.bytes += std::max<int64_t>(seen, 0) * m.row_bytes;
         };
         const auto combine = [&](int i, int h, int64_t slot, int64_t partial_stride) {
             const int64_t u = int64_t{i} * heads_ + h;
@@ -299,7 +338,7 @@ class Pass {
                 const Range h = split(heads_, u % head_blocks, head_blocks);
                 partial(0, n_, h.begin, h.end, p, int64_t{p} * n_ * heads_ + h.begin, heads_);
             }
-            pool_.barrier();
+            meet(Stage::kAttention);
             const Range row_heads = split(int64_t{n_} * heads_, tid_, threads_);
             for (int u = row_heads.begin; u < row_heads.end; ++u)
                 combine(u / heads_, u % heads_, u, int64_t{n_} * heads_);
@@ -340,7 +379,8 @@ class Pass {
             k_.rmsnorm(x_row(i), w.ffn_norm, s_.h.row(i), d_, c_.rms_norm_eps);
             prepare(s_.h, i, {&w.w_gate_up, &w.experts_gate_up, &w.shared_gate_up});
         }
-        pool_.barrier();
+        read_floats(d_);
+        end(Stage::kFfnNorm);
         tap("ffn_norm", s_.h.f32, {d_}, d_stride());
     }
 
@@ -348,13 +388,13 @@ class Pass {
         norm_ffn_input(w);
         gate_up(w.w_gate_up, 0, split(w.w_gate_up.row_tiles() / 2, tid_, threads_), s_.h, nullptr, n_, s_.gate_up,
                 s_.gate_up_stride, s_.ffn_h, 0);
-        pool_.barrier();
+        meet(Stage::kFfnUp);
         const Range rows = split(n_, tid_, threads_);
         for (int i = rows.begin; i < rows.end; ++i) prepare(s_.ffn_h, i, {&w.w_down});
-        pool_.barrier();
+        end(Stage::kFfnUp);
         const Range tiles = matmul_share(w.w_down, s_.ffn_h, s_.out, d_stride());
         for (int i = 0; i < n_; ++i) add_tiles(s_.out + i * d_stride(), x_row(i), tiles);
-        pool_.barrier();
+        end(Stage::kFfnDown);
         tap("ffn_out", s_.out, {d_}, d_stride());
     }
 
@@ -363,7 +403,7 @@ class Pass {
     void moe(const LayerWeights& w) {
         norm_ffn_input(w);
         matmul_share(w.router, s_.h, s_.gate_logits, s_.gate_logits_stride);
-        pool_.barrier();
+        end(Stage::kRouter);
         tap("gate_logits", s_.gate_logits, {c_.n_routed_experts}, s_.gate_logits_stride);
 
         const int k = c_.num_experts_per_tok;
@@ -383,11 +423,12 @@ class Pass {
                    .topk_idx = s_.topk_idx + int64_t{i} * k,
                    .topk_weight = s_.topk_weight + int64_t{i} * k});
         }
-        pool_.barrier();
+        if (w.router_bias != nullptr) read_floats(c_.n_routed_experts);
+        meet(Stage::kRoute);
         tap("topk_idx", s_.topk_idx, {k}, k);
         tap("topk_weight", s_.topk_weight, {k}, k);
         if (tid_ == 0) group_rows_by_expert();
-        pool_.barrier();
+        end(Stage::kRoute);
 
         // up: every touched expert once for all its rows, and the shared expert, as one list of tile pairs of equal cost per row
         const int pairs = w.experts_gate_up.row_tiles() / 2, shared_pairs = w.shared_gate_up.row_tiles() / 2;
@@ -413,13 +454,13 @@ class Pass {
             gate_up(w.shared_gate_up, 0, share(shared_pairs, n_), s_.h, nullptr, n_, s_.shared_gate_up,
                     s_.shared_gate_up_stride, s_.shared_h, 0);
         }
-        pool_.barrier();
+        meet(Stage::kExpertsUp);
         const Range slots = split(int64_t{n_} * k, tid_, threads_);
         for (int i = slots.begin; i < slots.end; ++i) prepare(s_.expert_h, i, {&w.experts_down});
         if (shared_pairs > 0) {
             for (int i = rows.begin; i < rows.end; ++i) prepare(s_.shared_h, i, {&w.shared_down});
         }
-        pool_.barrier();
+        end(Stage::kExpertsUp);
 
         // down: this thread's output columns; experts in ascending order, then the shared expert, then the residual
         const Range tiles = split(ceil_div(d_, kTileRows), tid_, threads_);
@@ -440,7 +481,7 @@ class Pass {
             for (int i = 0; i < n_; ++i) add_tiles(s_.shared_out + i * d_stride(), s_.out + i * d_stride(), tiles);
         }
         for (int i = 0; i < n_; ++i) add_tiles(s_.out + i * d_stride(), x_row(i), tiles);
-        pool_.barrier();
+        end(Stage::kExpertsDown);
         if (shared_pairs > 0) tap("shared_out", s_.shared_out, {d_}, d_stride());
     }
 
@@ -475,7 +516,6 @@ class Pass {
                 s_.pass_experts.push_back(layer_idx_ * c_.n_routed_experts + s_.topk_idx[i]);
         }
         a_.stats->experts_touched += static_cast<int64_t>(s_.touched.size());
-        a_.stats->weight_bytes += static_cast<int64_t>(s_.touched.size()) * a_.model.weight_bytes().expert;
     }
 
     // ---- layer, head -----------------------------------------------------------------------------------------------
@@ -498,16 +538,17 @@ class Pass {
             k_.rmsnorm(x_row(i), norm, s_.final_h.row(i), d_, c_.rms_norm_eps);
             if (i >= n_ - a_.n_logits) prepare(s_.final_h, i, {&w_.head});
         }
-        pool_.barrier();
+        read_floats(d_);
+        end(Stage::kFinalNorm);
         tap(norm_tap, s_.final_h.f32, {d_}, d_stride());
         if (a_.n_logits == 0) return;
         const int64_t stride = round_up(c_.vocab_size, kTileRows);
         const Range tiles = split(w_.head.row_tiles(), tid_, threads_);
         matmul(w_.head, 0, tiles, s_.final_h, a_.n_logits, a_.logits + 16 * int64_t{tiles.begin}, stride,
                n_ - a_.n_logits);
-        if (!a_.trace.on()) return;
-        pool_.barrier();
-        if (tid_ == 0) a_.trace.record(prefix_ + logits_tap, a_.logits, a_.n_logits, {c_.vocab_size}, stride);
+        end(Stage::kHead);
+        if (a_.trace.on() && tid_ == 0)
+            a_.trace.record(prefix_ + logits_tap, a_.logits, a_.n_logits, {c_.vocab_size}, stride);
     }
 
     const PassArgs& a_;
@@ -516,6 +557,7 @@ class Pass {
     const ModelWeights& w_;
     const CpuKernels& k_;
     ThreadPool& pool_;
+    StageClock& clock_;
     const int tid_, threads_, n_, d_, heads_;
     int layer_idx_ = 0;
     std::string prefix_;
@@ -527,21 +569,41 @@ class Pass {
 }  // namespace
 
 void forward_cpu(const PassArgs& args) {
+    std::vector<StageClock>& clocks = args.state.clocks;
     if (!args.mtp) args.state.pass_experts.clear();
+    const int64_t begin = now_ns();
     args.model.pool().run([&](int tid) {
+        clocks[static_cast<size_t>(tid)] = {.mark = begin};
         Pass pass(args, tid);
         args.mtp ? pass.run_mtp() : pass.run_main();
     });
-    const WeightBytes& b = args.model.weight_bytes();
-    const auto n = static_cast<int64_t>(args.ids.size());
-    args.stats->passes += 1;
-    args.stats->rows += n;
-    if (args.mtp) {
-        args.stats->mtp_passes += 1;
-        args.stats->mtp_rows += n;
+    SessionStats& stats = *args.stats;
+    const int64_t end = now_ns();
+    StageClock& first = clocks[0];
+    first.stage[static_cast<int>(first.last)].ns += end - first.mark;  // until the pool has come to rest
+    for (int i = 0; i < kNumStages; ++i) {
+        StageStats& sum = stats.stages[args.mtp][i];
+        int64_t bytes = 0, wait_sum = 0, wait_max = 0;
+        for (const StageClock& clock : clocks) {
+            bytes += clock.stage[i].bytes;
+            wait_sum += clock.stage[i].wait_ns;
+            wait_max = std::max(wait_max, clock.stage[i].wait_ns);
+        }
+        sum.calls += first.stage[i].calls;
+        sum.bytes += bytes;
+        sum.seconds += 1e-9 * static_cast<double>(first.stage[i].ns);
+        sum.wait_sum += 1e-9 * static_cast<double>(wait_sum);
+        sum.wait_max += 1e-9 * static_cast<double>(wait_max);
+        (static_cast<Stage>(i) == Stage::kAttention ? stats.cache_bytes : stats.weight_bytes) += bytes;
     }
-    args.stats->weight_bytes += (args.mtp ? b.mtp_fixed : b.fixed) + n * b.embed_row + (args.n_logits > 0 ? b.head : 0);
-    args.stats->cache_bytes += (args.pos + n) * args.cache.row_bytes() * args.cache.n_layers();
+    const auto n = static_cast<int64_t>(args.ids.size());
+    stats.seconds += 1e-9 * static_cast<double>(end - begin);
+    stats.passes += 1;
+    stats.rows += n;
+    if (args.mtp) {
+        stats.mtp_passes += 1;
+        stats.mtp_rows += n;
+    }
 }
 
 }  // namespace deepcalm

@@ -1,7 +1,6 @@
 #include "runtime/session.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <iterator>
 
@@ -74,7 +73,6 @@ Status Session::run(std::span<const int32_t> ids, const float* hidden, int n_log
         DC_TRY(logits_, ZeroedBuffer::make(logits_bytes, "logits"));
     }
     const bool mtp = hidden != nullptr;
-    const auto start = std::chrono::steady_clock::now();
     forward_cpu({.model = model_,
                  .state = state_,
                  .cache = cache,
@@ -86,7 +84,6 @@ Status Session::run(std::span<const int32_t> ids, const float* hidden, int n_log
                  .n_logits = n_logits,
                  .logits = static_cast<float*>(static_cast<void*>(logits_.data())),
                  .stats = &stats_});
-    stats_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     const int n = static_cast<int>(ids.size());
     cache.len += n;
     last_rows_ = mtp ? 0 : n;

@@ -27,6 +27,7 @@ struct SessionStats {
     int64_t cache_bytes = 0;      // cache rows read
     int64_t experts_touched = 0;  // distinct (layer, expert) pairs, summed over passes
     double seconds = 0;
+    StageStats stages[2][kNumStages];  // main passes, MTP passes; bytes and seconds add up to the totals above
 };
 
 // Distinct experts that windows of adjacent tokens use: what a verification pass of j rows will read. Over tokens that went

@@ -118,6 +118,7 @@ Result<State> State::make(const ModelConfig& cfg, int max_rows, int max_partials
     DC_TRY(s.memory, ZeroedBuffer::make(count.used(), "activation buffers"));
     Arena place(s.memory.data());
     lay_out(s, place, cfg, n_threads);
+    s.clocks.resize(static_cast<size_t>(n_threads));
     s.touched.reserve(static_cast<size_t>(cfg.n_routed_experts));
     return s;
 }

@@ -6,6 +6,7 @@
 #include "kernels/kernels.h"
 #include "runtime/config.h"
 #include "runtime/memory.h"
+#include "runtime/stages.h"
 
 #include <vector>
 
@@ -71,6 +72,7 @@ struct State {
     std::vector<int32_t> pass_experts;  // short main passes: [moe layer, n, k] layer * E + expert, ascending in a row
     std::vector<ExpertRows> touched;    // experts of the pass, ascending
     ActSite final_h;                    // [n, d] after the final norm: what the head and MTP read
+    std::vector<StageClock> clocks;     // one per thread
     ZeroedBuffer memory;
 };
 

@@ -268,6 +268,9 @@ def test_stats_count_bytes(model: deepcalm.Model) -> None:
     assert done.decode_bytes == done.weight_bytes + done.cache_bytes > 0
     assert done.decode_rate > 0 and done.decode_bandwidth > 0 and before.prefill_rate > 0
     assert session.Stats().decode_rate == session.Stats().decode_bandwidth == session.Stats().prefill_rate == 0
+    assert {name: v.calls for name, v in done.stages.items()}["head"] == 2 and "eh_proj" not in done.stages
+    assert sum(v.bytes for v in done.stages.values()) == done.decode_bytes
+    assert sum(v.seconds for v in done.stages.values()) == pytest.approx(done.pass_seconds)
     one = model.session()
     one.prefill(IDS[:10])
     start = one.stats

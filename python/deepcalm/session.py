@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +40,32 @@ STAGES = (
 
 
 @dataclass(frozen=True, slots=True)
+class StageStats:
+    """Sums of one stage over passes: all threads together, every weight or cache byte of a pass counted once.
+
+    ``calls``: once per layer and pass; ``seconds``: wall time, waiting included; ``wait_sum``: seconds at barriers of
+    all threads, ``wait_max``: of the thread that waited most, pass by pass.
+    """
+
+    calls: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    wait_sum: float = 0.0
+    wait_max: float = 0.0
+
+    def __sub__(self, before: StageStats) -> StageStats:
+        """What was done since ``before``."""
+        return StageStats(*(getattr(self, f) - getattr(before, f) for f in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """Sums over a session's calls. Bytes are counted by the passes from what they touched, not estimated.
 
     ``prefill_*``: rows of ``prefill``; ``decode_*``: rows of ``decode`` and ``decode_many``. ``passes`` and ``rows``
-    include MTP passes; ``experts_touched`` sums distinct (layer, expert) pairs over passes.
+    include MTP passes; ``experts_touched`` sums distinct (layer, expert) pairs over passes. ``stages``: the stages of
+    the passes in their order, "mtp." before those of MTP passes; their bytes and seconds add up to those of all passes,
+    ``weight_bytes`` + ``cache_bytes`` and ``pass_seconds``.
     """
 
     prefill_tokens: int = 0
@@ -58,10 +79,14 @@ class Stats:
     weight_bytes: int = 0
     cache_bytes: int = 0
     experts_touched: int = 0
+    pass_seconds: float = 0.0
+    stages: dict[str, StageStats] = field(default_factory=dict)
 
     def __sub__(self, before: Stats) -> Stats:
         """What was done since ``before``."""
-        return Stats(*(getattr(self, f) - getattr(before, f) for f in self.__dataclass_fields__))
+        stages = {name: s - before.stages.get(name, StageStats()) for name, s in self.stages.items()}
+        sums = {f: getattr(self, f) - getattr(before, f) for f in self.__dataclass_fields__ if f != "stages"}
+        return Stats(**sums, stages={name: s for name, s in stages.items() if s.calls})
 
     @property
     def decode_rate(self) -> float:
@@ -252,8 +277,10 @@ class Session:
     def stats(self) -> Stats:
         """What the session has done so far."""
         with self._lock:
-            counted = {k: v for k, v in self._core.stats().items() if k in Stats.__dataclass_fields__}
-            return Stats(**counted, **self._sums)  # type: ignore[arg-type]
+            core = self._core.stats()
+            counted = {k: v for k, v in core.items() if k in Stats.__dataclass_fields__}
+            stages = {row[0]: StageStats(*row[1:]) for row in self._core.stage_stats()}
+            return Stats(**counted, **self._sums, pass_seconds=core["seconds"], stages=stages)  # type: ignore[arg-type]
 
     def truncate(self, n_tokens: int) -> None:
         """Forgets all but the first ``n_tokens`` tokens. Raises SessionError if there are fewer."""
