@@ -1,0 +1,329 @@
+// The stages of the CUDA pass: argument structs, launch geometry, the list of kernels. No CUDA construct appears here, so
+// plain C++ (the device model, the drivers' host side, tests) includes it too. What runs is in product.cuh, attention.cuh,
+// moe.cuh and stages.cuh behind the seam rt.h.
+//
+// A stage is the work between two grid-wide dependencies:
+//     template <int NB, class Wait> __device__ void stage_<name>(const <Name>Args&, int block, int n_blocks, unsigned char* smem, Wait wait)
+// Every block of the grid calls it with all its threads. It starts its weight copies, calls wait() exactly once and touches
+// nothing that another stage writes before that (so neither pos, nor ids, nor activations); weights and args are constants.
+// wait() is rt::dependency_wait() in the graph of kernels and a grid barrier in the persistent kernel. NB is the number of
+// 8-row column blocks that share a weight: 1 decodes and verifies (n <= 8), kPrefillBlocks runs longer passes; rows beyond
+// 8 * NB are walked in blocks, for any n. Law L1: an output's bits depend on its own row alone: not on n, NB, n_blocks,
+// threads per block or units_per_block; all sums are ordered sums of 512-column segments (docs/model.md 7.2).
+//
+// All activations between stages are f32 rows; the consumer rounds them (and applies the RMS norm), block by block, in
+// shared memory. Buffers are 16-byte aligned, row strides multiples of 4 elements; pads are neither read nor written unless said.
+#pragma once
+
+#include "kernels/kernels.h"
+
+namespace deepcalm::gpu {
+
+inline constexpr int kThreads = 256;       // threads per block the stages are tuned for; any multiple of 32 is correct
+inline constexpr int kBlockRows = 8;       // activation rows of one mma column block
+inline constexpr int kPrefillBlocks = 4;   // NB of passes with more than kBlockRows rows
+inline constexpr int kSegment = 512;       // columns of one partial sum
+inline constexpr int kChunk = 64;          // cache positions of one attention chunk
+inline constexpr int kPartialChunks = 16;  // chunks merged in order into a partial; partials are merged in order
+inline constexpr int kMaxTopk = 16;        // num_experts_per_tok
+inline constexpr int kMaxStageExperts = 1024;
+inline constexpr int kMaxPassRows = 512;  // rows of one pass
+
+// A packed matrix on the device: PackedTensor with what a kernel would have to look up in the table of formats.
+struct Matrix {
+    const std::byte* data = nullptr;  // [n_slices, row_tiles, col_tiles] tiles, bytes as in the file (kernels/format.h)
+    const float* scales = nullptr;    // f8: [n_slices, ceil(rows/scale_rows), ceil(cols/scale_cols)] f32; else null
+    Format format = Format::kF32;
+    int rows = 0, cols = 0;  // of a slice; rows == 0: absent
+    int row_tiles = 0, col_tiles = 0;
+    int tile_bytes = 0;
+    int scale_rows = 128, scale_cols = 128;
+    int64_t slice_bytes = 0, slice_scales = 0;
+};
+// `data`, `scales`: where the tensor lies in device memory.
+constexpr Matrix matrix(const PackedTensor& t, const std::byte* data, const float* scales) {
+    return {.data = data,
+            .scales = scales,
+            .format = t.format,
+            .rows = t.rows,
+            .cols = t.cols,
+            .row_tiles = t.row_tiles(),
+            .col_tiles = t.col_tiles(),
+            .tile_bytes = info(t.format).tile_bytes,
+            .scale_rows = t.scale_rows,
+            .scale_cols = t.scale_cols,
+            .slice_bytes = t.slice_bytes(),
+            .slice_scales = t.format == Format::kF8 ? t.slice_scales() : 0};
+}
+
+// What decoding keeps in device memory; the stages see it only through the pointers in Rows, EmbedArgs and HeadArgs.
+struct DecodeState {
+    int32_t pos = 0;      // position of row 0 of the main pass = cached tokens
+    int32_t n = 0;        // live rows of the main pass: the last token and its drafts
+    int32_t mtp_pos = 0;  // the same of the MTP pass
+    int32_t mtp_n = 0;
+    int32_t tokens[kBlockRows] = {};      // ids of the main pass's rows
+    int32_t mtp_tokens[kBlockRows] = {};  // ids of the MTP pass's rows: the token after each row's position
+    int32_t choice[kBlockRows] = {};      // HeadArgs::choice of the main pass
+    int32_t mtp_choice[kBlockRows] = {};  // and of the MTP pass
+};
+
+// Rows of a pass. n fixes the launch; *n_live (device, null: n) of them count, the others may hold anything and are
+// neither computed nor written.
+struct Rows {
+    int n = 0;
+    const int32_t* n_live = nullptr;
+    const int32_t* pos = nullptr;  // device: position of row 0; row i is at *pos + i
+};
+
+// RMS norm applied to activation columns while they are rounded: each run of `width` columns has its own mean square;
+// run 0 is weighted by w, run 1 by w2 (MTP's embedding | hidden). w == null: no norm.
+struct Norm {
+    const float* w = nullptr;   // [width]
+    const float* w2 = nullptr;  // [width], null unless the input is two runs
+    int width = 0;
+    float eps = 0;
+    float* out = nullptr;  // [n, out_stride] f32 or null: receives the normed rows (taps; the head's hidden rows)
+    int64_t out_stride = 0;
+};
+
+// x[i] = embed[ids[i]] as f32, and, for MTP, hidden[i] beside it. Ids outside 0..vocab-1 give zeros.
+struct EmbedArgs {
+    Rows rows;
+    const int32_t* ids = nullptr;      // device [n]
+    const std::byte* table = nullptr;  // [vocab, d] f32, bf16 or f16, row-major
+    Format format = Format::kF32;
+    int vocab = 0, d = 0;
+    float* x = nullptr;  // [n, x_stride]: d columns, or 2d with hidden
+    int64_t x_stride = 0;
+    const float* hidden = nullptr;  // [n, hidden_stride] f32 or null
+    int64_t hidden_stride = 0;
+};
+
+// y[i, o] = sum_c w[o, c] * norm(x)[i, c], o < w.rows; `add`: added to what y holds (the residual), y[i, o] + sum.
+// qkv_a, q_b, o_proj, eh_proj.
+struct ProductArgs {
+    Rows rows;
+    Matrix w;
+    const float* x = nullptr;  // [n, x_stride] f32, columns 0..w.cols-1
+    int64_t x_stride = 0;
+    Norm norm;
+    float* y = nullptr;  // [n, y_stride] f32; not x
+    int64_t y_stride = 0;
+    bool add = false;
+    float* tap = nullptr;  // [n, tap_stride] f32 or null: the sum without the residual
+    int64_t tap_stride = 0;
+};
+
+// q_full[i, h] = W_UK[h] * q_nope[i, h] | rope(q_rope[i, h]); cache row *pos + i = norm(c_kv) | rope(k_rope).
+// Rows whose position is not below ctx write nothing.
+struct AbsorbArgs {
+    Rows rows;
+    Matrix w_uk;  // [n_heads][r, dn]
+    int n_heads = 0, dn = 0, dr = 0, r = 0, c_pad = 0, r_pad = 0;
+    const float* q = nullptr;  // [n, q_stride]: per head nope dn | rope dr, as q_b (or qkv_a) left it
+    int64_t q_stride = 0;
+    const float* kv =
+        nullptr;  // [n, kv_stride]: c_kv r | k_rope dr, as qkv_a left it (pointer already past the q part)
+    int64_t kv_stride = 0;
+    const float* kv_norm = nullptr;              // [r]
+    float eps = 0;                               // kLatentNormEps
+    const float *cos = nullptr, *sin = nullptr;  // [ctx, dr / 2] f32, scaled as Rope::fill gives them
+    int ctx = 0;
+    CacheType type = CacheType::kF16;
+    std::byte* cache = nullptr;                // row 0 of this layer
+    int64_t row_bytes = 0;                     // cache_row_bytes() rounded up to 16
+    float* q_full = nullptr;                   // [n, n_heads, c_pad + r_pad] f32; pads are written as zeros
+    float* q_tap = nullptr;                    // [n, n_heads, dn + dr] or null: q with its rope part rotated
+    float *c_tap = nullptr, *k_tap = nullptr;  // [n, r], [n, dr] or null: what the cache row was made from
+};
+
+// Split attention: a unit is (row, group of 16 heads, `unit_chunks` chunks). Every unit leaves its maximum, sum and
+// unnormalised values in `part`. unit_chunks is 1 (short contexts: many units) or kPartialChunks; the bits after
+// stage_value are the same.
+struct AttendArgs {
+    Rows rows;
+    int n_heads = 0, c_pad = 0, r_pad = 0, ctx = 0;
+    float softmax_scale = 0;
+    const float* q_full = nullptr;  // [n, n_heads, c_pad + r_pad]
+    CacheType type = CacheType::kF16;
+    const std::byte* cache = nullptr;
+    int64_t row_bytes = 0;
+    int unit_chunks = 1;
+    int max_units = 0;         // units along the context that `part` has room for: ceil(ctx / (kChunk * unit_chunks))
+    float* part_o = nullptr;   // [n, max_units, n_heads, c_pad] f32
+    float* part_ml = nullptr;  // [n, max_units, n_heads, 2] f32: maximum, sum
+};
+
+// v[i, h] = W_UV[h] * (units of `part` merged in order, divided by the sum).
+struct ValueArgs {
+    Rows rows;
+    Matrix w_uv;  // [n_heads][dv, r]
+    int n_heads = 0, dv = 0, c_pad = 0, ctx = 0;
+    int unit_chunks = 1, max_units = 0;
+    const float* part_o = nullptr;
+    const float* part_ml = nullptr;
+    float* v = nullptr;  // [n, v_stride]: n_heads * dv columns
+    int64_t v_stride = 0;
+    float* latent_tap = nullptr;  // [n, n_heads, r] or null
+};
+
+// Everything of an FFN that reads norm(x) and does not wait for routing: h = silu(gate) * up of a dense layer or of the
+// shared experts (w_gate_up), router logits (router), either absent (rows == 0).
+struct FfnInArgs {
+    Rows rows;
+    const float* x = nullptr;  // [n, x_stride]
+    int64_t x_stride = 0;
+    Norm norm;
+    Matrix w_gate_up;  // [2 * pad16(width), d], gate and up alternate tile by tile
+    int width = 0;
+    float* h = nullptr;  // [n, h_stride]
+    int64_t h_stride = 0;
+    Matrix router;            // [E, d] f32
+    float* logits = nullptr;  // [n, logits_stride]
+    int64_t logits_stride = 0;
+};
+
+// Routing of a layer: kernels/cpu/router.cc, bit for bit.
+struct Routing {
+    const float* logits = nullptr;  // [n, logits_stride]
+    int64_t logits_stride = 0;
+    const float* bias = nullptr;  // [E] or null
+    int n_experts = 0, topk = 0, n_group = 1, topk_group = 1;
+    ScoringFunc scoring_func = ScoringFunc::kSoftmax;
+    TopkMethod topk_method = TopkMethod::kGreedy;
+    bool norm_topk_prob = false;
+    float scale = 1;
+    int32_t* topk_idx = nullptr;   // [n, topk] ascending
+    float* topk_weight = nullptr;  // [n, topk]
+};
+
+// Fills topk_idx and topk_weight. A stage of its own when n > kBlockRows; below, every block of stage_experts routes for
+// itself and this stage is not launched.
+struct RouteArgs {
+    Rows rows;
+    Routing routing;
+};
+
+// h[slot] = silu(gate_e) * up_e for every (row, chosen expert): slots ordered by expert, then row. Each touched expert is
+// read once per block of rows.
+struct ExpertsArgs {
+    Rows rows;
+    const float* x = nullptr;  // [n, x_stride]
+    int64_t x_stride = 0;
+    Norm norm;  // out unused
+    Matrix w;   // [E][2 * pad16(width), d]
+    int width = 0;
+    Routing routing;
+    float* h = nullptr;  // [n * topk, h_stride]
+    int64_t h_stride = 0;
+};
+
+// x[i] += (sum over chosen experts in ascending order, fma(weight, down_e(h_e), acc)) + shared_down(shared_h).
+// A dense layer is this with experts absent and its w_down as `shared`.
+struct DownArgs {
+    Rows rows;
+    Matrix experts;            // [E][d, width] or absent
+    Routing routing;           // topk_idx, topk_weight, n_experts, topk: read
+    const float* h = nullptr;  // [n * topk, h_stride]
+    int64_t h_stride = 0;
+    Matrix shared;  // [d, shared width] or absent
+    const float* shared_h = nullptr;
+    int64_t shared_h_stride = 0;
+    float* x = nullptr;  // [n, x_stride], d columns
+    int64_t x_stride = 0;
+    float *routed_tap = nullptr,
+          *shared_tap = nullptr;  // [n, tap_stride] or null: routed sum; shared (dense: FFN) output
+    int64_t tap_stride = 0;
+};
+
+// final norm, logits of rows first_row..n-1, and their argmax over ids < n_valid (ties to the lowest id; -1 when a valid
+// logit is NaN or none is finite). norm.out receives the normed hidden rows, all n of them.
+struct HeadArgs {
+    Rows rows;
+    int first_row = 0;  // == rows.n: norm only
+    const float* x = nullptr;
+    int64_t x_stride = 0;
+    Norm norm;
+    Matrix w;  // [vocab, d]
+    int n_valid = 0;
+    float* logits = nullptr;  // [n - first_row, logits_stride] f32
+    int64_t logits_stride = 0;
+    int32_t* choice = nullptr;  // [n - first_row]
+    // Scratch of the device-wide argmax: [n - first_row, n_blocks] pairs (f32 value, i32 id; id -2 marks a NaN), and a counter
+    // that is zero before the first launch (every launch leaves it zero).
+    float* best_value = nullptr;
+    int32_t* best_id = nullptr;
+    unsigned* arrived = nullptr;
+};
+
+// Every stage, in the order of a layer: X(name, Args). stage_<name><NB>(args, block, n_blocks, smem, wait); kernels,
+// persistent loop and tests are generated from this list.
+#define DEEPCALM_CUDA_STAGES(X)                                                                                        \
+    X(embed, EmbedArgs)                                                                                                \
+    X(product, ProductArgs)                                                                                            \
+    X(absorb, AbsorbArgs)                                                                                              \
+    X(attend, AttendArgs)                                                                                              \
+    X(value, ValueArgs)                                                                                                \
+    X(ffn_in, FfnInArgs)                                                                                               \
+    X(route, RouteArgs)                                                                                                \
+    X(experts, ExpertsArgs)                                                                                            \
+    X(down, DownArgs)                                                                                                  \
+    X(head, HeadArgs)
+
+// Dynamic shared memory, by args: smem_bytes(args, NB, threads per block). What a stage copies ahead depends on shapes only.
+// Decode stages stay below 113 KB (two blocks on an SM of sm_90, so the next stage can start early) except attend.
+inline constexpr int kRingSlots = 2;     // weight copies in flight per warp
+inline constexpr int kSlotBytes = 4608;  // of one copy: 2 f32, 4 16-bit, 8 f8 or q8, 16 q4 tiles
+inline constexpr int kActBytes = 17408;  // x NB: rounded activations of a panel; one segment of f32 rows always fits
+inline constexpr int kActPad = 16;       // bytes after each row of a segment, against bank conflicts
+inline constexpr int kMaxItems = 16;     // (row tile, segment) pairs that meet in one ordered sum
+
+constexpr int64_t align16(int64_t n) { return (n + 15) / 16 * 16; }
+constexpr int64_t product_smem(int nb, int threads) {
+    return align16(threads / 32 * kRingSlots * (kSlotBytes + int64_t{8})) + int64_t{nb} * kActBytes +
+           int64_t{2} * nb * kMaxItems * kTileRows * kBlockRows * 4 + int64_t{nb} * kBlockRows * 16;
+}
+// Routing scratch of every warp, and the lists that group the pass's (row, expert) pairs by expert.
+constexpr int64_t route_smem(const Routing& r, int threads) {
+    return align16(threads / 32 * int64_t{4} * (2 * r.n_experts + r.n_group));
+}
+constexpr int64_t lists_smem(const Rows& rows, const Routing& r) {
+    return align16(8 * int64_t{rows.n} * r.topk) + align16(4 * (2 * int64_t{r.n_experts} + 2));
+}
+
+constexpr int64_t smem_bytes(const EmbedArgs&, int, int) { return 0; }
+constexpr int64_t smem_bytes(const ProductArgs&, int nb, int threads) { return product_smem(nb, threads); }
+constexpr int64_t smem_bytes(const AbsorbArgs&, int nb, int threads) { return product_smem(nb, threads); }
+constexpr int64_t smem_bytes(const ValueArgs&, int nb, int threads) { return product_smem(nb, threads); }
+constexpr int64_t smem_bytes(const FfnInArgs&, int nb, int threads) { return product_smem(nb, threads); }
+constexpr int64_t smem_bytes(const HeadArgs&, int nb, int threads) { return product_smem(nb, threads); }
+constexpr int64_t smem_bytes(const RouteArgs& a, int, int threads) { return route_smem(a.routing, threads); }
+constexpr int64_t smem_bytes(const ExpertsArgs& a, int nb, int threads) {
+    return product_smem(nb, threads) + lists_smem(a.rows, a.routing) + route_smem(a.routing, threads);
+}
+constexpr int64_t smem_bytes(const DownArgs& a, int nb, int threads) {
+    return product_smem(nb, threads) + (a.experts.rows > 0 ? lists_smem(a.rows, a.routing) : 0);
+}
+constexpr int64_t smem_bytes(const AttendArgs& a, int, int) {
+    const int64_t width = a.c_pad + a.r_pad, row16 = 2 * width + 16;
+    const bool mma = a.type == CacheType::kF16 || a.type == CacheType::kBF16;
+    return (mma ? (2 * 16 + kChunk) * row16 + int64_t{2} * 16 * (2 * kChunk + 16) : 16 * 4 * width) +
+           int64_t{16} * (kChunk + 4) * 4 + (a.unit_chunks > 1 ? int64_t{16} * a.c_pad * 4 : 0) + 16 * 4 * 4 + 64;
+}
+
+// Blocks beyond this number of units would be idle.
+constexpr int stage_units(const EmbedArgs& a) { return a.rows.n; }
+constexpr int stage_units(const ProductArgs& a) { return a.w.row_tiles; }
+constexpr int stage_units(const AbsorbArgs& a) { return a.n_heads * a.w_uk.row_tiles; }
+constexpr int stage_units(const AttendArgs& a) {
+    return a.rows.n * static_cast<int>(ceil_div(a.n_heads, 16)) * a.max_units;
+}
+constexpr int stage_units(const ValueArgs& a) { return a.n_heads * a.w_uv.row_tiles; }
+constexpr int stage_units(const FfnInArgs& a) { return a.router.row_tiles + a.w_gate_up.row_tiles / 2; }
+constexpr int stage_units(const RouteArgs& a) { return a.rows.n; }
+constexpr int stage_units(const ExpertsArgs& a) { return a.rows.n * a.routing.topk * (a.w.row_tiles / 2); }
+constexpr int stage_units(const DownArgs& a) { return a.shared.rows > 0 ? a.shared.row_tiles : a.experts.row_tiles; }
+constexpr int stage_units(const HeadArgs& a) { return a.first_row < a.rows.n ? a.w.row_tiles : a.rows.n; }
+
+}  // namespace deepcalm::gpu
