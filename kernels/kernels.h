@@ -74,12 +74,14 @@ constexpr int64_t mla_scratch_bytes(int c_pad, int r_pad, int n_heads) {
            256;
 }
 
+inline constexpr int kPeakBytes = 33 * 64;
+
 struct CpuKernels {
     const char* isa;    // "scalar" | "avx2" | "avx512" | "avx512x"
     uint32_t required;  // CpuFeature bits that the OS must have enabled
 
     // The bare multiply-add of f32, the dot instruction of bf16 and of int8 (null where the set has none), `rounds` times
-    // on a register block of independent chains: the ceiling that rates are printed beside. buf: 64 bytes of finite
+    // on a register block of independent chains: the ceiling that rates are printed beside. buf: kPeakBytes of finite
     // operands, overwritten. Returns the operations done, multiply and add counted apart.
     int64_t (*peak[kNumActKinds])(int64_t rounds, void* buf) noexcept;
 

@@ -81,7 +81,7 @@ double compute_ceiling(const CpuKernels& k, ActKind kind, int n_threads) {
     const auto peak = k.peak[static_cast<int>(kind)];
     if (peak == nullptr) return 0;
     return best_rate(n_threads, [&](int) {
-        alignas(64) std::byte buf[64];
+        alignas(64) std::byte buf[kPeakBytes];
         std::memset(buf, kAnyByte, sizeof buf);
         return peak(10000, buf);
     });

@@ -101,15 +101,14 @@ struct PeakF32 {
 };
 template <class Op> int64_t peak(int64_t rounds, void* buf) noexcept {
     constexpr int kChains = kBlockRows * kBlockTiles;
-    typename Op::Reg acc[kChains], a;
-    __builtin_memcpy(&a, buf, sizeof a);
-#pragma GCC unroll 32
-    for (auto& v : acc) v = a;
+    static_assert(kChains < kPeakBytes / 64);
+    typename Op::Reg acc[kChains], a;  // chains that start alike would be merged by the compiler
+    __builtin_memcpy(acc, buf, sizeof acc);
+    __builtin_memcpy(&a, static_cast<std::byte*>(buf) + kPeakBytes - 64, sizeof a);
     for (int64_t i = 0; i < rounds; ++i)
 #pragma GCC unroll 32
         for (auto& v : acc) v = Op::step(v, a);
-#pragma GCC unroll 32
-    for (const auto& v : acc) __builtin_memcpy(buf, &v, sizeof v);
+    __builtin_memcpy(buf, acc, sizeof acc);
     __asm__ volatile("" : : "r"(buf) : "memory");
     return rounds * kChains * Op::kOps;
 }
