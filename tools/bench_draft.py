@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
-"""What drafting with the MTP layer gains: acceptance per kind of text, counted bytes, and on a quiet machine speed.
+"""What drafting with the MTP layer gains: acceptance per kind of text and counted bytes; on a quiet machine, speed.
 
-    tools/bench_draft.py --texts documents.json.xz --counts              acceptance and bytes, whatever the load
-    tools/bench_draft.py --texts documents.json.xz --slice glm4.dcalm    also speed; --slice: files of make_synthetic.py
+    tools/bench_draft.py counts --texts documents.json.xz      acceptance and bytes, whatever the load
+    tools/bench_draft.py speed --slice glm.dcalm ...           gain, predicted and measured: demo model and these files
+    tools/bench_draft.py auto --slice glm.dcalm ...            "auto" against "off" in interleaved pairs
 
-Texts: {source: [text, ...]} as JSON, plain or xz. Prompts are the first 40 tokens of a document, 120 new tokens each,
-greedy, with the demo model. Timed parts refuse to run when other processes use the machine (--max-load). Writes
-docs/perf/draft.json and draft.md.
+Each part replaces its own in docs/perf/draft.json, from which draft.md is written. Texts: {source: [text, ...]} as
+JSON, plain or xz; prompts are the first 40 tokens of a document, 120 new tokens each, greedy, with the demo model.
+Timed parts refuse to run when other processes use the machine (--max-load). Slices: `deepcalm bench --synthetic`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import lzma
 import os
@@ -25,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import deepcalm
-from deepcalm import _core
 from deepcalm.bench import bench_draft
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,92 +85,139 @@ def quiet(limit: float) -> None:
         raise SystemExit(f"load {os.getloadavg()[0]:.1f}, at most {limit} wanted: others use the machine (or --counts)")
 
 
-def auto_against_off(model: deepcalm.Model, ids: list[int], limit: float) -> dict[str, Any]:
+def auto_against_off(model: deepcalm.Model, ids: list[int], new: int, limit: float) -> dict[str, Any]:
     """Seconds and bytes of "auto" over those of "off" in interleaved pairs; a bootstrap interval of the median."""
-    times, read = [], []
+    times, read, accepted, drafted = [], [], 0, 0
+    for draft in ("off", "auto"):  # first touch
+        run(model, ids, draft, new)
     for i in range(PAIRS):
         quiet(limit)
         pair = {}
         for draft in ("off", "auto") if i % 2 else ("auto", "off"):
-            _, stats, n_bytes = run(model, ids, draft, 256)
-            pair[draft] = stats.seconds, n_bytes
+            _, stats, n_bytes = run(model, ids, draft, new)
+            pair[draft] = stats.seconds / stats.tokens, n_bytes
+        drafted, accepted = drafted + stats.drafted, accepted + stats.accepted
         times.append(pair["auto"][0] / pair["off"][0])
         read.append(pair["auto"][1] / pair["off"][1])
     rng = random.Random(0)
     medians = sorted(statistics.median(rng.choices(times, k=PAIRS)) for _ in range(2000))
-    return {"file": model.path.name, "seconds": statistics.median(times), "interval": [medians[50], medians[1949]],
+    return {"file": model.path.name, "threads": model.threads, "pairs": PAIRS, "tokens": new,
+            "seconds": statistics.median(times), "interval": [medians[50], medians[1949]], "ratios": times,
             "bytes": statistics.median(read), "bytes_worst": max(read)}  # fmt: skip
 
 
-def markdown(r: dict[str, Any]) -> str:
-    lines = [f"# Drafting\n\n{r['machine']}, commit {r['commit']}, `{r['command']}`.\n"]
-    lines += [
-        f"Demo model, greedy, {NEW} tokens after {PROMPT} held-out ones. Bytes: plain over drafted, counted.\n",
+def counts_text(r: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Acceptance and bytes\n", source(r),
+        f"Demo model, greedy, {NEW} tokens after {PROMPT} held-out ones. Bytes gain: plain over drafted, counted.\n",
         "| text | K | prompts | accepted | by position | tokens a pass | bytes gain | same text |",
         "|---|---|---|---|---|---|---|---|",
-    ]
-    for a in r["acceptance"]:
+    ]  # fmt: skip
+    for a in r["rows"]:
         by = " / ".join(f"{x:.2f}" for x in a["by_position"])
         lines.append(f"| {a['source']} | {a['k']} | {a['prompts']} | {100 * a['acceptance']:.1f} % | {by} | "
                      f"{a['tokens_per_pass']:.2f} | {a['bytes_gain']:.3f} | "
                      f"{a['identical']} of {a['prompts']} |")  # fmt: skip
-    first = [a for a in r["acceptance"] if a["k"] == 1]
+    first = [a for a in r["rows"] if a["k"] == 1]
     total, drafted = (sum(a[key] for a in first) for key in ("accepted", "drafted"))
-    lines.append(f"\nAll texts, K = 1: {total} of {drafted} drafts accepted ({100 * total / drafted:.1f} %).")
-    if not r["speed"]:
-        lines.append("\nSpeed has not been measured in this run (`--counts`).")
-    else:
-        lines += ["\n| file | K | accepted | speedup (lowest - highest) | predicted | error | read GB/s |",
-                  "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for s in r["speed"]:
-        m, error = s["speedup"], 100 * (s["predicted"] / s["speedup"]["median"] - 1)
-        lines.append(f"| {Path(s['file']).name} | {s['k']} | {100 * s['acceptance']:.1f} % | "
-                     f"{m['median']:.3f} ({m['low']:.3f} - {m['high']:.3f}) | {s['predicted']:.3f} | "
-                     f"{error:+.1f} % | {s['read_bandwidth']['median']:.1f} |")  # fmt: skip
-    for a in r["auto"]:
-        low, high = a["interval"]
-        lines.append(f"\n{a['file']}: auto takes {a['seconds']:.3f} of the time without drafts "
-                     f"(95 %: {low:.3f} - {high:.3f}) and {a['bytes']:.3f} of the bytes.")  # fmt: skip
-    return "\n".join(lines) + "\n"
+    return [*lines, f"\nAll texts, K = 1: {total} of {drafted} drafts accepted ({100 * total / drafted:.1f} %).\n"]
+
+
+def speed_text(r: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Gain, predicted and measured\n", source(r),
+        "Drafted over plain speed on the same greedy text, median (lowest - highest) of interleaved repeats.",
+        "Predicted: from the times of plain steps and of rounds whose drafts are all right, and the acceptance met.",
+        "`accept`: every draft is the known next token, spoiled with probability 1 - accept, while the MTP layer runs",
+        "for real; own: its own drafts.\n",
+        "| file | threads | K | accept | met | tokens a pass | experts a pass, plain -> drafted | gain by bytes | "
+        "predicted | measured | error | read GB/s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for s in r["rows"]:
+        m, bandwidth = s["speedup"], s["read_bandwidth"]
+        lines.append(
+            f"| {Path(s['file']).name} | {s['threads']} | {s['k']} | {s['accept'] or 'own'} | {s['acceptance']:.2f} | "
+            f"{s['tokens_per_pass']:.2f} | {s['plain_experts']:.1f} -> {s['experts_per_pass']:.1f} | "
+            f"{s['predicted_bytes']:.3f} | {s['predicted']:.3f} | {m['median']:.3f} ({m['low']:.3f} - "
+            f"{m['high']:.3f}) | {100 * (s['predicted'] / m['median'] - 1):+.1f} % | {bandwidth['median']:.1f} |"
+        )
+    errors = [abs(s["predicted"] / s["speedup"]["median"] - 1) for s in r["rows"]]
+    return [*lines, f"\nPrediction and measurement are {100 * statistics.median(errors):.1f} % apart in the median of "
+            f"the {len(errors)} rows, {100 * max(errors):.1f} % at worst.\n"]  # fmt: skip
+
+
+def auto_text(r: dict[str, Any]) -> list[str]:
+    lines = ["## auto against off\n", source(r), "Time and bytes of `--draft auto` over `--draft off`, greedy.\n",
+             "| file | threads | pairs | tokens | time: median | 95 % interval of the median | bytes: median | worst |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for a in r["rows"]:
+        lines.append(f"| {a['file']} | {a['threads']} | {a['pairs']} | {a['tokens']} | {a['seconds']:.3f} | "
+                     f"{a['interval'][0]:.3f} - {a['interval'][1]:.3f} | {a['bytes']:.3f} | "
+                     f"{a['bytes_worst']:.3f} |")  # fmt: skip
+    return [*lines, ""]
+
+
+def source(r: dict[str, Any]) -> str:
+    """Where a part's figures come from."""
+    loads = "" if r["load"] is None else f"; load average {r['load'][0]:.1f} before, {r['load'][1]:.1f} after"
+    return f"{r['machine']}, commit {r['commit']}, `{r['command']}`{loads}.\n"
+
+
+PARTS = {"counts": counts_text, "speed": speed_text, "auto": auto_text}
+
+
+def machine() -> str:
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.machine())  # fmt: skip
+    return f"{cpu}, {os.cpu_count()} processors, {deepcalm.Model(deepcalm.demo_path()).isa}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--slice", type=Path, action="append", default=[], help="packed file for the timed part")
-    parser.add_argument("--counts", action="store_true", help="nothing timed")
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--texts", type=Path, help="held-out texts; timed parts take a prompt from the first")
+    parser.add_argument("--slice", type=Path, action="append", default=[], help="packed file for the timed parts")
     parser.add_argument("--prompts", type=int, default=18, help="per source")
+    parser.add_argument("--repeats", type=int, default=7, help="of every row of `speed`")
+    parser.add_argument("--tokens", type=int, default=256, help="of every run of `auto` with the demo model")
+    parser.add_argument("--threads", type=int, help="default: one per core")
     parser.add_argument("--max-load", type=float, default=2.5)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "perf")
     args = parser.parse_args()
-    demo, texts = deepcalm.Model(deepcalm.demo_path()), load_texts(args.texts)
-    speed: list[dict[str, Any]] = []
-    auto: list[dict[str, Any]] = []
-    if not args.counts:
-        first = prompts_of(demo, next(iter(texts.values())), 1)[0]
-        for model in [demo, *map(deepcalm.Model, args.slice)]:
+    if args.part == "counts" and args.texts is None:
+        parser.error("counts needs --texts")
+    demo = deepcalm.Model(deepcalm.demo_path(), threads=args.threads)
+    opening = "Once upon a time there was a little girl who lived in a house near the sea, and every morning she walked"
+    prompt = prompts_of(demo, next(iter(load_texts(args.texts).values())), 1)[0] if args.texts else demo.encode(opening)
+    load = None if args.part == "counts" else [os.getloadavg()[0]]
+    rows: list[dict[str, Any]] = []
+    if args.part == "counts":
+        rows = acceptance(demo, load_texts(args.texts), args.prompts)
+    for path in [] if args.part == "counts" else [None, *args.slice]:
+        model = demo if path is None else deepcalm.Model(path, threads=args.threads)
+        ids = prompt if path is None else list(range(5, 45))
+        quiet(args.max_load)
+        if args.part == "auto":
+            rows.append(auto_against_off(model, ids, args.tokens if path is None else 128, args.max_load))
+            print(json.dumps(rows[-1]), file=sys.stderr)
+            continue
+        for k, accept in itertools.product((1, 2, 3), (None, 0.8) if path is None else (0.6, 0.8, 0.9)):
             quiet(args.max_load)
-            own: Any = first if model is demo else None
-            for accept in (None,) if model is demo else (0.6, 0.8, 0.9):
-                for k in (1, 2, 3):
-                    speed.append(dataclasses.asdict(bench_draft(model, k, accept, prompt=own)))
-            auto.append(auto_against_off(model, own or list(range(5, 45)), args.max_load))
+            result = bench_draft(model, k, accept, 40, 128 if path is None else 48, args.repeats, prompt=ids)
+            rows.append(dataclasses.asdict(result) | {"file": Path(result.file).name})
+            print(json.dumps(rows[-1]), file=sys.stderr)
     head = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     git = subprocess.run(head, capture_output=True, text=True, check=False)
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.machine())  # fmt: skip
-    result = {
-        "machine": f"{cpu}, {demo.threads} threads, {demo.isa}",
-        "commit": git.stdout.strip(),
-        "command": "tools/bench_draft.py" + (" --counts" if args.counts else ""),
-        "read_bandwidth": None if args.counts else _core.read_bandwidth(demo.threads, 1024, 3),
-        "acceptance": acceptance(demo, texts, args.prompts),
-        "speed": speed,
-        "auto": auto,
-    }
+    words = ["tools/bench_draft.py", args.part, *(f"--slice {p.name}" for p in args.slice)]
+    part = {"machine": machine(), "commit": git.stdout.strip(), "command": " ".join(words), "rows": rows,
+            "load": None if load is None else [*load, os.getloadavg()[0]]}  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "draft.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "draft.md").write_text(markdown(result))
+    path = args.out / "draft.json"
+    results = (json.loads(path.read_text()) if path.exists() else {}) | {args.part: part}
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    lines = [line for name, text in PARTS.items() if name in results for line in text(results[name])]
+    (args.out / "draft.md").write_text("# Drafting\n\n" + "\n".join(lines))
     return 0
 
 
