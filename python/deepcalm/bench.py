@@ -221,8 +221,8 @@ def bench_draft(
 
     cost = CostModel.of(model.core.weight_bytes, model.config)
     run(k, 1.0)  # first touch; MTP rows of the prompt
-    # Rounds whose drafts are all right tell what verification and drafts take: the prediction never sees `drafted`. They
-    # are timed beside it, for the machine's speed drifts.
+    # Rounds whose drafts are all right tell what verification and drafts take: the prediction never sees `drafted`.
+    # They are timed beside it, for the machine's speed drifts.
     kinds = {"plain": (0, None), "drafted": (k, accept), "full": (k, 1.0)}
     runs: dict[str, list[DraftStats]] = {kind: [] for kind in kinds}
     read = []
