@@ -1,0 +1,358 @@
+// The seam: the only file that knows whether nvcc or g++ compiles the stages. Kernels include this and nothing else of the
+// two worlds. Every inline PTX line stands in a function here, with its meaning in C++ in the other branch (sim.h).
+//
+// House rules for code above the seam: no <<<>>> (rt::launch), no __shared__ variables (rt::dynamic_smem), no cooperative
+// groups, no implicit warp synchrony (rt::sync_warp), no early return of a lane before a warp operation, spin loops call
+// rt::spin_pause, threads per block a multiple of 32 and never a constant.
+#pragma once
+
+#include "kernels/format.h"
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+#define DC_DEVICE __device__ __forceinline__
+#define DC_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define DC_SM90 1
+#endif
+
+namespace deepcalm::rt {
+
+DC_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+DC_DEVICE int threads() { return static_cast<int>(blockDim.x); }
+DC_DEVICE int block() { return static_cast<int>(blockIdx.x); }
+DC_DEVICE int blocks() { return static_cast<int>(gridDim.x); }
+DC_DEVICE unsigned char* dynamic_smem() {
+    extern __shared__ __align__(128) unsigned char smem[];
+    return smem;
+}
+DC_DEVICE void sync_block() { __syncthreads(); }
+DC_DEVICE void sync_warp() { __syncwarp(); }
+DC_DEVICE void spin_pause() { __nanosleep(20); }
+template <class T> DC_DEVICE T shfl(T v, int src) { return __shfl_sync(~0U, v, src); }
+template <class T> DC_DEVICE T shfl_xor(T v, int mask) { return __shfl_xor_sync(~0U, v, mask); }
+DC_DEVICE unsigned ballot(bool p) { return __ballot_sync(~0U, p); }
+
+DC_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DC_DEVICE float sqrt(float x) { return __fsqrt_rn(x); }
+DC_DEVICE float rint(float x) { return ::rintf(x); }
+DC_DEVICE uint32_t bits(float f) { return __float_as_uint(f); }
+DC_DEVICE float from_bits(uint32_t u) { return __uint_as_float(u); }
+DC_DEVICE float f16_value(uint32_t h) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(static_cast<unsigned short>(h)));
+    return f;
+}
+DC_DEVICE uint32_t f16_bits(float f) {
+    unsigned short h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    return h;
+}
+
+// c += A B, m16n8k16 (f32 sums) and m16n8k32 (exact int32 sums); fragments as PTX defines them.
+DC_DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+DC_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+DC_DEVICE void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+DC_DEVICE uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+// Four 8x8 16-bit matrices, transposed: lane l points at row l % 8 of matrix l / 8 and gets elements (2q, g), (2q + 1, g) of each.
+DC_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(smem_address(row)));
+}
+
+// Dependent launches: wait() returns when all earlier grids have finished and their writes are visible; trigger() lets the
+// next grid start its prologue.
+DC_DEVICE void dependency_wait() {
+#ifdef DC_SM90
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DC_DEVICE void dependency_trigger() {
+#ifdef DC_SM90
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+DC_DEVICE unsigned atomic_add_acq_rel(unsigned* p, unsigned v) {
+    unsigned old;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+    return old;
+}
+DC_DEVICE unsigned load_acquire(const unsigned* p) {
+    unsigned v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+DC_DEVICE void store_release(unsigned* p, unsigned v) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+// For words that the host polls in mapped memory.
+DC_DEVICE void store_release_system(unsigned* p, unsigned v) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+DC_DEVICE void prefetch_l2(const void* p, uint32_t bytes) {  // 16-byte aligned
+#ifdef DC_SM90
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
+#endif
+}
+
+DC_DEVICE void cp_async(void* dst, const void* src, int) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(dst)), "l"(src) : "memory");
+}
+DC_DEVICE void cp_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kNewer> DC_DEVICE void cp_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kNewer) : "memory"); }
+#ifdef DC_SM90
+DC_DEVICE void mbar_init(uint64_t* bar, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;\n\tfence.proxy.async.shared::cta;" ::"r"(smem_address(bar)),
+                 "r"(count)
+                 : "memory");
+}
+DC_DEVICE void mbar_inval(uint64_t* bar) {
+    asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(smem_address(bar)) : "memory");
+}
+DC_DEVICE void mbar_expect(uint64_t* bar, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes) : "memory");
+}
+DC_DEVICE void mbar_wait(uint64_t* bar, int parity) {
+    uint32_t done;
+    do {
+        asm volatile(
+            "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+            : "=r"(done)
+            : "r"(smem_address(bar)), "r"(parity)
+            : "memory");
+    } while (done == 0);
+}
+DC_DEVICE void bulk_copy(void* dst, const void* src, int bytes, uint64_t* bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     smem_address(dst)),
+                 "l"(src), "r"(bytes), "r"(smem_address(bar))
+                 : "memory");
+}
+#endif
+
+// --- host -----------------------------------------------------------------------------------------------------------
+
+using Stream = cudaStream_t;
+using Error = int;  // 0: none
+inline const char* error_string(Error e) { return cudaGetErrorString(static_cast<cudaError_t>(e)); }
+
+struct LaunchConfig {
+    int grid = 1, block = 32;
+    int64_t smem = 0;
+    bool cooperative = false, dependent = false;  // dependent: its prologue may overlap the kernel before it
+    Stream stream = nullptr;
+};
+// Once per kernel and device, before its first launch with more than 48 KB of dynamic shared memory.
+template <class... P> Error allow_smem(void (*kernel)(P...), int64_t bytes) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+template <class... P, class... A> Error launch(const LaunchConfig& c, void (*kernel)(P...), A... args) {
+    cudaLaunchConfig_t cfg = {};
+    cfg.gridDim = dim3(static_cast<unsigned>(c.grid));
+    cfg.blockDim = dim3(static_cast<unsigned>(c.block));
+    cfg.dynamicSmemBytes = static_cast<size_t>(c.smem);
+    cfg.stream = c.stream;
+    cudaLaunchAttribute attr[2];
+    cfg.attrs = attr;
+    if (c.cooperative) {
+        attr[cfg.numAttrs].id = cudaLaunchAttributeCooperative;
+        attr[cfg.numAttrs++].val.cooperative = 1;
+    }
+    if (c.dependent) {
+        attr[cfg.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attr[cfg.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    return cudaLaunchKernelEx(&cfg, kernel, P(args)...);
+}
+inline Error synchronize(Stream s) { return cudaStreamSynchronize(s); }
+
+}  // namespace deepcalm::rt
+
+#else  // ---- g++: the simulator --------------------------------------------------------------------------------------
+
+#include "kernels/cuda/sim.h"
+#include "kernels/kernels.h"
+
+#include <cmath>
+#define DC_DEVICE inline
+#define DC_KERNEL(max_threads) inline void
+#define __grid_constant__
+#ifndef DEEPCALM_SIM_CP_ASYNC  // the copies of sm_80
+#define DC_SM90 1
+#endif
+
+namespace deepcalm::rt {
+
+inline int thread() { return sim::place().thread; }
+inline int threads() { return sim::place().threads; }
+inline int block() { return sim::place().block; }
+inline int blocks() { return sim::place().blocks; }
+inline unsigned char* dynamic_smem() { return sim::dynamic_smem(); }
+inline void sync_block(std::source_location at = std::source_location::current()) {
+    sim::sync_block(at.file_name(), at.line());
+}
+inline void sync_warp() { sim::sync_warp(); }
+inline void spin_pause() { sim::spin_pause(); }
+template <class T> T shfl(T v, int src) {
+    T r;
+    std::memcpy(&r, sim::meet(sim::WarpOp::kShfl, &v, sizeof v, nullptr, nullptr)[src & 31], sizeof r);
+    return r;
+}
+template <class T> T shfl_xor(T v, int mask) {
+    const int lane = thread() & 31;
+    T r;
+    std::memcpy(&r, sim::meet(sim::WarpOp::kShflXor, &v, sizeof v, nullptr, nullptr)[lane ^ mask], sizeof r);
+    return r;
+}
+inline unsigned ballot(bool p) {
+    const auto* in = sim::meet(sim::WarpOp::kBallot, &p, 1, nullptr, nullptr);
+    unsigned r = 0;
+    for (unsigned i = 0; i < 32; ++i) r |= static_cast<unsigned>(in[i][0]) << i;
+    return r;
+}
+
+inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+inline float sqrt(float x) { return std::sqrt(x); }
+inline float rint(float x) { return std::rint(x); }
+inline uint32_t bits(float f) {
+    uint32_t u;
+    std::memcpy(&u, &f, 4);
+    return u;
+}
+inline float from_bits(uint32_t u) {
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+inline float f16_value(uint32_t h) { return f16_to_f32(static_cast<uint16_t>(h)); }
+inline uint32_t f16_bits(float f) { return f32_to_f16(f); }
+
+namespace detail {
+template <class C> void mma(C (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], sim::WarpOp op, sim::WarpFn fn) {
+    uint32_t in[10];
+    std::memcpy(in, c, 16);
+    std::memcpy(in + 4, a, 16);
+    std::memcpy(in + 8, b, 8);
+    sim::meet(op, in, sizeof in, fn, c);
+}
+}  // namespace detail
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    detail::mma(c, a, b, sim::WarpOp::kMmaBF16, sim::mma_bf16);
+}
+inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    detail::mma(c, a, b, sim::WarpOp::kMmaF16, sim::mma_f16);
+}
+inline void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    detail::mma(c, a, b, sim::WarpOp::kMmaS8, sim::mma_s8);
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+    sim::meet(sim::WarpOp::kLdmatrix, &row, sizeof row, sim::ldmatrix_x4_trans, r);
+}
+
+inline void dependency_wait() { sim::dependency_wait(); }
+inline void dependency_trigger() {}
+inline unsigned atomic_add_acq_rel(unsigned* p, unsigned v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
+inline unsigned load_acquire(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+inline void store_release(unsigned* p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+inline void store_release_system(unsigned* p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+inline void prefetch_l2(const void*, uint32_t) {}
+
+inline void cp_async(void* dst, const void* src, int bytes) { sim::cp_async(dst, src, bytes); }
+inline void cp_commit() { sim::cp_commit(); }
+template <int kNewer> void cp_wait() { sim::cp_wait(kNewer); }
+inline void mbar_init(uint64_t* bar, int count) { sim::mbar_init(bar, count); }
+inline void mbar_inval(uint64_t* bar) { sim::mbar_inval(bar); }
+inline void mbar_expect(uint64_t* bar, int bytes) { sim::mbar_expect(bar, bytes); }
+inline void mbar_wait(uint64_t* bar, int parity) { sim::mbar_wait(bar, parity); }
+inline void bulk_copy(void* dst, const void* src, int bytes, uint64_t* bar) { sim::bulk_copy(dst, src, bytes, bar); }
+
+// --- host -----------------------------------------------------------------------------------------------------------
+
+using Stream = sim::Stream*;
+using Error = int;
+inline const char* error_string(Error) { return "simulator error"; }
+
+struct LaunchConfig {
+    int grid = 1, block = 32;
+    int64_t smem = 0;
+    bool cooperative = false, dependent = false;
+    Stream stream = nullptr;
+};
+template <class... P> Error allow_smem(void (*)(P...), int64_t) { return 0; }
+// Queued; runs at synchronize(). Arguments are copied, as a real launch does.
+template <class... P, class... A> Error launch(const LaunchConfig& c, void (*kernel)(P...), A... args) {
+    c.stream->queue.push_back(
+        {{c.grid, c.block, c.smem, c.cooperative, c.dependent}, [=] { kernel(static_cast<P>(args)...); }});
+    return 0;
+}
+inline Error synchronize(Stream s) {
+    sim::sync(*s);
+    return 0;
+}
+
+}  // namespace deepcalm::rt
+
+#endif
+
+namespace deepcalm::rt {
+
+DC_DEVICE int lane() { return thread() & 31; }
+DC_DEVICE int warp() { return thread() >> 5; }
+DC_DEVICE int warps() { return threads() >> 5; }
+
+// One warp's asynchronous copies, all lanes calling: `bytes` a multiple of 16, both sides 16-byte aligned. A slot is one
+// barrier; kNewer, the copies that may stay in flight, must be exactly the number started after this one (start empty ones).
+DC_DEVICE void copy_open(uint64_t* bar) {
+#ifdef DC_SM90
+    if (lane() == 0) mbar_init(bar, 1);
+    sync_warp();
+#endif
+}
+DC_DEVICE void copy_close(uint64_t* bar) {
+#ifdef DC_SM90
+    sync_warp();
+    if (lane() == 0) mbar_inval(bar);
+#endif
+}
+DC_DEVICE void copy_start(void* dst, const void* src, int bytes, uint64_t* bar) {
+    sync_warp();  // every lane is done with what the slot held
+#ifdef DC_SM90
+    if (lane() == 0 && bytes > 0) {
+        mbar_expect(bar, bytes);
+        bulk_copy(dst, src, bytes, bar);
+    }
+#else
+    for (int i = 16 * lane(); i < bytes; i += 16 * 32)
+        cp_async(static_cast<char*>(dst) + i, static_cast<const char*>(src) + i, 16);
+    cp_commit();
+#endif
+}
+template <int kNewer> DC_DEVICE void copy_wait([[maybe_unused]] uint64_t* bar, [[maybe_unused]] int parity) {
+#ifdef DC_SM90
+    mbar_wait(bar, parity);
+#else
+    cp_wait<kNewer>();
+    sync_warp();
+#endif
+}
+
+}  // namespace deepcalm::rt
