@@ -1,15 +1,21 @@
-"""tools/make_synthetic.py: the geometry is the real one, the bytes are reproducible, transformers reads them."""
+"""Synthetic models: the geometry is the real one, the bytes are reproducible, transformers reads the checkpoints of
+tools/make_synthetic.py, and the packed files of deepcalm.synthetic run as they should."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors
 
+import deepcalm
 import make_synthetic
+from deepcalm import packed, synthetic
+from deepcalm.errors import ResourceError, UnsupportedError
 
 TINY = [
     "hidden_size=64", "num_attention_heads=2", "num_key_value_heads=2", "kv_lora_rank=32", "qk_nope_head_dim=16",
@@ -20,7 +26,7 @@ TINY = [
 
 
 def write_tiny(out: Path, name: str, dtype: str = "bf16", extra: tuple[str, ...] = ()) -> dict[str, object]:
-    known = make_synthetic.PRESETS[name][0]
+    known = synthetic.PRESETS[name][0]
     settings = [s for s in TINY if s.split("=")[0] in known] + list(extra)
     config, n_tokens = make_synthetic.make_config(name, settings, dtype, mtp=True)
     make_synthetic.write_checkpoint(out, config, n_tokens, dtype, seed=3, quiet=True)
@@ -80,6 +86,88 @@ def test_synthetic_shards_are_listed_in_the_index(tmp_path: Path, monkeypatch: p
     for shard in shards:
         with safetensors.safe_open(tmp_path / shard, "np") as f:
             assert set(f.keys()) == {k for k, v in index["weight_map"].items() if v == shard}
+
+
+# ---- packed directly
+
+PACKED = [
+    ("v2-lite", {"dtype": "q8"}, ()),
+    ("v3", {"dtype": "q4"}, ("q_lora_rank=32", "first_k_dense_replace=1", "n_group=4", "topk_group=2")),
+    ("moonlight", {"dtype": "f8"}, ()),
+    ("glm-4.7-flash", {"dtype": "bf16", "head_dtype": "f16"}, ("q_lora_rank=64",)),
+    ("v2-lite", {"dtype": "f32", "attn_dtype": "q4"}, ()),
+]
+ALIGNED = [s for s in TINY if not s.startswith(("hidden_size", "qk_nope", "qk_rope", "v_head"))] + [
+    "hidden_size=128", "qk_nope_head_dim=32", "qk_rope_head_dim=16", "v_head_dim=32",
+]  # fmt: skip
+
+
+def pack_tiny(path: Path, name: str, dtypes: dict[str, str], extra: tuple[str, ...] = (), seed: int = 3) -> None:
+    settings = [s for s in ALIGNED if s.split("=")[0] in synthetic.PRESETS[name][0]]
+    size = synthetic.write_model(path, name, overrides=[*settings, *extra], seed=seed, **dtypes)
+    assert size == path.stat().st_size
+
+
+@pytest.mark.parametrize(("name", "dtypes", "extra"), PACKED, ids=[f"{p[0]}-{p[1]['dtype']}" for p in PACKED])
+def test_synthetic_packed_file_runs(tmp_path: Path, name: str, dtypes: dict[str, str], extra: tuple[str, ...]) -> None:
+    path = tmp_path / "m.dcalm"
+    pack_tiny(path, name, dtypes, extra)
+    with packed.PackedFile(path) as f:
+        assert not f.check()  # checksums, padding
+        formats = {e.role: e.format for e in f.entries.values()}
+        wide = "q8" if dtypes["dtype"] == "q4" else dtypes["dtype"]
+        assert formats["expert"] == dtypes["dtype"] and formats["router"] == formats["norm"] == "f32"
+        assert formats["head"] == dtypes.get("head_dtype", wide)
+        assert formats["attn"] == dtypes.get("attn_dtype", wide)
+        w = f.unpack("layers.1.experts.w_down")
+        assert w.std() * 32**0.5 * 6**0.5 == pytest.approx(1, rel=0.04) and abs(w.mean()) < 0.02 * w.std()
+        assert not np.array_equal(w[0], w[1])
+        assert f.unpack("head").std() * 128**0.5 == pytest.approx(2, rel=0.04)
+    model = deepcalm.Model(path, threads=1)
+    session = model.session()
+    ids = np.random.default_rng(0).integers(0, model.n_valid, 200)
+    with session.trace("topk_idx", "layer_out") as taps:
+        logits = session.prefill(ids)
+    assert np.isfinite(logits).all() and 1 < logits.std() < 4
+    assert 0.8 < taps["layers.2.layer_out"].std() < 2
+    for layer in (1, 2):
+        counts = np.bincount(taps[f"layers.{layer}.topk_idx"].ravel(), minlength=16)
+        assert counts.min() > 0 and counts.max() < 0.2 * counts.sum()
+    assert model.decode(model.encode("Same", bos=False)) == "Same"
+    if synthetic.PRESETS[name][0].get("num_nextn_predict_layers"):
+        assert len(list(model.session(mtp=True).generate([1, 2, 3], max_tokens=4, draft=2, eos_ids=()))) == 4
+
+
+def test_synthetic_packed_bytes_follow_the_seed(tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        pack_tiny(tmp_path / name, "v2-lite", {"dtype": "q4"}, seed=seed)
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b and a != c and len(a) == len(c)
+
+
+def test_synthetic_packed_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.dcalm"
+    for spec, kind, text in (("v9", ValueError, "unknown model"), ("v3:0", ValueError, "expected a number 1..1024")):
+        with pytest.raises(kind, match=text):
+            synthetic.write_model(path, spec)
+    for override, text in (("colour=1", "no key 'colour'"), ("hidden_size=x", "not JSON")):
+        with pytest.raises(ValueError, match=text):
+            synthetic.write_model(path, "v3", overrides=[override])
+    with pytest.raises(UnsupportedError, match=r"w_gate_up: .* expected multiples of 16 x 32"):
+        synthetic.write_model(path, "v2-lite:2", overrides=["intermediate_size=1000"])
+    with pytest.raises(UnsupportedError, match="dtype 'q5'"):
+        synthetic.write_model(path, "v2-lite", "q5")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2, 1, 1))
+    with pytest.raises(ResourceError, match=r"m.dcalm: \d\d.\d+ GB, 0.00 GB are free"):
+        synthetic.write_model(path, "v2-lite")
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ResourceError, match="cannot be written: No space"):
+        pack_tiny(path, "v2-lite", {"dtype": "q8"})
+    assert not list(tmp_path.iterdir())
+
+
+# ---- as a checkpoint, in transformers
 
 
 @pytest.mark.reference

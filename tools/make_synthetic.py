@@ -6,9 +6,9 @@
     tools/make_synthetic.py v3:2 OUT --dtype f8 --no-mtp --set first_k_dense_replace=1
     tools/make_synthetic.py moonlight OUT --dry-run
 
-For speed, memory and file-format work on shapes that cannot be shipped: the text that such a model writes is noise,
-but activations stay in range (logit standard deviation about 2), and tokens spread over the experts. The same name,
-seed and options give the same bytes.
+For packing, memory and file-format work on shapes that cannot be shipped (`deepcalm bench --synthetic` writes the
+packed form at once): the text that such a model writes is noise, but activations stay in range (logit standard
+deviation about 2), and tokens spread over the experts. The same name, seed and options give the same bytes.
 
 Values are not drawn one by one. One block of 2^21 - 9 normal values (a prime, so that rows never line up) is rounded
 once per standard deviation and repeated, each tensor from its own hashed offset: writing runs at the disk's speed.
@@ -30,6 +30,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from deepcalm import synthetic
+
 Config = dict[str, Any]
 U8 = npt.NDArray[np.uint8]
 
@@ -37,57 +39,6 @@ BLOCK = 2**21 - 9  # values; the largest prime below 2^21
 F8_GAIN = 96.0  # standard deviation of the e4m3 codes: 448 is 4.7 of them, so that nothing saturates
 SCALE_BLOCK = 128  # rows and columns of one weight_scale_inv entry
 SHARD_BYTES = 4 << 30
-
-COMMON: Config = {
-    "attention_bias": False, "hidden_act": "silu", "initializer_range": 0.02, "moe_layer_freq": 1,
-    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
-}  # fmt: skip
-V3_ROUTER: Config = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
-YARN: Config = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
-
-# name -> (config.json, number of tokenizer entries; the rows above it are padding)
-PRESETS: dict[str, tuple[Config, int]] = {
-    "v2-lite": ({
-        **COMMON, "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"],
-        "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16,
-        "q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-        "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 64, "num_experts_per_tok": 6,
-        "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "topk_method": "greedy",
-        "scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0, "rms_norm_eps": 1e-6,
-        "rope_theta": 10000, "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
-        "max_position_embeddings": 163840, "vocab_size": 102400, "bos_token_id": 100000, "eos_token_id": 100001,
-    }, 100002),
-    "v3": ({
-        **COMMON, **V3_ROUTER, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"],
-        "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128,
-        "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-        "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256, "num_experts_per_tok": 8,
-        "n_shared_experts": 1, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
-        "rms_norm_eps": 1e-6, "rope_theta": 10000, "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
-        "max_position_embeddings": 163840, "num_nextn_predict_layers": 1, "vocab_size": 129280,
-        "bos_token_id": 0, "eos_token_id": 1,
-    }, 128815),
-    "moonlight": ({
-        **COMMON, **V3_ROUTER, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"],
-        "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16,
-        "q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-        "intermediate_size": 11264, "moe_intermediate_size": 1408, "n_routed_experts": 64, "num_experts_per_tok": 6,
-        "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
-        "routed_scaling_factor": 2.446, "rms_norm_eps": 1e-5, "rope_theta": 50000.0, "rope_scaling": None,
-        "max_position_embeddings": 8192, "num_nextn_predict_layers": 0, "vocab_size": 163840,
-        "bos_token_id": 163584, "eos_token_id": 163586,
-    }, 163840),
-    "glm-4.7-flash": ({
-        **COMMON, "model_type": "glm4_moe_lite", "architectures": ["Glm4MoeLiteForCausalLM"],
-        "hidden_size": 2048, "num_hidden_layers": 47, "num_attention_heads": 20, "num_key_value_heads": 20,
-        "q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256,
-        "intermediate_size": 10240, "moe_intermediate_size": 1536, "n_routed_experts": 64, "num_experts_per_tok": 4,
-        "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc",
-        "norm_topk_prob": True, "routed_scaling_factor": 1.8, "rms_norm_eps": 1e-5, "rope_theta": 1000000,
-        "rope_scaling": None, "max_position_embeddings": 202752, "num_nextn_predict_layers": 1, "vocab_size": 154880,
-        "eos_token_id": [154820, 154827, 154829], "pad_token_id": 154820,
-    }, 154856),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,26 +66,16 @@ class Tensor:
 
 def make_config(spec: str, overrides: list[str], dtype: str, mtp: bool) -> tuple[Config, int]:
     """Resolve NAME[:layers], KEY=JSON overrides and the weight dtype. Returns (config.json, tokenizer entries)."""
-    name, _, layers = spec.partition(":")
-    if name not in PRESETS:
-        raise SystemExit(f"unknown model {name!r}: one of {', '.join(PRESETS)}")
-    preset, n_tokens = PRESETS[name]
-    config = dict(preset)
-    if layers:
-        config["num_hidden_layers"] = int(layers)
-    for item in overrides:
-        key, _, value = item.partition("=")
-        if key not in config:
-            raise SystemExit(f"--set {item}: no key {key!r} in the config of {name}")
-        config[key] = json.loads(value)
-    if not mtp:
-        config["num_nextn_predict_layers"] = 0
+    try:
+        config, n_tokens = synthetic.make_config(spec, overrides, mtp)
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
     if dtype == "f8":
         config["quantization_config"] = {
             "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [SCALE_BLOCK] * 2,
             "activation_scheme": "dynamic",
         }  # fmt: skip
-    return config, min(n_tokens, config["vocab_size"])
+    return config, n_tokens
 
 
 def tensors(c: Config, dtype: str) -> Iterator[Tensor]:
@@ -257,35 +198,6 @@ def write_shard(path: Path, shard: list[Tensor], values: Values) -> None:
         os.close(fd)
 
 
-def write_tokenizer(out: Path, c: Config, n_tokens: int) -> None:
-    """A byte-level BPE without merges: text becomes bytes, and every id has text of its own to decode to."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    eos = c["eos_token_id"]
-    special = {i: f"<|eos_{i}|>" for i in (eos if isinstance(eos, list) else [eos])}
-    if c.get("bos_token_id") is not None:
-        special[c["bos_token_id"]] = "<|bos|>"
-    special = {i: text for i, text in special.items() if i < n_tokens}
-    letters = iter(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    vocab = {special.get(i) or next(letters, f"\u0120{i}"): i for i in range(n_tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special.values()])
-    bos = special.get(c.get("bos_token_id", -1))
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, c["bos_token_id"])]
-        )
-    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": next(iter(special.values()), None),
-        "add_bos_token": bos is not None, "clean_up_tokenization_spaces": False,
-        "model_max_length": c["max_position_embeddings"],
-    }  # fmt: skip
-    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
-
-
 def write_checkpoint(out: Path, config: Config, n_tokens: int, dtype: str, seed: int, quiet: bool = False) -> int:
     """Write the checkpoint folder `out` (created if needed). Returns the bytes of all weights."""
     shards: list[list[Tensor]] = [[]]
@@ -311,7 +223,9 @@ def write_checkpoint(out: Path, config: Config, n_tokens: int, dtype: str, seed:
     (out / "config.json").write_text(json.dumps(config, indent=2))
     keys = ("bos_token_id", "eos_token_id")
     (out / "generation_config.json").write_text(json.dumps({k: config[k] for k in keys if k in config}, indent=2))
-    write_tokenizer(out, config, n_tokens)
+    tokenizer, tokenizer_config = synthetic.make_tokenizer(config, n_tokens)
+    (out / "tokenizer.json").write_text(tokenizer)
+    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
     return total
 
 
@@ -319,7 +233,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="\n".join((__doc__ or "").splitlines()), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="NAME[:layers]", help=", ".join(PRESETS))
+    parser.add_argument("model", metavar="NAME[:layers]", help=", ".join(synthetic.PRESETS))
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--dtype", choices=("bf16", "f8"), default="bf16", help="f8: e4m3 with 128x128 block scales")
     parser.add_argument("--no-mtp", action="store_true", help="leave the MTP layer out")

@@ -68,9 +68,9 @@ def pack(
         p = make_plan(ckpt, dtype, attn_dtype, head_dtype)
         if dst.resolve().parent == ckpt.path.resolve() and (ckpt.path / dst.name).exists() and dst.suffix != ".dcalm":
             raise ResourceError(f"{dst}: would overwrite a file of the checkpoint itself")
-        jobs = [_Job(t, t.stored) for t in p.tensors]
-        jobs += [_Job(None, [stored_file(name, len(data))], blob=data) for name, data in p.files.items()]
-        header = _header(p, jobs)
+        jobs = [Job(t, t.stored) for t in p.tensors]
+        jobs += [Job(None, [stored_file(name, len(data))], blob=data) for name, data in p.files.items()]
+        header = file_header(p, jobs)
         end = len(header)
         for job in jobs:
             for stored in job.stored:
@@ -87,7 +87,7 @@ def pack(
 
 
 @dataclass(slots=True)
-class _Job:
+class Job:
     """One planned tensor (with its f8 scales), or one stored file, and where its bytes go."""
 
     tensor: PlannedTensor | None
@@ -97,7 +97,7 @@ class _Job:
     sha: list[str] = field(default_factory=list)  # filled when the bytes are written
 
 
-def _header(p: Plan, jobs: list[_Job]) -> bytes:
+def file_header(p: Plan, jobs: list[Job]) -> bytes:
     """The header with the checksums known so far; its length does not depend on them."""
     entries: dict[str, Any] = {}
     layout: dict[str, tuple[str, tuple[int, ...], int]] = {}
@@ -112,7 +112,7 @@ def _header(p: Plan, jobs: list[_Job]) -> bytes:
     return build_header(metadata, layout)
 
 
-def _write_at(fd: int, data: memoryview | bytes, offset: int) -> None:
+def write_at(fd: int, data: memoryview | bytes, offset: int) -> None:
     view = memoryview(data)
     while view.nbytes:
         n = os.pwrite(fd, view, offset)
@@ -126,7 +126,7 @@ class _Partial:
     is read back and hashed before it is believed (it may have outlived data that a power loss took).
     """
 
-    def __init__(self, dst: Path, jobs: list[_Job], total: int, key: str) -> None:
+    def __init__(self, dst: Path, jobs: list[Job], total: int, key: str) -> None:
         self.dst = dst
         self.path = dst.with_name(dst.name + ".partial")
         self.journal = dst.with_name(dst.name + ".partial.journal")
@@ -144,7 +144,7 @@ class _Partial:
             os.close(self.fd)
             raise
 
-    def _open(self, jobs: list[_Job], total: int, key: str) -> None:
+    def _open(self, jobs: list[Job], total: int, key: str) -> None:
         info, disk = os.fstat(self.fd), os.statvfs(self.dst.parent)
         room = disk.f_bavail * disk.f_frsize + info.st_blocks * 512
         if room < total:
@@ -160,7 +160,7 @@ class _Partial:
         for job in jobs[: self.n_done]:
             self.done(job)
 
-    def _verified(self, jobs: list[_Job], key: str, right_size: bool) -> int:
+    def _verified(self, jobs: list[Job], key: str, right_size: bool) -> int:
         """How many leading jobs the journal calls done and whose bytes have the recorded checksums."""
         lines = []
         with contextlib.suppress(OSError, ValueError):
@@ -187,7 +187,7 @@ class _Partial:
         self.log.write(json.dumps(line) + "\n")
         self.log.flush()
 
-    def done(self, job: _Job) -> None:
+    def done(self, job: Job) -> None:
         """Notes that a job's bytes are written."""
         self._note({"name": job.stored[0].name, "sha256": job.sha})
 
@@ -211,20 +211,20 @@ class _Partial:
         os.close(self.fd)
 
 
-def _write(ckpt: Checkpoint, p: Plan, jobs: list[_Job], out: _Partial, total: int, progress: Progress | None) -> None:
+def _write(ckpt: Checkpoint, p: Plan, jobs: list[Job], out: _Partial, total: int, progress: Progress | None) -> None:
     if out.restarted:
         p.notes.append(f"{out.path.name} belonged to another source or other options and was started over")
     elif out.n_done:
         p.notes.append(f"resumed: {out.n_done} of {len(jobs)} tensors were packed already, with the right checksums")
     try:
-        _write_at(out.fd, _header(p, jobs), 0)
+        write_at(out.fd, file_header(p, jobs), 0)
         with _Writer(out) as writer:
             packer = _Packer(ckpt, writer)
             for job in jobs[out.n_done :]:
                 for done in packer.run(job):
                     if progress:
                         progress(done, total)
-        _write_at(out.fd, _header(p, jobs), 0)
+        write_at(out.fd, file_header(p, jobs), 0)
         out.commit()
         if progress:
             progress(total, total)
@@ -263,14 +263,14 @@ class _Writer:
             self.buffers[self.turn] = np.empty(size, np.uint8)
         return self.buffers[self.turn]
 
-    def put(self, buffer: Bytes, offset: int, job: _Job, last: bool) -> None:
+    def put(self, buffer: Bytes, offset: int, job: Job, last: bool) -> None:
         """Queues all of ``buffer`` for ``offset``; last: these are the last bytes of a container tensor."""
         self.turn = (self.turn + 1) % 3
         self.pending.append(self.pool.submit(self._work, buffer, offset, job, last))
 
-    def _work(self, buffer: Bytes, offset: int, job: _Job, last: bool) -> None:
+    def _work(self, buffer: Bytes, offset: int, job: Job, last: bool) -> None:
         self.sha.update(buffer.data)
-        _write_at(self.out.fd, buffer.data, offset)
+        write_at(self.out.fd, buffer.data, offset)
         if last:
             job.sha.append(self.sha.hexdigest())
             self.sha = hashlib.sha256()
@@ -287,7 +287,7 @@ class _Packer:
         self.rows = np.empty(SLAB_BYTES, np.uint8)  # stored source rows
         self.grid: tuple[str, npt.NDArray[Any] | None] = ("", None)  # f8 scales of the last weight
 
-    def run(self, job: _Job) -> Iterator[int]:
+    def run(self, job: Job) -> Iterator[int]:
         """Queues all bytes of one job; yields the file offset reached."""
         t = job.tensor
         if t is None:

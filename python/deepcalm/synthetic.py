@@ -1,0 +1,306 @@
+"""Packed models of a real model's exact geometry with seeded random weights, written directly, no checkpoint between.
+
+For measuring speed and memory on shapes that cannot be shipped: the text that such a model writes is noise, but
+activations stay in range (logit standard deviation about 2) and tokens spread over the experts. The same name, options
+and seed give the same bytes.
+
+Values are not drawn one by one: tiles of random codes, a prime number of them so that rows never line up, are made once
+per format and standard deviation and repeated, each tensor from its own hashed offset. Memory stays below 100 MB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from . import _core, hf_config
+from .errors import ResourceError, UnsupportedError
+from .pack import Job, file_header, write_at
+from .packed import TILE_BYTES, TILE_COLS, TILE_ROWS, Stored, spec_shape, stored_file
+from .plan import DTYPES, Plan
+
+Config = dict[str, Any]
+U8 = npt.NDArray[np.uint8]
+
+N_TILES = 4093  # tiles of a block, a prime: 2 to 8 MB
+PLAIN_VALUES = 2**21 - 9  # values of a block of a tensor that is not tiled, a prime
+Q8_DEVIATION, Q4_DEVIATION, F8_DEVIATION = 42.0, 2.4, 96.0  # standard deviations of the codes: almost none saturate
+_SCALES = {"f8": "f32", "q8": "f16", "q4": "f16"}
+
+_COMMON: Config = {
+    "attention_bias": False, "hidden_act": "silu", "initializer_range": 0.02, "moe_layer_freq": 1,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+}  # fmt: skip
+_V3_ROUTER: Config = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+_YARN: Config = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
+                 "beta_slow": 1}  # fmt: skip
+
+# name -> (config.json, number of tokenizer entries; the rows above it are padding)
+PRESETS: dict[str, tuple[Config, int]] = {
+    "v2-lite": ({
+        **_COMMON, "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"],
+        "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 64, "num_experts_per_tok": 6,
+        "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "topk_method": "greedy",
+        "scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0, "rms_norm_eps": 1e-6,
+        "rope_theta": 10000, "rope_scaling": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        "max_position_embeddings": 163840, "vocab_size": 102400, "bos_token_id": 100000, "eos_token_id": 100001,
+    }, 100002),
+    "v3": ({
+        **_COMMON, **_V3_ROUTER, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"],
+        "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128,
+        "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256, "num_experts_per_tok": 8,
+        "n_shared_experts": 1, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000, "rope_scaling": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        "max_position_embeddings": 163840, "num_nextn_predict_layers": 1, "vocab_size": 129280,
+        "bos_token_id": 0, "eos_token_id": 1,
+    }, 128815),
+    "moonlight": ({
+        **_COMMON, **_V3_ROUTER, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"],
+        "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "intermediate_size": 11264, "moe_intermediate_size": 1408, "n_routed_experts": 64, "num_experts_per_tok": 6,
+        "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        "routed_scaling_factor": 2.446, "rms_norm_eps": 1e-5, "rope_theta": 50000.0, "rope_scaling": None,
+        "max_position_embeddings": 8192, "num_nextn_predict_layers": 0, "vocab_size": 163840,
+        "bos_token_id": 163584, "eos_token_id": 163586,
+    }, 163840),
+    "glm-4.7-flash": ({
+        **_COMMON, "model_type": "glm4_moe_lite", "architectures": ["Glm4MoeLiteForCausalLM"],
+        "hidden_size": 2048, "num_hidden_layers": 47, "num_attention_heads": 20, "num_key_value_heads": 20,
+        "q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256,
+        "intermediate_size": 10240, "moe_intermediate_size": 1536, "n_routed_experts": 64, "num_experts_per_tok": 4,
+        "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc",
+        "norm_topk_prob": True, "routed_scaling_factor": 1.8, "rms_norm_eps": 1e-5, "rope_theta": 1000000,
+        "rope_scaling": None, "max_position_embeddings": 202752, "num_nextn_predict_layers": 1, "vocab_size": 154880,
+        "eos_token_id": [154820, 154827, 154829], "pad_token_id": 154820,
+    }, 154856),
+}  # fmt: skip
+
+
+def make_config(spec: str, overrides: Sequence[str] = (), mtp: bool = True) -> tuple[Config, int]:
+    """(config.json, tokenizer entries) of NAME[:layers] with KEY=JSON overrides; raises ValueError."""
+    name, _, layers = spec.partition(":")
+    if name not in PRESETS:
+        raise ValueError(f"unknown model {name!r}: one of {', '.join(PRESETS)}")
+    preset, n_tokens = PRESETS[name]
+    config = dict(preset)
+    if layers:
+        if not (layers.isascii() and layers.isdigit() and 1 <= int(layers[:9]) <= 1024):
+            raise ValueError(f"{spec}: layers {layers!r}, expected a number 1..1024")
+        config["num_hidden_layers"] = int(layers)
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if key not in config:
+            raise ValueError(f"{item}: no key {key!r} in the config of {name}")
+        try:
+            config[key] = json.loads(value)
+        except ValueError:
+            raise ValueError(f"{item}: {value!r} is not JSON") from None
+    if not mtp:
+        config["num_nextn_predict_layers"] = 0
+    return config, min(n_tokens, config["vocab_size"])
+
+
+def make_tokenizer(config: Config, n_tokens: int) -> tuple[str, Config]:
+    """(tokenizer.json, tokenizer_config.json) of a byte-level BPE without merges.
+
+    Text becomes bytes, and every id has text of its own to decode to.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    eos = config["eos_token_id"]
+    special = {i: f"<|eos_{i}|>" for i in (eos if isinstance(eos, list) else [eos])}
+    if config.get("bos_token_id") is not None:
+        special[config["bos_token_id"]] = "<|bos|>"
+    special = {i: text for i, text in special.items() if i < n_tokens}
+    letters = iter(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    vocab = {special.get(i) or next(letters, f"\u0120{i}"): i for i in range(n_tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special.values()])
+    bos = special.get(config.get("bos_token_id", -1))
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, config["bos_token_id"])]
+        )
+    return tokenizer.to_str(), {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": next(iter(special.values()), None),
+        "add_bos_token": bos is not None, "clean_up_tokenization_spaces": False,
+        "model_max_length": config["max_position_embeddings"],
+    }  # fmt: skip
+
+
+def _stored(spec: dict[str, Any], dtypes: dict[str, str]) -> Stored:
+    """How a tensor of the manifest is stored; as the packer would (plan.py), from a bf16 checkpoint."""
+    fmt = dtypes.get(spec["role"], dtypes["all"])
+    if fmt not in spec["formats"]:  # norms, router: f32; embedding, eh_proj: 16 bits or more
+        fmt = "bf16" if "bf16" in spec["formats"] else "f32"
+    block = (128, 128) if fmt == "f8" else None
+    kind, parts = "tiled" if spec["tiled"] else "plain", tuple(spec["parts"])
+    if spec["tiled"] and (spec["rows"] % TILE_ROWS or spec["cols"] % TILE_COLS or any(p % TILE_ROWS for p in parts)):
+        raise UnsupportedError(f"tensor {spec['name']}: {spec['rows']} x {spec['cols']}, expected multiples of 16 x 32")
+    scale = _SCALES.get(fmt, "") if kind == "tiled" else ""
+    return Stored(spec["name"], spec["role"], kind, fmt, scale, spec_shape(spec), parts, spec["interleaved"], block,
+                  "random")  # fmt: skip
+
+
+def _deviation(name: str, spec: dict[str, Any], cfg: Config) -> float:
+    """1/sqrt(inputs) keeps a normed vector at 1; what joins the residual stream is divided by sqrt(2 * layers)."""
+    leaf = name.rpartition(".")[2]
+    inputs = cfg["kv_lora_rank"] if leaf == "w_uk" else spec["cols"]
+    gain = (2 * cfg["num_hidden_layers"]) ** -0.5 if leaf in ("wo", "w_down") else 2.0 if leaf == "head" else 1.0
+    return float(gain * inputs**-0.5)
+
+
+class _Values:
+    """Blocks of random bytes, made when first needed; few distinct standard deviations exist in a model."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.tiles: dict[tuple[str, float], U8] = {}  # [N_TILES, tile bytes]
+        self.normal = np.random.default_rng(seed).standard_normal(PLAIN_VALUES, dtype=np.float32).clip(-4.5, 4.5)
+
+    def number(self, name: str) -> int:
+        """A hash of a tensor's name."""
+        return int.from_bytes(hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest(), "little")
+
+    def tile_block(self, fmt: str, deviation: float) -> U8:
+        """[N_TILES, tile bytes]: inside a tile no order matters, all codes are drawn alike."""
+        key = (fmt, deviation)
+        if key not in self.tiles:
+            x = np.resize(self.normal, (N_TILES, TILE_ROWS * TILE_COLS))
+            if fmt in ("q8", "q4"):
+                unit = Q8_DEVIATION if fmt == "q8" else Q4_DEVIATION
+                codes: npt.NDArray[Any]
+                codes: npt.NDArray[Any]
+                if fmt == "q8":
+                    codes = (np.rint(unit * x).clip(-127, 127) + 128).astype(np.uint8)
+                else:
+                    nibbles = (np.rint(unit * x).clip(-7, 7) + 8).astype(np.uint8)
+                    codes = nibbles[:, : x.shape[1] // 2] | nibbles[:, x.shape[1] // 2 :] << 4
+                scale = np.full((N_TILES, TILE_ROWS), deviation / unit, np.float16).view(np.uint8)
+                self.tiles[key] = np.concatenate([codes, scale], 1)
+            elif fmt == "f8":
+                codes = (F8_DEVIATION * x).astype(ml_dtypes.float8_e4m3fn)
+                self.tiles[key] = codes.view(np.uint8)
+            else:
+                kind = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}[fmt]
+                self.tiles[key] = (np.float32(deviation) * x).astype(kind).view(np.uint8)
+            assert self.tiles[key].shape[1] == TILE_BYTES[fmt, _SCALES.get(fmt, "")]
+        return self.tiles[key]
+
+    def pieces(self, s: Stored, deviation: float) -> Iterator[U8]:
+        """The bytes of a tensor, piece after piece, none longer than a block."""
+        start = self.number(s.name)
+        if s.kind == "tiled":
+            block = self.tile_block(s.format, deviation)
+        elif s.role == "embed":
+            block = self.tile_block(s.format, 1.0)
+        else:  # a vector or f8 scales: small enough to be made whole
+            mean, spread = {"scale": (deviation, 0.05 * deviation), "bias": (0.0, 0.02)}.get(s.role, (1.0, 0.1))
+            at = np.arange(start % PLAIN_VALUES, start % PLAIN_VALUES + s.nbytes // 4) % PLAIN_VALUES
+            yield (mean + spread * self.normal[at]).astype(np.float32).view(np.uint8)
+            return
+        flat, begin, left = block.reshape(-1), start % N_TILES * block.shape[1], s.nbytes
+        while left:
+            piece = flat[begin : begin + left]
+            yield piece
+            left, begin = left - len(piece), 0
+
+
+def write_model(
+    path: str | Path,
+    spec: str,
+    dtype: str = "q8",
+    attn_dtype: str | None = None,
+    head_dtype: str | None = None,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    progress: Callable[[int, int], object] | None = None,
+) -> int:
+    """Writes the packed file ``path`` for NAME[:layers] and returns its size in bytes.
+
+    Args:
+        spec: a key of ``PRESETS``, with the number of main layers if not all.
+        dtype, attn_dtype, head_dtype: as for ``deepcalm.pack`` of a bf16 checkpoint ("source" is bf16).
+        overrides: "KEY=JSON" over config.json, for instance "first_k_dense_replace=1".
+        progress: called with (bytes written, bytes in all).
+
+    The file appears complete or not at all.
+
+    Raises:
+        ValueError: an unknown name or override.
+        UnsupportedError: an unknown dtype, or a geometry that is not in whole tiles.
+        ConfigError: a configuration that the runtime refuses.
+        ResourceError: no room on the disk, or it cannot be written.
+    """
+    path = Path(path)
+    wide = "q8" if dtype == "q4" else dtype
+    dtypes = {"all": dtype, "attn": attn_dtype or wide, "head": head_dtype or wide}
+    if bad := [d for d in dtypes.values() if d not in DTYPES]:
+        raise UnsupportedError(f"dtype {bad[0]!r}, expected one of {', '.join(DTYPES)}")
+    dtypes = {k: "bf16" if d == "source" else d for k, d in dtypes.items()}
+    raw, n_tokens = make_config(spec, overrides)
+    cfg = hf_config.normalise(raw, {}, min(raw.get("num_nextn_predict_layers", 0), 1), spec)
+    values, specs = _Values(seed), _core.expected_tensors(cfg)
+    deviations: dict[str, float] = {}
+    jobs = []
+    for entry in specs:
+        stored = _stored(entry, dtypes)
+        deviations[stored.name] = _deviation(stored.name, entry, cfg) if entry["cols"] else 1.0
+        jobs.append(Job(None, [stored, stored.scales] if stored.scales else [stored]))
+        if stored.scales:
+            deviations[stored.scales.name] = deviations[stored.name] / F8_DEVIATION
+    tokenizer, tokenizer_config = make_tokenizer(raw, n_tokens)
+    files = {"tokenizer.json": tokenizer.encode(), "tokenizer_config.json": json.dumps(tokenizer_config).encode()}
+    jobs += [Job(None, [stored_file(name, len(data))], blob=data) for name, data in files.items()]
+    source = {"name": f"random weights in the geometry of {spec}", "seed": seed, "options": dtypes}
+    plan = Plan(cfg, source | {"overrides": list(overrides)}, [], files)
+    total = len(file_header(plan, jobs)) + sum(s.container()[2] for job in jobs for s in job.stored)
+    if (free := shutil.disk_usage(path.parent).free) < total:
+        raise ResourceError(f"{path}: {total / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on that disk")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb", buffering=0) as out, ThreadPoolExecutor(1, "deepcalm-write") as writer:
+            os.ftruncate(out.fileno(), total)  # padding is never written: it reads as zeros
+            end = len(file_header(plan, jobs))
+            pending = []
+            for job in jobs:
+                for s in job.stored:
+                    sha, at = hashlib.sha256(), end
+                    for piece in (
+                        [np.frombuffer(job.blob, np.uint8)] if job.blob else values.pieces(s, deviations[s.name])
+                    ):
+                        pending.append(writer.submit(write_at, out.fileno(), piece.data, at))
+                        sha.update(piece.data)  # beside the write
+                        at += len(piece)
+                        while len(pending) > 8:
+                            pending.pop(0).result()
+                    job.sha.append(sha.hexdigest())
+                    end += s.container()[2]
+                    if progress:
+                        progress(end, total)
+            for write in pending:
+                write.result()
+            write_at(out.fileno(), file_header(plan, jobs), 0)
+            os.fsync(out.fileno())
+        temporary.replace(path)
+    except OSError as e:
+        raise ResourceError(f"{path}: cannot be written: {e.strerror or e}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return total
