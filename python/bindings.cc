@@ -82,9 +82,12 @@ SampleParams sample_params(double temp, int top_k, double top_p, double min_p, u
 
 class PySession {
   public:
-    PySession(Model& model, int ctx, const std::string& kv, int max_rows, bool mtp)
+    PySession(Model& model, int ctx, const std::string& kv, int max_rows, bool mtp, const std::string& driver)
         : vocab_(model.cfg().vocab_size), d_(model.cfg().hidden_size) {
-        s_ = unwrap(Session::make(model, ctx, cache_type(kv), max_rows, mtp));
+        if (driver != "graph" && driver != "persistent")
+            throw_error(session_error("driver: '" + driver + "', expected graph or persistent"));
+        s_ = unwrap(Session::make(model, ctx, cache_type(kv), max_rows, mtp,
+                                  driver == "graph" ? kDriverGraph : kDriverPersistent));
     }
 
     F32Array forward(const I32Array& ids, const std::string& logits) {
@@ -158,13 +161,57 @@ class PySession {
 
     // [layers, len, row_bytes]
     U8Array read_cache(bool mtp) {
-        KvCache& c = s_->cache(mtp);
+        const KvCache& c = s_->cache(mtp);
         U8Array out({py::ssize_t{c.n_layers()}, py::ssize_t{c.len}, static_cast<py::ssize_t>(c.row_bytes())});
-        for (int i = 0; i < c.n_layers() && c.len > 0; ++i) {
-            std::memcpy(out.mutable_data(i, 0, 0), c.layer(i),
-                        static_cast<size_t>(c.len) * static_cast<size_t>(c.row_bytes()));
-        }
+        unwrap(s_->read_cache(mtp, reinterpret_cast<std::byte*>(out.mutable_data())));
         return out;
+    }
+
+    void decode_start(int token, double temp, int top_k, double top_p, double min_p, uint64_t seed, int n_valid,
+                      int64_t max_tokens, const I32Array& eos) {
+        const auto ids = as_span(eos);
+        const SampleParams p = sample_params(temp, top_k, top_p, min_p, seed);
+        unwrap(s_->decode_start(token, p, n_valid, max_tokens, ids));
+    }
+    void decode_step(int k) {
+        unwrap([&] {
+            py::gil_scoped_release release;
+            return s_->decode_step(k);
+        }());
+    }
+    py::tuple decode_poll() {
+        DeviceDecodeState state;
+        std::vector<int32_t> tokens = unwrap([&] {
+            py::gil_scoped_release release;
+            return s_->decode_poll(state);
+        }());
+        return py::make_tuple(tokens, decode_state(state));
+    }
+    py::dict decode_finish() {
+        return decode_state(unwrap([&] {
+            py::gil_scoped_release release;
+            return s_->decode_finish();
+        }()));
+    }
+    // (address, bytes) of a device buffer; for the oracles
+    py::tuple device_view(const std::string& name) {
+        DeviceView v;
+        if (s_->device() == nullptr || !s_->model().device().api->view(s_->device(), name.c_str(), v))
+            throw_error(session_error("device view: no buffer '" + name + "'"));
+        return py::make_tuple(reinterpret_cast<uintptr_t>(v.data), v.bytes);
+    }
+    std::string device_report(const std::string& what) {
+        if (s_->device() == nullptr) throw_error(session_error("device report: this session runs on the CPU"));
+        std::string text(1 << 20, '\0');
+        unwrap([&]() -> Status {
+            const py::gil_scoped_release release;
+            const std::lock_guard lock(s_->model().pass_mutex());
+            DeviceError error;
+            if (!s_->model().device().api->report(s_->device(), what.c_str(), text.data(), text.size(), error))
+                return to_error(error);
+            return {};
+        }());
+        return text.c_str();
     }
 
     I32Array tokens() const { return I32Array(static_cast<py::ssize_t>(s_->tokens().size()), s_->tokens().data()); }
@@ -252,18 +299,40 @@ class PySession {
         return out;
     }
 
-    KvCache& cache(bool mtp) { return s_->cache(mtp); }
+    const KvCache& cache(bool mtp) const { return s_->cache(mtp); }
     int max_rows() const { return s_->max_rows(); }
 
   private:
+    static py::dict decode_state(const DeviceDecodeState& s) {
+        static constexpr const char* kStops[] = {"", "eos", "length", "context", "not finite"};
+        py::dict d;
+        d["pos"] = s.n;
+        d["stop"] = kStops[s.stop];
+        d["bad_id"] = s.bad_id;
+        d["rounds"] = s.rounds;
+        d["drafted"] = s.drafted;
+        d["accepted"] = s.accepted;
+        d["experts"] = s.experts;
+        return d;
+    }
+
     std::unique_ptr<Session> s_;
     py::ssize_t vocab_, d_;
 };
 
 std::unique_ptr<Model> open_model(const std::string& path, const py::dict& cfg, const py::list& tensors,
-                                  const std::optional<std::string>& isa, int threads) {
+                                  const std::optional<std::string>& isa, int threads,
+                                  const std::optional<std::string>& device, uint64_t fill_seed) {
     std::vector<TensorEntry> entries;
     for (const auto& t : tensors) entries.push_back(entry_from_dict(t.cast<py::dict>()));
+    if (device) {
+        const ModelConfig c = config_from_dict(cfg);
+        return unwrap([&]() -> Result<std::unique_ptr<Model>> {
+            const py::gil_scoped_release release;
+            DC_TRY(Device d, open_device(*device));
+            return Model::open_on(std::move(d), path, c, entries, fill_seed);
+        }());
+    }
     return unwrap(Model::open(path, config_from_dict(cfg), entries, isa ? isa->c_str() : nullptr, threads));
 }
 
@@ -319,8 +388,10 @@ PYBIND11_MODULE(_core, m) {
 
     py::class_<Model>(m, "Model")
         .def(py::init(&open_model), py::arg("path"), py::arg("cfg"), py::arg("tensors"), py::arg("isa") = py::none(),
-             py::arg("threads") = 0)
-        .def_property_readonly("isa", [](const Model& s) { return s.kernels().isa; })
+             py::arg("threads") = 0, py::arg("device") = py::none(), py::arg("fill_seed") = 0,
+             "device: path of a device library; None computes on the CPU.")
+        .def_property_readonly("isa", [](const Model& s) { return s.isa(); })
+        .def_property_readonly("device_name", [](const Model& s) { return s.device().name; })
         .def_property_readonly("n_threads", [](Model& s) { return s.pool().size(); })
         .def_property_readonly("file_bytes", &Model::file_bytes)
         .def_property_readonly(
@@ -347,8 +418,9 @@ PYBIND11_MODULE(_core, m) {
             py::arg("ctx_pos"), py::arg("kv"), "Bytes that decoding one token at this cache length reads.");
 
     py::class_<PySession>(m, "Session")
-        .def(py::init<Model&, int, const std::string&, int, bool>(), py::arg("model"), py::arg("ctx"), py::arg("kv"),
-             py::arg("max_rows"), py::arg("mtp") = false, py::keep_alive<1, 2>())
+        .def(py::init<Model&, int, const std::string&, int, bool, const std::string&>(), py::arg("model"),
+             py::arg("ctx"), py::arg("kv"), py::arg("max_rows"), py::arg("mtp") = false, py::arg("driver") = "graph",
+             py::keep_alive<1, 2>())
         .def_property_readonly("pos", [](PySession& s) { return s.cache(false).len; })
         .def_property_readonly("mtp_pos", [](PySession& s) { return s.cache(true).len; })
         .def_property_readonly("ctx", [](PySession& s) { return s.cache(false).ctx(); })
@@ -369,6 +441,16 @@ PYBIND11_MODULE(_core, m) {
              "the next "
              "token), counts, bytes and seconds, and with want_logits the rows [len(tokens), vocab_size] they were "
              "chosen from.")
+        .def("decode_start", &PySession::decode_start, py::arg("token"), py::arg("temp"), py::arg("top_k"),
+             py::arg("top_p"), py::arg("min_p"), py::arg("seed"), py::arg("n_valid"), py::arg("max_tokens"),
+             py::arg("eos"),
+             "Decoding on the device after `token`: queue rounds with decode_step, take tokens with decode_poll.")
+        .def("decode_step", &PySession::decode_step, py::arg("k"), "Queues a round of k drafts; returns at once.")
+        .def("decode_poll", &PySession::decode_poll,
+             "(tokens published since the last poll, state); waits for one while rounds are queued and no stop is set.")
+        .def("decode_finish", &PySession::decode_finish, "Waits, brings the session up to date, returns the state.")
+        .def("device_view", &PySession::device_view, py::arg("name"), "(address, bytes) of a named device buffer.")
+        .def("device_report", &PySession::device_report, py::arg("what"), "JSON text: device, stages.")
         .def("hidden", &PySession::hidden, "Post-final-norm hidden states [n, hidden_size] of the last forward().")
         .def("truncate", &PySession::truncate, py::arg("n"), "Keep the first n positions.")
         .def("read_cache", &PySession::read_cache, py::arg("mtp"),

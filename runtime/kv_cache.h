@@ -8,7 +8,9 @@ namespace deepcalm {
 
 class KvCache {
   public:
-    static Result<KvCache> make(CacheType type, int n_layers, int ctx, int kv_lora_rank, int qk_rope_head_dim);
+    // on_device: the rows live there; layer() and row() are null.
+    static Result<KvCache> make(CacheType type, int n_layers, int ctx, int kv_lora_rank, int qk_rope_head_dim,
+                                bool on_device = false);
 
     CacheType type() const { return type_; }
     int n_layers() const { return n_layers_; }

@@ -37,13 +37,11 @@ WeightBytes count_bytes(const ModelWeights& w, const ModelConfig& c) {
 
 Result<std::unique_ptr<Model>> Model::open(const std::string& path, const ModelConfig& cfg,
                                            const std::vector<TensorEntry>& entries, const char* isa, int n_threads) {
-    DC_TRY_STATUS(validate(cfg));
     if (n_threads < 0 || n_threads > 1024) {
         return Error{ErrorCode::kResource,
                      "threads: " + std::to_string(n_threads) + ", expected 1..1024 (0 = one per core)"};
     }
     auto m = std::make_unique<Model>();
-    m->cfg_ = cfg;
     m->kernels_ = select_cpu_kernels(isa);
     if (m->kernels_ == nullptr) {
         std::string have;
@@ -53,12 +51,42 @@ Result<std::unique_ptr<Model>> Model::open(const std::string& path, const ModelC
         return Error{ErrorCode::kResource,
                      std::string("isa: '") + isa + "' is unknown or not supported here; this processor runs: " + have};
     }
-    DC_TRY(m->file_, MappedFile::open(path));
-    DC_TRY(m->weights_, bind_weights(m->cfg_, m->file_, entries, path));
-    m->rope_ = make_rope(cfg);
-    m->weight_bytes_ = count_bytes(m->weights_, cfg);
+    DC_TRY_STATUS(m->bind(path, cfg, entries));
     m->pool_ = std::make_unique<ThreadPool>(n_threads == 0 ? default_threads() : n_threads);
     return m;
+}
+
+Result<std::unique_ptr<Model>> Model::open_on(Device device, const std::string& path, const ModelConfig& cfg,
+                                              const std::vector<TensorEntry>& entries, uint64_t fill_seed) {
+    auto m = std::make_unique<Model>();
+    DC_TRY_STATUS(m->bind(path, cfg, entries));
+    m->device_ = std::move(device);
+    DeviceError error;
+    const DeviceApi* api = m->device_.api;
+    m->device_model_ = {api->open_model({.cfg = &m->cfg_,
+                                         .weights = &m->weights_,
+                                         .rope = &m->rope_,
+                                         .path = path.c_str(),
+                                         .fd = m->file_.fd(),
+                                         .base = m->file_.data(),
+                                         .bytes = m->file_.size(),
+                                         .fill_seed = fill_seed,
+                                         .device = m->device_.index},
+                                        error),
+                        {api}};
+    if (m->device_model_ == nullptr) return to_error(error);
+    m->pool_ = std::make_unique<ThreadPool>(1);
+    return m;
+}
+
+Status Model::bind(const std::string& path, const ModelConfig& cfg, const std::vector<TensorEntry>& entries) {
+    DC_TRY_STATUS(validate(cfg));
+    cfg_ = cfg;
+    DC_TRY(file_, MappedFile::open(path));
+    DC_TRY(weights_, bind_weights(cfg_, file_, entries, path));
+    rope_ = make_rope(cfg);
+    weight_bytes_ = count_bytes(weights_, cfg);
+    return {};
 }
 
 int64_t Model::active_bytes(int n_ctx, int64_t cache_row_bytes) const {

@@ -1,6 +1,8 @@
-// A packed model, opened: the mapping, its bound weights, the kernel table and the thread pool that all its sessions share.
+// A packed model, opened: the mapping, its bound weights, the kernel table and the thread pool that all its sessions share;
+// on a device, its copy there instead of kernels and pool.
 #pragma once
 
+#include "runtime/cuda/device.h"
 #include "runtime/parallel.h"
 #include "runtime/rope.h"
 #include "runtime/weights.h"
@@ -26,10 +28,17 @@ class Model {
     Model() = default;
     static Result<std::unique_ptr<Model>> open(const std::string& path, const ModelConfig& cfg,
                                                const std::vector<TensorEntry>& entries, const char* isa, int n_threads);
+    // The same on a device; fill_seed not 0: weights drawn there instead of read (measurements).
+    static Result<std::unique_ptr<Model>> open_on(Device device, const std::string& path, const ModelConfig& cfg,
+                                                  const std::vector<TensorEntry>& entries, uint64_t fill_seed);
 
     const ModelConfig& cfg() const { return cfg_; }
     const ModelWeights& weights() const { return weights_; }
     const CpuKernels& kernels() const { return *kernels_; }
+    const char* isa() const { return on_device() ? device_.arch.c_str() : kernels_->isa; }
+    bool on_device() const { return device_model_ != nullptr; }
+    const Device& device() const { return device_; }
+    DeviceModel* device_model() { return device_model_.get(); }
     const Rope& rope() const { return rope_; }
     const WeightBytes& weight_bytes() const { return weight_bytes_; }
     int64_t file_bytes() const { return file_.size(); }
@@ -40,6 +49,8 @@ class Model {
     int64_t active_bytes(int n_ctx, int64_t cache_row_bytes) const;
 
   private:
+    Status bind(const std::string& path, const ModelConfig& cfg, const std::vector<TensorEntry>& entries);
+
     ModelConfig cfg_;
     MappedFile file_;
     ModelWeights weights_;
@@ -48,6 +59,8 @@ class Model {
     WeightBytes weight_bytes_;
     std::unique_ptr<ThreadPool> pool_;
     std::mutex pass_mutex_;
+    Device device_;
+    DeviceModelPtr device_model_{nullptr, {}};
 };
 
 }  // namespace deepcalm

@@ -13,7 +13,8 @@ int n_logits_of(WantLogits want, size_t n) {
 
 }  // namespace
 
-Result<std::unique_ptr<Session>> Session::make(Model& model, int ctx, CacheType kv, int max_rows, bool keep_mtp) {
+Result<std::unique_ptr<Session>> Session::make(Model& model, int ctx, CacheType kv, int max_rows, bool keep_mtp,
+                                               int driver) {
     const ModelConfig& c = model.cfg();
     if (ctx < 1 || ctx > c.max_position_embeddings) {
         return Error{ErrorCode::kSession, "ctx: " + std::to_string(ctx) + ", expected 1.." +
@@ -27,9 +28,18 @@ Result<std::unique_ptr<Session>> Session::make(Model& model, int ctx, CacheType 
     }
     std::unique_ptr<Session> s(new Session(model));
     s->keep_mtp_ = keep_mtp;
-    DC_TRY(s->cache_, KvCache::make(kv, c.num_hidden_layers, ctx, c.kv_lora_rank, c.qk_rope_head_dim));
+    DC_TRY(s->cache_,
+           KvCache::make(kv, c.num_hidden_layers, ctx, c.kv_lora_rank, c.qk_rope_head_dim, model.on_device()));
     if (c.num_nextn_predict_layers > 0) {
-        DC_TRY(s->mtp_cache_, KvCache::make(kv, 1, ctx, c.kv_lora_rank, c.qk_rope_head_dim));
+        DC_TRY(s->mtp_cache_, KvCache::make(kv, 1, ctx, c.kv_lora_rank, c.qk_rope_head_dim, model.on_device()));
+    }
+    if (model.on_device()) {
+        DeviceError error;
+        const DeviceApi* api = model.device().api;
+        const DeviceSessionArgs args{
+            .ctx = ctx, .kv = kv, .max_rows = max_rows, .mtp = c.num_nextn_predict_layers > 0, .driver = driver};
+        s->device_ = {api->open_session(model.device_model(), args, error), {api}};
+        if (s->device_ == nullptr) return to_error(error);
     }
     DC_TRY(s->state_, State::make(c, max_rows, static_cast<int>(ceil_div(ctx, kPartialLen)), model.pool().size()));
     return s;
@@ -39,6 +49,7 @@ Status Session::check(const KvCache& cache, std::span<const int32_t> ids, const 
     const auto fail = [&](const std::string& text) {
         return Error{ErrorCode::kSession, std::string(what) + ": " + text};
     };
+    DC_TRY_STATUS(not_decoding(what));
     if (ids.empty()) return fail("no tokens");
     if (static_cast<int64_t>(ids.size()) > state_.max_rows) {
         return fail(std::to_string(ids.size()) +
@@ -73,17 +84,22 @@ Status Session::run(std::span<const int32_t> ids, const float* hidden, int n_log
         DC_TRY(logits_, ZeroedBuffer::make(logits_bytes, "logits"));
     }
     const bool mtp = hidden != nullptr;
-    forward_cpu({.model = model_,
-                 .state = state_,
-                 .cache = cache,
-                 .trace = trace_,
-                 .ids = ids,
-                 .hidden = hidden,
-                 .mtp = mtp,
-                 .pos = cache.len,
-                 .n_logits = n_logits,
-                 .logits = static_cast<float*>(static_cast<void*>(logits_.data())),
-                 .stats = &stats_});
+    const PassArgs args{.model = model_,
+                        .state = state_,
+                        .cache = cache,
+                        .trace = trace_,
+                        .ids = ids,
+                        .hidden = hidden,
+                        .mtp = mtp,
+                        .pos = cache.len,
+                        .n_logits = n_logits,
+                        .logits = static_cast<float*>(static_cast<void*>(logits_.data())),
+                        .stats = &stats_};
+    if (device_ != nullptr) {
+        DC_TRY_STATUS(forward_device(args));
+    } else {
+        forward_cpu(args);
+    }
     const int n = static_cast<int>(ids.size());
     cache.len += n;
     last_rows_ = mtp ? 0 : n;
@@ -174,6 +190,7 @@ Status Session::forward(std::span<const int32_t> ids, WantLogits want, float* lo
 
 Status Session::truncate(int n) {
     const std::lock_guard lock(model_.pass_mutex());
+    DC_TRY_STATUS(not_decoding("truncate"));
     if (n < 0 || n > cache_.len) {
         return Error{ErrorCode::kSession,
                      "truncate: " + std::to_string(n) + " positions, expected 0.." + std::to_string(cache_.len)};
@@ -195,6 +212,29 @@ void Session::forget(int n) {
     }
 }
 
+Status Session::copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_cache) {
+    const KvCache& c = cache(mtp);
+    if (n == 0) return {};
+    if (device_ != nullptr) {
+        DeviceError error;
+        if (!model_.device().api->copy_cache(device_.get(), mtp, layer, 0, n, host, to_cache, error))
+            return to_error(error);
+    } else {
+        std::memcpy(to_cache ? c.layer(layer) : host, to_cache ? host : c.layer(layer),
+                    static_cast<size_t>(n * c.row_bytes()));
+    }
+    return {};
+}
+
+Status Session::read_cache(bool mtp, std::byte* out) {
+    const std::lock_guard lock(model_.pass_mutex());
+    DC_TRY_STATUS(not_decoding("read cache"));
+    const KvCache& c = cache(mtp);
+    for (int i = 0; i < c.n_layers(); ++i)
+        DC_TRY_STATUS(copy_rows(mtp, i, c.len, out + i * c.len * c.row_bytes(), false));
+    return {};
+}
+
 Status Session::load(std::span<const int32_t> tokens, const std::byte* main_rows, int m, const std::byte* mtp_rows,
                      std::span<const float> pending) {
     const std::lock_guard lock(model_.pass_mutex());
@@ -214,11 +254,12 @@ Status Session::load(std::span<const int32_t> tokens, const std::byte* main_rows
         return fail(std::to_string(m) + " MTP rows and " + std::to_string(rows) + " hidden states for " +
                     std::to_string(n) + " positions");
     }
-    for (int i = 0; i < cache_.n_layers(); ++i) {
-        std::memcpy(cache_.layer(i), main_rows + i * n * cache_.row_bytes(),
-                    static_cast<size_t>(n * cache_.row_bytes()));
+    DC_TRY_STATUS(not_decoding("restore"));
+    for (int i = 0; i < cache_.n_layers(); ++i) {  // both directions leave the source alone
+        DC_TRY_STATUS(copy_rows(false, i, static_cast<int>(n),
+                                const_cast<std::byte*>(main_rows) + i * n * cache_.row_bytes(), true));
     }
-    if (m > 0) std::memcpy(mtp_cache_.layer(0), mtp_rows, static_cast<size_t>(m * mtp_cache_.row_bytes()));
+    DC_TRY_STATUS(copy_rows(true, 0, m, const_cast<std::byte*>(mtp_rows), true));
     cache_.len = static_cast<int>(n);
     mtp_cache_.len = m;
     tokens_.assign(tokens.begin(), tokens.end());

@@ -10,6 +10,7 @@
 
 #include "runtime/kv_cache.h"
 #include "runtime/model.h"
+#include "runtime/sampler.h"
 #include "runtime/state.h"
 #include "runtime/trace.h"
 
@@ -38,12 +39,16 @@ struct ExpertUnion {
     int64_t experts[kMaxWindow + 1] = {};  // [j] distinct (layer, expert) pairs in them, summed
 };
 
+struct PassArgs;
+
 class Session {
   public:
-    static constexpr int kMaxPending = 256;
+    static constexpr int kMaxPending = deepcalm::kMaxPending;
 
     // keep_mtp: maintain the MTP cache and pending hidden states (drafting); refused for a model without an MTP layer.
-    static Result<std::unique_ptr<Session>> make(Model& model, int ctx, CacheType kv, int max_rows, bool keep_mtp);
+    // driver: how a device runs a pass (DeviceDriver); of no meaning on the CPU.
+    static Result<std::unique_ptr<Session>> make(Model& model, int ctx, CacheType kv, int max_rows, bool keep_mtp,
+                                                 int driver = kDriverGraph);
 
     // Appends ids (n <= max_rows, pos + n <= ctx) to the main cache. Logits rows (0, 1 or n) of [vocab_size] go to `logits`,
     // row stride vocab_size; final hidden rows (post-norm) stay in hidden().
@@ -63,7 +68,21 @@ class Session {
     int last_rows() const { return last_rows_; }  // 0 after an MTP pass
 
     Model& model() { return model_; }
-    KvCache& cache(bool mtp) { return mtp ? mtp_cache_ : cache_; }
+    const KvCache& cache(bool mtp) const { return mtp ? mtp_cache_ : cache_; }
+    // rows 0..cache(mtp).len-1 of every layer: [n_layers, len, row_bytes]
+    Status read_cache(bool mtp, std::byte* out);
+
+    // Decoding on the device, without the host between tokens: start() after `token` (known, not yet in the cache), then
+    // rounds of k drafts are queued and their tokens polled; finish() brings tokens(), the caches' lengths and the pending
+    // hidden state up to date: everything emitted but the last token is in the cache. forward() and the rest are refused
+    // in between. The rounds' tokens are those that Speculator::round would choose.
+    Status decode_start(int32_t token, const SampleParams& sample, int n_valid, int64_t max_tokens,
+                        std::span<const int32_t> eos);
+    Status decode_step(int k);
+    Result<std::vector<int32_t>> decode_poll(DeviceDecodeState& state);
+    Result<DeviceDecodeState> decode_finish();
+    bool decoding() const { return decoding_; }
+    DeviceSession* device() { return device_.get(); }
     Trace& trace() { return trace_; }
     const SessionStats& stats() const { return stats_; }
     const ExpertUnion& expert_union() const { return union_; }
@@ -80,6 +99,9 @@ class Session {
     Status main_pass(std::span<const int32_t> ids, int n_logits);
     Status mtp_pass(std::span<const int32_t> ids, const float* hidden, int n_logits);
     Status run(std::span<const int32_t> ids, const float* hidden, int n_logits, KvCache& cache);
+    Status forward_device(const PassArgs& args);
+    Status copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_cache);  // cache rows 0..n-1
+    Status not_decoding(const char* what) const;
     // MTP rows for every pending position whose next token is known; `next` (may be null) follows the last cached token.
     Status catch_up(const int32_t* next, int n_logits);
     // Recomputes main row n-1 when its hidden state is needed and gone.
@@ -105,6 +127,9 @@ class Session {
     ExpertUnion union_;
     std::vector<std::vector<int32_t>>
         recent_;  // up to kMaxWindow tokens, latest last: layer * n_routed_experts + expert, ascending
+    DeviceSessionPtr device_{nullptr, {}};
+    bool decoding_ = false;
+    std::vector<int32_t> emitted_;  // token of decode_start(), then every token polled
 };
 
 // forward_cpu.cc: the pass, CPU transcription. Runs on the model's pool; writes cache rows pos..pos+n-1 (not cache.len).

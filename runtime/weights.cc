@@ -183,6 +183,7 @@ class Binder {
 
 MappedFile::~MappedFile() {
     if (data_ != nullptr) munmap(const_cast<std::byte*>(data_), static_cast<size_t>(bytes_));
+    if (fd_ >= 0) ::close(fd_);
 }
 
 Result<MappedFile> MappedFile::open(const std::string& path) {
@@ -196,10 +197,10 @@ Result<MappedFile> MappedFile::open(const std::string& path) {
         ::close(fd);
         return Error{ErrorCode::kPackedFile, path + ": not a regular, non-empty file"};
     }
-    void* p = mmap(nullptr, static_cast<size_t>(st.st_size), PROT_READ, MAP_SHARED, fd, 0);
-    ::close(fd);
-    if (p == MAP_FAILED) return fail("cannot map");
     MappedFile f;
+    f.fd_ = fd;
+    void* p = mmap(nullptr, static_cast<size_t>(st.st_size), PROT_READ, MAP_SHARED, fd, 0);
+    if (p == MAP_FAILED) return fail("cannot map");
     f.data_ = static_cast<const std::byte*>(p);
     f.bytes_ = st.st_size;
     return f;

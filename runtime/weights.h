@@ -22,20 +22,24 @@ struct TensorEntry {
 class MappedFile {
   public:
     MappedFile() = default;
-    MappedFile(MappedFile&& o) noexcept : data_(std::exchange(o.data_, nullptr)), bytes_(std::exchange(o.bytes_, 0)) {}
+    MappedFile(MappedFile&& o) noexcept
+        : data_(std::exchange(o.data_, nullptr)), bytes_(std::exchange(o.bytes_, 0)), fd_(std::exchange(o.fd_, -1)) {}
     MappedFile& operator=(MappedFile&& o) noexcept {
         std::swap(data_, o.data_);
         std::swap(bytes_, o.bytes_);
+        std::swap(fd_, o.fd_);
         return *this;
     }
     ~MappedFile();
     static Result<MappedFile> open(const std::string& path);
     const std::byte* data() const { return data_; }
     int64_t size() const { return bytes_; }
+    int fd() const { return fd_; }  // of the same file, for reading without mapping pages
 
   private:
     const std::byte* data_ = nullptr;
     int64_t bytes_ = 0;
+    int fd_ = -1;
 };
 
 struct LayerWeights {

@@ -191,7 +191,7 @@ def open_session(model: Model, ctx: int | None, kv: str, draft: str | int, quiet
 
     mtp = bool(model.config["num_nextn_predict_layers"]) if draft == "auto" else draft not in ("off", 0)
     session = model.session(ctx, kv, mtp=mtp)
-    available = available_memory()
+    available = available_memory() if model.device == "cpu" else None
     if available is not None and model.file_bytes + session.cache_bytes > available:
         numbers = f"weights {model.file_bytes / 1e9:.1f} GB and cache {session.cache_bytes / 1e9:.1f} GB"
         say(f"note: {numbers} exceed the {available / 1e9:.1f} GB of memory available: weights will be read from "

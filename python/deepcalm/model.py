@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 DEFAULT_CTX = 4096
 MAX_THREADS = 1024
-DEVICES = ("cpu", "cuda", "auto")
+DEVICES = ("cpu", "cuda", "auto", "sim")
+DRIVERS = ("graph", "persistent")
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-NO_CUDA = "this build has no CUDA backend"
 
 
 class Config(Mapping[str, Any]):
@@ -55,30 +55,39 @@ class Config(Mapping[str, Any]):
 
 
 class Model:
-    """A packed file, mapped: on the CPU nothing is copied.
+    """A packed file, mapped: on the CPU nothing is copied, on a GPU the whole file goes into device memory.
 
     Args:
         path: a ``.dcalm`` file.
-        device: "cpu"; "auto" takes the CPU too and says so in ``notes``.
+        device: "cpu", "cuda" (one NVIDIA GPU), or "auto": the GPU if one can be used, else the CPU, said in ``notes``.
+            ("sim" is the CUDA code on a simulated GPU, for the tests: slow.)
         threads: worker threads; None: DEEPCALM_THREADS, else one per core.
         isa: instruction set by name; None: DEEPCALM_ISA, else the best one this processor has.
+        driver: how a GPU runs a pass, "graph" (a kernel per stage) or "persistent" (one kernel); the same bits. None:
+            DEEPCALM_CUDA_DRIVER, else "graph".
 
     Raises:
         PackedFileError: the file is missing, damaged or of an unknown version.
-        UnsupportedError: device "cuda", or an instruction set that is unknown or not available here.
+        UnsupportedError: device "cuda" without what it needs (the message says what is missing).
+        ResourceError: an unknown instruction set, or a model that is larger than the device's memory.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], device: str = "cpu", threads: int | None = None, isa: str | None = None
+        self,
+        path: str | os.PathLike[str],
+        device: str = "cpu",
+        threads: int | None = None,
+        isa: str | None = None,
+        driver: str | None = None,
     ) -> None:
         if device not in DEVICES:
             raise ValueError(f"device: {device!r}, expected one of {', '.join(DEVICES)}")
-        if device == "cuda":
-            raise UnsupportedError(f"device 'cuda': {NO_CUDA}")
         self.path = Path(path)
-        self.device = "cpu"
         #: What was turned off or replaced, one line each.
-        self.notes: tuple[str, ...] = (f"device auto: cpu, {NO_CUDA}",) if device == "auto" else ()
+        self.notes: tuple[str, ...] = ()
+        self.driver = driver or os.environ.get("DEEPCALM_CUDA_DRIVER") or DRIVERS[0]
+        if self.driver not in DRIVERS:
+            raise ValueError(f"driver: {one_line(self.driver, 40)!r}, expected one of {', '.join(DRIVERS)}")
         isa = isa or os.environ.get("DEEPCALM_ISA") or None
         if threads is None:
             text = os.environ.get("DEEPCALM_THREADS", "")
@@ -91,7 +100,20 @@ class Model:
             self.config = Config(file.config)
             self.header_sha256 = file.header_sha256
             self._files = {name: file.tokenizer_file(name) for name in TEXT_FILES}
-            self.core = _core.Model(str(self.path), file.config, file.tensor_table(), isa, threads)
+            #: "cpu", "cuda" or "sim": where passes run.
+            self.device = "cpu"
+            if device != "cpu":
+                name = "cuda" if device == "auto" else device
+                library = Path(_core.__file__).with_name(f"libdeepcalm_{name}.so")
+                try:
+                    self.core = _core.Model(str(self.path), file.config, file.tensor_table(), device=str(library))
+                    self.device = name
+                except (UnsupportedError, ResourceError) as e:
+                    if device != "auto":
+                        raise type(e)(f"device {device!r}: {e}") from None
+                    self.notes = (f"device auto: cpu, {e}",)
+            if self.device == "cpu":
+                self.core = _core.Model(str(self.path), file.config, file.tensor_table(), isa, threads)
 
     @property
     def isa(self) -> str:

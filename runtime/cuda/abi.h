@@ -1,0 +1,150 @@
+// What the runtime and a device library (libdeepcalm_cuda.so, or libdeepcalm_sim.so: the same sources on the CPU) say to
+// each other. One C symbol, a table of functions, plain structs. The library is built from the same tree as the core and
+// opened next to it; version and struct sizes are compared before anything else is called.
+//
+// Ownership: every object the library makes is closed through the table; memory never changes sides. The runtime's own types
+// (configuration, bound weights, rope) are read through inline accessors during open_model() only and copied.
+// Threads: calls on one model and its sessions are serialised by the caller (Model::pass_mutex).
+#pragma once
+
+#include "runtime/rope.h"
+#include "runtime/weights.h"
+
+namespace deepcalm {
+
+inline constexpr int kDeviceAbi = 1;
+// Changes when a struct that both sides read does; a library of another build is refused.
+inline constexpr int64_t kDeviceFingerprint = int64_t{sizeof(ModelConfig)} << 48 | int64_t{sizeof(LayerWeights)} << 32 |
+                                              int64_t{sizeof(ModelWeights)} << 16 | int64_t{sizeof(Rope)};
+
+// Filled by a call that returns failure; text is one line.
+struct DeviceError {
+    ErrorCode code = ErrorCode::kResource;
+    char text[1000] = "";
+};
+
+struct DeviceModelArgs {
+    const ModelConfig* cfg = nullptr;
+    const ModelWeights* weights = nullptr;  // pointers into the mapping [base, base + bytes)
+    const Rope* rope = nullptr;
+    const char* path = nullptr;  // for messages
+    int fd = -1;                 // the mapped file
+    const std::byte* base = nullptr;
+    int64_t bytes =
+        0;  // the file: uploaded whole, so that a device pointer is the device base + the offset in the file
+    uint64_t fill_seed =
+        0;  // not 0: weights are drawn on the device instead of read (speed work on shapes nobody ships)
+    int device = 0;
+};
+
+struct DeviceSessionArgs {
+    int ctx = 0;
+    CacheType kv = CacheType::kF16;
+    int max_rows = 0;  // rows of the largest pass
+    bool mtp = false;  // an MTP cache is kept
+    int driver = 0;    // DeviceDriver
+};
+
+enum DeviceDriver : int { kDriverGraph = 0, kDriverPersistent = 1 };
+
+// Receives taps and says which are wanted; data is host memory, valid during the call. Layout as Trace::record.
+struct DeviceTrace {
+    void* ctx = nullptr;
+    bool (*wants)(void* ctx, const char* name) = nullptr;
+    void (*record)(void* ctx, const char* name, const void* data, bool is_int, int64_t rows, const int64_t* dims,
+                   int n_dims, int64_t stride) = nullptr;
+};
+
+// One pass: PassArgs of runtime/session.h with host pointers. All outputs are there on return.
+struct DevicePass {
+    const int32_t* ids = nullptr;  // [n]
+    int n = 0;
+    bool mtp = false;
+    const float* hidden = nullptr;  // MTP: [n, hidden_size], else null
+    int pos = 0;                    // cache row of ids[0]
+    int n_logits = 0;
+    float* logits = nullptr;  // [n_logits, logits_stride]
+    int64_t logits_stride = 0;
+    float* final_h = nullptr;  // [n, hidden_stride] post-norm hidden rows, or null when nobody reads them
+    int64_t hidden_stride = 0;
+    int32_t* topk = nullptr;             // [moe layers of the pass, n, num_experts_per_tok] expert ids, or null
+    const DeviceTrace* trace = nullptr;  // null: no taps
+};
+
+// Decoding on the device: rounds of drafting, verification and acceptance without the host.
+struct DeviceDecode {
+    const int32_t* tokens = nullptr;  // [n + 1] t_0..t_n; the last is known but not in the cache yet
+    int n = 0;                        // tokens in the main cache
+    int n_pending = 0;                // the MTP cache holds rows 0..n - n_pending - 1; at most kMaxPending
+    const float* pending = nullptr;   // [n_pending, hidden_size] h_{n - n_pending}..h_{n-1}
+    int64_t max_tokens = 0;           // tokens to emit at most
+    int n_valid = 0;                  // ids below may be chosen
+    float temp = 0, top_p = 1, min_p = 0;
+    int top_k = 0;
+    uint64_t seed = 0;
+    const int32_t* eos = nullptr;  // [n_eos], at most kMaxEos
+    int n_eos = 0;
+};
+inline constexpr int kMaxEos = 32;
+inline constexpr int kMaxRound = 8;      // rows of a verification pass
+inline constexpr int kMaxPending = 256;  // hidden rows that wait for their MTP row between calls
+
+enum DeviceStop : int { kStopNone = 0, kStopEos, kStopLength, kStopContext, kStopNotFinite };
+
+// Counts of a decoding run so far, and where it stands.
+struct DeviceDecodeState {
+    int n = 0;                                      // tokens in the main cache
+    int n_pending = 0;                              // as in DeviceDecode
+    int stop = 0;                                   // DeviceStop; once set, no further token comes
+    int bad_id = -1;                                // kStopNotFinite: first NaN logit, -1: none is finite
+    int64_t rounds = 0, drafted = 0, accepted = 0;  // of rounds that emitted tokens
+    // of everything that ran, rounds queued after the stop included
+    int64_t passes = 0, rows = 0, mtp_passes = 0, mtp_rows = 0;
+    int64_t experts = 0;     // distinct (layer, expert) pairs, summed over passes
+    int64_t cache_rows = 0;  // rows of one layer that main passes read; mtp_cache_rows likewise
+    int64_t mtp_cache_rows = 0;
+};
+
+// A view of device memory for tests and oracles; never freed by the reader.
+struct DeviceView {
+    void* data = nullptr;
+    int64_t bytes = 0;
+};
+
+struct DeviceModel;
+struct DeviceSession;
+
+struct DeviceApi {
+    int abi = kDeviceAbi;
+    int64_t fingerprint = kDeviceFingerprint;
+    const char* name = "";  // cuda | sim
+
+    // True: a device is there; text is its name, arch names its bits ("sm_90", "sim"). False: text is what is missing.
+    bool (*probe)(int device, char* text, size_t size, char arch[16]) = nullptr;
+    DeviceModel* (*open_model)(const DeviceModelArgs& args, DeviceError& error) = nullptr;
+    void (*close_model)(DeviceModel* model) = nullptr;
+    DeviceSession* (*open_session)(DeviceModel* model, const DeviceSessionArgs& args, DeviceError& error) = nullptr;
+    void (*close_session)(DeviceSession* session) = nullptr;
+    bool (*forward)(DeviceSession* session, const DevicePass& pass, DeviceError& error) = nullptr;
+    // n_rows cache rows of one layer from `row` on, between the device and host [n_rows, row_bytes].
+    bool (*copy_cache)(DeviceSession* session, bool mtp, int layer, int row, int n_rows, void* host, bool to_device,
+                       DeviceError& error) = nullptr;
+    // Starts decoding; then step() queues one round of k < kMaxRound drafts and returns at once, poll() returns
+    // the tokens published since the last poll (blocking while none is there, a round is queued and no stop is set), and
+    // finish() waits for what is queued and returns the state and its pending rows [kMaxPending + kMaxRound, hidden_size].
+    bool (*decode_start)(DeviceSession* session, const DeviceDecode& decode, DeviceError& error) = nullptr;
+    bool (*decode_step)(DeviceSession* session, int k, DeviceError& error) = nullptr;
+    int (*decode_poll)(DeviceSession* session, int32_t* tokens, int capacity, DeviceDecodeState& state,
+                       DeviceError& error) = nullptr;  // count, -1: failed
+    bool (*decode_finish)(DeviceSession* session, DeviceDecodeState& state, float* hidden,
+                          DeviceError& error) = nullptr;
+    // Named buffers of a session ("logits", "x", "cache", ...); false: no such name.
+    bool (*view)(DeviceSession* session, const char* name, DeviceView& view) = nullptr;
+    // A row of JSON text about the device or the last passes: "device", "stages" (measured when `measure` is set).
+    bool (*report)(DeviceSession* session, const char* what, char* text, size_t size, DeviceError& error) = nullptr;
+};
+
+using DeviceEntry = const DeviceApi* (*)(int abi);
+inline constexpr const char* kDeviceSymbol = "deepcalm_backend";
+
+}  // namespace deepcalm

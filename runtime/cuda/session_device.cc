@@ -1,0 +1,184 @@
+// What a session does differently when its cache and passes live on a device. The bookkeeping is Session's own.
+#include "runtime/session.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace deepcalm {
+
+Status Session::not_decoding(const char* what) const {
+    if (!decoding_) return {};
+    return Error{ErrorCode::kSession, std::string(what) + ": decoding on the device is not finished"};
+}
+
+Status Session::forward_device(const PassArgs& a) {
+    const ModelConfig& c = model_.cfg();
+    const auto n = static_cast<int>(a.ids.size());
+    const int first = a.mtp ? c.num_hidden_layers : 0, end = a.mtp ? first + 1 : c.num_hidden_layers;
+    const int first_moe = std::max(first, c.n_routed_experts > 0 ? c.first_k_dense_replace : end);
+    const int moe_layers = std::max(end - first_moe, 0), k = moe_layers > 0 ? c.num_experts_per_tok : 0;
+    std::vector<int32_t> topk(static_cast<size_t>(moe_layers) * a.ids.size() * static_cast<size_t>(k));
+    const DeviceTrace trace{
+        .ctx = &a.trace,
+        .wants = [](void* t, const char* name) { return static_cast<Trace*>(t)->wants(name); },
+        .record =
+            [](void* t, const char* name, const void* data, bool is_int, int64_t rows, const int64_t* dims, int n_dims,
+               int64_t stride) {
+                std::vector<int64_t> shape(dims, dims + n_dims);
+                auto* to = static_cast<Trace*>(t);
+                if (is_int) {
+                    to->record(name, static_cast<const int32_t*>(data), rows, std::move(shape), stride);
+                } else {
+                    to->record(name, static_cast<const float*>(data), rows, std::move(shape), stride);
+                }
+            }};
+    DeviceError error;
+    const DevicePass pass{.ids = a.ids.data(),
+                          .n = n,
+                          .mtp = a.mtp,
+                          .hidden = a.hidden,
+                          .pos = a.pos,
+                          .n_logits = a.n_logits,
+                          .logits = a.logits,
+                          .logits_stride = round_up(c.vocab_size, kTileRows),
+                          .final_h = state_.final_h.f32,
+                          .hidden_stride = state_.final_h.stride(),
+                          .topk = topk.data(),
+                          .trace = a.trace.on() ? &trace : nullptr};
+    const int64_t start = now_ns();
+    if (!model_.device().api->forward(device_.get(), pass, error)) return to_error(error);
+    stats_.seconds += 1e-9 * static_cast<double>(now_ns() - start);
+
+    const size_t per_layer = a.ids.size() * static_cast<size_t>(k);
+    const bool window = !a.mtp && n <= ExpertUnion::kMaxWindow;
+    if (!a.mtp) state_.pass_experts.clear();
+    std::vector<bool> seen(static_cast<size_t>(c.n_routed_experts));
+    for (int l = 0; l < moe_layers; ++l) {
+        std::fill(seen.begin(), seen.end(), false);
+        int64_t touched = 0;
+        for (size_t i = 0; i < per_layer; ++i) {
+            const int32_t e = topk[static_cast<size_t>(l) * per_layer + i];
+            if (e < 0 || e >= c.n_routed_experts) {
+                return Error{ErrorCode::kResource, "device: expert " + std::to_string(e) + " of layer " +
+                                                       std::to_string(first_moe + l) + " does not exist"};
+            }
+            touched += seen[static_cast<size_t>(e)] ? 0 : 1;
+            seen[static_cast<size_t>(e)] = true;
+            if (window) state_.pass_experts.push_back((first_moe + l) * c.n_routed_experts + e);
+        }
+        stats_.experts_touched += touched;
+        stats_.weight_bytes += touched * model_.weight_bytes().expert;
+    }
+    // Stage by stage, a device pass is timed by report("stages"), not here.
+    const WeightBytes& b = model_.weight_bytes();
+    stats_.passes += 1;
+    stats_.rows += n;
+    stats_.mtp_passes += a.mtp ? 1 : 0;
+    stats_.mtp_rows += a.mtp ? n : 0;
+    stats_.weight_bytes += (a.mtp ? b.mtp_fixed : b.fixed) + n * b.embed_row + (a.n_logits > 0 ? b.head : 0);
+    stats_.cache_bytes += (a.pos + n) * a.cache.row_bytes() * a.cache.n_layers();
+    return {};
+}
+
+Status Session::decode_start(int32_t token, const SampleParams& p, int n_valid, int64_t max_tokens,
+                             std::span<const int32_t> eos) {
+    const std::lock_guard lock(model_.pass_mutex());
+    if (device_ == nullptr)
+        return Error{ErrorCode::kUnsupported, "decode: this session runs on the CPU, which decodes round by round"};
+    DC_TRY_STATUS(check(cache_, {&token, 1}, "decode"));
+    if (eos.size() > kMaxEos) {
+        return Error{ErrorCode::kSession, "decode: " + std::to_string(eos.size()) + " end tokens, at most " +
+                                              std::to_string(kMaxEos) + " on a device"};
+    }
+    if (keep_mtp_) DC_TRY_STATUS(restore_pending());
+    emitted_ = tokens_;
+    emitted_.push_back(token);
+    DeviceError error;
+    const DeviceDecode d{.tokens = emitted_.data(),
+                         .n = cache_.len,
+                         .n_pending = keep_mtp_ ? n_pending() : 0,
+                         .pending = pending_.data(),
+                         .max_tokens = max_tokens,
+                         .n_valid = std::min(n_valid, model_.cfg().vocab_size),
+                         .temp = p.temp,
+                         .top_p = p.top_p,
+                         .min_p = p.min_p,
+                         .top_k = p.top_k,
+                         .seed = p.seed,
+                         .eos = eos.data(),
+                         .n_eos = static_cast<int>(eos.size())};
+    if (!model_.device().api->decode_start(device_.get(), d, error)) return to_error(error);
+    decoding_ = true;
+    recent_.clear();
+    last_rows_ = 0;
+    return {};
+}
+
+Status Session::decode_step(int k) {
+    const std::lock_guard lock(model_.pass_mutex());
+    if (!decoding_) return Error{ErrorCode::kSession, "decode: not started"};
+    if (k < 0 || k >= kMaxRound || (k > 0 && !keep_mtp_)) {
+        return Error{ErrorCode::kSession, "decode: " + std::to_string(k) + " drafts, expected 0.." +
+                                              std::to_string(keep_mtp_ ? kMaxRound - 1 : 0)};
+    }
+    DeviceError error;
+    if (!model_.device().api->decode_step(device_.get(), k, error)) return to_error(error);
+    return {};
+}
+
+Result<std::vector<int32_t>> Session::decode_poll(DeviceDecodeState& state) {
+    const std::lock_guard lock(model_.pass_mutex());
+    if (!decoding_) return Error{ErrorCode::kSession, "decode: not started"};
+    std::vector<int32_t> out(1024);
+    DeviceError error;
+    const int n =
+        model_.device().api->decode_poll(device_.get(), out.data(), static_cast<int>(out.size()), state, error);
+    if (n < 0) return to_error(error);
+    out.resize(static_cast<size_t>(n));
+    emitted_.insert(emitted_.end(), out.begin(), out.end());
+    return out;
+}
+
+Result<DeviceDecodeState> Session::decode_finish() {
+    const std::lock_guard lock(model_.pass_mutex());
+    if (!decoding_) return Error{ErrorCode::kSession, "decode: not started"};
+    decoding_ = false;
+    const DeviceApi* api = model_.device().api;
+    const auto d = static_cast<size_t>(model_.cfg().hidden_size);
+    std::vector<float> pending(keep_mtp_ ? (kMaxPending + kMaxRound) * d : 0);
+    DeviceDecodeState s;
+    DeviceError error;
+    bool ok = api->decode_finish(device_.get(), s, pending.data(), error);
+    for (int n = 1; ok && n > 0;) {  // what nobody polled
+        int32_t ids[1024];
+        n = api->decode_poll(device_.get(), ids, 1024, s, error);
+        ok = n >= 0;
+        if (n > 0) emitted_.insert(emitted_.end(), ids, ids + n);
+    }
+    if (ok && (s.n < cache_.len || s.n > cache_.ctx() || s.n >= static_cast<int64_t>(emitted_.size()))) {
+        ok = false;
+        std::snprintf(error.text, sizeof error.text, "device: %d cached tokens of %zu", s.n, emitted_.size());
+    }
+    if (!ok) return to_error(error);  // the session is as it was before decode_start()
+    emitted_.resize(static_cast<size_t>(s.n));
+    tokens_ = std::move(emitted_);
+    cache_.len = s.n;
+    if (keep_mtp_) {
+        mtp_cache_.len = s.n - s.n_pending;
+        pending.resize(static_cast<size_t>(s.n_pending) * d);
+        pending_ = std::move(pending);
+    }
+    const WeightBytes& b = model_.weight_bytes();
+    stats_.passes += s.passes + s.mtp_passes;
+    stats_.rows += s.rows + s.mtp_rows;
+    stats_.mtp_passes += s.mtp_passes;
+    stats_.mtp_rows += s.mtp_rows;
+    stats_.experts_touched += s.experts;
+    stats_.weight_bytes += s.passes * (b.fixed + b.head) + s.mtp_passes * (b.mtp_fixed + b.head) +
+                           (s.rows + s.mtp_rows) * b.embed_row + s.experts * b.expert;
+    stats_.cache_bytes += cache_.row_bytes() * (s.cache_rows * cache_.n_layers() + s.mtp_cache_rows);
+    if (keep_mtp_ && n_pending() > kMaxPending) DC_TRY_STATUS(catch_up(nullptr, 0));
+    return s;
+}
+
+}  // namespace deepcalm

@@ -1,0 +1,74 @@
+"""Devices as the user meets them: what is missing is said exactly, "auto" falls back and says so."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import deepcalm
+import device_cases
+import surface_cases
+from deepcalm import _core, packed
+from deepcalm.errors import UnsupportedError
+
+
+def open_with(library: Path) -> object:
+    file = packed.PackedFile(surface_cases.packed())
+    with file:
+        return _core.Model(str(surface_cases.packed()), file.config, file.tensor_table(), device=str(library))
+
+
+def test_device_cuda_says_what_is_missing_and_auto_falls_back() -> None:
+    why = device_cases.missing("cuda")
+    auto = deepcalm.Model(surface_cases.packed(), device="auto")
+    if why is None:
+        assert auto.device == "cuda" and not auto.notes
+        return
+    text = why.removeprefix("device 'cuda': ")
+    assert why != text and re.fullmatch(device_cases.NO_CUDA, text)
+    assert auto.device == "cpu" and auto.notes == (f"device auto: cpu, {text}",)
+    assert auto.isa == deepcalm.Model(surface_cases.packed()).isa
+
+
+def test_device_library_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "libdeepcalm_cuda.so").write_bytes(b"not a library")
+    stranger = Path(_core.__file__)  # a shared library, but another one
+    for path, why in (
+        (tmp_path / "none.so", r"this build has no none\.so"),
+        (tmp_path / "libdeepcalm_cuda.so", "cannot be opened: .*invalid ELF header|cannot be opened: .*file too short"),
+        (stranger, "no symbol deepcalm_backend: not a device library"),
+    ):
+        with pytest.raises(UnsupportedError, match=why):
+            open_with(path)
+
+
+def test_device_driver_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="driver: 'fast', expected one of graph, persistent"):
+        deepcalm.Model(surface_cases.packed(), driver="fast")
+    monkeypatch.setenv("DEEPCALM_CUDA_DRIVER", "persistent")
+    assert deepcalm.Model(surface_cases.packed()).driver == "persistent"
+
+
+@pytest.mark.parametrize("device", ["cuda", "sim"])
+def test_device_library_exports_its_entry_alone(device: str) -> None:
+    path = device_cases.library(device)
+    if not path.is_file():
+        pytest.skip(f"this build has no {path.name}")
+    names = subprocess.run(["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
+    strong = [line.split()[-1] for line in names.splitlines() if line.split()[-2] in "TDBR"]
+    assert strong == ["deepcalm_backend"]
+    needed = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
+    libraries = set(re.findall(r"NEEDED.*\[(.+?)\.so", needed))
+    assert not {n for n in libraries if "cuda" in n or "stdc++" in n}, libraries
+    entry = ctypes.CDLL(str(path)).deepcalm_backend
+    entry.restype = ctypes.c_void_p
+    assert entry(1) and not entry(10**6), "another version of the interface is refused"
+
+
+def test_device_core_holds_no_cuda_symbol() -> None:
+    names = subprocess.run(["nm", "-D", _core.__file__], capture_output=True, text=True, check=True).stdout
+    assert not re.findall(r"\bcu(?:da)?[A-Z]\w+", names)
