@@ -114,6 +114,16 @@ def test_without_the_extra_verify_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     assert "transformers_kl" not in r.effect
 
 
+def test_large_models_are_said_to_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint("v3", "bf16")
+    monkeypatch.setattr("deepcalm.verify.OPINION_LIMIT", 1000)
+    r = verify(pack(folder, dtype="q8"), folder, legs=("effects",))
+    assert "kl" in r.effect and len(r.notes) == 1 and "no comparison with transformers" in r.notes[0]
+    monkeypatch.setattr("deepcalm.verify.EFFECT_LIMIT", 1000)
+    r = verify(pack(folder, dtype="q8"), folder, legs=("effects",))
+    assert not r.effect and len(r.notes) == 1 and "effect not measured" in r.notes[0]
+
+
 def test_the_reference_is_the_specification() -> None:
     """The package's reference and the tests' own, written apart, agree to rounding on the source weights."""
     from deepcalm.checkpoint import Checkpoint
