@@ -546,7 +546,7 @@ def test_session_that_cannot_be_written(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
-# ---- perplexity and bench
+# ---- perplexity
 
 
 def test_perplexity_is_the_definition(model: deepcalm.Model) -> None:
@@ -588,17 +588,6 @@ def test_perplexity_refuses(model: deepcalm.Model) -> None:
         kimi = tiny.write(surface_cases.root() / "other", "kimi_k2", dtype="f32", tokenizer="tiktoken")
         deepcalm.pack(kimi, surface_cases.root() / "other.dcalm")
         deepcalm.perplexity(model, "the town", against=deepcalm.Model(surface_cases.root() / "other.dcalm"))
-
-
-def test_bench_measures(model: deepcalm.Model) -> None:
-    r = deepcalm.bench(model, prompt_tokens=12, context=20, decode_tokens=3, repeats=3, probe_mib=8)
-    for s in (r.prefill_rate, r.decode_rate, r.decode_bandwidth, r.read_bandwidth, r.decode_share):
-        assert 0 < s.low <= s.median <= s.high
-    assert abs(r.decode_bytes_per_token / r.active_bytes_per_token - 1) < 0.05
-    with pytest.raises(SessionError, match="need 1300 positions, the model has 1280"):
-        deepcalm.bench(model, context=1290, decode_tokens=10)
-    with pytest.raises(ValueError, match=">= 1"):
-        deepcalm.bench(model, repeats=0)
 
 
 def test_demo_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import deepcalm
 import device_cases
 import surface_cases
 import tiny
-from deepcalm import _core, cli, cli_common
+from deepcalm import cli, cli_common
 from deepcalm.generate import Generation
 
 Run = Callable[..., tuple[int, bytes, str]]
@@ -532,7 +532,7 @@ def test_inspect_dumps_a_tensor(run: Run, path: Path, tmp_path: Path) -> None:
     assert "no tensor" in error(run("inspect", path, "--dump", "layers.9.wo", tmp_path / "x.npy"))
 
 
-# ---- perplexity, bench
+# ---- perplexity
 
 
 def test_perplexity_command(run: Run, path: Path, tmp_path: Path) -> None:
@@ -552,19 +552,6 @@ def test_perplexity_command(run: Run, path: Path, tmp_path: Path) -> None:
     q8 = surface_cases.packed(dtype="q8")
     code, out, _ = run("perplexity", q8, tmp_path / "t.txt", "--ctx", "16", "--kl-against", path)
     assert code == 0 and re.search(rf"KL\({re.escape(str(path))} \|\| this\) 0\.\d+ \+- 0\.\d+ nats", out.decode())
-
-
-def test_bench_command(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_core, "read_bandwidth", lambda *_: 10.0)  # reads a GiB
-    args = ("bench", path, "--prompt", "16", "--context", "8", "--tokens", "2", "--repeats", "2", "--threads", "1")
-    code, out, err = run(*args)
-    assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.decode().splitlines()] == [
-        "command", "model", "prefill", "decode", "bytes", "bandwidth", "machine", "share",
-    ]  # fmt: skip
-    code, out, _ = run(*args, "--json")
-    value = json.loads(out)
-    assert code == 0 and value["repeats"] == 2 and value["decode_rate"]["median"] > 0 and "command" in value
 
 
 # ---- start

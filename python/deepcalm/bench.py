@@ -1,22 +1,38 @@
-"""Speed with its bytes: prefill and decode rates, what decoding moves, and the bandwidth measured beside it."""
+"""Speed with its bounds: what prefill and decode reach, stage by stage, beside what the machine was measured to do."""
 
 from __future__ import annotations
 
+import os
 import statistics
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from . import _core
 from .draft import CostModel, DraftStats, expected_tokens
 from .errors import SessionError
 from .generate import Sampling
+from .packed import PackedFile
+from .session import Session, Stats
 
 if TYPE_CHECKING:
     from .model import Model
+
+CONTEXTS = (0, 1024, 4096)
+INSTRUCTION = {"f32": "f32", "f16": "f32", "bf16": "bf16", "f8": "bf16", "q8": "int8", "q4": "int8"}
+# The stage that multiplies with a tensor, by the end of its name (runtime/stages.h).
+_STAGE_OF = {
+    "wqkv_a": "qkv_a", "wq_b": "q_b", "w_uk": "w_uk", "w_uv": "w_uv", "wo": "wo", "router": "router", "head": "head",
+    "w_gate_up": "ffn_up", "w_down": "ffn_down", "experts.w_gate_up": "experts_up", "experts.w_down": "experts_down",
+    "shared.w_gate_up": "experts_up", "shared.w_down": "experts_down",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,98 +50,380 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class BenchResult:
-    """Rates in tokens per second; bandwidths in GB/s (1e9 bytes), bytes counted by the passes.
+class StageLine:
+    """One stage of the report, sums over the timed passes: see ``session.StageStats``.
 
-    ``read_bandwidth`` is a plain read of memory by as many threads, measured between the repeats of the same run;
-    ``decode_share`` is decode_bandwidth / read_bandwidth, repeat by repeat.
+    ``operations``: multiplies and adds, counted apart; ``bound_seconds``: these at the rate of their kernels from L1.
+    """
+
+    stage: str
+    calls: int
+    bytes: int
+    seconds: float
+    wait_sum: float
+    operations: int = 0
+    bound_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Prefill of ``tokens`` random tokens into an empty cache.
+
+    ``kernel_share``: of the rate that the same mix of kernels reaches with operands in L1; ``instruction_share``: of
+    the rate of the bare multiply-add and dot instructions. ``stages``: sums over the repeats, the line "outside passes"
+    included, so that they add up to ``seconds``.
+    """
+
+    tokens: int
+    seconds: float
+    rate: Spread  # tokens per second
+    operations: int  # of one prefill
+    operation_rate: Spread  # 1e9 operations per second
+    kernel_share: Spread
+    instruction_share: Spread
+    stages: list[StageLine]
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """``tokens`` decode steps after ``context`` cached positions, repeat by repeat between probes of the bandwidth.
+
+    ``share``: bandwidth / read_bandwidth. ``bound_rate``: tokens per second if weights were read at read_bandwidth and
+    attention ran at the slower of that bandwidth and the instruction's ceiling; ``bound_share``: rate / bound_rate.
+    """
+
+    context: int
+    tokens: int
+    seconds: float
+    rate: Spread  # tokens per second
+    bytes_per_token: int
+    active_bytes_per_token: int  # expected for distinct experts, see Model.active_bytes_per_token
+    bandwidth: Spread  # GB/s (1e9 bytes)
+    read_bandwidth: Spread
+    share: Spread
+    bound_rate: float
+    bound_share: Spread
+    attention_rate: float  # 1e9 operations per second
+    attention_ceiling: float  # the instruction's
+    stages: list[StageLine]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Resident bytes of the process at the end: mapped files (the weights that were touched, and libraries), the cache,
+    and everything else (interpreter, buffers)."""
+
+    resident: int
+    mapped: int
+    cache: int
+    other: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spreading:
+    """How random tokens spread over the experts, and whether the logits are numbers."""
+
+    tokens: int
+    busiest_share: float  # of the slots of its layer
+    unused: int  # experts of a layer that no token chose, the worst layer
+    finite: bool
+    logit_deviation: float
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """What ``bench`` measured; ``machine``: see ``machine``.
+
+    ``ceilings``: 1e9 operations per second of the bare instructions on all threads, ``kernels``: of the inner loops
+    from L1 by weight format, and "attention".
     """
 
     file: str
+    machine: dict[str, Any]
     isa: str
     threads: int
     kv: str
-    prompt_tokens: int
-    context: int  # tokens in the cache when decoding starts
-    decode_tokens: int
     repeats: int
-    prefill_rate: Spread
-    decode_rate: Spread
-    decode_bytes_per_token: int
-    active_bytes_per_token: int  # expected for distinct routing, see Model.active_bytes_per_token
-    decode_bandwidth: Spread
-    read_bandwidth: Spread
-    decode_share: Spread
+    read_bandwidth: Spread  # GB/s of as many threads, all probes
+    read_bandwidth_1: Spread  # of one thread
+    ceilings: dict[str, float]
+    kernels: dict[str, float]
+    prefill: Prefill
+    decode: list[Decode]
+    experts: Spreading | None
+    memory: Memory
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, load and what was measured: the version, and the commit in a checkout."""
+    info: dict[str, Any] = {"processor": "unknown", "cores": _core.default_threads(), "memory_gb": 0.0}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                info["processor"] = " ".join(line.partition(":")[2].split())
+                break
+        info["memory_gb"] = round(int(Path("/proc/meminfo").read_text().split()[1]) * 1024 / 1e9, 1)
+    except (OSError, ValueError, IndexError):
+        pass
+    info["load"] = round(os.getloadavg()[0], 2)
+    info["version"] = _core.__version__
+    here = Path(__file__)
+    try:  # a checkout, not another project's repository around the installed package
+        subprocess.run(
+            ["git", "ls-files", "--error-unmatch", here.name], cwd=here.parent, check=True, capture_output=True
+        )
+        git = ["git", "describe", "--always", "--dirty", "--abbrev=9", "--exclude=*"]
+        info["commit"] = subprocess.run(git, cwd=here.parent, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        info["commit"] = ""
+    return info
+
+
+def operations(model: Model, n: int, pos: int, n_logits: int = 1) -> dict[tuple[str, str], int]:
+    """(stage, weight format or "attention") -> multiplies and adds of a main pass of ``n`` tokens after ``pos``."""
+    c, out = model.config, dict[tuple[str, str], int]()
+    with PackedFile(model.path) as file:
+        for name, e in file.entries.items():
+            leaf = name.split(".", 2)[2] if name.startswith("layers.") else name
+            if (stage := _STAGE_OF.get(leaf)) is None or e.kind != "tiled":
+                continue
+            slices = c["num_experts_per_tok"] if e.role == "expert" else e.n_slices
+            rows = n_logits if leaf == "head" else n
+            key = (stage, e.format)
+            out[key] = out.get(key, 0) + 2 * slices * e.shape[-2] * e.shape[-1] * rows
+    seen = n * pos + n * (n + 1) // 2
+    width = 2 * c["kv_lora_rank"] + c["qk_rope_head_dim"]
+    out["attention", "attention"] = 2 * c["num_hidden_layers"] * c["num_attention_heads"] * width * seen
+    return out
+
+
+def fill(session: Session, n: int, seed: int = 0) -> None:
+    """Makes the session hold ``n`` random tokens with random cache rows: a long context without its prefill."""
+    if n == 0:
+        session.truncate(0)
+        return
+    c, rng = session.model.config, np.random.default_rng(seed)
+    r, dr = c["kv_lora_rank"], c["qk_rope_head_dim"]
+    latent = np.zeros((n, -(-r // 32) * 32), np.float32)
+    rope = np.zeros((n, -(-dr // 16) * 16), np.float32)
+    latent[:, :r], rope[:, :dr] = rng.standard_normal((n, r)), rng.standard_normal((n, dr))
+    if session.kv == "q8":
+        scale = (np.abs(latent).reshape(n, -1, 32).max(2) / 127).astype(np.float16)
+        codes = np.rint(latent.reshape(n, -1, 32) / scale[:, :, None]).clip(-127, 127).astype(np.int8)
+        parts: list[npt.NDArray[Any]] = [codes.reshape(n, -1), scale, rope.astype(np.float16)]
+    else:
+        kind = {"f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32}[session.kv]
+        parts = [latent.astype(kind), rope.astype(kind)]
+    rows = np.concatenate([p.view(np.uint8) for p in parts], 1)
+    tokens = rng.integers(0, session.model.n_valid, n).astype(np.int32)
+    session.load_rows(tokens, np.ascontiguousarray(np.broadcast_to(rows, (c["num_hidden_layers"], *rows.shape))))
+
+
+def _lines(stats: Stats, wall: float, work: dict[str, tuple[int, float]]) -> list[StageLine]:
+    """The stages of the timed passes and what lies between them: sampling, copies, Python."""
+    lines = [
+        StageLine(name, s.calls, s.bytes, s.seconds, s.wait_sum, *work.get(name, (0, 0.0)))
+        for name, s in stats.stages.items()
+    ]
+    return [*lines, StageLine("outside passes", 0, 0, wall - stats.pass_seconds, 0.0)]
+
+
+def _memory(session: Session) -> Memory:
+    """From /proc/self/status; zeros where that does not exist."""
+    found = {}
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key in ("VmRSS", "RssAnon"):
+                found[key] = int(value.split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    resident, anonymous = found.get("VmRSS", 0), found.get("RssAnon", 0)
+    c = session.model.config
+    touched = session.cache_bytes * c["num_hidden_layers"] // (c["num_hidden_layers"] + c["num_nextn_predict_layers"])
+    cache = min(touched, anonymous)
+    return Memory(resident, resident - anonymous, cache, anonymous - cache)
+
+
+def check_spreading(session: Session, tokens: Sequence[int]) -> Spreading:
+    """Prefills ``tokens`` into the emptied session and looks at the routes and the logits."""
+    session.truncate(0)
+    with session.trace("topk_idx") as taps:
+        logits = session.prefill(tokens)
+    n = int(session.model.config["n_routed_experts"])
+    counts = [np.bincount(t.reshape(-1), minlength=n) for t in taps.values()]
+    return Spreading(
+        tokens=len(tokens),
+        busiest_share=max((float(c.max() / c.sum()) for c in counts), default=0.0),
+        unused=max((int((c == 0).sum()) for c in counts), default=0),
+        finite=bool(np.isfinite(logits).all()),
+        logit_deviation=float(logits.std()),
+    )
 
 
 def bench(
     model: Model,
     prompt_tokens: int = 512,
-    context: int = 128,
+    contexts: Sequence[int] = CONTEXTS,
     decode_tokens: int = 32,
     repeats: int = 5,
     kv: str = "f16",
     probe_mib: int = 1024,
+    random_weights: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchResult:
     """Measures ``model`` with random tokens (seeded: every run routes alike).
 
+    Every repeat runs the prefill and then every context, each after a probe of the read bandwidth. Contexts are filled
+    with random cache rows. One warm-up of each comes first.
+
     Args:
         prompt_tokens: length of the prefill that is timed, into an empty cache.
-        context: tokens in the cache before the decode steps that are timed.
+        contexts: cached positions before the decode steps that are timed.
         probe_mib: memory that the bandwidth probe reads; far beyond any cache.
-        progress: called with (repeats done, repeats in all).
+        random_weights: also check how tokens spread over the experts.
+        progress: called with (steps done, steps in all).
 
     Raises:
         SessionError: the model's maximum context is too short.
     """
-    if min(prompt_tokens, context, decode_tokens, repeats) < 1:
-        raise ValueError("prompt, context, tokens and repeats: expected numbers >= 1")
-    ctx = max(prompt_tokens, context + decode_tokens)
+    if min(prompt_tokens, decode_tokens, repeats) < 1 or not contexts or min(contexts) < 0:
+        raise ValueError("prompt, tokens and repeats: expected numbers >= 1; contexts: numbers >= 0")
+    contexts = sorted(set(contexts))
+    ctx = max(prompt_tokens, contexts[-1] + decode_tokens)
     limit = int(model.config["max_position_embeddings"])
     if ctx > limit:
         raise SessionError(
-            f"a prompt of {prompt_tokens} and {decode_tokens} tokens after {context} need {ctx} positions, "
+            f"a prompt of {prompt_tokens} and {decode_tokens} tokens after {contexts[-1]} need {ctx} positions, "
             f"the model has {limit}; choose smaller ones"
         )
-    session = model.session(ctx, kv)
-    ids = np.random.default_rng(0).integers(0, model.n_valid, ctx).tolist()
-    session.prefill(ids[:1])  # first touch of weights and buffers
-    prefill, decode, bandwidth, read = [], [], [], []
-    for i in range(repeats):
-        session.truncate(0)
-        start = time.perf_counter()
-        session.prefill(ids[:prompt_tokens])
-        prefill.append(prompt_tokens / (time.perf_counter() - start))
-        session.truncate(min(context, prompt_tokens))
-        if session.pos < context:
-            session.prefill(ids[session.pos : context])
-        read.append(_core.read_bandwidth(model.threads, probe_mib, 1))
-        before = session.stats
-        for token in ids[context : context + decode_tokens]:
-            session.decode(token)
-        done = session.stats - before
-        decode.append(done.decode_rate)
-        bandwidth.append(done.decode_bandwidth)
-        if progress is not None:
-            progress(i + 1, repeats)
+    session, greedy, n_valid = model.session(ctx, kv), Sampling(), model.n_valid
+    ids = np.random.default_rng(0).integers(0, n_valid, prompt_tokens + decode_tokens).tolist()
+    work = operations(model, prompt_tokens, 0)
+    kernels: dict[str, float] = {}
+    ceilings: dict[str, float] = {}
+
+    def measure_rates() -> None:
+        """Best of the runs before and after: other work on the machine must not lower a bound."""
+        heads = int(model.config["num_attention_heads"])
+        found = {f: _core.inner_loop_rate(model.isa, f, model.threads) for f in {f for _, f in work} - {"attention"}}
+        found["attention"] = model.threads * _core.attention_rate(model.isa, kv, heads, 16, 64)
+        for best, new in ((kernels, found), (ceilings, _core.compute_ceilings(model.isa, model.threads))):
+            best.update({k: max(v, best.get(k, 0.0)) for k, v in new.items()})
+
+    measure_rates()
+
+    def peak(fmt: str) -> float:
+        kind = ("bf16" if kv == "bf16" else "f32") if fmt == "attention" else INSTRUCTION[fmt]
+        return ceilings.get(kind, ceilings["f32"])
+
+    points = [_Point() for _ in range(1 + len(contexts))]  # the prefill, then each context
+    single: list[float] = []
+
+    def run(point: _Point, context: int | None) -> None:
+        if context is None:
+            session.truncate(0)
+        else:
+            fill(session, context)
+        read = _core.read_bandwidth(model.threads, probe_mib, 3)
+        before, start = session.stats, time.perf_counter()
+        if context is None:
+            session.prefill(ids[:prompt_tokens])
+        else:
+            for token in ids[prompt_tokens:]:
+                session.draft_round(token, 0, greedy, n_valid)
+        point.add(time.perf_counter() - start, session.stats - before, read)
+
+    total = (repeats + 1) * len(points)
+    for i in range(repeats + 1):
+        for j, point in enumerate(points):
+            run(point if i else _Point(), contexts[j - 1] if j else None)  # the first round warms up
+            if progress is not None:
+                progress(i * len(points) + j + 1, total)
+        if i:
+            single.append(_core.read_bandwidth(1, probe_mib, 3))
+
+    measure_rates()
+    bound: dict[str, tuple[int, float]] = {}
+    for (stage, fmt), n in work.items():
+        old = bound.get(stage, (0, 0.0))
+        bound[stage] = (old[0] + n * repeats, old[1] + 1e-9 * n * repeats / kernels[fmt])
+    ops = sum(work.values())
+    kernel_seconds = sum(1e-9 * n / kernels[fmt] for (_, fmt), n in work.items())
+    instruction_seconds = sum(1e-9 * n / peak(fmt) for (_, fmt), n in work.items())
+    first = points[0]
+    prefill = Prefill(
+        tokens=prompt_tokens,
+        seconds=sum(first.seconds),
+        rate=Spread.of([prompt_tokens / s for s in first.seconds]),
+        operations=ops,
+        operation_rate=Spread.of([1e-9 * ops / s for s in first.seconds]),
+        kernel_share=Spread.of([kernel_seconds / s for s in first.seconds]),
+        instruction_share=Spread.of([instruction_seconds / s for s in first.seconds]),
+        stages=_lines(first.stats, sum(first.seconds), bound),
+    )
+    decode = []
+    for context, p in zip(contexts, points[1:], strict=True):
+        # The steps see context, context + 1, ...: their mean, doubled to stay whole.
+        attention = operations(model, 1, 0)["attention", "attention"] * (2 * context + decode_tokens + 1) // 2
+        n_bytes, cache = p.stats.weight_bytes + p.stats.cache_bytes, p.stats.cache_bytes
+        steps = decode_tokens * repeats
+        limits = [
+            (n_bytes - cache) / steps / (1e9 * r) + max(cache / steps / (1e9 * r), 1e-9 * attention / peak("attention"))
+            for r in p.read
+        ]
+        rates = [decode_tokens / s for s in p.seconds]
+        moved = [n_bytes / repeats / s / 1e9 for s in p.seconds]
+        seconds = p.stats.stages["attention"].seconds
+        decode.append(
+            Decode(
+                context=context,
+                tokens=decode_tokens,
+                seconds=sum(p.seconds),
+                rate=Spread.of(rates),
+                bytes_per_token=n_bytes // steps,
+                active_bytes_per_token=model.active_bytes_per_token(context, kv),
+                bandwidth=Spread.of(moved),
+                read_bandwidth=Spread.of(p.read),
+                share=Spread.of([m / r for m, r in zip(moved, p.read, strict=True)]),
+                bound_rate=1 / statistics.median(limits),
+                bound_share=Spread.of([r * limit for r, limit in zip(rates, limits, strict=True)]),
+                attention_rate=1e-9 * attention * steps / seconds,
+                attention_ceiling=peak("attention"),
+                stages=_lines(p.stats, sum(p.seconds), {"attention": (attention * steps, 0.0)}),
+            )
+        )
+    memory = _memory(session)
     return BenchResult(
         file=str(model.path),
+        machine=machine(),
         isa=model.isa,
         threads=model.threads,
         kv=kv,
-        prompt_tokens=prompt_tokens,
-        context=context,
-        decode_tokens=decode_tokens,
         repeats=repeats,
-        prefill_rate=Spread.of(prefill),
-        decode_rate=Spread.of(decode),
-        decode_bytes_per_token=done.decode_bytes // decode_tokens,
-        active_bytes_per_token=model.active_bytes_per_token(context, kv),
-        decode_bandwidth=Spread.of(bandwidth),
-        read_bandwidth=Spread.of(read),
-        decode_share=Spread.of([b / r for b, r in zip(bandwidth, read, strict=True)]),
+        read_bandwidth=Spread.of([r for p in points for r in p.read]),
+        read_bandwidth_1=Spread.of(single),
+        ceilings=ceilings,
+        kernels=kernels,
+        prefill=prefill,
+        decode=decode,
+        experts=check_spreading(session, ids[: min(256, prompt_tokens)]) if random_weights else None,
+        memory=memory,
     )
+
+
+class _Point:
+    """What the repeats of one measurement gave."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.read: list[float] = []
+        self.stats = Stats()
+
+    def add(self, seconds: float, done: Stats, read: float) -> None:
+        self.seconds.append(seconds)
+        self.read.append(read)
+        self.stats = self.stats + done
 
 
 @dataclass(frozen=True, slots=True)

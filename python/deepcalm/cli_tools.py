@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import shlex
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from .errors import CheckpointError, Error, PackedFileError
 from .text import decode_utf8, one_line
 
 if TYPE_CHECKING:
-    from .bench import BenchResult, DraftBench, Spread
+    from .bench import DraftBench
     from .pack import Plan
     from .perplexity import Perplexity
     from .verify import Report
@@ -337,57 +339,128 @@ def perplexity_text(r: Perplexity) -> str:
 # ---- bench
 
 
+def _numbers(low: int) -> Callable[[click.Context, click.Parameter, str | None], list[int] | None]:
+    """A callback for "0,1024,4096": numbers from ``low`` on."""
+
+    def parse(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:
+        parts = [] if value is None else value.split(",")
+        if not all(re.fullmatch(r"\d{1,9}", p, re.ASCII) and int(p) >= low for p in parts):
+            raise click.BadParameter(f"{value!r}, expected numbers >= {low} with commas between")
+        return None if value is None else sorted({int(p) for p in parts})
+
+    return parse
+
+
 @click.command(
     epilog="""\b
 Examples:
   deepcalm bench
-  deepcalm bench v2-lite.dcalm --context 4000 --threads 2
+  deepcalm bench v2-lite.dcalm --contexts 0,1024,4096,16384 --threads 1,2 --plot v2-lite.png
   deepcalm bench v2-lite.dcalm --kv bf16 --repeats 9 --json
+  deepcalm bench --synthetic v2-lite:8 --dtype q8
+  deepcalm bench --synthetic v3:2 --dtype q4 --set first_k_dense_replace=1 --set vocab_size=16384
   deepcalm bench v3.dcalm --draft 2 --accept 0.8       (drafts right with this probability, for models not trained)"""
 )
 @click.argument("file", type=FILE, required=False)
 @click.option("--prompt", type=POSITIVE, metavar="N", help="Tokens of the timed prefill (default: 512).")
-@click.option("--context", type=POSITIVE, default=128, metavar="N", help="Tokens cached when decoding starts (128).")
+@click.option("--contexts", "--context", metavar="N,...", callback=_numbers(0),
+              help="Tokens cached when decoding starts (default: 0,1024,4096, as far as the model goes).")
 @click.option("--tokens", type=POSITIVE, default=32, metavar="N", help="Timed decode steps (32).")
 @click.option("--repeats", type=POSITIVE, default=5, metavar="N", help="Repeats (5).")
 @click.option("--draft", type=click.IntRange(1, 7), metavar="K", help="K drafts a round against plain decoding.")
 @click.option("--accept", type=click.FloatRange(0, 1), metavar="A", help="Make drafts right with this probability.")
-@options("--kv", "--threads", "--isa", "--json", "--quiet")
+@click.option("--synthetic", metavar="NAME[:LAYERS]",
+              help="Random weights in the geometry of v2-lite, v3, moonlight or glm-4.7-flash.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Format of synthetic weights, as for pack (default: q8).")
+@click.option("--attn-dtype", type=click.Choice(DTYPES), help="Another format for attention.")
+@click.option("--head-dtype", type=click.Choice(DTYPES), help="Another format for the head.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=JSON", help="Override a value of its config.json.")
+@click.option("--keep", type=FILE, metavar="FILE", help="Write synthetic weights here and keep them.")
+@click.option("--plot", type=FILE, metavar="FILE.png", help="Draw achieved and bound, and cost against context.")
+@click.option("--json-file", type=FILE, metavar="FILE", help="Write the JSON object here too.")
+@click.option("--threads", metavar="N,...", callback=_numbers(1), help="Threads, each in turn (default: one per core).")
+@options("--kv", "--isa", "--json", "--quiet")
 def bench(
-    file: Path | None, prompt: int | None, context: int, tokens: int, repeats: int, draft: int | None,
-    accept: float | None, kv: str, threads: int | None, isa: str | None, as_json: bool, quiet: bool,
+    file: Path | None, prompt: int | None, contexts: list[int] | None, tokens: int, repeats: int, draft: int | None,
+    accept: float | None, synthetic: str | None, dtype: str | None, attn_dtype: str | None, head_dtype: str | None,
+    overrides: tuple[str, ...], keep: Path | None, plot: Path | None, json_file: Path | None,
+    threads: list[int] | None, kv: str, isa: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Measure prefill and decode of FILE (default: the demo model), beside the read bandwidth of this machine.
+    """Measure prefill and decode of FILE (default: the demo model), beside the bounds of this machine.
 
-    Tokens are random, with a fixed seed. Bytes are counted by the passes from the weights and cache rows they touch.
+    Says stage by stage where bytes and time went. Tokens are random, with a fixed seed. Bytes are counted by the passes
+    from the weights and cache rows they touch; the read bandwidth is measured before every run.
     """
+    from . import report
+    from .bench import CONTEXTS, bench_draft
     from .bench import bench as measure
-    from .bench import bench_draft
 
     if accept is not None and draft is None:
         raise click.UsageError("--accept goes with --draft K")
-    model = open_model(file, "cpu", threads, isa, quiet)
-    if prompt is None:
-        prompt = min(512, int(model.config["max_position_embeddings"]))
+    if draft is not None and (plot or json_file or len(contexts or ()) > 1 or len(threads or ()) > 1):
+        raise click.UsageError("--draft takes one context and one number of threads, no --plot and no --json-file")
+    if synthetic is None and (dtype or attn_dtype or head_dtype or overrides or keep):
+        raise click.UsageError("--dtype, --attn-dtype, --head-dtype, --set and --keep go with --synthetic NAME")
+    if synthetic is not None and file is not None:
+        raise click.UsageError("either FILE or --synthetic NAME")
     command = shlex.join(["deepcalm", *sys.argv[1:]])
-    if draft is not None:
-        with progress("measuring", quiet) as update:
-            drafted = bench_draft(model, draft, accept, context, tokens, repeats, kv, progress=update)
-        values = dataclasses.asdict(drafted) | {"command": command}
-        write_json(values) if as_json else write(draft_text(drafted, command))
-        return
-    with progress("measuring", quiet) as update:
-        result = measure(model, prompt, context, tokens, repeats, kv, progress=update)
-    write_json(dataclasses.asdict(result) | {"command": command}) if as_json else write(bench_text(result, command))
+    with contextlib.ExitStack() as stack:
+        if synthetic is not None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="deepcalm-")) if keep is None else ""
+            file = keep or Path(folder) / f"{synthetic.replace(':', '-')}.dcalm"
+            write_synthetic(file, synthetic, dtype or "q8", attn_dtype, head_dtype, overrides, quiet)
+        results = []
+        counts: list[int | None] = [*threads] if threads else [None]
+        for n in counts:
+            model = open_model(file, "cpu", n, isa, quiet)
+            limit = int(model.config["max_position_embeddings"])
+            length = min(512, limit) if prompt is None else prompt
+            if draft is not None:
+                with progress("measuring", quiet) as update:
+                    drafted = bench_draft(model, draft, accept, (contexts or [128])[0], tokens, repeats, kv,
+                                          progress=update)  # fmt: skip
+                values = dataclasses.asdict(drafted) | {"command": command}
+                write_json(values) if as_json else write(draft_text(drafted, command))
+                return
+            chosen = [c for c in CONTEXTS if c + tokens <= limit] if contexts is None else contexts
+            with progress(f"measuring, {model.threads} threads", quiet) as update:
+                results.append(measure(model, length, chosen, tokens, repeats, kv,
+                                       random_weights=synthetic is not None, progress=update))  # fmt: skip
+    value = {"command": command, "runs": [dataclasses.asdict(r) for r in results]}
+    if as_json:
+        write_json(value)
+    else:
+        write("\n".join(report.text(r, command) for r in results))
+    if json_file is not None:
+        json_file.write_text(json.dumps(value, indent=2) + "\n")
+    if plot is not None:
+        report.plot(results, plot)
 
 
-def spread(s: Spread, form: str) -> str:
-    """Median (lowest - highest)."""
-    return f"{s.median:{form}} ({s.low:{form}} - {s.high:{form}})"
+def write_synthetic(
+    path: Path, name: str, dtype: str, attn_dtype: str | None, head_dtype: str | None, overrides: tuple[str, ...],
+    quiet: bool,
+) -> None:  # fmt: skip
+    """A synthetic model in the file ``path``, which must not exist; says how large it is beside the memory."""
+    from .session import available_memory
+    from .synthetic import write_model
+
+    if path.exists():
+        raise Error(f"{path} exists; measure it with: deepcalm bench {shlex.quote(str(path))}")
+    try:
+        with progress(f"writing {name}", quiet, "bytes") as update:
+            n_bytes = write_model(path, name, dtype, attn_dtype, head_dtype, overrides, progress=update)
+    except ValueError as e:
+        raise click.UsageError(f"--synthetic: {e}") from None
+    available = available_memory() or 0
+    note = f"{path}: {size(n_bytes)}, {size(available)} of memory available"
+    say(note + ("; the disk will be measured, not the memory" if n_bytes > available else ""), quiet)
 
 
 def draft_text(r: DraftBench, command: str) -> str:
     """The comparison as lines."""
+    from .report import spread
+
     right = "the MTP layer's own" if r.accept is None else f"made right with probability {r.accept:g}"
     return columns([
         ("command", command),
@@ -401,22 +474,6 @@ def draft_text(r: DraftBench, command: str) -> str:
         ("drafted", f"{spread(r.drafted_rate, '.1f')} tok/s, the same text"),
         ("speedup", f"{spread(r.speedup, '.3f')}; predicted {r.predicted:.3f}, from bytes {r.predicted_bytes:.3f}"),
         ("machine", f"{spread(r.read_bandwidth, '.2f')} GB/s plain read with as many threads, between the repeats"),
-    ])  # fmt: skip
-
-
-def bench_text(r: BenchResult, command: str) -> str:
-    """The result as lines: median (lowest - highest)."""
-    share = dataclasses.replace(r.decode_share, **{k: 100 * v for k, v in dataclasses.asdict(r.decode_share).items()})
-    cached = "; above 100 %: the weights stay in the processor's caches" if r.decode_share.median > 1 else ""
-    return columns([
-        ("command", command),
-        ("model", f"{r.file}, {r.isa}, threads {r.threads}, cache {r.kv}; median (lowest - highest) of {r.repeats}"),
-        ("prefill", f"{spread(r.prefill_rate, '.1f')} tok/s, {r.prompt_tokens} tokens into an empty cache"),
-        ("decode", f"{spread(r.decode_rate, '.1f')} tok/s, {r.decode_tokens} tokens after {r.context}"),
-        ("bytes", f"{size(r.decode_bytes_per_token)} read per decoded token"),
-        ("bandwidth", f"{spread(r.decode_bandwidth, '.2f')} GB/s in decode"),
-        ("machine", f"{spread(r.read_bandwidth, '.2f')} GB/s plain read with as many threads, between the repeats"),
-        ("share", f"{spread(share, '.1f')} % of the plain read{cached}"),
     ])  # fmt: skip
 
 

@@ -57,6 +57,10 @@ class StageStats:
         """What was done since ``before``."""
         return StageStats(*(getattr(self, f) - getattr(before, f) for f in self.__dataclass_fields__))
 
+    def __add__(self, other: StageStats) -> StageStats:
+        """Both together."""
+        return StageStats(*(getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__))
+
 
 @dataclass(frozen=True, slots=True)
 class Stats:
@@ -87,6 +91,13 @@ class Stats:
         stages = {name: s - before.stages.get(name, StageStats()) for name, s in self.stages.items()}
         sums = {f: getattr(self, f) - getattr(before, f) for f in self.__dataclass_fields__ if f != "stages"}
         return Stats(**sums, stages={name: s for name, s in stages.items() if s.calls})
+
+    def __add__(self, other: Stats) -> Stats:
+        """Both together."""
+        names = [*self.stages, *(n for n in other.stages if n not in self.stages)]
+        none = StageStats()
+        sums = {f: getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__ if f != "stages"}
+        return Stats(**sums, stages={n: self.stages.get(n, none) + other.stages.get(n, none) for n in names})
 
     @property
     def decode_rate(self) -> float:
@@ -302,6 +313,16 @@ class Session:
             n = int(differ[0]) if len(differ) else n
             self.truncate(n)
             return n
+
+    def load_rows(self, tokens: I32, rows: npt.NDArray[np.uint8]) -> None:
+        """Replaces the state by tokens [n] int32 and their cache rows [num_hidden_layers, n, bytes of a row] uint8.
+
+        For measurements: rows that no pass has written. Raises SessionError if they do not fit, or the session keeps
+        MTP state.
+        """
+        with self._lock:
+            self._core.load_state(tokens, rows, self._empty["mtp_cache"], self._empty["hidden"])
+            self._last_logits = None
 
     # ---- taps
 

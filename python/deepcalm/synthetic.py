@@ -186,7 +186,6 @@ class _Values:
             if fmt in ("q8", "q4"):
                 unit = Q8_DEVIATION if fmt == "q8" else Q4_DEVIATION
                 codes: npt.NDArray[Any]
-                codes: npt.NDArray[Any]
                 if fmt == "q8":
                     codes = (np.rint(unit * x).clip(-127, 127) + 128).astype(np.uint8)
                 else:

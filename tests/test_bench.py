@@ -1,0 +1,245 @@
+"""bench: what it counts against independent counts, the report, the command; memory of a process that decodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import deepcalm
+import surface_cases
+from deepcalm import _core, cli, packed, report, synthetic
+from deepcalm.errors import SessionError, UnsupportedError
+
+bench = importlib.import_module("deepcalm.bench")
+
+
+@pytest.fixture(autouse=True)
+def _cheap_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes are tested where they are defined; here they would only cost time."""
+    monkeypatch.setattr(_core, "read_bandwidth", lambda threads, *_: 10.0 * threads)
+    monkeypatch.setattr(_core, "compute_ceilings", lambda *_: {"f32": 100.0, "int8": 400.0})
+    monkeypatch.setattr(_core, "inner_loop_rate", lambda _isa, fmt, *_: {"f32": 50.0}.get(fmt, 200.0))
+    monkeypatch.setattr(_core, "attention_rate", lambda *_: 40.0)
+
+
+@pytest.fixture(scope="module")
+def result() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        _cheap_probes.__wrapped__(patch)  # type: ignore[attr-defined]
+        model = deepcalm.Model(surface_cases.packed(dtype="q8"), threads=2)
+        yield deepcalm.bench(model, 40, (0, 7, 70), decode_tokens=3, repeats=3, random_weights=True)
+
+
+def test_bench_stages_add_up(result: Any) -> None:
+    p = result.prefill
+    assert sum(s.seconds for s in p.stages) == pytest.approx(p.seconds)
+    assert sum(s.operations for s in p.stages) == 3 * p.operations
+    assert p.rate.low <= p.rate.median <= p.rate.high and p.stages[-1].stage == "outside passes"
+    assert p.instruction_share.median < p.kernel_share.median
+    assert [d.context for d in result.decode] == [0, 7, 70]
+    for d in result.decode:
+        assert sum(s.seconds for s in d.stages) == pytest.approx(d.seconds)
+        assert sum(s.bytes for s in d.stages) == pytest.approx(9 * d.bytes_per_token, abs=9)
+        assert abs(d.bytes_per_token / d.active_bytes_per_token - 1) < 0.05
+        assert d.share.median == pytest.approx(d.bandwidth.median / 20)
+        assert 0 < d.bound_share.low <= d.bound_share.median and d.attention_ceiling == 100
+    assert result.decode[2].bytes_per_token > result.decode[1].bytes_per_token > result.decode[0].bytes_per_token
+    e = result.experts
+    assert e.finite and 0 < e.busiest_share < 1 and e.tokens == 40
+    m = result.memory
+    assert m.resident == m.mapped + m.cache + m.other > 10 << 20
+
+
+@pytest.mark.parametrize("preset", ["v3", "v2_lite"])
+def test_operations_are_those_of_the_configuration(preset: str) -> None:
+    """Two multiply-adds per weight that a token meets, from config.json's sizes; attention in its absorbed form."""
+    model = surface_cases.model(preset)
+    c, n, pos = model.config, 5, 9
+    d, heads, r, dr = c.hidden_size, c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim
+    dn, dv, rq, width = c.qk_nope_head_dim, c.v_head_dim, c.q_lora_rank, c.moe_intermediate_size
+
+    def pad(rows: int) -> int:
+        return -(-rows // 16) * 16
+
+    q_rows = heads * (dn + dr)
+    qkv_a = pad(rq or q_rows) + pad(r + dr)
+    attention = qkv_a * d + q_rows * rq + heads * r * (dn + dv) + d * heads * dv
+    moe = c.n_routed_experts * d + c.num_experts_per_tok * (2 * pad(width) * d + d * width)
+    shared = c.n_shared_experts * width
+    moe += 2 * pad(shared) * d + d * shared
+    dense = 2 * pad(c.intermediate_size) * d + d * c.intermediate_size
+    layers, n_dense = c.num_hidden_layers, c.first_k_dense_replace
+    want = 2 * n * (layers * attention + n_dense * dense + (layers - n_dense) * moe) + 2 * c.vocab_size * d
+    want += layers * sum(2 * heads * (pos + i + 1) * (r + dr + r) for i in range(n))
+    found = bench.operations(model, n, pos)
+    assert sum(found.values()) == want
+    assert found["attention", "attention"] == layers * sum(2 * heads * (pos + i + 1) * (2 * r + dr) for i in range(n))
+
+
+@pytest.mark.parametrize("kv", ["f16", "bf16", "f32", "q8"])
+def test_fill_makes_a_context_of_random_rows(kv: str) -> None:
+    model = surface_cases.model()
+    session = model.session(128, kv)
+    bench.fill(session, 70)
+    assert session.pos == 70 and session.last_logits is None
+    taps: dict[str, Any]
+    with session.trace("layers.1.attn_latent") as taps:
+        logits = session.decode(3)
+    # A value that softmax mixes from rows of N(0, 1): neither zero nor outside them.
+    latent = taps["layers.1.attn_latent"]
+    assert np.isfinite(logits).all() and 0.02 < latent.std() < 1.1
+    bench.fill(session, 0)
+    assert session.pos == 0
+    with pytest.raises(SessionError, match="this session holds 128"):
+        bench.fill(session, 129)
+
+
+def test_bench_refuses() -> None:
+    model = surface_cases.model()
+    with pytest.raises(SessionError, match="need 1300 positions, the model has 1280"):
+        deepcalm.bench(model, contexts=(0, 1290), decode_tokens=10)
+    for bad in ({"repeats": 0}, {"contexts": ()}, {"contexts": (-1,)}):
+        with pytest.raises(ValueError, match=">= "):
+            deepcalm.bench(model, **bad)  # type: ignore[arg-type]
+
+
+def test_machine_names_the_commit_of_a_checkout_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    info = bench.machine()
+    assert info["cores"] >= 1 and info["memory_gb"] > 0.1 and info["version"] == _core.__version__
+    elsewhere = tmp_path / "bench.py"
+    elsewhere.write_text("")
+    subprocess.run(["git", "init", "-q", tmp_path], check=False)
+    monkeypatch.setattr(bench, "__file__", str(elsewhere))
+    assert bench.machine()["commit"] == ""
+
+
+# ---- report
+
+
+def test_report_fits_the_terminal(result: Any) -> None:
+    for width in (80, 120):
+        text = report.text(result, "deepcalm bench x.dcalm " + "--flag " * 30, width)
+        assert max(map(len, text.splitlines())) <= width and "\u2026" not in text
+    assert re.search(r"^context 70 +[\d.]+ ", text, re.M) and "random cache rows" in text
+    assert text.count("stage by stage") == 3 and text.count("\nwall time") == 3
+    for block in text.split("stage by stage")[2:]:  # the stages' ms add up to the last line's
+        rows = [line for line in block.splitlines() if re.match(r"[a-z_]+ .*\d\.\d{3}", line)]
+        times = [float(re.findall(r"\d+\.\d{3}", line)[0]) for line in rows]
+        assert len(times) > 15 and sum(times[:-1]) == pytest.approx(times[-1], abs=0.02)
+
+
+def test_linear_cost_recovers_a_line(result: Any) -> None:
+    def point(context: int, ms: float) -> Any:
+        return dataclasses.replace(result.decode[0], context=context, rate=bench.Spread(1e3 / ms, 0, 0))
+
+    assert report.linear_cost([point(0, 5), point(10, 6)]) is None
+    a, b, off = report.linear_cost([point(c, 5 + 0.01 * c) for c in (0, 1024, 4096)]) or (0, 0, 0)
+    assert (a, b) == (pytest.approx(5), pytest.approx(0.01)) and off < 1e-9
+    *_, off = report.linear_cost([point(0, 5), point(1024, 30), point(4096, 46)]) or (0, 0, 0)
+    assert off > 0.2
+
+
+def test_plot(result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UnsupportedError, match=r"pip install 'deepcalm\[plot\]'"):
+        report.plot([result], tmp_path / "p.png")
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    report.plot([result], tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(UnsupportedError, match=r"p\.xyz"):
+        report.plot([result], tmp_path / "p.xyz")
+
+
+# ---- the command
+
+SMALL = ["--prompt", "16", "--tokens", "2", "--repeats", "2"]
+
+
+def test_bench_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = str(surface_cases.packed())
+    args = ["bench", path, *SMALL, "--contexts", "8,0", "--threads", "2,1"]
+    assert cli.main([*args, "--json-file", str(tmp_path / "r.json")]) == 0
+    out = capsys.readouterr().out
+    assert out.count("stage by stage") == 6 and "2 threads" in out and "1 thread," in out
+    value = json.loads((tmp_path / "r.json").read_text())
+    assert [r["threads"] for r in value["runs"]] == [1, 2] and "command" in value
+    assert [d["context"] for d in value["runs"][0]["decode"]] == [0, 8]
+    assert cli.main([*args, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == value.keys()
+
+
+def test_bench_synthetic_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    keep = tmp_path / "kept.dcalm"
+    sizes = ["hidden_size=64", "vocab_size=512", "intermediate_size=64", "moe_intermediate_size=32", "kv_lora_rank=32",
+             "bos_token_id=1", "eos_token_id=2", "n_routed_experts=16"]  # fmt: skip
+    args = ["bench", "--synthetic", "v2-lite:2", "--dtype", "q4", *SMALL, "--contexts", "0", "--threads", "1"]
+    for s in sizes:
+        args += ["--set", s]
+    assert cli.main([*args, "--keep", str(keep), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["runs"][0]["experts"]["finite"] and re.search(r"kept.dcalm: .* of memory available", err)
+    with packed.PackedFile(keep) as f:
+        assert f.config["hidden_size"] == 64 and f.config["num_hidden_layers"] == 2
+    assert cli.main([*args, "--keep", str(keep)]) == 1
+    assert "exists; measure it with" in capsys.readouterr().err
+    assert cli.main([*args, "--set", "colour=1"]) == 2
+    assert "no key 'colour'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--contexts", "1,x"], "expected numbers >= 0"),
+        (["--threads", "0"], "expected numbers >= 1"),
+        (["--accept", "0.5"], "--draft K"),
+        (["--draft", "1", "--contexts", "1,2"], "one context"),
+        (["--dtype", "q8"], "go with --synthetic"),
+        (["x.dcalm", "--synthetic", "v3"], "either FILE"),
+        (["--synthetic", "v9"], "unknown model"),
+    ],
+)
+def test_bench_usage(args: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *args]) == 2
+    assert text in capsys.readouterr().err
+
+
+# ---- memory
+
+MEMORY_SCRIPT = """
+import sys
+import deepcalm
+model = deepcalm.Model(sys.argv[1], threads=2)
+session = model.session(2048)
+ids = [(7 * i) % 4000 for i in range(600)]
+session.prefill(ids)
+for i in ids[:8]:
+    session.decode(i)
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(status["VmRSS"].split()[0], session.cache_bytes * session.pos // session.ctx, model.file_bytes)
+"""
+
+
+def test_resident_memory_is_weights_cache_and_little_else(tmp_path: Path) -> None:
+    """All weights of this model are touched; nothing is copied, nothing allocated in their size."""
+    path = tmp_path / "m.dcalm"
+    sizes = ["vocab_size=4096", "bos_token_id=1", "eos_token_id=2", "hidden_size=1024", "intermediate_size=2048",
+             "moe_intermediate_size=512"]  # fmt: skip
+    synthetic.write_model(path, "v2-lite:3", "q8", overrides=sizes)
+    out = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT, str(path)], check=True, capture_output=True, text=True,
+        env=surface_cases.environment(),
+    ).stdout  # fmt: skip
+    kb, cache, weights = map(int, out.split())
+    assert weights > 200e6
+    assert 0.9 * weights < kb * 1024 < weights + cache + 100e6, (kb * 1024 - weights - cache) / 1e6
