@@ -108,6 +108,11 @@ DC_DEVICE void store_release(unsigned* p, unsigned v) {
 DC_DEVICE void store_release_system(unsigned* p, unsigned v) {
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
+DC_DEVICE int64_t clock_ns() {  // of the whole device
+    int64_t t;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+    return t;
+}
 DC_DEVICE void prefetch_l2(const void* p, uint32_t bytes) {  // 16-byte aligned
 #ifdef DC_SM90
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
@@ -192,6 +197,7 @@ inline Error synchronize(Stream s) { return cudaStreamSynchronize(s); }
 #include "kernels/cuda/sim.h"
 #include "kernels/kernels.h"
 
+#include <chrono>
 #include <cmath>
 #define DC_DEVICE inline
 #define DC_KERNEL(max_threads) inline void
@@ -274,6 +280,7 @@ inline unsigned atomic_add_acq_rel(unsigned* p, unsigned v) { return __atomic_fe
 inline unsigned load_acquire(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 inline void store_release(unsigned* p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 inline void store_release_system(unsigned* p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+inline int64_t clock_ns() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
 inline void prefetch_l2(const void*, uint32_t) {}
 
 inline void cp_async(void* dst, const void* src, int bytes) { sim::cp_async(dst, src, bytes); }
