@@ -165,6 +165,7 @@ dc::ModelConfig config_from_dict(const py::dict& d) {
     r.get("max_position_embeddings", c.max_position_embeddings);
     r.get("vocab_size", c.vocab_size);
     r.get("num_nextn_predict_layers", c.num_nextn_predict_layers);
+    if (d.contains("mtp_draft_head")) r.get("mtp_draft_head", c.mtp_draft_head);
     if (d.contains("rope_layout")) {
         enum class Layout { kHalf } layout{};
         r.get("rope_layout", layout, {"half"});

@@ -405,6 +405,7 @@ PYBIND11_MODULE(_core, m) {
                 d["embed_row"] = b.embed_row;
                 d["n_moe_layers"] = b.n_moe_layers;
                 d["mtp_fixed"] = b.mtp_fixed;
+                d["mtp_head"] = b.mtp_head;
                 return d;
             },
             "Weight bytes of one pass by what they depend on; `expert`: one routed expert of one layer.")

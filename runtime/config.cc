@@ -95,7 +95,8 @@ Status validate(const ModelConfig& c) {
     DC_TRY_STATUS(real("attention_factor", c.attention_factor, 0, false));
     DC_TRY_STATUS(in_range("max_position_embeddings", c.max_position_embeddings, 1, kMaxPositions));
     DC_TRY_STATUS(in_range("vocab_size", c.vocab_size, 1, kMaxVocab));
-    return in_range("num_nextn_predict_layers", c.num_nextn_predict_layers, 0, 1);
+    DC_TRY_STATUS(in_range("num_nextn_predict_layers", c.num_nextn_predict_layers, 0, 1));
+    return in_range("mtp_draft_head", c.mtp_draft_head, 0, c.num_nextn_predict_layers);
 }
 
 }  // namespace deepcalm

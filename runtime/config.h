@@ -43,6 +43,7 @@ struct ModelConfig {
     int max_position_embeddings = 0;
     int vocab_size = 0;
     int num_nextn_predict_layers = 0;  // 0 or 1: an MTP layer is in the file
+    int mtp_draft_head = 0;            // 0 or 1: so is mtp.head, a copy of the head that drafts read
 
     int qk_head_dim() const { return qk_nope_head_dim + qk_rope_head_dim; }
     bool is_moe(int layer) const { return n_routed_experts > 0 && layer >= first_k_dense_replace; }

@@ -29,7 +29,7 @@ class Pass {
             layer(w_.layers[static_cast<size_t>(i)], i);
         }
         prefix_.clear();
-        head(w_.final_norm, "final_norm", "logits");
+        head(w_.head, w_.final_norm);
     }
 
     // docs/model.md 6.1: z = eh_proj [norm(embed(t_next)); norm(h)], a decoder layer with its own cache, own final norm.
@@ -51,7 +51,7 @@ class Pass {
         end(Stage::kEhProj);
         tap("embed", s_.x, {d_}, d_stride());
         layer(w_.mtp_layer, 0);
-        head(w_.mtp_final_norm, "final_norm", "logits");
+        head(w_.mtp_head, w_.mtp_final_norm);
     }
 
   private:
@@ -532,23 +532,22 @@ class Pass {
     }
 
     // Final norm of every row (MTP reads all of them); logits for the last n_logits rows.
-    void head(const float* norm, const char* norm_tap, const char* logits_tap) {
+    void head(const PackedTensor& w, const float* norm) {
         const Range rows = split(n_, tid_, threads_);
         for (int i = rows.begin; i < rows.end; ++i) {
             k_.rmsnorm(x_row(i), norm, s_.final_h.row(i), d_, c_.rms_norm_eps);
-            if (i >= n_ - a_.n_logits) prepare(s_.final_h, i, {&w_.head});
+            if (i >= n_ - a_.n_logits) prepare(s_.final_h, i, {&w});
         }
         read_floats(d_);
         end(Stage::kFinalNorm);
-        tap(norm_tap, s_.final_h.f32, {d_}, d_stride());
+        tap("final_norm", s_.final_h.f32, {d_}, d_stride());
         if (a_.n_logits == 0) return;
         const int64_t stride = round_up(c_.vocab_size, kTileRows);
-        const Range tiles = split(w_.head.row_tiles(), tid_, threads_);
-        matmul(w_.head, 0, tiles, s_.final_h, a_.n_logits, a_.logits + 16 * int64_t{tiles.begin}, stride,
-               n_ - a_.n_logits);
+        const Range tiles = split(w.row_tiles(), tid_, threads_);
+        matmul(w, 0, tiles, s_.final_h, a_.n_logits, a_.logits + 16 * int64_t{tiles.begin}, stride, n_ - a_.n_logits);
         end(Stage::kHead);
         if (a_.trace.on() && tid_ == 0)
-            a_.trace.record(prefix_ + logits_tap, a_.logits, a_.n_logits, {c_.vocab_size}, stride);
+            a_.trace.record(prefix_ + "logits", a_.logits, a_.n_logits, {c_.vocab_size}, stride);
     }
 
     const PassArgs& a_;

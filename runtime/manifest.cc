@@ -83,6 +83,7 @@ std::vector<TensorSpec> expected_tensors(const ModelConfig& c) {
         mtp.matrix("eh_proj", Role::kEhProj, c.hidden_size, 2 * c.hidden_size);
         decoder_layer(mtp, c, c.is_moe(c.num_hidden_layers));
         mtp.vector("final_norm", Role::kNorm, c.hidden_size);
+        if (c.mtp_draft_head > 0) mtp.matrix("head", Role::kDraftHead, c.vocab_size, c.hidden_size);
     }
     return out;
 }
@@ -99,7 +100,8 @@ bool format_allowed(Role role, Format format) {
     case Role::kFfn:
     case Role::kExpert:
     case Role::kShared:
-    case Role::kHead: return true;
+    case Role::kHead:
+    case Role::kDraftHead: return true;
     }
     return false;
 }

@@ -10,9 +10,9 @@
 namespace deepcalm {
 
 // What a tensor is for; the packer's dtype policy and the allowed formats depend on this alone.
-enum class Role : uint8_t { kEmbed, kNorm, kBias, kAttn, kFfn, kExpert, kShared, kRouter, kEhProj, kHead };
+enum class Role : uint8_t { kEmbed, kNorm, kBias, kAttn, kFfn, kExpert, kShared, kRouter, kEhProj, kHead, kDraftHead };
 inline constexpr const char* kRoleNames[] = {"embed",  "norm",   "bias",   "attn",    "ffn",
-                                             "expert", "shared", "router", "eh_proj", "head"};
+                                             "expert", "shared", "router", "eh_proj", "head", "draft_head"};
 
 struct TensorSpec {
     std::string name;
@@ -27,7 +27,7 @@ struct TensorSpec {
 
 // In file order. Names: embed, final_norm, head; layers.{i}. and mtp. + {attn_norm, wqkv_a, q_a_norm, kv_a_norm, wq_b, w_uk,
 // w_uv, wo, ffn_norm, w_gate_up, w_down | router, router_bias, experts.w_gate_up, experts.w_down, shared.w_gate_up,
-// shared.w_down}; mtp. + {enorm, hnorm, eh_proj, final_norm}.
+// shared.w_down}; mtp. + {enorm, hnorm, eh_proj, final_norm, head}.
 std::vector<TensorSpec> expected_tensors(const ModelConfig& cfg);
 
 // Formats a tensor of this role may be stored in (tiled: Format; plain: f32, bf16, f16 by name).

@@ -28,6 +28,7 @@ WeightBytes count_bytes(const ModelWeights& w, const ModelConfig& c) {
     b.head = tensor_bytes(w.head) + 4 * int64_t{c.hidden_size};
     b.embed_row = int64_t{c.hidden_size} * (w.embed_format == Format::kF32 ? 4 : 2);
     if (c.num_nextn_predict_layers > 0) {
+        b.mtp_head = tensor_bytes(w.mtp_head);
         b.mtp_fixed = fixed_bytes(w.mtp_layer, c) + tensor_bytes(w.mtp_eh_proj) + 12 * int64_t{c.hidden_size};
     }
     return b;

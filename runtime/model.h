@@ -20,6 +20,7 @@ struct WeightBytes {
     int64_t embed_row = 0;  // one row of the embedding
     int n_moe_layers = 0;   // main layers with routed experts
     int64_t mtp_fixed = 0;  // the MTP layer without experts and head
+    int64_t mtp_head = 0;   // the head that drafts read
 };
 
 class Model {

@@ -68,7 +68,9 @@ class Binder {
             } else if (spec.name == "final_norm") {
                 w.final_norm = vector;
             } else if (spec.name == "head") {
-                w.head = b.tensor;
+                w.head = w.mtp_head = b.tensor;
+            } else if (spec.name == "mtp.head") {
+                w.mtp_head = b.tensor;
             } else if (spec.name == "mtp.enorm") {
                 w.mtp_enorm = vector;
             } else if (spec.name == "mtp.hnorm") {

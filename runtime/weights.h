@@ -71,6 +71,7 @@ struct ModelWeights {
     // MTP layer, when cfg.num_nextn_predict_layers > 0 (docs/model.md 6.1)
     const float *mtp_enorm = nullptr, *mtp_hnorm = nullptr, *mtp_final_norm = nullptr;  // [hidden_size]
     PackedTensor mtp_eh_proj;  // [hidden_size, 2 * hidden_size]: embedding half, hidden half
+    PackedTensor mtp_head;     // [vocab_size, hidden_size]: what drafts read, `head` itself without mtp_draft_head
     LayerWeights mtp_layer;
 };
 

@@ -52,6 +52,8 @@ def both(folder: Path, file: Path) -> Iterator[tuple[str, Array, Array]]:
     cfg = ref_packed.config(p)
     want = dict(arrays(ref_model.Weights.from_hf(cfg, ref_checkpoint.load(folder)[1])))
     got = dict(arrays(ref_packed.weights(p)))
+    if ".mtp.head" in got:  # the copy for drafts
+        want[".mtp.head"] = want[".head"]
     assert set(want) == set(got)
     for name, w in want.items():
         assert w.shape == got[name].shape, name
@@ -96,6 +98,8 @@ def test_targets_are_within_their_rounding(case: str, dtype: str, checkpoints: d
         kind = "bf16" if plain and dtype not in ("f16", "bf16") else dtype
         if kind == "q4" and not any(part in name for part in ("expert", "shared", "dense")):
             kind = "q8"  # attention and head
+        if name == ".mtp.head":
+            kind = "q4"
         if kind in ("q8", "q4"):  # error against the largest of its group; an upper bound: of the whole row or column
             axis = -2 if "w_uk" in name else -1
             limit = np.abs(want).max() if "w_uk" in name else np.abs(want).max(axis, keepdims=True)
@@ -141,20 +145,26 @@ def test_dtype_policy(checkpoints: dict[str, Path]) -> None:
             out.setdefault(t.role, set()).add(t.format)
         return out
 
-    def table(body: str, plain: str, attn: str, head: str) -> dict[str, set[str]]:
+    def table(body: str, plain: str, attn: str, head: str, **other: str) -> dict[str, set[str]]:
         out = {"norm": "f32", "bias": "f32", "router": "f32", "embed": plain, "eh_proj": plain, "attn": attn}
-        out |= {"head": head, "ffn": body, "expert": body, "shared": body}
+        out |= {"head": head, "ffn": body, "expert": body, "shared": body} | other
         return {role: {fmt} for role, fmt in out.items()}
 
     assert formats("source") == table("bf16", "bf16", "bf16", "bf16")
     assert formats("f32") == table("f32", "f32", "f32", "f32")
     assert formats("f16") == table("f16", "f16", "f16", "f16")
-    assert formats("q8") == table("q8", "bf16", "q8", "q8")
-    assert formats("q4") == table("q4", "bf16", "q8", "q8")
+    assert formats("q8") == table("q8", "bf16", "q8", "q8", draft_head="q4")
+    assert formats("q4") == table("q4", "bf16", "q8", "q8", draft_head="q4")
+    assert formats("q4", draft_head_dtype="none") == table("q4", "bf16", "q8", "q8")
+    assert formats("q8", draft_head_dtype="q8") == table("q8", "bf16", "q8", "q8")  # the head serves as it is
+    assert formats("source", draft_head_dtype="q8") == table("bf16", "bf16", "bf16", "bf16", draft_head="q8")
+    assert "mtp_draft_head" not in plan(checkpoints["v2_lite"], "q8").config
     mixed = formats("q4", attn_dtype="source", head_dtype="f16")
     assert (mixed["attn"], mixed["head"], mixed["ffn"]) == ({"bf16"}, {"f16"}, {"q4"})
     with pytest.raises(UnsupportedError, match="head_dtype 'q5', expected one of source, f32"):
         plan(checkpoints["v3"], head_dtype="q5")
+    with pytest.raises(UnsupportedError, match=r"draft_head_dtype 'q5', expected one of source, .*, none"):
+        plan(checkpoints["v3"], draft_head_dtype="q5")
 
 
 # --- exact codes ----------------------------------------------------------------------------------------------------

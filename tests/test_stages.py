@@ -71,7 +71,7 @@ def expected_bytes(
         add("embed", table_bytes(file, "mtp.enorm") + table_bytes(file, "mtp.hnorm"))
         add("eh_proj", table_bytes(file, "mtp.eh_proj"))
     add("final_norm", table_bytes(file, "mtp.final_norm" if mtp else "final_norm"))
-    add("head", table_bytes(file, "head"))
+    add("head", table_bytes(file, "mtp.head" if mtp and "mtp.head" in file.entries else "head"))
     return out
 
 

@@ -368,8 +368,9 @@ _LAYER = {
 def source_names(packed: str, n_slices: int, ckpt: Checkpoint) -> Iterator[str]:
     """Names of the checkpoint weights that make up a packed tensor: its parts in order, expert after expert."""
     cfg = ckpt.config
-    if packed in _TOP:
-        yield ckpt.prefix + _TOP["embed" if packed == "head" and cfg["tie_word_embeddings"] else packed]
+    top = "head" if packed == "mtp.head" else packed
+    if top in _TOP:
+        yield ckpt.prefix + _TOP["embed" if top == "head" and cfg["tie_word_embeddings"] else top]
         return
     p, rest = ckpt.mtp_prefix, packed.removeprefix("mtp.")
     if packed.startswith("layers."):

@@ -60,11 +60,13 @@ A packing that was interrupted goes on where it stopped when the same command is
 )
 @click.option("--attn-dtype", type=click.Choice(DTYPES), help="Another format for attention.")
 @click.option("--head-dtype", type=click.Choice(DTYPES), help="Another format for the head.")
+@click.option("--draft-head", type=click.Choice([*DTYPES, "none"]),
+              help="A copy of the head for drafts only (default: q4 with --dtype q8 and q4, else none).")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only print the plan: every tensor, from, to, bytes.")
 @options("--json", "--quiet")
 def pack(
-    src: str, dst: Path | None, dtype: str, attn_dtype: str | None, head_dtype: str | None, dry_run: bool,
-    as_json: bool, quiet: bool,
+    src: str, dst: Path | None, dtype: str, attn_dtype: str | None, head_dtype: str | None, draft_head: str | None,
+    dry_run: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Pack the checkpoint folder SRC (or a Hub id) into the file DST, in the layout in which it runs."""
     from .pack import pack as pack_checkpoint
@@ -76,12 +78,12 @@ def pack(
         raise Error(f"{dst} is a directory, expected the name of the packed file")
     folder = checkpoint_folder(src, quiet)
     if dry_run:
-        plan = plan_packing(folder, dtype, attn_dtype, head_dtype)
+        plan = plan_packing(folder, dtype, attn_dtype, head_dtype, draft_head)
         write_json(plan_dict(plan)) if as_json else write(plan_table(plan))
     else:
         assert dst is not None
         with progress(f"packing {dst.name}", quiet, "bytes") as update:
-            plan = pack_checkpoint(folder, dst, dtype, attn_dtype, head_dtype, progress=update)
+            plan = pack_checkpoint(folder, dst, dtype, attn_dtype, head_dtype, draft_head, update)
         if as_json:
             write_json(plan_dict(plan) | {"file": str(dst), "file_bytes": dst.stat().st_size})
     for line in plan_notes(plan):

@@ -69,7 +69,7 @@ class CostModel:
         return cls(
             plain=fixed + sizes["n_moe_layers"] * k * sizes["expert"],
             expert=sizes["expert"],
-            mtp_step=sizes["mtp_fixed"] + k * sizes["expert"] + sizes["head"] + sizes["embed_row"],
+            mtp_step=sizes["mtp_fixed"] + k * sizes["expert"] + sizes["mtp_head"] + sizes["embed_row"],
             layers=sizes["n_moe_layers"],
             top_k=k,
             n_experts=int(config["n_routed_experts"]),

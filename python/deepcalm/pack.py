@@ -36,16 +36,23 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 
-def plan(src: str | Path, dtype: str = "source", attn_dtype: str | None = None, head_dtype: str | None = None) -> Plan:
+def plan(
+    src: str | Path,
+    dtype: str = "source",
+    attn_dtype: str | None = None,
+    head_dtype: str | None = None,
+    draft_head_dtype: str | None = None,
+) -> Plan:
     """What packing the checkpoint folder ``src`` would do; reads headers only (and an MTP layer's copies, to compare).
 
     dtype: "source" (every weight in its own precision, codes and scales unchanged) | "f32" | "bf16" | "f16" | "f8" |
     "q8" | "q4" (FFN and experts; attention and head q8). attn_dtype, head_dtype override it for those tensors. Norms,
-    biases and router are f32; embedding and eh_proj never below bf16. Raises CheckpointError, ConfigError,
-    UnsupportedError (unknown dtype).
+    biases and router are f32; embedding and eh_proj never below bf16. draft_head_dtype: a second, cheaper copy of the
+    head for the MTP layer's drafts, which never changes the text; "none", or by default "q4" with dtype "q8" and "q4".
+    Raises CheckpointError, ConfigError, UnsupportedError (unknown dtype).
     """
     with Checkpoint(src) as ckpt:
-        return make_plan(ckpt, dtype, attn_dtype, head_dtype)
+        return make_plan(ckpt, dtype, attn_dtype, head_dtype, draft_head_dtype)
 
 
 def pack(
@@ -54,18 +61,19 @@ def pack(
     dtype: str = "source",
     attn_dtype: str | None = None,
     head_dtype: str | None = None,
+    draft_head_dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Packs the checkpoint folder ``src`` into the file ``dst`` and returns the plan that was carried out.
 
-    dtype, attn_dtype, head_dtype: see ``plan``. progress(done_bytes, total_bytes) is called from this thread every few
+    dtypes: see ``plan``. progress(done_bytes, total_bytes) is called from this thread every few
     MiB. ``dst`` appears only when complete (fsynced, then renamed). After an interruption or a full disk
     ``dst.partial`` stays, and the same call resumes it with the same result; after a refusal it is removed. Raises
     CheckpointError, ConfigError, UnsupportedError, ResourceError (disk, permissions).
     """
     dst = Path(dst)
     with Checkpoint(src) as ckpt:
-        p = make_plan(ckpt, dtype, attn_dtype, head_dtype)
+        p = make_plan(ckpt, dtype, attn_dtype, head_dtype, draft_head_dtype)
         if dst.resolve().parent == ckpt.path.resolve() and (ckpt.path / dst.name).exists() and dst.suffix != ".dcalm":
             raise ResourceError(f"{dst}: would overwrite a file of the checkpoint itself")
         jobs = [Job(t, t.stored) for t in p.tensors]

@@ -121,15 +121,14 @@ class Plan:
         return sum(t.active_bytes(self.config["num_experts_per_tok"]) for t in self.tensors)
 
 
-def make_plan(ckpt: Checkpoint, dtype: str, attn_dtype: str | None, head_dtype: str | None) -> Plan:
+def make_plan(
+    ckpt: Checkpoint, dtype: str, attn_dtype: str | None, head_dtype: str | None, draft_head: str | None = None
+) -> Plan:
     """The plan for an open checkpoint; see ``deepcalm.pack.plan``."""
-    wide = "q8" if dtype == "q4" else dtype
-    options = {"dtype": dtype, "attn_dtype": attn_dtype or wide, "head_dtype": head_dtype or wide}
-    for option, value in options.items():
-        if value not in DTYPES:
-            raise UnsupportedError(f"{option} {value!r}, expected one of {', '.join(DTYPES)}")
+    options = dtypes(dtype, attn_dtype, head_dtype, draft_head)
+    config = ckpt.config | draft_head_key(options, ckpt.config)
     tensors = []
-    for spec in _core.expected_tensors(ckpt.config):
+    for spec in _core.expected_tensors(config):
         slices = _slices(spec, ckpt)
         fmt, scale, block, exact, note = _choose(spec, slices, options.get(spec["role"] + "_dtype", dtype))
         kinds = sorted({_SOURCE_NAMES[p.weight.kind] for parts in slices for p in parts})
@@ -147,7 +146,27 @@ def make_plan(ckpt: Checkpoint, dtype: str, attn_dtype: str | None, head_dtype: 
     files = ckpt.tokenizer_files()
     if "tokenizer.json" not in files:
         notes.append("no tokenizer.json or tiktoken.model: the packed file has no tokenizer")
-    return Plan(ckpt.config, ckpt.identity() | {"options": options}, tensors, files, dropped, notes)
+    return Plan(config, ckpt.identity() | {"options": options}, tensors, files, dropped, notes)
+
+
+def dtypes(
+    dtype: str, attn_dtype: str | None, head_dtype: str | None, draft_head: str | None
+) -> dict[str, str]:
+    """What is asked for, by option; the formats that follow from ``dtype`` filled in. Raises UnsupportedError."""
+    wide = "q8" if dtype == "q4" else dtype
+    options = {"dtype": dtype, "attn_dtype": attn_dtype or wide, "head_dtype": head_dtype or wide,
+               "draft_head_dtype": draft_head or ("q4" if dtype in ("q8", "q4") else "none")}  # fmt: skip
+    for option, value in options.items():
+        allowed = (*DTYPES, "none") if option == "draft_head_dtype" else DTYPES
+        if value not in allowed:
+            raise UnsupportedError(f"{option} {value!r}, expected one of {', '.join(allowed)}")
+    return options
+
+
+def draft_head_key(options: dict[str, str], config: dict[str, Any]) -> dict[str, int]:
+    """What the configuration says of a copy of the head for drafts; nothing where drafts read the head itself."""
+    same = options["draft_head_dtype"] in ("none", options["head_dtype"])
+    return {} if same or not config["num_nextn_predict_layers"] else {"mtp_draft_head": 1}
 
 
 def _slices(spec: dict[str, Any], ckpt: Checkpoint) -> list[list[Part]]:

@@ -254,6 +254,10 @@ class Weights(Protocol):
         """A vector, or these rows of the embedding."""
         ...
 
+    def head(self, p: str) -> str:
+        """Name of the head of the main model (p "") or of the MTP layer (p "mtp.")."""
+        ...
+
     def act(self, name: str) -> str:
         """Rounding of the activations that meet this matrix; "" for none."""
         ...
@@ -272,6 +276,9 @@ class PackedWeights:
 
     def act(self, name: str) -> str:
         return FORMATS[self.file.entries[name].format].act
+
+    def head(self, p: str) -> str:
+        return p + "head" if p + "head" in self.file.entries else "head"
 
     def plain(self, name: str, rows: Array | None = None) -> Array:
         e = self.file.entries[name]
@@ -323,9 +330,13 @@ class SourceWeights:
     def act(self, name: str) -> str:  # noqa: ARG002
         return ""
 
+    def head(self, p: str) -> str:  # noqa: ARG002
+        return "head"
+
     def origin(self, name: str, slice_: int) -> tuple[list[tuple[str, tuple[int, ...], Array]], bool]:
         """([(checkpoint name, its shape, [packed rows] its row in each packed row or -1)], transposed)."""
         s, rest = self.s, name.split(".", 2)[2] if name.startswith("layers.") else name.removeprefix("mtp.")
+        name = "head" if name == "mtp.head" else name
         top = {"embed": "model.embed_tokens", "head": "model.embed_tokens" if s.tied else "lm_head",
                "final_norm": "model.norm"}  # fmt: skip
         if name in top:
@@ -589,7 +600,8 @@ class Reference:
         """final_norm and logits of the main model (p "") or of the MTP layer."""
         h = rmsnorm(x, self.w.plain(p + "final_norm"), self.s.eps)
         given = np.asarray(forced.get(p + "final_norm", h), np.float64)
-        return {p + "final_norm": (h, 0.0), p + "logits": (self.product(given, "head")[0][:, : self.s.vocab], 0.0)}
+        logits = self.product(given, self.w.head(p))[0][:, : self.s.vocab]
+        return {p + "final_norm": (h, 0.0), p + "logits": (logits, 0.0)}
 
     def mtp_input(self, next_ids: Array, hidden: Array) -> Taps:
         """What enters the MTP layer: next_ids [n] beside the main model's hidden [n, d] after its final norm."""

@@ -27,7 +27,8 @@ from . import _core, hf_config
 from .errors import ResourceError, UnsupportedError
 from .pack import Job, file_header, write_at
 from .packed import TILE_BYTES, TILE_COLS, TILE_ROWS, Stored, spec_shape, stored_file
-from .plan import DTYPES, Plan
+from .plan import Plan, draft_head_key
+from .plan import dtypes as plan_dtypes
 
 Config = dict[str, Any]
 U8 = npt.NDArray[np.uint8]
@@ -248,13 +249,12 @@ def write_model(
         ResourceError: no room on the disk, or it cannot be written.
     """
     path = Path(path)
-    wide = "q8" if dtype == "q4" else dtype
-    dtypes = {"all": dtype, "attn": attn_dtype or wide, "head": head_dtype or wide}
-    if bad := [d for d in dtypes.values() if d not in DTYPES]:
-        raise UnsupportedError(f"dtype {bad[0]!r}, expected one of {', '.join(DTYPES)}")
-    dtypes = {k: "bf16" if d == "source" else d for k, d in dtypes.items()}
+    options = plan_dtypes(dtype, attn_dtype, head_dtype, None)
+    dtypes = {k.removesuffix("_dtype"): "bf16" if d == "source" else d for k, d in options.items()}
+    dtypes["all"] = dtypes.pop("dtype")
     raw, n_tokens = make_config(spec, overrides)
     cfg = hf_config.normalise(raw, {}, min(raw.get("num_nextn_predict_layers", 0), 1), spec)
+    cfg |= draft_head_key(options, cfg)
     values, specs = _Values(seed), _core.expected_tensors(cfg)
     deviations: dict[str, float] = {}
     jobs = []

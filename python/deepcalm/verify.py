@@ -216,7 +216,9 @@ class _Verifier:
 
     def config(self) -> bool:
         """Every key of the file's configuration against the one that the checkpoint implies; False: other shapes."""
-        found, expected = self.file.config, self.ckpt.config
+        found, expected = self.file.config, dict(self.ckpt.config)
+        if "mtp.head" in self.file.entries:
+            expected["mtp_draft_head"] = 1  # the packer's choice
         bad = [k for k in {**expected, **found} if k not in found or k not in expected or found[k] != expected[k]]
         for k in bad:
             self.diverge("config", k, (), found.get(k, "nothing"), expected.get(k, "nothing"))
@@ -365,7 +367,8 @@ class _Verifier:
             "gate_logits": ["router"], "routed_out": [f"experts.{gate}", f"experts.{down}"], "ffn_out": [gate, down],
             "shared_out": [f"shared.{gate}", f"shared.{down}"],
         }.get(stage, [])  # fmt: skip
-        names = ["head"] if stage == "logits" else ["mtp.eh_proj"] if tap == "mtp.embed" else [p + b for b in behind]
+        top = {"logits": self.packed.head(p), "embed": "mtp.eh_proj"} if p == "mtp." else {"logits": "head"}
+        names = [top[stage]] if stage in top else [p + b for b in behind]
         formats = ["f32" if n.endswith("?") else self.file.entries[n].format for n in names]
         return max([reference.FORMATS[f].tolerance for f in formats], default=reference.ELEMENTWISE)
 

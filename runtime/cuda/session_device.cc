@@ -75,7 +75,7 @@ Status Session::forward_device(const PassArgs& a) {
     stats_.rows += n;
     stats_.mtp_passes += a.mtp ? 1 : 0;
     stats_.mtp_rows += a.mtp ? n : 0;
-    stats_.weight_bytes += (a.mtp ? b.mtp_fixed : b.fixed) + n * b.embed_row + (a.n_logits > 0 ? b.head : 0);
+    stats_.weight_bytes += (a.mtp ? b.mtp_fixed : b.fixed) + n * b.embed_row + (a.n_logits == 0 ? 0 : a.mtp ? b.mtp_head : b.head);
     stats_.cache_bytes += (a.pos + n) * a.cache.row_bytes() * a.cache.n_layers();
     return {};
 }
@@ -174,7 +174,7 @@ Result<DeviceDecodeState> Session::decode_finish() {
     stats_.mtp_passes += s.mtp_passes;
     stats_.mtp_rows += s.mtp_rows;
     stats_.experts_touched += s.experts;
-    stats_.weight_bytes += s.passes * (b.fixed + b.head) + s.mtp_passes * (b.mtp_fixed + b.head) +
+    stats_.weight_bytes += s.passes * (b.fixed + b.head) + s.mtp_passes * (b.mtp_fixed + b.mtp_head) +
                            (s.rows + s.mtp_rows) * b.embed_row + s.experts * b.expert;
     stats_.cache_bytes += cache_.row_bytes() * (s.cache_rows * cache_.n_layers() + s.mtp_cache_rows);
     if (keep_mtp_ && n_pending() > kMaxPending) DC_TRY_STATUS(catch_up(nullptr, 0));

@@ -241,6 +241,7 @@ class Mtp:
     eh_proj: Matrix  # [d, 2d]; columns 0..d-1 read the embedding
     layer: Layer
     norm: Array  # [d] final norm of this path
+    head: Matrix | None = None  # [V, d] its own, cheaper copy of the head; None: the main model's
 
 
 @dataclass
@@ -455,11 +456,11 @@ class Model:
         e = rmsnorm(self.weights.embed[xp.asarray(next_ids)], mtp.enorm, cfg.rms_norm_eps, xp)
         h = rmsnorm(hidden, mtp.hnorm, cfg.rms_norm_eps, xp)
         z = self.tap("embed", self.arith.linear(xp.concatenate([e, h], axis=-1), mtp.eh_proj))
-        return self.head(self.layer(mtp.layer, z, self.mtp_cache), mtp.norm)
+        return self.head(self.layer(mtp.layer, z, self.mtp_cache), mtp.norm, mtp.head)
 
-    def head(self, x: Array, norm: Array) -> tuple[Array, Array]:
+    def head(self, x: Array, norm: Array, w: Matrix | None = None) -> tuple[Array, Array]:
         h = self.tap("final_norm", rmsnorm(x, norm, self.cfg.rms_norm_eps, self.xp))
-        return self.tap("logits", self.arith.linear(h, self.weights.head)), h
+        return self.tap("logits", self.arith.linear(h, w or self.weights.head)), h
 
     def layer(self, w: Layer, x: Array, cache: Cache) -> Array:
         """One decoder layer on the residual stream x [n, d]; appends n rows to the cache."""

@@ -155,6 +155,7 @@ def weights(packed: PackedFile) -> model.Weights:
             eh_proj=packed.matrix("mtp.eh_proj"),
             layer=layer("mtp.", cfg.is_moe(cfg.num_hidden_layers)),
             norm=packed.plain("mtp.final_norm"),
+            head=packed.matrix("mtp.head") if "mtp.head" in packed.entries else None,
         )
     return model.Weights(
         embed=packed.plain("embed"),
