@@ -15,7 +15,7 @@
 
 #include <cuda_runtime.h>
 #define DC_DEVICE __device__ __forceinline__
-#define DC_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+#define DC_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define DC_SM90 1
 #endif
@@ -51,6 +51,15 @@ DC_DEVICE uint32_t f16_bits(float f) {
     unsigned short h;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
     return h;
+}
+
+// Bytes of y:x (y above) picked by the four nibbles of `pick`.
+DC_DEVICE uint32_t byte_perm(uint32_t x, uint32_t y, uint32_t pick) { return __byte_perm(x, y, pick); }
+// Two bf16 products, subnormals kept. sm_80 has only the fused form.
+DC_DEVICE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000U));
+    return r;
 }
 
 // c += A B, m16n8k16 (f32 sums) and m16n8k32 (exact int32 sums); fragments as PTX defines them.
@@ -130,6 +139,8 @@ DC_DEVICE void mbar_init(uint64_t* bar, int count) {
                  "r"(count)
                  : "memory");
 }
+// Plain writes to shared memory before it are ordered before asynchronous copies after it.
+DC_DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DC_DEVICE void mbar_inval(uint64_t* bar) {
     asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(smem_address(bar)) : "memory");
 }
@@ -252,6 +263,18 @@ inline float from_bits(uint32_t u) {
 inline float f16_value(uint32_t h) { return f16_to_f32(static_cast<uint16_t>(h)); }
 inline uint32_t f16_bits(float f) { return f32_to_f16(f); }
 
+inline uint32_t byte_perm(uint32_t x, uint32_t y, uint32_t pick) {
+    const uint64_t v = static_cast<uint64_t>(y) << 32 | x;
+    uint32_t r = 0;
+    for (int i = 0; i < 4; ++i) r |= static_cast<uint32_t>(v >> 8 * (pick >> 4 * i & 7) & 255) << 8 * i;
+    return r;
+}
+inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+    const uint32_t lo = f32_to_bf16(from_bits(a << 16) * from_bits(b << 16));
+    const uint32_t hi = f32_to_bf16(from_bits(a & 0xffff0000U) * from_bits(b & 0xffff0000U));
+    return lo | hi << 16;
+}
+
 namespace detail {
 template <class C> void mma(C (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], sim::WarpOp op, sim::WarpFn fn) {
     uint32_t in[10];
@@ -286,6 +309,7 @@ inline void prefetch_l2(const void*, uint32_t) {}
 inline void cp_async(void* dst, const void* src, int bytes) { sim::cp_async(dst, src, bytes); }
 inline void cp_commit() { sim::cp_commit(); }
 template <int kNewer> void cp_wait() { sim::cp_wait(kNewer); }
+inline void proxy_fence() {}
 inline void mbar_init(uint64_t* bar, int count) { sim::mbar_init(bar, count); }
 inline void mbar_inval(uint64_t* bar) { sim::mbar_inval(bar); }
 inline void mbar_expect(uint64_t* bar, int bytes) { sim::mbar_expect(bar, bytes); }
@@ -326,6 +350,12 @@ DC_DEVICE int lane() { return thread() & 31; }
 DC_DEVICE int warp() { return thread() >> 5; }
 DC_DEVICE int warps() { return threads() >> 5; }
 
+#ifdef DC_SM90
+inline constexpr bool kBulk = true;  // copies report to a barrier; else to the thread that started them
+#else
+inline constexpr bool kBulk = false;
+#endif
+
 // One warp's asynchronous copies, all lanes calling: `bytes` a multiple of 16, both sides 16-byte aligned. A slot is one
 // barrier; kNewer, the copies that may stay in flight, must be exactly the number started after this one (start empty ones).
 DC_DEVICE void copy_open(uint64_t* bar) {
@@ -350,6 +380,23 @@ DC_DEVICE void copy_start(void* dst, const void* src, int bytes, uint64_t* bar) 
 #else
     for (int i = 16 * lane(); i < bytes; i += 16 * 32)
         cp_async(static_cast<char*>(dst) + i, static_cast<const char*>(src) + i, 16);
+    cp_commit();
+#endif
+}
+// The same for n_rows rows of row_bytes each.
+DC_DEVICE void copy_rows_start(unsigned char* dst, int64_t dst_stride, const unsigned char* src, int64_t src_stride,
+                               int row_bytes, int n_rows, [[maybe_unused]] uint64_t* bar) {
+    sync_warp();
+#ifdef DC_SM90
+    if (lane() == 0 && n_rows > 0) {
+        proxy_fence();
+        mbar_expect(bar, n_rows * row_bytes);
+        for (int r = 0; r < n_rows; ++r) bulk_copy(dst + r * dst_stride, src + r * src_stride, row_bytes, bar);
+    }
+#else
+    for (int r = 0; r < n_rows; ++r)
+        for (int i = 16 * lane(); i < row_bytes; i += 16 * 32)
+            cp_async(dst + r * dst_stride + i, src + r * src_stride + i, 16);
     cp_commit();
 #endif
 }

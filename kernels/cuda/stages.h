@@ -140,7 +140,8 @@ struct AbsorbArgs {
 
 // Split attention: a unit is (row, group of 16 heads, `unit_chunks` chunks). Every unit leaves its maximum, sum and
 // unnormalised values in `part`. unit_chunks is 1 (short contexts: many units) or kPartialChunks; the bits after
-// stage_value are the same.
+// stage_value are the same. Use 1 up to 8k of context and n <= kBlockRows, else kPartialChunks (stage_value keeps two floats per
+// unit and row in shared memory).
 struct AttendArgs {
     Rows rows;
     int n_heads = 0, c_pad = 0, r_pad = 0, ctx = 0;
@@ -232,9 +233,8 @@ struct DownArgs {
     int64_t shared_h_stride = 0;
     float* x = nullptr;  // [n, x_stride], d columns
     int64_t x_stride = 0;
-    float *routed_tap = nullptr,
-          *shared_tap = nullptr;  // [n, tap_stride] or null: routed sum; shared (dense: FFN) output
-    int64_t tap_stride = 0;
+    float* routed = nullptr;      // [n, x_stride] the routed sum: needed when n > kBlockRows, else null or a tap
+    float* shared_tap = nullptr;  // [n, x_stride] or null: output of the shared experts (dense layer: of the FFN)
 };
 
 // final norm, logits of rows first_row..n-1, and their argmax over ids < n_valid (ties to the lowest id; -1 when a valid
@@ -284,18 +284,25 @@ constexpr int64_t product_smem(int nb, int threads) {
     return align16(threads / 32 * kRingSlots * (kSlotBytes + int64_t{8})) + int64_t{nb} * kActBytes +
            int64_t{2} * nb * kMaxItems * kTileRows * kBlockRows * 4 + int64_t{nb} * kBlockRows * 16;
 }
-// Routing scratch of every warp, and the lists that group the pass's (row, expert) pairs by expert.
+// Scratch of every warp that routes, and one block of routed rows.
 constexpr int64_t route_smem(const Routing& r, int threads) {
-    return align16(threads / 32 * int64_t{4} * (2 * r.n_experts + r.n_group));
+    return align16(threads / 32 * int64_t{4} * (2 * r.n_experts + r.n_group)) +
+           align16(8 * int64_t{kBlockRows} * r.topk);
 }
+// The pass's (row, expert) pairs grouped by expert.
 constexpr int64_t lists_smem(const Rows& rows, const Routing& r) {
-    return align16(8 * int64_t{rows.n} * r.topk) + align16(4 * (2 * int64_t{r.n_experts} + 2));
+    return align16(4 * (2 * int64_t{r.n_experts} + 2)) + align16(2 * int64_t{rows.n} * r.topk);
 }
 
 constexpr int64_t smem_bytes(const EmbedArgs&, int, int) { return 0; }
 constexpr int64_t smem_bytes(const ProductArgs&, int nb, int threads) { return product_smem(nb, threads); }
 constexpr int64_t smem_bytes(const AbsorbArgs&, int nb, int threads) { return product_smem(nb, threads); }
-constexpr int64_t smem_bytes(const ValueArgs&, int nb, int threads) { return product_smem(nb, threads); }
+constexpr int64_t smem_bytes(const ValueArgs& a, int,
+                             int threads) {  // 8 rows at a time: factors, sums, combined latents
+    const int64_t partials = ceil_div(int64_t{a.max_units} * a.unit_chunks, kPartialChunks);
+    return product_smem(1, threads) + align16((a.rows.n < kBlockRows ? a.rows.n : kBlockRows) *
+                                              (8 * (a.max_units + partials) + 4 + 4 * int64_t{a.c_pad}));
+}
 constexpr int64_t smem_bytes(const FfnInArgs&, int nb, int threads) { return product_smem(nb, threads); }
 constexpr int64_t smem_bytes(const HeadArgs&, int nb, int threads) { return product_smem(nb, threads); }
 constexpr int64_t smem_bytes(const RouteArgs& a, int, int threads) { return route_smem(a.routing, threads); }
@@ -305,11 +312,12 @@ constexpr int64_t smem_bytes(const ExpertsArgs& a, int nb, int threads) {
 constexpr int64_t smem_bytes(const DownArgs& a, int nb, int threads) {
     return product_smem(nb, threads) + (a.experts.rows > 0 ? lists_smem(a.rows, a.routing) : 0);
 }
-constexpr int64_t smem_bytes(const AttendArgs& a, int, int) {
+constexpr int64_t smem_bytes(const AttendArgs& a, int, int threads) {
     const int64_t width = a.c_pad + a.r_pad, row16 = 2 * width + 16;
     const bool mma = a.type == CacheType::kF16 || a.type == CacheType::kBF16;
-    return (mma ? (2 * 16 + kChunk) * row16 + int64_t{2} * 16 * (2 * kChunk + 16) : 16 * 4 * width) +
-           int64_t{16} * (kChunk + 4) * 4 + (a.unit_chunks > 1 ? int64_t{16} * a.c_pad * 4 : 0) + 16 * 4 * 4 + 64;
+    return align16(threads / 32 * int64_t{8}) + 16 * 4 * (5 + kChunk + 4) +
+           (mma ? (2 * 16 + kChunk) * row16 + int64_t{2} * 16 * (2 * kChunk + 16) : 16 * 4 * width) +
+           (a.unit_chunks > 1 ? int64_t{16} * a.c_pad * 4 : 0);
 }
 
 // Blocks beyond this number of units would be idle.
