@@ -33,6 +33,7 @@ CASES = [
     ("v2_lite", "bf16", {"dtype": "q8"}, "f16"),
     ("v2_grouped", "bf16", {"dtype": "q4"}, "q8"),
     ("v3", "bf16", {"dtype": "bf16"}, "bf16"),
+    ("v3", "f16", {"dtype": "q8"}, "f16"),
     ("gigachat3", "fp8", {"dtype": "source"}, "f32"),
     ("kimi_k2", "int4", {"dtype": "source"}, "f16"),
 ]
