@@ -67,11 +67,11 @@ struct MlaPartialArgs {
     int64_t o_row_stride = 0;
     void* scratch = nullptr;  // mla_scratch_bytes(), private to the calling thread
 };
-constexpr int64_t mla_scratch_bytes(int c_pad, int r_pad, int n_heads) {
-    // the chunk as f32 [kChunkLen, c_pad + r_pad], scores [n_heads, kChunkLen], one query block [n_heads, c_pad + r_pad]
-    return 4 * (int64_t{kChunkLen} * (c_pad + r_pad) + int64_t{n_heads} * kChunkLen +
-                int64_t{n_heads} * (c_pad + r_pad)) +
-           256;
+constexpr int64_t mla_scratch_bytes(int c_pad, int r_pad, int n_rows, int n_heads) {
+    // in f32: 8 keys, 64 dims of a chunk; of every row and head its scores and its rounded query
+    return 4 * (8 * (int64_t{c_pad} + r_pad) + 64 * kChunkLen +
+                int64_t{n_rows} * n_heads * (kChunkLen + c_pad + r_pad)) +
+           64;
 }
 
 inline constexpr int kPeakBytes = 33 * 64;

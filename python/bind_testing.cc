@@ -252,8 +252,9 @@ py::tuple mla_partial(const std::string& isa, const std::string& type, const Arr
         require(row_end.data()[i] <= pos_begin + kPartialLen && row_end.data()[i] <= cache.shape(0),
                 "row_end out of range");
     Guarded<float> m(n, heads), l(n, heads), o(n, int64_t{heads} * c_pad);
-    Guarded<uint8_t> scratch(1, mla_scratch_bytes(c_pad, r_pad, heads));
-    std::memset(scratch.row(0), 0xFF, static_cast<size_t>(mla_scratch_bytes(c_pad, r_pad, heads)));  // NaN everywhere
+    Guarded<uint8_t> scratch(1, mla_scratch_bytes(c_pad, r_pad, n, heads));
+    std::memset(scratch.row(0), 0xFF,
+                static_cast<size_t>(mla_scratch_bytes(c_pad, r_pad, n, heads)));  // NaN everywhere
     const MlaPartialArgs a{.type = t,
                            .cache = reinterpret_cast<const std::byte*>(cache.data()),
                            .row_bytes = cache.shape(1),
@@ -273,7 +274,7 @@ py::tuple mla_partial(const std::string& isa, const std::string& type, const Arr
                            .o_row_stride = o.stride(),
                            .scratch = scratch.row(0)};
     k.mla_partial(a);
-    scratch.take({mla_scratch_bytes(c_pad, r_pad, heads)});
+    scratch.take({mla_scratch_bytes(c_pad, r_pad, n, heads)});
     return py::make_tuple(m.take({n, heads}), l.take({n, heads}), o.take({n, heads, c_pad}));
 }
 

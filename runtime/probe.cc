@@ -130,9 +130,9 @@ Result<double> attention_rate(const CpuKernels& k, CacheType kv, int heads, int 
     const int64_t row_bytes = cache_row_bytes(kv, kC, kR), row_q = int64_t{heads} * (kC + kR);
     const int64_t row_o = int64_t{head_block} * kC, ml = round_up(int64_t{row_block} * head_block, 16);
     const int64_t floats = round_up(rows * row_q, 16) + row_block * row_o + 2 * ml;
-    DC_TRY(const ZeroedBuffer buffer,
-           ZeroedBuffer::make(round_up(positions * row_bytes, 64) + 4 * floats + mla_scratch_bytes(kC, kR, heads),
-                              "attention probe"));
+    DC_TRY(const ZeroedBuffer buffer, ZeroedBuffer::make(round_up(positions * row_bytes, 64) + 4 * floats +
+                                                             mla_scratch_bytes(kC, kR, row_block, heads),
+                                                         "attention probe"));
     std::byte* p = buffer.data() + round_up(positions * row_bytes, 64);
     float* q = reinterpret_cast<float*>(p);
     uint32_t state = 1;

@@ -72,7 +72,7 @@ void lay_out(State& s, Arena& a, const ModelConfig& c, int n_threads) {
     a.take(s.part_l, slots);
     a.take(s.part_o, slots * c_pad);
     const int64_t scratch =
-        mla_scratch_bytes(static_cast<int>(c_pad), static_cast<int>(r_pad), static_cast<int>(heads));
+        mla_scratch_bytes(static_cast<int>(c_pad), static_cast<int>(r_pad), kSplitRows, static_cast<int>(heads));
     s.mla_scratch.resize(static_cast<size_t>(n_threads));
     for (auto& p : s.mla_scratch) a.take(p, scratch);
     a.site(s.attn_latent, n * heads, c.kv_lora_rank);

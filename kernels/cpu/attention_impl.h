@@ -1,6 +1,8 @@
 // The latent cache and absorbed attention over it (docs/model.md 4.1), on top of a SIMD layer.
 //
-// A chunk of 64 positions is converted to f32 once and serves as keys and as values of every row and head. Order of a
+// Chunks of 64 positions are converted to f32 twice, for the scores of all rows and heads a few positions at a time, for
+// their values a few dims at a time: both pieces stay in the first-level cache, while a whole chunk in f32 spent 20 % of the
+// time on its way to the second (Sapphire Rapids VM, 16 heads). The next chunk is asked for meanwhile. Order of a
 // row's arithmetic, per chunk: scores (16 lanes over the dims, sum_block's tree), times softmax_scale; maximum;
 // probabilities exp(s - m); l = l * alpha + sum(p); o = o * alpha, then o = fma(p_j, c_j, o) in position order.
 // Cache type bf16: queries and probabilities are rounded to bf16 first (l sums the rounded ones), the rest is f32.
@@ -84,31 +86,30 @@ void cache_write(CacheType type, const float* c_kv, int c, const float* k_rope, 
     }
 }
 
-void cache_read(CacheType type, const std::byte* row, int c_pad, int r_pad, float* out) noexcept {
-    const int width = c_pad + r_pad;
+// put(i - begin, values i .. i + 15) over dims [begin, end) of a cache row, multiples of 16, and of 32 in a q8 latent.
+template <class Put>
+DC_INLINE void read_dims(CacheType type, const std::byte* row, int c_pad, int begin, int end, Put put) {
     if (type == CacheType::kF32) {
-        for (int i = 0; i < width; i += 16) store(out + i, load(reinterpret_cast<const float*>(row) + i));
+        for (int i = begin; i < end; i += 16) put(i - begin, load(reinterpret_cast<const float*>(row) + i));
     } else if (type == CacheType::kBF16) {
-        for (int i = 0; i < width; i += 16) store(out + i, load_bf16(row + 2 * i));
+        for (int i = begin; i < end; i += 16) put(i - begin, load_bf16(row + 2 * i));
     } else if (type == CacheType::kF16) {
-        for (int i = 0; i < width; i += 16) store(out + i, load_f16(row + 2 * i));
+        for (int i = begin; i < end; i += 16) put(i - begin, load_f16(row + 2 * i));
     } else {
         const std::byte* scales = row + c_pad;
-        const std::byte* rope = scales + c_pad / 16;
-        alignas(64) float d[16];
-        for (int group = 0; group < c_pad / 32; group += 16) {
-            const int n = c_pad / 32 - group < 16 ? c_pad / 32 - group : 16;
-            alignas(64) uint16_t bits[16] = {};
-            __builtin_memcpy(bits, scales + 2 * group, 2 * static_cast<size_t>(n));
-            store(d, load_f16(bits));
-            for (int g = 0; g < n; ++g) {
-                const int i = 32 * (group + g);
-                store(out + i, to_f(load_i8(row + i)) * set1(d[g]));
-                store(out + i + 16, to_f(load_i8(row + i + 16)) * set1(d[g]));
-            }
+        int i = begin;
+        for (; i < end && i < c_pad; i += 32) {
+            const F d = set1(first(load_f16(scales + i / 16)));  // reads on into the rope part, at least 32 bytes long
+            put(i - begin, to_f(load_i8(row + i)) * d);
+            put(i - begin + 16, to_f(load_i8(row + i + 16)) * d);
         }
-        for (int i = 0; i < r_pad; i += 16) store(out + c_pad + i, load_f16(rope + 2 * i));
+        const std::byte* rope = scales + c_pad / 16;
+        for (; i < end; i += 16) put(i - begin, load_f16(rope + 2 * (i - c_pad)));
     }
+}
+
+void cache_read(CacheType type, const std::byte* row, int c_pad, int r_pad, float* out) noexcept {
+    read_dims(type, row, c_pad, 0, c_pad + r_pad, [&](int i, F v) { store(out + i, v); });
 }
 
 // Scores of NH heads against kScorePos positions: s[h, p] = scale * q_h . k_p.
@@ -160,59 +161,52 @@ DC_INLINE void value_block(const float* p, const float* c, int width, int n_pos,
         for (int v = 0; v < ND; ++v) store(o + h * c_pad + 16 * v, acc[h][v]);
 }
 
-// All heads for the dims d .. d + 16 ND: these columns of the chunk stay in the first-level cache.
-template <int ND> void values(const MlaPartialArgs& a, const float* p, const float* c, int n_pos, float* o) {
-    const int width = a.c_pad + a.r_pad;
+constexpr int kKeyPos = 8;               // positions converted at once for the scores
+constexpr int kSlice = 16 * kValueVecs;  // dims converted at once for the values
+static_assert(kKeyPos % kScorePos == 0 && kChunkLen % kKeyPos == 0 && kSlice % 32 == 0 && kSlice <= 64);
+
+// The values of n_heads heads for ND vectors of dims.
+template <int ND> void values(int n_heads, const float* p, const float* c, int stride, int n_pos, float* o, int c_pad) {
     int h = 0;
-    for (; h + kValueHeads <= a.n_heads; h += kValueHeads)
-        value_block<kValueHeads, ND>(p + h * kChunkLen, c, width, n_pos, o + h * a.c_pad, a.c_pad);
-    for (; h < a.n_heads; ++h) value_block<1, ND>(p + h * kChunkLen, c, width, n_pos, o + h * a.c_pad, a.c_pad);
+    for (; h + kValueHeads <= n_heads; h += kValueHeads)
+        value_block<kValueHeads, ND>(p + h * kChunkLen, c, stride, n_pos, o + h * c_pad, c_pad);
+    for (; h < n_heads; ++h) value_block<1, ND>(p + h * kChunkLen, c, stride, n_pos, o + h * c_pad, c_pad);
 }
 
-// One row's heads against one converted chunk of n_pos positions (n_pos <= kChunkLen).
-void attend_chunk(const MlaPartialArgs& a, const float* q, const float* chunk, int n_pos, float* scores, float* m,
-                  float* l, float* o) {
-    const int width = a.c_pad + a.r_pad;
-    for (int p = 0; p < n_pos; p += kScorePos) {
-        const float* k = chunk + p * width;
-        int h = 0;
-        for (; h + kScoreHeads <= a.n_heads; h += kScoreHeads)
-            score_block<kScoreHeads>(q + h * width, width, k, a.softmax_scale, scores + h * kChunkLen + p);
-        for (; h < a.n_heads; ++h) score_block<1>(q + h * width, width, k, a.softmax_scale, scores + h * kChunkLen + p);
-    }
-
+// One head's scores s [kChunkLen] of n_pos positions become probabilities; m, l and o [c_pad] follow the running maximum.
+DC_INLINE void softmax_step(bool bf16, int n_pos, float* s, float& m, float& l, float* o, int c_pad) {
     const int n_vec = padded(n_pos, 16);
-    for (int h = 0; h < a.n_heads; ++h) {
-        float* s = scores + h * kChunkLen;
-        for (int j = n_pos; j < n_vec; ++j) s[j] = kMinusInf;  // their probability is exactly 0
-        F top = load(s);
-        for (int j = 16; j < n_vec; j += 16) top = max(top, load(s + j));
-        const float chunk_max = max_lane(top);
-        const float m_new = chunk_max > m[h] ? chunk_max : m[h];
-        const float alpha = exp_neg(m[h] - m_new);
-        F total = set1(0);
-        for (int j = 0; j < n_vec; j += 16) {
-            F p = exp_neg(load(s + j) - set1(m_new));
-            if (a.type == CacheType::kBF16) p = bf16_round(p);
-            store(s + j, p);
-            total = total + p;
-        }
-        l[h] = l[h] * alpha + sum(total);
-        m[h] = m_new;
-        if (alpha != 1.0F)
-            for (int d = 0; d < a.c_pad; d += 16) store(o + h * a.c_pad + d, load(o + h * a.c_pad + d) * set1(alpha));
+    for (int j = n_pos; j < n_vec; ++j) s[j] = kMinusInf;  // their probability is exactly 0
+    F top = load(s);
+    for (int j = 16; j < n_vec; j += 16) top = max(top, load(s + j));
+    const float chunk_max = max_lane(top);
+    const float m_new = chunk_max > m ? chunk_max : m;
+    const float alpha = exp_neg(m - m_new);
+    F total = set1(0);
+    for (int j = 0; j < n_vec; j += 16) {
+        F p = exp_neg(load(s + j) - set1(m_new));
+        if (bf16) p = bf16_round(p);
+        store(s + j, p);
+        total = total + p;
     }
-    int d = 0;
-    for (; d + 16 * kValueVecs <= a.c_pad; d += 16 * kValueVecs) values<kValueVecs>(a, scores, chunk + d, n_pos, o + d);
-    for (; d < a.c_pad; d += 16) values<1>(a, scores, chunk + d, n_pos, o + d);
+    l = l * alpha + sum(total);
+    m = m_new;
+    if (alpha != 1.0F)
+        for (int d = 0; d < c_pad; d += 16) store(o + d, load(o + d) * set1(alpha));
 }
 
 void mla_partial(const MlaPartialArgs& a) noexcept {
     const int width = a.c_pad + a.r_pad;
+    const bool bf16 = a.type == CacheType::kBF16;
     const auto address = (reinterpret_cast<uintptr_t>(a.scratch) + 63) & ~uintptr_t{63};
-    float* chunk = reinterpret_cast<float*>(address);            // [kChunkLen, width]
-    float* scores = chunk + kChunkLen * width;                   // [n_heads, kChunkLen]
-    float* q_rounded = scores + int64_t{a.n_heads} * kChunkLen;  // [n_heads, width], type bf16
+    float* keys = reinterpret_cast<float*>(address);                        // [kKeyPos, width]
+    float* latents = keys + kKeyPos * width;                                // [kChunkLen, kSlice]
+    float* scores = latents + kChunkLen * kSlice;                           // [n_rows, n_heads, kChunkLen]
+    float* q_rounded = scores + int64_t{a.n_rows} * a.n_heads * kChunkLen;  // bf16: [n_rows, n_heads, width]
+    const auto q_row = [&](int i) {
+        return bf16 ? q_rounded + int64_t{i} * a.n_heads * width : a.q + i * a.q_row_stride;
+    };
+    const auto o_row = [&](int i) { return a.o + i * a.o_row_stride; };
 
     int end = a.pos_begin;
     for (int i = 0; i < a.n_rows; ++i) {
@@ -220,27 +214,68 @@ void mla_partial(const MlaPartialArgs& a) noexcept {
         for (int h = 0; h < a.n_heads; ++h) {
             a.m[i * a.ml_row_stride + h] = kMinusInf;
             a.l[i * a.ml_row_stride + h] = 0;
-            float* o = a.o + i * a.o_row_stride + int64_t{h} * a.c_pad;
-            for (int d = 0; d < a.c_pad; d += 16) store(o + d, set1(0));
         }
+        for (int d = 0; d < a.n_heads * a.c_pad; d += 16) store(o_row(i) + d, set1(0));
+        if (bf16)
+            for (int64_t d = 0; d < int64_t{a.n_heads} * width; d += 16)
+                store(q_rounded + int64_t{i} * a.n_heads * width + d, bf16_round(load(a.q + i * a.q_row_stride + d)));
     }
+    // Every score block asks for its share of the positions that follow.
+    const std::byte* stop = a.cache + end * a.row_bytes;
+    const int64_t share =
+        kKeyPos * a.row_bytes / (int64_t{a.n_rows} * a.n_heads / kScoreHeads * (kKeyPos / kScorePos) + 1);
     for (int begin = a.pos_begin; begin < end; begin += kChunkLen) {
+        const std::byte* rows = a.cache + begin * a.row_bytes;
         const int filled = end - begin < kChunkLen ? end - begin : kChunkLen;
-        for (int j = 0; j < filled; ++j)
-            cache_read(a.type, a.cache + (begin + j) * a.row_bytes, a.c_pad, a.r_pad, chunk + j * width);
-        for (int j = filled; j % kScorePos != 0; ++j)  // read by the last score block, never used
-            for (int d = 0; d < width; d += 16) store(chunk + j * width + d, set1(0));
-        for (int i = 0; i < a.n_rows; ++i) {
-            int n_pos = a.row_end[i] - begin;
-            if (n_pos <= 0) continue;
-            if (n_pos > kChunkLen) n_pos = kChunkLen;
-            const float* q = a.q + i * a.q_row_stride;
-            if (a.type == CacheType::kBF16) {
-                for (int d = 0; d < a.n_heads * width; d += 16) store(q_rounded + d, bf16_round(load(q + d)));
-                q = q_rounded;
+        const auto n_pos = [&](int i) { return a.row_end[i] - begin < filled ? a.row_end[i] - begin : filled; };
+
+        for (int p0 = 0; p0 < filled; p0 += kKeyPos) {
+            const std::byte* ahead = rows + (p0 + kKeyPos) * a.row_bytes;
+            for (int j = 0; j < kKeyPos; ++j) {
+                float* key = keys + j * width;
+                if (p0 + j < filled) {
+                    read_dims(a.type, rows + (p0 + j) * a.row_bytes, a.c_pad, 0, width,
+                              [&](int d, F v) { store(key + d, v); });
+                } else {  // read by the last score block, never used
+                    for (int d = 0; d < width; d += 16) store(key + d, set1(0));
+                }
             }
-            attend_chunk(a, q, chunk, n_pos, scores, a.m + i * a.ml_row_stride, a.l + i * a.ml_row_stride,
-                         a.o + i * a.o_row_stride);
+            for (int i = 0; i < a.n_rows; ++i) {
+                const int n = n_pos(i) - p0 < kKeyPos ? n_pos(i) - p0 : kKeyPos;
+                const float* q = q_row(i);
+                float* s = scores + int64_t{i} * a.n_heads * kChunkLen + p0;
+                int h = 0;
+                for (; h + kScoreHeads <= a.n_heads; h += kScoreHeads)
+                    for (int p = 0; p < n; p += kScorePos) {
+                        score_block<kScoreHeads>(q + h * width, width, keys + p * width, a.softmax_scale,
+                                                 s + h * kChunkLen + p);
+                        for (int64_t b = 0; b < share && ahead < stop; b += 64, ahead += 64) prefetch(ahead);
+                    }
+                for (; h < a.n_heads; ++h)
+                    for (int p = 0; p < n; p += kScorePos)
+                        score_block<1>(q + h * width, width, keys + p * width, a.softmax_scale, s + h * kChunkLen + p);
+            }
+        }
+        for (int i = 0; i < a.n_rows; ++i)
+            for (int h = 0; h < a.n_heads && n_pos(i) > 0; ++h)
+                softmax_step(bf16, n_pos(i), scores + (int64_t{i} * a.n_heads + h) * kChunkLen,
+                             a.m[i * a.ml_row_stride + h], a.l[i * a.ml_row_stride + h],
+                             o_row(i) + int64_t{h} * a.c_pad, a.c_pad);
+        for (int d0 = 0; d0 < a.c_pad; d0 += kSlice) {
+            const int n_dims = a.c_pad - d0 < kSlice ? a.c_pad - d0 : kSlice;
+            for (int j = 0; j < filled; ++j)
+                read_dims(a.type, rows + j * a.row_bytes, a.c_pad, d0, d0 + n_dims,
+                          [&](int d, F v) { store(latents + j * kSlice + d, v); });
+            for (int i = 0; i < a.n_rows; ++i) {
+                if (n_pos(i) <= 0) continue;
+                const float* p = scores + int64_t{i} * a.n_heads * kChunkLen;
+                if (n_dims == kSlice) {
+                    values<kValueVecs>(a.n_heads, p, latents, kSlice, n_pos(i), o_row(i) + d0, a.c_pad);
+                } else {
+                    for (int d = 0; d < n_dims; d += 16)
+                        values<1>(a.n_heads, p, latents + d, kSlice, n_pos(i), o_row(i) + d0 + d, a.c_pad);
+                }
+            }
         }
     }
 }

@@ -138,6 +138,7 @@ DC_INLINE void sum_block(const F (&a)[4], float* out) {  // out[i] = sum of a[i]
     for (int i = 0; i < 4; ++i) out[i] = sum(a[i]);
 }
 DC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+DC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace
 }  // namespace deepcalm

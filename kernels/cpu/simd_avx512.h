@@ -117,6 +117,7 @@ DC_INLINE void sum_block(const F (&a)[16], float* out) {
     _mm512_storeu_ps(out, _mm512_permutexvar_ps(order, z));
 }
 DC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+DC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace
 }  // namespace deepcalm

@@ -179,6 +179,7 @@ DC_INLINE void sum_block(const F (&a)[2], float* out) {  // out[i] = sum(a[i])
 }
 DC_INLINE float first(F a) { return a.v[0][0]; }
 DC_INLINE void prefetch(const void*) {}
+DC_INLINE void prefetch_far(const void*) {}
 
 // An f16 in each half of a lane -> f32 of the low and of the high half.
 DC_INLINE void f16_pair(I v, F& even, F& odd) {
