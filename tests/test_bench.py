@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,19 @@ def test_bench_refuses() -> None:
     for bad in ({"repeats": 0}, {"contexts": ()}, {"contexts": (-1,)}):
         with pytest.raises(ValueError, match=">= "):
             deepcalm.bench(model, **bad)  # type: ignore[arg-type]
+
+
+def test_others_counts_other_processes() -> None:
+    others = bench.Others()
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:
+        pass
+    quiet, stolen = others.cores()
+    others = bench.Others()
+    subprocess.run([sys.executable, "-c", "import time; e = time.monotonic() + 0.5\nwhile time.monotonic() < e: pass"],
+                   check=True)  # fmt: skip
+    busy, _ = others.cores()
+    assert quiet >= 0 and stolen >= 0 and busy > 0.4  # this process, waiting for its child, uses nothing
 
 
 def test_machine_names_the_commit_of_a_checkout_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -144,6 +144,8 @@ class BenchResult:
     threads: int
     kv: str
     repeats: int
+    other_cores: float  # in use by other processes meanwhile: 0 on a quiet machine
+    stolen_cores: float  # taken by the hypervisor
     read_bandwidth: Spread  # GB/s of as many threads, all probes
     read_bandwidth_1: Spread  # of one thread
     ceilings: dict[str, float]
@@ -155,7 +157,7 @@ class BenchResult:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory, load and what was measured: the version, and the commit in a checkout."""
+    """Processor, cores, memory, and what was measured: the version, and the commit in a checkout."""
     info: dict[str, Any] = {"processor": "unknown", "cores": _core.default_threads(), "memory_gb": 0.0}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -165,7 +167,6 @@ def machine() -> dict[str, Any]:
         info["memory_gb"] = round(int(Path("/proc/meminfo").read_text().split()[1]) * 1024 / 1e9, 1)
     except (OSError, ValueError, IndexError):
         pass
-    info["load"] = round(os.getloadavg()[0], 2)
     info["version"] = _core.__version__
     here = Path(__file__)
     try:  # a checkout, not another project's repository around the installed package
@@ -177,6 +178,30 @@ def machine() -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         info["commit"] = ""
     return info
+
+
+class Others:
+    """What else used the processor since this was made, from /proc/stat; zeros where that does not exist."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float, float]:
+        """Seconds: on the clock, of processor time in use, of it by this process, and taken by the hypervisor."""
+        t = os.times()
+        try:
+            ticks = [int(n) for n in Path("/proc/stat").read_text().split(maxsplit=10)[1:9]]
+        except (OSError, ValueError, IndexError):
+            return t.elapsed, 0.0, 0.0, 0.0
+        busy = sum(ticks[:3]) + sum(ticks[5:7])  # user, nice, system, irq, softirq; not idle, iowait
+        return t.elapsed, busy / os.sysconf("SC_CLK_TCK"), t.user + t.system, ticks[7] / os.sysconf("SC_CLK_TCK")
+
+    def cores(self) -> tuple[float, float]:
+        """Cores in use by other processes, and taken by the hypervisor (steal), on average."""
+        (t0, busy0, own0, steal0), (t, busy, own, steal) = self.start, self._now()
+        seconds = max(t - t0, 1e-9)
+        return max(busy - busy0 - (own - own0), 0.0) / seconds, (steal - steal0) / seconds
 
 
 def operations(model: Model, n: int, pos: int, n_logits: int = 1) -> dict[tuple[str, str], int]:
@@ -297,6 +322,7 @@ def bench(
             f"a prompt of {prompt_tokens} and {decode_tokens} tokens after {contexts[-1]} need {ctx} positions, "
             f"the model has {limit}; choose smaller ones"
         )
+    others = Others()
     session, greedy, n_valid = model.session(ctx, kv), Sampling(), model.n_valid
     ids = np.random.default_rng(0).integers(0, n_valid, prompt_tokens + decode_tokens).tolist()
     work = operations(model, prompt_tokens, 0)
@@ -394,6 +420,7 @@ def bench(
             )
         )
     memory = _memory(session)
+    other_cores, stolen_cores = others.cores()
     return BenchResult(
         file=str(model.path),
         machine=machine(),
@@ -401,6 +428,8 @@ def bench(
         threads=model.threads,
         kv=kv,
         repeats=repeats,
+        other_cores=other_cores,
+        stolen_cores=stolen_cores,
         read_bandwidth=Spread.of([r for p in points for r in p.read]),
         read_bandwidth_1=Spread.of(single),
         ceilings=ceilings,

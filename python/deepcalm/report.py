@@ -50,8 +50,8 @@ def text(result: BenchResult, command: str, width: int | None = None) -> str:
     commit = f", commit {m['commit']}" if m["commit"] else ""
     threads = f"{r.threads} thread{'s' if r.threads > 1 else ''}"
     line("command", command)
-    line("machine", f"{m['processor']}, {m['cores']} cores, {m['memory_gb']} GB, load {m['load']}; "
-                    f"deepcalm {m['version']}{commit}")  # fmt: skip
+    line("machine", f"{m['processor']}, {m['cores']} cores, {m['memory_gb']} GB; deepcalm {m['version']}{commit}")
+    line("meanwhile", f"others used {r.other_cores:.2f} cores, the hypervisor took {r.stolen_cores:.2f}")
     line("model", f"{r.file}, {r.isa}, {threads}, cache {r.kv}; median (lowest - highest) of {r.repeats}")
     one = f"; {spread(r.read_bandwidth_1, '.1f')} with one" if r.threads > 1 else ""
     line("read", f"{spread(r.read_bandwidth, '.1f')} GB/s, a plain read of memory by {threads} before every run{one}")

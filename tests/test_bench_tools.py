@@ -1,0 +1,110 @@
+"""The measuring tools: the GGUF file that llama.cpp is given, what is made of the rounds of a row."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bench_peers
+import bench_rows
+import gguf_synthetic
+
+SIZES = ("hidden_size=64", "num_attention_heads=2", "kv_lora_rank=32", "qk_nope_head_dim=32", "qk_rope_head_dim=32",
+         "v_head_dim=32", "intermediate_size=96", "moe_intermediate_size=32", "n_routed_experts=4", "vocab_size=64",
+         "num_hidden_layers=2", "num_experts_per_tok=2")  # fmt: skip
+
+
+class Reader:
+    """A GGUF file, read from its published layout alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.data, self.at = path.read_bytes(), 0
+        assert self.take("4s") == b"GGUF" and self.take("I") == 3
+        n_tensors, n_keys = self.take("Q"), self.take("Q")
+        self.keys = {self.text(): self.value() for _ in range(n_keys)}
+        self.tensors = {}
+        for _ in range(n_tensors):
+            name = self.text()
+            shape = [self.take("Q") for _ in range(self.take("I"))]
+            self.tensors[name] = (shape, self.take("I"), self.take("Q"))
+        self.at += -self.at % self.keys["general.alignment"]
+
+    def take(self, form: str) -> Any:
+        (value,) = struct.unpack_from("<" + form, self.data, self.at)
+        self.at += struct.calcsize("<" + form)
+        return value
+
+    def text(self) -> str:
+        return str(self.take(f"{self.take('Q')}s").decode())
+
+    def value(self) -> Any:
+        kind = self.take("I")
+        return self.text() if kind == 8 else self.take({4: "I", 6: "f", 7: "?"}[kind])
+
+    def values(self, name: str) -> np.ndarray[Any, Any]:
+        """Values of a tensor as f64, decoded block by block."""
+        shape, kind, offset = self.tensors[name]
+        n = int(np.prod(shape))
+        raw = np.frombuffer(self.data, np.uint8, offset=self.at + offset)
+        if kind in (0, 30):
+            if kind == 0:
+                return raw[: 4 * n].view("<f4").astype(np.float64)
+            return (raw[: 2 * n].view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        size = {2: 18, 8: 34}[kind]
+        blocks = raw[: n // 32 * size].reshape(-1, size)
+        scale = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float64)
+        codes = blocks[:, 2:].view(np.int8).astype(np.float64)
+        if kind == 2:
+            codes = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], 1).astype(np.float64) - 8
+        return (codes * scale).reshape(-1)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16"])
+def test_gguf_holds_every_matrix_in_one_type(tmp_path: Path, kind: str) -> None:
+    size = gguf_synthetic.write(tmp_path / "m.gguf", "v2-lite", kind, SIZES)
+    f = Reader(tmp_path / "m.gguf")
+    assert f.keys["general.architecture"] == "deepseek2" and f.keys["deepseek2.attention.key_length_mla"] == 64
+    assert f.keys["deepseek2.attention.q_lora_rank"] == 0
+    assert f.tensors["blk.1.ffn_down_exps.weight"][0] == [32, 64, 4]
+    assert f.tensors["blk.0.attn_k_b.weight"][0] == [32, 32, 2]
+    number = {"Q8_0": 8, "Q4_0": 2, "BF16": 30}[kind]
+    for name, (shape, found, offset) in f.tensors.items():
+        plain = len(shape) == 1 or "gate_inp" in name
+        assert found == (0 if plain else number) and offset % 32 == 0, name
+        values = f.values(name)
+        assert values.size == np.prod(shape) and np.isfinite(values).all(), name
+    head = f.values("output.weight")
+    assert head.std() * 64**0.5 == pytest.approx(2, rel=0.06) and abs(head.mean()) < 0.05
+    last = max(f.tensors, key=lambda name: f.tensors[name][2])
+    elems, block = {0: (1, 4), 2: (32, 18), 8: (32, 34), 30: (1, 2)}[f.tensors[last][1]]
+    n_bytes = f.values(last).size // elems * block
+    assert size == f.at + f.tensors[last][2] + -(-n_bytes // 32) * 32
+
+
+def a_round(ours: float, peer: float, probes: tuple[float, float]) -> dict[str, Any]:
+    both = [{"rate": ours, "gb_s": 9.0}] * 2
+    return {"probes": [{"all": p, "one": p} for p in probes], "ours": both, "peer": [{"rate": peer}], "others": 0.0}
+
+
+def test_peers_keep_pairs_whose_probes_agree() -> None:
+    row = {"rounds": [a_round(10, 5, (10, 11)), a_round(30, 5, (10, 20)), a_round(12, 5, (10, 10))]}
+    s = bench_peers.summary(row)
+    assert (s["agree"], s["of"]) == (2, 3)
+    assert s["ratio"] == pytest.approx(2.2) and (s["low"], s["high"]) == (2.0, pytest.approx(2.4))
+    assert s["share"] == pytest.approx((9 / 10.5 + 9 / 10) / 2) and s["read"] == (10, 20)
+    apart = {"rounds": [{"probes": [{"all": 10.0}] * 2, "ours": [{"rate": 8.0, "gb_s": 9.0}], "others": 0.1}],
+             "peer_rounds": [{"probes": [{"all": 13.0}] * 2, "peer": [{"rate": 4.0}], "others": 0.0}]}  # fmt: skip
+    s = bench_peers.summary(apart)
+    assert s["ratio"] == 2 and s["agree"] == 0 and s["share"] == 0.9 and s["others"] == 0.1
+
+
+def test_results_are_saved_row_by_row(tmp_path: Path) -> None:
+    first = bench_rows.Results(tmp_path / "r.json", again=False)
+    first.add("a", {"n": 1})
+    again = bench_rows.Results(tmp_path / "r.json", again=False)
+    assert again.has("a") and not again.has("b")
+    assert not bench_rows.Results(tmp_path / "r.json", again=True).has("a")
