@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes as c
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,74 +15,58 @@ from typing import Any
 
 import numpy as np
 
+from deepcalm import _core
 from ref import formats
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = {"f32": 0, "bf16": 1, "f16": 2, "f8": 3, "q8": 4, "q4": 5, "q4b": 6}
 CACHE = {"f32": 0, "f16": 1, "bf16": 2, "q8": 3}
 PREFILL_BLOCKS = 4
-I32, I64, F32, PTR, U8 = c.c_int32, c.c_int64, c.c_float, c.c_void_p, c.c_uint8
+I32, I64 = c.c_int32, c.c_int64
+_TYPES: dict[str, Any] = {"p": c.c_void_p, "i": I32, "l": I64, "f": c.c_float, "u": c.c_uint8, "b": c.c_bool}
 
 
-def struct(name: str, *fields: tuple[str, Any]) -> Any:
-    return type(name, (c.Structure,), {"_fields_": [(f, t) for f, t in fields]})
+def _struct(name: str, fields: str) -> Any:
+    """A mirror from "field:type ..." in the header's order: p pointer, i int, l int64_t, f float, u enum, b bool."""
+    pairs = [word.split(":") for word in fields.split()]
+    kind = type(name, (c.Structure,), {"_fields_": [(f, _TYPES[t]) for f, t in pairs]})
+    _TYPES[name] = kind
+    return kind
 
 
-Matrix = struct(
-    "Matrix", ("data", PTR), ("scales", PTR), ("format", U8), ("rows", I32), ("cols", I32), ("row_tiles", I32), ("col_tiles", I32),
-    ("tile_bytes", I32), ("scale_rows", I32), ("scale_cols", I32), ("slice_bytes", I64), ("slice_scales", I64),
-)  # fmt: skip
-Rows = struct("Rows", ("n", I32), ("n_live", PTR), ("pos", PTR))
-Norm = struct("Norm", ("w", PTR), ("w2", PTR), ("width", I32), ("eps", F32), ("out", PTR), ("out_stride", I64))
-Routing = struct(
-    "Routing", ("logits", PTR), ("logits_stride", I64), ("bias", PTR), ("n_experts", I32), ("topk", I32), ("n_group", I32),
-    ("topk_group", I32), ("scoring_func", U8), ("topk_method", U8), ("norm_topk_prob", c.c_bool), ("scale", F32),
-    ("topk_idx", PTR), ("topk_weight", PTR),
-)  # fmt: skip
+Matrix = _struct(
+    "Matrix",
+    "data:p scales:p format:u rows:i cols:i row_tiles:i col_tiles:i tile_bytes:i scale_rows:i scale_cols:i"
+    " slice_bytes:l slice_scales:l",
+)
+Rows = _struct("Rows", "n:i n_live:p pos:p")
+Norm = _struct("Norm", "w:p w2:p width:i eps:f out:p out_stride:l")
+Routing = _struct(
+    "Routing",
+    "logits:p logits_stride:l bias:p n_experts:i topk:i n_group:i topk_group:i scoring_func:u topk_method:u"
+    " norm_topk_prob:b scale:f topk_idx:p topk_weight:p",
+)
 ARGS = {
-    "embed": struct(
-        "Embed", ("rows", Rows), ("ids", PTR), ("table", PTR), ("format", U8), ("vocab", I32), ("d", I32), ("x", PTR),
-        ("x_stride", I64), ("hidden", PTR), ("hidden_stride", I64),
-    ),
-    "product": struct(
-        "Product", ("rows", Rows), ("w", Matrix), ("x", PTR), ("x_stride", I64), ("norm", Norm), ("y", PTR), ("y_stride", I64),
-        ("add", c.c_bool), ("tap", PTR), ("tap_stride", I64),
-    ),
-    "absorb": struct(
-        "Absorb", ("rows", Rows), ("w_uk", Matrix), ("n_heads", I32), ("dn", I32), ("dr", I32), ("r", I32), ("c_pad", I32),
-        ("r_pad", I32), ("q", PTR), ("q_stride", I64), ("kv", PTR), ("kv_stride", I64), ("kv_norm", PTR), ("eps", F32),
-        ("cos", PTR), ("sin", PTR), ("ctx", I32), ("type", U8), ("cache", PTR), ("row_bytes", I64), ("q_full", PTR),
-        ("q_tap", PTR), ("c_tap", PTR), ("k_tap", PTR),
-    ),
-    "attend": struct(
-        "Attend", ("rows", Rows), ("n_heads", I32), ("c_pad", I32), ("r_pad", I32), ("ctx", I32), ("softmax_scale", F32),
-        ("q_full", PTR), ("type", U8), ("cache", PTR), ("row_bytes", I64), ("unit_chunks", I32), ("max_units", I32),
-        ("part_o", PTR), ("part_ml", PTR),
-    ),
-    "value": struct(
-        "Value", ("rows", Rows), ("w_uv", Matrix), ("n_heads", I32), ("dv", I32), ("c_pad", I32), ("ctx", I32),
-        ("unit_chunks", I32), ("max_units", I32), ("part_o", PTR), ("part_ml", PTR), ("v", PTR), ("v_stride", I64),
-        ("latent_tap", PTR),
-    ),
-    "ffn_in": struct(
-        "FfnIn", ("rows", Rows), ("x", PTR), ("x_stride", I64), ("norm", Norm), ("w_gate_up", Matrix), ("width", I32), ("h", PTR),
-        ("h_stride", I64), ("router", Matrix), ("logits", PTR), ("logits_stride", I64),
-    ),
-    "route": struct("Route", ("rows", Rows), ("routing", Routing)),
-    "experts": struct(
-        "Experts", ("rows", Rows), ("x", PTR), ("x_stride", I64), ("norm", Norm), ("w", Matrix), ("width", I32),
-        ("routing", Routing), ("h", PTR), ("h_stride", I64),
-    ),
-    "down": struct(
-        "Down", ("rows", Rows), ("experts", Matrix), ("routing", Routing), ("h", PTR), ("h_stride", I64), ("shared", Matrix),
-        ("shared_h", PTR), ("shared_h_stride", I64), ("x", PTR), ("x_stride", I64), ("routed", PTR), ("shared_tap", PTR),
-    ),
-    "head": struct(
-        "Head", ("rows", Rows), ("first_row", I32), ("x", PTR), ("x_stride", I64), ("norm", Norm), ("w", Matrix),
-        ("n_valid", I32), ("logits", PTR), ("logits_stride", I64), ("choice", PTR), ("best_value", PTR), ("best_id", PTR),
-        ("arrived", PTR),
-    ),
-}  # fmt: skip
+    name: _struct(name, fields)
+    for name, fields in {
+        "embed": "rows:Rows ids:p table:p format:u vocab:i d:i x:p x_stride:l hidden:p hidden_stride:l",
+        "product": "rows:Rows w:Matrix x:p x_stride:l norm:Norm y:p y_stride:l add:b tap:p tap_stride:l",
+        "absorb": "rows:Rows w_uk:Matrix n_heads:i dn:i dr:i r:i c_pad:i r_pad:i q:p q_stride:l kv:p kv_stride:l"
+        " kv_norm:p eps:f cos:p sin:p ctx:i type:u cache:p row_bytes:l q_full:p q_tap:p c_tap:p k_tap:p",
+        "attend": "rows:Rows n_heads:i c_pad:i r_pad:i ctx:i softmax_scale:f q_full:p type:u cache:p row_bytes:l"
+        " unit_chunks:i max_units:i part_o:p part_ml:p",
+        "value": "rows:Rows w_uv:Matrix n_heads:i dv:i c_pad:i ctx:i unit_chunks:i max_units:i part_o:p part_ml:p v:p"
+        " v_stride:l latent_tap:p",
+        "ffn_in": "rows:Rows x:p x_stride:l norm:Norm w_gate_up:Matrix width:i h:p h_stride:l router:Matrix logits:p"
+        " logits_stride:l",
+        "route": "rows:Rows routing:Routing",
+        "experts": "rows:Rows x:p x_stride:l norm:Norm w:Matrix width:i routing:Routing h:p h_stride:l",
+        "down": "rows:Rows experts:Matrix routing:Routing h:p h_stride:l shared:Matrix shared_h:p shared_h_stride:l x:p"
+        " x_stride:l routed:p shared_tap:p",
+        "head": "rows:Rows first_row:i x:p x_stride:l norm:Norm w:Matrix n_valid:i logits:p logits_stride:l choice:p"
+        " best_value:p best_id:p arrived:p",
+    }.items()
+}
 
 
 class LaunchSpec(c.Structure):
@@ -89,7 +74,7 @@ class LaunchSpec(c.Structure):
 
 
 def ptr(a: np.ndarray[Any, Any] | None) -> int | None:
-    return None if a is None else a.ctypes.data
+    return None if a is None else int(a.ctypes.data)
 
 
 def aligned(shape: tuple[int, ...], dtype: Any = np.float32, fill: float | None = None) -> np.ndarray[Any, Any]:
@@ -97,7 +82,7 @@ def aligned(shape: tuple[int, ...], dtype: Any = np.float32, fill: float | None 
     n = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.full(n + 64, 0xFF, np.uint8)
     start = -raw.ctypes.data % 64
-    out = raw[start : start + n].view(dtype).reshape(shape)
+    out: np.ndarray[Any, Any] = raw[start : start + n].view(dtype).reshape(shape)
     if fill is not None:
         out[...] = fill
     return out
@@ -123,9 +108,19 @@ def matrix(p: formats.Packed, keep: list[Any], rows: int | None = None) -> Any:
     br, bc = p.scale_block
     r, cols = p.values.shape[1:]
     return Matrix(
-        ptr(data), ptr(scales), FORMAT[p.fmt], rows or r, cols, nr, nc, tile, br, bc, nr * nc * tile,
+        ptr(data),
+        ptr(scales),
+        FORMAT[p.fmt],
+        rows or r,
+        cols,
+        nr,
+        nc,
+        tile,
+        br,
+        bc,
+        nr * nc * tile,
         0 if scales is None else scales.shape[1] * scales.shape[2],
-    )  # fmt: skip
+    )
 
 
 class Stages:
@@ -138,7 +133,9 @@ class Stages:
             size.restype = I64
             assert size() == c.sizeof(kind), f"{name}: {size()} bytes in C++, {c.sizeof(kind)} here"
 
-    def launch(self, name: str, args: Any, nb: int = 1, grid: int = 3, threads: int = 64, dependent: bool = False) -> None:
+    def launch(
+        self, name: str, args: Any, nb: int = 1, grid: int = 3, threads: int = 64, dependent: bool = False
+    ) -> None:
         getattr(self.lib, f"dc_test_{name}")(c.byref(args), c.byref(LaunchSpec(nb, grid, threads, int(dependent))))
 
     def run(self) -> None:
@@ -160,18 +157,41 @@ def thread_order(order: str) -> Iterator[None]:
 
 def rmsnorm(x: np.ndarray[Any, Any], w: np.ndarray[Any, Any], eps: float) -> np.ndarray[Any, Any]:
     x = x.astype(np.float64)
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w.astype(np.float64)
+    out: np.ndarray[Any, Any] = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w.astype(np.float64)
+    return out
 
 
 def rounded(fmt: str, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """What a product with weights of `fmt` makes of f32 activations x [n, cols]: docs/model.md 7.1, and for f16 on the GPU f16 with
-    a power-of-two scale per row and 512 columns."""
+    """The f64 values that a product with weights of `fmt` uses for x f32 [n, cols] (docs/model.md 7.1). Beside f16
+    weights the GPU rounds to f16 under a power-of-two scale per row and 512 columns."""
     if fmt != "f16":
         return formats.round_activations(formats.ACT_KIND[fmt], x)
-    out = x.astype(np.float64)
+    out: np.ndarray[Any, Any] = x.astype(np.float64)
     for at in range(0, x.shape[1], 512):
         part = out[:, at : at + 512]
         top = np.abs(part).max(1, keepdims=True)
         scale = np.exp2(14 - np.floor(np.log2(np.where(top > 0, top, 1))))
         out[:, at : at + 512] = (part * scale).astype(np.float16).astype(np.float64) / scale
     return out
+
+
+CXX_FLAGS = "-std=c++20 -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden"
+
+
+def build(out: Path, source: str, *flags: str) -> Path:
+    """Compiles `source` with the simulator behind it; a shared library unless the flags say otherwise."""
+    files = [str(ROOT / f) for f in (source, "kernels/cuda/sim.cc", "kernels/pack.cc")]
+    compiler = [os.environ.get("CXX", "g++"), *CXX_FLAGS.split(), f"-I{ROOT}", *files, "-o", str(out), "-pthread"]
+    subprocess.run([*compiler, *flags], check=True)
+    return out
+
+
+def library(folder: Path) -> Path:
+    """$DEEPCALM_STAGES, or the simulator library beside the extension module, or a fresh build in `folder`."""
+    path = os.environ.get("DEEPCALM_STAGES")
+    if path:
+        return Path(path)
+    for found in Path(_core.__file__).parent.glob("libdeepcalm_sim.so"):
+        if hasattr(c.CDLL(str(found)), "dc_test_run"):
+            return found
+    return build(folder / "libstages.so", "kernels/cuda/stage_test.cc", "-O1", "-shared")

@@ -11,7 +11,7 @@ struct LaunchSpec {
 };
 
 #define X(name, Args)                                                                                                  \
-    template <int NB> DC_KERNEL(kThreads) kernel_##name(const __grid_constant__ Args a) {                              \
+    template <int NB> DC_KERNEL(kThreads, NB == 1 ? 2 : 1) kernel_##name(const __grid_constant__ Args a) {             \
         rt::dependency_trigger();                                                                                      \
         stage_##name<NB>(a, rt::block(), rt::blocks(), rt::dynamic_smem(), [] { rt::dependency_wait(); });             \
     }

@@ -9,7 +9,7 @@
 // wait() is rt::dependency_wait() in the graph of kernels and a grid barrier in the persistent kernel. NB is the number of
 // 8-row column blocks that share a weight: 1 decodes and verifies (n <= 8), kPrefillBlocks runs longer passes; rows beyond
 // 8 * NB are walked in blocks, for any n. Law L1: an output's bits depend on its own row alone: not on n, NB, n_blocks,
-// threads per block or units_per_block; all sums are ordered sums of 512-column segments (docs/model.md 7.2).
+// threads per block or unit_chunks; all sums are ordered sums of 512-column segments (docs/model.md 7.2).
 //
 // All activations between stages are f32 rows; the consumer rounds them (and applies the RMS norm), block by block, in
 // shared memory. Buffers are 16-byte aligned, row strides multiples of 4 elements; pads are neither read nor written unless said.
@@ -19,6 +19,8 @@
 
 namespace deepcalm::gpu {
 
+// Kernels: DC_KERNEL(kThreads, NB == 1 ? 2 : 1), so that two decode blocks fit the registers of an SM; args as
+// `const __grid_constant__`, because stages take pointers into them.
 inline constexpr int kThreads = 256;       // threads per block the stages are tuned for; any multiple of 32 is correct
 inline constexpr int kBlockRows = 8;       // activation rows of one mma column block
 inline constexpr int kPrefillBlocks = 4;   // NB of passes with more than kBlockRows rows
