@@ -394,6 +394,15 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("device_name", [](const Model& s) { return s.device().name; })
         .def_property_readonly("n_threads", [](Model& s) { return s.pool().size(); })
         .def_property_readonly("file_bytes", &Model::file_bytes)
+        .def(
+            "lock",
+            [](const Model& m, const std::string& path) {
+                unwrap([&] {
+                    py::gil_scoped_release release;
+                    return m.lock(path);
+                }());
+            },
+            py::arg("path"), "Reads the packed file and keeps it in memory; `path` names it in the error.")
         .def_property_readonly(
             "weight_bytes",
             [](const Model& s) {

@@ -43,6 +43,7 @@ class Model {
     const Rope& rope() const { return rope_; }
     const WeightBytes& weight_bytes() const { return weight_bytes_; }
     int64_t file_bytes() const { return file_.size(); }
+    Status lock(const std::string& path) const { return file_.lock(path); }
     ThreadPool& pool() { return *pool_; }
     std::mutex& pass_mutex() { return pass_mutex_; }  // passes of all sessions are serialised
 

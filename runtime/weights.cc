@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <map>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #include <variant>
@@ -206,6 +207,17 @@ Result<MappedFile> MappedFile::open(const std::string& path) {
     f.data_ = static_cast<const std::byte*>(p);
     f.bytes_ = st.st_size;
     return f;
+}
+
+Status MappedFile::lock(const std::string& path) const {
+    if (mlock(data_, static_cast<size_t>(bytes_)) == 0) return {};
+    const std::string why = std::strerror(errno);
+    rlimit limit{};
+    getrlimit(RLIMIT_MEMLOCK, &limit);
+    const bool unlimited = limit.rlim_cur == RLIM_INFINITY;
+    return Error{ErrorCode::kResource, path + ": cannot lock " + std::to_string(ceil_div(bytes_, 1024)) +
+                                           " kB in memory: " + why + "; the limit (ulimit -l) is " +
+                                           (unlimited ? "unlimited" : std::to_string(limit.rlim_cur / 1024) + " kB")};
 }
 
 Result<ModelWeights> bind_weights(const ModelConfig& cfg, const MappedFile& file,

@@ -34,6 +34,8 @@ class MappedFile {
     static Result<MappedFile> open(const std::string& path);
     const std::byte* data() const { return data_; }
     int64_t size() const { return bytes_; }
+    // Reads the file and keeps it in memory until it is unmapped (mlock). `path` is for the message.
+    Status lock(const std::string& path) const;
     int fd() const { return fd_; }  // of the same file, for reading without mapping pages
 
   private:

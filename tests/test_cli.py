@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
 import json
 import os
@@ -21,13 +23,14 @@ import deepcalm
 import device_cases
 import surface_cases
 import tiny
-from deepcalm import cli, cli_common
+from deepcalm import _core, cli, cli_common
 from deepcalm.generate import Generation
+from deepcalm.session import Stats
 
 Run = Callable[..., tuple[int, bytes, str]]
 SUMMARY = (
     r"\d+ tokens, ended by (eos|stop|length|context|interrupted); prefill \d+ tokens, [\d.]+ tok/s"
-    r"(; decode [\d.]+ tok/s, [\d.]+ GB/s)?"
+    r"(; decode [\d.]+ tok/s, [\d.]+ GB/s(, \d+ % of a plain read)?)?"
     r"(; \d+ of \d+ drafts accepted, [\d.]+ tokens and [\d.]+ experts a pass)?(; drafting turned off, it did not pay)?"
     r"(; seed \d+)?"
 )
@@ -552,6 +555,68 @@ def test_perplexity_command(run: Run, path: Path, tmp_path: Path) -> None:
     q8 = surface_cases.packed(dtype="q8")
     code, out, _ = run("perplexity", q8, tmp_path / "t.txt", "--ctx", "16", "--kl-against", path)
     assert code == 0 and re.search(rf"KL\({re.escape(str(path))} \|\| this\) 0\.\d+ \+- 0\.\d+ nats", out.decode())
+
+
+# ---- memory, bandwidth
+
+
+def test_long_runs_say_what_share_of_a_plain_read_they_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_core, "read_bandwidth", lambda *_: 8.0)
+    model = surface_cases.model()
+    stats = Stats(decode_tokens=9, decode_seconds=1.5, decode_bytes=9_000_000_000)
+    read = cli.bandwidth_now(model, stats)
+    assert read == 8.0 and cli.bandwidth_now(model, Stats(decode_tokens=9, decode_seconds=0.4)) is None
+    answer, _ = cli.start(model.session(), [1, 2], 2, stop=(), seed=None, temp=0.0)
+    list(answer)
+    assert ", 6.00 GB/s, 75 % of a plain read" in cli.summary(answer, stats, None, read)
+    assert "plain read" not in cli.summary(answer, stats, None)
+
+
+def few_locked_pages() -> None:
+    """In a child: 64 kB of locked memory, without the capability that makes the limit void."""
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
+    ctypes.CDLL(None).prctl(
+        24, 14, 0, 0, 0
+    )  # PR_CAPBSET_DROP, CAP_IPC_LOCK: gone after exec; not root: nothing to drop
+
+
+def test_lock(path: Path) -> None:
+    done = surface_cases.run("generate", "-m", path, "-n", "2", "-q", "--lock", "the")
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if limit == resource.RLIM_INFINITY or os.geteuid() == 0:
+        assert done[0] == 0 and done[2] == ""
+    code, out, err = surface_cases.run(
+        "generate", "-m", path, "-n", "2", "--lock", "the", preexec_fn=few_locked_pages
+    )  # fmt: skip
+    kb = -(-path.stat().st_size // 1024)
+    assert (code, out) == (1, b"")
+    assert re.search(rf"\.dcalm: cannot lock {kb} kB in memory: .*; the limit \(ulimit -l\) is 64 kB", err), (
+        err
+    )
+
+
+def test_a_cold_file_is_read_once_from_end_to_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = deepcalm.Model(path)
+    model.path.read_bytes()
+    assert model.cold_share() < 0.05  # just read, or the system does not tell
+    bar: list[tuple[int, int]] = []
+    monkeypatch.setattr(cli_common, "progress", lambda *_: contextlib.nullcontext(lambda *step: bar.append(step)))
+    cli_common.read_cold(model, quiet=False)
+    assert not bar
+
+    def preadv(_fd: int, _buffers: object, offset: int, _flags: int) -> int:
+        if offset > model.file_bytes // 2:
+            raise BlockingIOError
+        return 1
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert 0.4 < model.cold_share() < 0.6
+    cli_common.read_cold(model, quiet=False)
+    assert bar[-1] == (model.file_bytes, model.file_bytes)
+    bar.clear()
+    monkeypatch.setattr("deepcalm.session.available_memory", lambda: model.file_bytes // 4)  # pages would not stay
+    cli_common.read_cold(model, quiet=False)
+    assert not bar
 
 
 # ---- start

@@ -30,6 +30,7 @@ from .text import decode_utf8
 
 if TYPE_CHECKING:
     from .generate import TextGeneration
+    from .model import Model
     from .session import Session, Stats
 
 
@@ -78,11 +79,11 @@ Examples:
 @click.option(
     "--chat/--raw", "as_chat", help="Apply the checkpoint's chat template, or take the prompt as it is (default)."
 )
-@options("--system", *RUNTIME, "--json", "--quiet")
+@options("--system", *RUNTIME, "--lock", "--json", "--quiet")
 def generate(
     prompt: str | None, path: Path | None, file: str | None, max_tokens: int | None, as_chat: bool, system: str | None,
-    device: str, threads: int | None, isa: str | None, ctx: int | None, kv: str, as_json: bool, quiet: bool,
-    **sampling: Any,
+    device: str, threads: int | None, isa: str | None, ctx: int | None, kv: str, lock: bool, as_json: bool,
+    quiet: bool, **sampling: Any,
 ) -> int:  # fmt: skip
     """Continue PROMPT ("-": read it from stdin).
 
@@ -98,7 +99,7 @@ def generate(
         text = decode_utf8(read_text(file or "-"), file or "standard input")
     else:
         text = decode_utf8(os.fsencode(prompt or ""), "the prompt")  # argv bytes that are no UTF-8 come as surrogates
-    model = open_model(path, device, threads, isa, quiet)
+    model = open_model(path, device, threads, isa, quiet, lock)
     if as_chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
@@ -111,12 +112,13 @@ def generate(
         click.secho(text, err=True, nl=False, dim=True, color=False if os.environ.get("NO_COLOR") else None)
     answer, seed = start(session, ids, max_tokens or 256, **sampling)
     stream(answer, show=not as_json)
+    read = bandwidth_now(model, session.stats) if as_json or not quiet else None
     if as_json:
         write_json(report(answer, session.stats, seed) | {
             "prompt_tokens": len(ids), "model": str(model.path), "isa": model.isa, "threads": model.threads,
-            "ctx": session.ctx, "kv": kv,
+            "ctx": session.ctx, "kv": kv, "read_bandwidth": read,
         })  # fmt: skip
-    say(summary(answer, session.stats, seed), quiet)
+    say(summary(answer, session.stats, seed, read), quiet)
     return INTERRUPTED if answer.reason == "interrupted" else 0
 
 
@@ -171,13 +173,25 @@ def stream(answer: TextGeneration, show: bool = True) -> None:
         write("\n")
 
 
-def summary(answer: TextGeneration, stats: Stats, seed: int | None) -> str:
-    """One line: tokens, why it ended, rates, bandwidth, seed."""
+def bandwidth_now(model: Model, stats: Stats) -> float | None:
+    """GB/s of a plain read by as many threads, just after decoding; None after less than half a second of it.
+
+    A bandwidth from another day would be another machine's: virtual machines differ by a factor from hour to hour. The
+    probe takes about 0.3 s, which is worth it for a run that was long enough to be a measurement.
+    """
+    from . import _core
+
+    return _core.read_bandwidth(model.threads, 512, 2) if stats.decode_seconds >= 0.5 else None
+
+
+def summary(answer: TextGeneration, stats: Stats, seed: int | None, read: float | None = None) -> str:
+    """One line: tokens, why it ended, rates, bandwidth and what share of the plain read ``read`` it is, seed."""
     line = f"{len(answer.generation.tokens)} tokens, ended by {answer.reason}"
     if stats.prefill_tokens:
         line += f"; prefill {stats.prefill_tokens} tokens, {stats.prefill_rate:.1f} tok/s"
     if stats.decode_tokens:
         line += f"; decode {stats.decode_rate:.1f} tok/s, {stats.decode_bandwidth:.2f} GB/s"
+        line += f", {100 * stats.decode_bandwidth / read:.0f} % of a plain read" if read else ""
     drafts = answer.generation.drafts
     if drafts.stats.drafted:
         line += f"; {drafts.stats.accepted} of {drafts.stats.drafted} drafts accepted"
@@ -214,17 +228,17 @@ Examples:
   deepcalm chat -m v2-lite-chat.dcalm --system "Answer in French." --temp 0.7
 Commands: /reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer and keeps its text."""
 )
-@options("--model", "--max-tokens", *SAMPLING, "--system", *RUNTIME, "--quiet")
+@options("--model", "--max-tokens", *SAMPLING, "--system", *RUNTIME, "--lock", "--quiet")
 def chat(
     path: Path | None, max_tokens: int | None, system: str | None, device: str, threads: int | None, isa: str | None,
-    ctx: int | None, kv: str, quiet: bool, **sampling: Any,
+    ctx: int | None, kv: str, lock: bool, quiet: bool, **sampling: Any,
 ) -> int:  # fmt: skip
     """Talk with a model, line by line.
 
     Each turn renders the whole conversation with the checkpoint's template and computes only what follows the longest
     prefix that is still in the cache.
     """
-    model = open_model(path, device, threads, isa, quiet)
+    model = open_model(path, device, threads, isa, quiet, lock)
     opening = [{"role": "system", "content": system}] if system is not None else []
     model.apply_chat_template([*opening, {"role": "user", "content": "x"}])  # no template: say so before the first turn
     session = open_session(model, ctx, kv, sampling["draft"], quiet)

@@ -72,6 +72,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
               "help": "Positions in the cache (default: the model's maximum, at most 4096)."},
     "--kv": {"type": click.Choice(["f16", "bf16", "f32", "q8"]), "default": "f16", "show_default": True,
              "help": "Type of the cache."},
+    "--lock": {"is_flag": True, "help": "Keep the weights in memory (mlock)."},
     "--json": {"is_flag": True, "help": "One JSON object on stdout."},
     "--quiet": {"is_flag": True, "help": "Nothing on stderr but errors."},
 }
@@ -160,8 +161,10 @@ class Cli(click.Group):
         return FAILED
 
 
-def open_model(path: Path | None, device: str, threads: int | None, isa: str | None, quiet: bool) -> Model:
-    """The model of a command line.
+def open_model(
+    path: Path | None, device: str, threads: int | None, isa: str | None, quiet: bool, lock: bool | None = None
+) -> Model:
+    """The model of a command line. lock: True or False also read a cold file into memory; True keeps it there.
 
     Raises:
         Error: no such file, or a folder: then the message names the command that packs it.
@@ -179,7 +182,29 @@ def open_model(path: Path | None, device: str, threads: int | None, isa: str | N
     model = Model(path, device=device, threads=threads, isa=isa)
     for note in model.notes:
         say(note, quiet)
+    if lock is not None:
+        read_cold(model, quiet)
+    if lock:
+        model.lock()
     return model
+
+
+def read_cold(model: Model, quiet: bool) -> None:
+    """Reads a file that is not in memory from end to end, many times faster than pages in the order of their use.
+
+    Not if it does not fit: then pages must come as they are needed.
+    """
+    from .session import available_memory
+
+    share, available = model.cold_share(), available_memory()
+    if share < 0.05 or available is None or share * model.file_bytes > available:
+        return
+    buffer, done = bytearray(8 << 20), 0
+    with model.path.open("rb", buffering=0) as f, progress(f"reading {model.path.name}", quiet, "bytes") as update:
+        while n := f.readinto(buffer):
+            done += n
+            if update is not None:
+                update(done, model.file_bytes)
 
 
 def open_session(model: Model, ctx: int | None, kv: str, draft: str | int, quiet: bool) -> Session:

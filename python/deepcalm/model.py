@@ -130,6 +130,27 @@ class Model:
         """Size of the packed file."""
         return self.core.file_bytes
 
+    def lock(self) -> None:
+        """Reads the whole file into memory and keeps it there while the model is open (mlock).
+
+        Raises:
+            ResourceError: the limit of locked memory (``ulimit -l``) or the memory is too small; the message has both.
+        """
+        self.core.lock(str(self.path))
+
+    def cold_share(self) -> float:
+        """How much of the file is not in the page cache, 0..1, from 256 samples; 0 where the system does not tell."""
+        cold, n = 0, min(256, -(-self.file_bytes // 4096))
+        with self.path.open("rb") as f:
+            for i in range(n):
+                try:
+                    os.preadv(f.fileno(), [bytearray(1)], self.file_bytes * i // n, os.RWF_NOWAIT)
+                except BlockingIOError:
+                    cold += 1
+                except OSError:  # a file system without it
+                    return 0.0
+        return cold / n
+
     def active_bytes_per_token(self, pos: int, kv: str = "f16") -> int:
         """Bytes that decoding one token after ``pos`` others reads: weights in use and cache rows."""
         return self.core.active_bytes_per_token(pos, kv)
