@@ -329,13 +329,13 @@ class Pass {
             prepare(s_.attn_latent, u, {&w.w_uv});
         };
         if (n_ <= kSplitRows) {
-            // With few partials the heads are split too, so that every thread has work.
+            // Whole partials are dealt in full rounds; the heads of what is left are split, so that every thread has work.
             const int n_partials = static_cast<int>(ceil_div(s_.row_end[n_ - 1], kPartialLen));
-            const int head_blocks = n_partials >= 2 * threads_ ? 1 : std::min(heads_, threads_);
-            const Range units = split(int64_t{n_partials} * head_blocks, tid_, threads_);
-            for (int u = units.begin; u < units.end; ++u) {
-                const int p = u / head_blocks;
-                const Range h = split(heads_, u % head_blocks, head_blocks);
+            const int whole = s_.row_end[0] / kPartialLen / threads_ * threads_;
+            const int head_blocks = std::min(heads_, threads_);
+            for (int u = tid_; u < whole + (n_partials - whole) * head_blocks; u += threads_) {
+                const int v = u - whole, p = v < 0 ? u : whole + v / head_blocks;
+                const Range h = v < 0 ? Range{0, heads_} : split(heads_, v % head_blocks, head_blocks);
                 partial(0, n_, h.begin, h.end, p, int64_t{p} * n_ * heads_ + h.begin, heads_);
             }
             meet(Stage::kAttention);

@@ -11,7 +11,6 @@ namespace {
 // Spinning covers every stage imbalance of a decode step; after that the thread sleeps, so that on a busy machine, or with
 // more threads than cores, the one that is waited for gets the core. (sched_yield() instead let 2 threads on an overloaded
 // machine fall to a fortieth of 1 thread's speed.)
-constexpr int kSpins = 4000;
 constexpr int kMinSpins = 50;
 constexpr uint32_t kRetry = 32;  // every so many waits spin in full
 
@@ -23,7 +22,13 @@ void pause() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads < 1 ? 1 : n_threads) { start(); }
+ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads < 1 ? 1 : n_threads) {
+    cpu_set_t mask;
+    CPU_ZERO(&mask);
+    // With more threads than processors the one that is waited for needs a waiting thread's place: always sleep soon.
+    if (sched_getaffinity(0, sizeof mask, &mask) == 0 && n_threads_ > CPU_COUNT(&mask)) full_spins_ = kMinSpins;
+    start();
+}
 
 ThreadPool::~ThreadPool() {
     if (owner_pid_ == getpid()) {
@@ -53,7 +58,7 @@ void ThreadPool::worker(int tid, uint32_t seen) {
     for (;;) {
         int spins = 0;
         while (generation_.load(std::memory_order_acquire) == seen) {
-            if (++spins < kSpins) {
+            if (++spins < full_spins_) {
                 pause();
             } else {
                 generation_.wait(seen, std::memory_order_acquire);  // idle: sleep until the next run
@@ -91,7 +96,7 @@ void ThreadPool::barrier() {
     }
     // A wait that ends in sleep means that a core is missing: spin less next time, try in full again now and then.
     const int limit = waits_.fetch_add(1, std::memory_order_relaxed) % kRetry == 0
-                          ? kSpins
+                          ? full_spins_
                           : spin_limit_.load(std::memory_order_relaxed);
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase;) {
         if (++spins < limit) {
@@ -102,7 +107,7 @@ void ThreadPool::barrier() {
             return;
         }
     }
-    if (limit == kSpins) spin_limit_.store(kSpins, std::memory_order_relaxed);
+    if (limit == full_spins_) spin_limit_.store(full_spins_, std::memory_order_relaxed);
 }
 
 int default_threads() {

@@ -45,7 +45,8 @@ class ThreadPool {
     void worker(int tid, uint32_t seen);
 
     int n_threads_;
-    pid_t owner_pid_ = 0;  // workers do not survive fork(): the child starts its own
+    int full_spins_ = 4000;  // pauses before a waiting thread sleeps, while every thread has its core
+    pid_t owner_pid_ = 0;    // workers do not survive fork(): the child starts its own
     void (*call_)(void*, int) = nullptr;
     void* ctx_ = nullptr;
     std::vector<std::thread> workers_;
@@ -53,7 +54,7 @@ class ThreadPool {
     alignas(128) std::atomic<uint32_t> generation_{0};  // bumped to start a run
     alignas(128) std::atomic<int> arrived_{0};
     alignas(128) std::atomic<uint32_t> phase_{0};
-    alignas(128) std::atomic<int> spin_limit_{1};  // pauses before a waiting thread sleeps
+    alignas(128) std::atomic<int> spin_limit_{1};  // the same as it turned out lately
     std::atomic<uint32_t> waits_{0};
 };
 
