@@ -19,6 +19,7 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -114,6 +115,30 @@ def evict(path: Path) -> None:
         os.close(fd)
 
 
+def first_token(path: Path, threads: int) -> list[float]:
+    """Seconds from the start of `deepcalm generate -n 1` to its end, three times, the file in the page cache."""
+    command = [
+        sys.executable,
+        "-m",
+        "deepcalm",
+        "generate",
+        "-m",
+        str(path),
+        "-n",
+        "1",
+        "-q",
+        "--threads",
+        str(threads),
+    ]
+    env = {**os.environ, "PYTHONPATH": str(Path(deepcalm.__file__).parent.parent)}
+    out = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([*command, "the"], check=True, capture_output=True, env=env)
+        out.append(time.perf_counter() - start)
+    return out
+
+
 def check_room(folder: Path, gigabytes: float) -> None:
     free = shutil.disk_usage(folder).free / 1e9
     if free < gigabytes + 1:
@@ -197,6 +222,11 @@ def markdown(value: dict[str, Any]) -> str:
             a, b, off = r["linear"]
             other = r["memory"]["other"] / 1e6
             out.append(f"| {r['name']} | {r['threads']} | {a:.2f} | {1e3 * b:.3f} | {100 * off:.1f} % | {other:.0f} |")
+    out += ["", "| model | threads | GB | process start to first token, s |", "|---|---|---|---|"]
+    for r in rows.values():
+        if r["first_token"]:
+            seconds = ", ".join(f"{s:.2f}" for s in r["first_token"])
+            out.append(f"| {r['name']} | {r['threads']} | {r['file_bytes'] / 1e9:.1f} | {seconds} |")
     return "\n".join(out) + "\n"
 
 
@@ -242,6 +272,8 @@ def main() -> int:
                 model = deepcalm.Model(path, threads=threads)
                 r = deepcalm.bench(model, 512, contexts, args.tokens, args.repeats, kv, random_weights=True)
                 row = dataclasses.asdict(r) | {
+                    "first_token": first_token(path, threads) if kv == "f16" else [],
+                    "file_bytes": path.stat().st_size,
                     "name": m.name,
                     "file": path.name,
                     "linear": report.linear_cost(r.decode),
