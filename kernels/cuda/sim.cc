@@ -512,11 +512,12 @@ struct MmaIn {  // of one lane
 static_assert(sizeof(MmaIn) <= kIn);
 
 // D = A B + C of m16n8k16: every product exact, one rounding per output. The hardware rounds differently in the last bits.
-template <class Value> void mma_16816(const unsigned char (*in)[kIn], unsigned char (*out)[kOut], Value value) {
+template <class Value>
+DC_SIM_NOSAN void mma_16816(const unsigned char (*in)[kIn], unsigned char (*out)[kOut], Value value) {
     double a[16][16], bt[8][16];
     for (int lane = 0; lane < kWarp; ++lane) {
         MmaIn m;
-        std::memcpy(&m, in[lane], sizeof m);
+        __builtin_memcpy(&m, in[lane], sizeof m);
         const int g = lane / 4, q = lane % 4;
         for (int i = 0; i < 4; ++i) {
             const int row = g + (i & 1) * 8, k = 2 * q + (i >> 1) * 8;
@@ -534,12 +535,12 @@ template <class Value> void mma_16816(const unsigned char (*in)[kIn], unsigned c
         for (int i = 0; i < 4; ++i) {
             const int row = g + (i >> 1) * 8, col = 2 * q + (i & 1);
             float c;
-            std::memcpy(&c, in[lane] + 4 * i, 4);
+            __builtin_memcpy(&c, in[lane] + 4 * i, 4);
             double sum = c;
             for (int k = 0; k < 16; ++k) sum += a[row][k] * bt[col][k];
             d[i] = static_cast<float>(sum);
         }
-        std::memcpy(out[lane], d, sizeof d);
+        __builtin_memcpy(out[lane], d, sizeof d);
     }
 }
 
@@ -687,47 +688,47 @@ DC_SIM_NOSAN void mbar_wait(uint64_t* bar, int parity) {
     acquire(bar);
 }
 
-void mma_bf16(const unsigned char (*in)[kIn], unsigned char (*out)[kOut]) {
+DC_SIM_NOSAN void mma_bf16(const unsigned char (*in)[kIn], unsigned char (*out)[kOut]) {
     mma_16816(in, out, [](uint32_t bits) {
         const uint32_t u = bits << 16;
         float f;
-        std::memcpy(&f, &u, 4);
+        __builtin_memcpy(&f, &u, 4);
         return f;
     });
 }
-void mma_f16(const unsigned char (*in)[kIn], unsigned char (*out)[kOut]) {
+DC_SIM_NOSAN void mma_f16(const unsigned char (*in)[kIn], unsigned char (*out)[kOut]) {
     const float* table = f16_table();
     mma_16816(in, out, [table](uint32_t bits) { return table[bits]; });
 }
-void mma_s8(const unsigned char (*in)[kIn], unsigned char (*out)[kOut]) {
+DC_SIM_NOSAN void mma_s8(const unsigned char (*in)[kIn], unsigned char (*out)[kOut]) {
     int8_t a[16][32], bt[8][32];
     for (int lane = 0; lane < kWarp; ++lane) {
         MmaIn m;
-        std::memcpy(&m, in[lane], sizeof m);
+        __builtin_memcpy(&m, in[lane], sizeof m);
         const int g = lane / 4, q = lane % 4;
-        for (int i = 0; i < 4; ++i) std::memcpy(&a[g + (i & 1) * 8][4 * q + (i >> 1) * 16], &m.a[i], 4);
-        for (int i = 0; i < 2; ++i) std::memcpy(&bt[g][4 * q + 16 * i], &m.b[i], 4);
+        for (int i = 0; i < 4; ++i) __builtin_memcpy(&a[g + (i & 1) * 8][4 * q + (i >> 1) * 16], &m.a[i], 4);
+        for (int i = 0; i < 2; ++i) __builtin_memcpy(&bt[g][4 * q + 16 * i], &m.b[i], 4);
     }
     for (int lane = 0; lane < kWarp; ++lane) {
         int32_t d[4];
-        std::memcpy(d, in[lane], sizeof d);
+        __builtin_memcpy(d, in[lane], sizeof d);
         for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + (i >> 1) * 8, col = lane % 4 * 2 + (i & 1);
             for (int k = 0; k < 32; ++k) d[i] += a[row][k] * bt[col][k];
         }
-        std::memcpy(out[lane], d, sizeof d);
+        __builtin_memcpy(out[lane], d, sizeof d);
     }
 }
-void ldmatrix_x4_trans(const unsigned char (*in)[kIn], unsigned char (*out)[kOut]) {
+DC_SIM_NOSAN void ldmatrix_x4_trans(const unsigned char (*in)[kIn], unsigned char (*out)[kOut]) {
     for (int lane = 0; lane < kWarp; ++lane) {
         for (int m = 0; m < 4; ++m) {  // rows of matrix m: lanes 8m .. 8m+7; this lane gets (2q, g) and (2q + 1, g)
             uint32_t r = 0;
             for (int half = 0; half < 2; ++half) {
                 const uint16_t* row;
-                std::memcpy(&row, in[8 * m + lane % 4 * 2 + half], sizeof row);
+                __builtin_memcpy(&row, in[8 * m + lane % 4 * 2 + half], sizeof row);
                 r |= static_cast<uint32_t>(row[lane / 4]) << (16 * half);
             }
-            std::memcpy(out[lane] + 4 * m, &r, 4);
+            __builtin_memcpy(out[lane] + 4 * m, &r, 4);
         }
     }
 }

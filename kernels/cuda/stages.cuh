@@ -605,6 +605,10 @@ DC_DEVICE void stage_down(const DownArgs& a, int block, int n_blocks, unsigned c
     const bool moe = a.experts.rows > 0;  // which expert comes first is known after the wait only
     const int tiles = moe ? a.experts.row_tiles : a.shared.row_tiles;
     const Range u = deal(tiles, block, n_blocks);
+    if (moe && a.shared.rows > 0 && u.begin < u.end && rt::thread() == 0) {
+        const int64_t bytes = int64_t{a.shared.col_tiles} * a.shared.tile_bytes;
+        rt::prefetch_l2(a.shared.data + u.begin * bytes, static_cast<uint32_t>((u.end - u.begin) * bytes));
+    }
     const auto lists = [&] {
         const Lists l = carve_lists(s.end, a.routing);
         build_lists(l, a.routing.topk_idx, live_rows(a.rows), a.routing.topk, a.routing.n_experts);

@@ -286,10 +286,10 @@ constexpr int64_t product_smem(int nb, int threads) {
     return align16(threads / 32 * kRingSlots * (kSlotBytes + int64_t{8})) + int64_t{nb} * kActBytes +
            int64_t{2} * nb * kMaxItems * kTileRows * kBlockRows * 4 + int64_t{nb} * kBlockRows * 16;
 }
-// Scratch of every warp that routes, and one block of routed rows.
-constexpr int64_t route_smem(const Routing& r, int threads) {
-    return align16(threads / 32 * int64_t{4} * (2 * r.n_experts + r.n_group)) +
-           align16(8 * int64_t{kBlockRows} * r.topk);
+// Scratch of every warp that routes a row, and one block of routed rows.
+constexpr int64_t route_smem(const Rows& rows, const Routing& r, int threads) {
+    const int warps = rows.n < threads / 32 ? rows.n : threads / 32;
+    return align16(warps * int64_t{4} * (2 * r.n_experts + r.n_group)) + align16(8 * int64_t{kBlockRows} * r.topk);
 }
 // The pass's (row, expert) pairs grouped by expert.
 constexpr int64_t lists_smem(const Rows& rows, const Routing& r) {
@@ -307,9 +307,10 @@ constexpr int64_t smem_bytes(const ValueArgs& a, int,
 }
 constexpr int64_t smem_bytes(const FfnInArgs&, int nb, int threads) { return product_smem(nb, threads); }
 constexpr int64_t smem_bytes(const HeadArgs&, int nb, int threads) { return product_smem(nb, threads); }
-constexpr int64_t smem_bytes(const RouteArgs& a, int, int threads) { return route_smem(a.routing, threads); }
+constexpr int64_t smem_bytes(const RouteArgs& a, int, int threads) { return route_smem(a.rows, a.routing, threads); }
 constexpr int64_t smem_bytes(const ExpertsArgs& a, int nb, int threads) {
-    return product_smem(nb, threads) + lists_smem(a.rows, a.routing) + route_smem(a.routing, threads);
+    return product_smem(nb, threads) + lists_smem(a.rows, a.routing) +
+           (a.rows.n <= kBlockRows ? route_smem(a.rows, a.routing, threads) : 0);
 }
 constexpr int64_t smem_bytes(const DownArgs& a, int nb, int threads) {
     return product_smem(nb, threads) + (a.experts.rows > 0 ? lists_smem(a.rows, a.routing) : 0);
