@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure deepcalm beside llama.cpp (and transformers), pair by pair between probes of the read bandwidth.
 
-    tools/bench_peers.py --llama-bench PATH        everything, into docs/perf/peers.json and peers.md
+    tools/bench_peers.py --llama-bench PATH        everything, into docs/perf/peers.json and a table
     tools/bench_peers.py --build FOLDER            first build llama.cpp natively there, from llama-cpp-python's sources
     tools/bench_peers.py --quick ...               1 round, contexts 0 and 4096, all threads only
     tools/bench_peers.py --dry-run                 what would run, and about how long

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure every CPU row of the project's performance table: models x formats x threads x contexts.
 
-    tools/bench_rows.py                        all of it, into docs/perf/rows.json and rows.md
+    tools/bench_rows.py                        all of it, into docs/perf/rows.json and a table beside it
     tools/bench_rows.py --quick                2 repeats, 8 tokens, contexts 0 and 4096
     tools/bench_rows.py --only lite27-q8       one model; may be given several times
     tools/bench_rows.py --dry-run              what would run, disk, memory and about how long
