@@ -37,6 +37,10 @@ class ZeroedBuffer {
         return b;
     }
 
+    // Gives the pages back: zeros again, untouched again.
+    void release() const {
+        if (data_ != nullptr) madvise(data_, bytes_, MADV_DONTNEED);
+    }
     std::byte* data() const { return static_cast<std::byte*>(data_); }
     int64_t size() const { return static_cast<int64_t>(bytes_); }
 

@@ -7,6 +7,8 @@
 namespace deepcalm {
 namespace {
 
+constexpr int kKeepRows = 4 * kSplitRows;  // buffers of so many rows stay
+
 int n_logits_of(WantLogits want, size_t n) {
     return want == WantLogits::kAll ? static_cast<int>(n) : want == WantLogits::kLast ? 1 : 0;
 }
@@ -84,6 +86,13 @@ Status Session::run(std::span<const int32_t> ids, const float* hidden, int n_log
         DC_TRY(logits_, ZeroedBuffer::make(logits_bytes, "logits"));
     }
     const bool mtp = hidden != nullptr;
+    const int n = static_cast<int>(ids.size());
+    // The buffers of a long pass, 0.4 MB a row in V2-Lite, are given back before decoding: nothing in them is read again.
+    if (n <= kSplitRows && touched_rows_ > kKeepRows) {
+        state_.memory.release();
+        touched_rows_ = 0;
+    }
+    touched_rows_ = std::max(touched_rows_, n);
     const PassArgs args{.model = model_,
                         .state = state_,
                         .cache = cache,
@@ -100,7 +109,6 @@ Status Session::run(std::span<const int32_t> ids, const float* hidden, int n_log
     } else {
         forward_cpu(args);
     }
-    const int n = static_cast<int>(ids.size());
     cache.len += n;
     last_rows_ = mtp ? 0 : n;
     if (mtp) mtp_last_rows_ = n;

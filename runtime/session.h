@@ -119,6 +119,7 @@ class Session {
     Trace trace_;
     SessionStats stats_;
     ZeroedBuffer logits_;    // [rows, pad16(vocab_size)] f32
+    int touched_rows_ = 0;   // of the longest pass whose buffers are still resident
     int last_rows_ = 0;      // rows of final_h that hold main hidden states
     int mtp_last_rows_ = 0;  // rows of the last MTP pass
     bool keep_mtp_ = false;

@@ -236,11 +236,16 @@ import deepcalm
 model = deepcalm.Model(sys.argv[1], threads=2)
 session = model.session(2048)
 ids = [(7 * i) % 4000 for i in range(600)]
+def kb(key):
+    return dict(line.split(":", 1) for line in open("/proc/self/status"))[key].split()[0]
+session.decode(7)
+few = kb("RssAnon")
 session.prefill(ids)
+long = kb("RssAnon")
 for i in ids[:8]:
     session.decode(i)
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print(status["VmRSS"].split()[0], session.cache_bytes * session.pos // session.ctx, model.file_bytes)
+cache = session.cache_bytes * session.pos // session.ctx
+print(kb("VmRSS"), cache, model.file_bytes, few, long, kb("RssAnon"))
 """
 
 
@@ -254,6 +259,8 @@ def test_resident_memory_is_weights_cache_and_little_else(tmp_path: Path) -> Non
         [sys.executable, "-c", MEMORY_SCRIPT, str(path)], check=True, capture_output=True, text=True,
         env=surface_cases.environment(),
     ).stdout  # fmt: skip
-    kb, cache, weights = map(int, out.split())
+    kb, cache, weights, few, long, after = map(int, out.split())
     assert weights > 200e6
     assert 0.9 * weights < kb * 1024 < weights + cache + 100e6, (kb * 1024 - weights - cache) / 1e6
+    # The buffers of 256 rows are given back when decoding starts.
+    assert long - few > 20_000 and after - few < cache // 1024 + 4_000, (few, long, after)
