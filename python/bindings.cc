@@ -179,19 +179,31 @@ class PySession {
             return s_->decode_step(k);
         }());
     }
-    py::tuple decode_poll() {
-        DeviceDecodeState state;
-        std::vector<int32_t> tokens = unwrap([&] {
+    py::list decode_poll() {
+        static constexpr const char* kStops[] = {"", "eos", "length", "context", "not finite"};
+        const std::vector<DeviceRound> rounds = unwrap([&] {
             py::gil_scoped_release release;
-            return s_->decode_poll(state);
+            return s_->decode_poll();
         }());
-        return py::make_tuple(tokens, decode_state(state));
+        py::list out;
+        for (const DeviceRound& r : rounds) {
+            py::dict d;
+            d["tokens"] = std::vector<int32_t>(r.tokens, r.tokens + r.n_tokens);
+            d["drafted"] = r.drafted;
+            d["accepted"] = r.accepted;
+            d["experts_verify"] = r.experts;
+            d["stop"] = kStops[r.stop];
+            d["bad_id"] = r.bad_id;
+            d["end_ns"] = r.end_ns;
+            out.append(d);
+        }
+        return out;
     }
-    py::dict decode_finish() {
-        return decode_state(unwrap([&] {
+    void decode_finish() {
+        unwrap([&] {
             py::gil_scoped_release release;
             return s_->decode_finish();
-        }()));
+        }());
     }
     // (address, bytes) of a device buffer; for the oracles
     py::tuple device_view(const std::string& name) {
@@ -303,19 +315,6 @@ class PySession {
     int max_rows() const { return s_->max_rows(); }
 
   private:
-    static py::dict decode_state(const DeviceDecodeState& s) {
-        static constexpr const char* kStops[] = {"", "eos", "length", "context", "not finite"};
-        py::dict d;
-        d["pos"] = s.n;
-        d["stop"] = kStops[s.stop];
-        d["bad_id"] = s.bad_id;
-        d["rounds"] = s.rounds;
-        d["drafted"] = s.drafted;
-        d["accepted"] = s.accepted;
-        d["experts"] = s.experts;
-        return d;
-    }
-
     std::unique_ptr<Session> s_;
     py::ssize_t vocab_, d_;
 };
@@ -457,8 +456,9 @@ PYBIND11_MODULE(_core, m) {
              "Decoding on the device after `token`: queue rounds with decode_step, take tokens with decode_poll.")
         .def("decode_step", &PySession::decode_step, py::arg("k"), "Queues a round of k drafts; returns at once.")
         .def("decode_poll", &PySession::decode_poll,
-             "(tokens published since the last poll, state); waits for one while rounds are queued and no stop is set.")
-        .def("decode_finish", &PySession::decode_finish, "Waits, brings the session up to date, returns the state.")
+             "Rounds that have ended since the last poll, as dicts; waits for one unless none is queued.")
+        .def("decode_finish", &PySession::decode_finish,
+             "Waits for the queued rounds and brings the session up to date.")
         .def("device_view", &PySession::device_view, py::arg("name"), "(address, bytes) of a named device buffer.")
         .def("device_report", &PySession::device_report, py::arg("what"), "JSON text: device, stages.")
         .def("hidden", &PySession::hidden, "Post-final-norm hidden states [n, hidden_size] of the last forward().")

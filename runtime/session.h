@@ -73,13 +73,13 @@ class Session {
     Status read_cache(bool mtp, std::byte* out);
 
     // Decoding on the device, without the host between tokens: start() after `token` (known, not yet in the cache), then
-    // rounds of k drafts are queued and their tokens polled; finish() brings tokens(), the caches' lengths and the pending
+    // rounds of k drafts are queued and polled when they have ended; finish() brings tokens(), the caches' lengths and the pending
     // hidden state up to date: everything emitted but the last token is in the cache. forward() and the rest are refused
     // in between. The rounds' tokens are those that Speculator::round would choose.
     Status decode_start(int32_t token, const SampleParams& sample, int n_valid, int64_t max_tokens,
                         std::span<const int32_t> eos);
     Status decode_step(int k);
-    Result<std::vector<int32_t>> decode_poll(DeviceDecodeState& state);
+    Result<std::vector<DeviceRound>> decode_poll();
     Result<DeviceDecodeState> decode_finish();
     bool decoding() const { return decoding_; }
     DeviceSession* device() { return device_.get(); }
@@ -102,6 +102,7 @@ class Session {
     Status forward_device(const PassArgs& args);
     Status copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_cache);  // cache rows 0..n-1
     Status not_decoding(const char* what) const;
+    Result<std::vector<DeviceRound>> poll_rounds();
     // MTP rows for every pending position whose next token is known; `next` (may be null) follows the last cached token.
     Status catch_up(const int32_t* next, int n_logits);
     // Recomputes main row n-1 when its hidden state is needed and gone.

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import deepcalm
 import surface_cases
 from deepcalm import _core
 from deepcalm.errors import ResourceError, UnsupportedError
+from ref import packed
+
+DEVICES = ("sim", "cuda")
+DRIVERS = ("graph", "persistent")
 
 NO_CUDA = r"this build has no libdeepcalm_cuda\.so|the CUDA driver: .+|no CUDA device: .+"
 
@@ -25,3 +32,18 @@ def missing(device: str) -> str | None:
 
 def library(device: str) -> Path:
     return Path(_core.__file__).with_name(f"libdeepcalm_{device}.so")
+
+
+def need(device: str) -> None:
+    """Skips the test where the device cannot be used."""
+    why = missing(device)
+    if why is not None:
+        pytest.skip(why)
+
+
+@functools.cache
+def open_core(file: packed.PackedFile, device: str) -> Any:
+    """A packed file opened on a device, by the tests' own reader."""
+    need(device)
+    table = packed.core_tensors(file, _core.expected_tensors(file.config))
+    return _core.Model(str(file.path), file.config, table, device=str(library(device)))

@@ -8,6 +8,8 @@ up and down, before eh_proj) lies too close to a rounding boundary for f32 sums 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -42,7 +44,8 @@ IDS = ["-".join([p, s, *o.values()]) for p, s, o in CASES]
 def test_stages_equal_oracle(preset: str, source: str, options: dict[str, str], isa: str) -> None:
     # the cache type only matters to attention, the weight format to the rest: no need for every pair
     for kv in rc.CACHES if options == {"dtype": "q8"} else ("f16",):
-        _check(preset, source, options, isa, kv)
+        file = rc.pack(rc.checkpoint(preset, source), **options)
+        check_stages(file, rc.open_model(file, isa), kv)
 
 
 def test_every_format_occurs() -> None:
@@ -54,24 +57,31 @@ def test_every_format_occurs() -> None:
     assert seen == expected
 
 
-def _check(preset: str, source: str, options: dict[str, str], isa: str, kv: str) -> None:
-    file = rc.pack(rc.checkpoint(preset, source), **options)
+def check_stages(
+    file: rc.packed.PackedFile,
+    core: Any,
+    kv: str,
+    n_tokens: int = N_TOKENS,
+    sizes: tuple[int, ...] = (50, 30),
+    tolerance: float = TOLERANCE,
+) -> None:
+    """Every tap of a runtime (`core`) and its MTP layer against the oracle fed that runtime's own taps."""
     cfg, weights = rc.weights(file)
-    ids = tiny.token_ids(cfg.vocab_size, N_TOKENS, 5)
-    run = rc.Run(rc.open_model(file, isa), ids, kv, [50, 30], taps=["*"])
+    ids = tiny.token_ids(cfg.vocab_size, n_tokens, 5)
+    run = rc.Run(core, ids, kv, sizes, taps=["*"])
     low, high = (model.Model(cfg, weights, arithmetic=rounding.RuntimeArithmetic(kv, sign * NUDGE)) for sign in (-1, 1))
     for part, taps in zip(run.parts, run.taps, strict=True):
         for m in (low, high):
             m.forced = taps
             m.forward(ids[part])
-        _compare(taps, low.taps, high.taps, cfg, weights)
+        _compare(taps, low.taps, high.taps, cfg, weights, tolerance)
     if cfg.num_nextn_predict_layers:
-        run.mtp(50, taps=["*"])
+        run.mtp(sizes[0], taps=["*"])
         for part, taps in zip(run.mtp_parts, run.mtp_taps, strict=True):
             for m in (low, high):
                 m.forced = taps
                 m.mtp_forward(ids[1:][part], run.hidden[part])
-            _compare(taps, low.taps, high.taps, cfg, weights)
+            _compare(taps, low.taps, high.taps, cfg, weights, tolerance)
 
 
 def _compare(
@@ -80,6 +90,7 @@ def _compare(
     high: dict[str, rc.Array],
     cfg: model.Config,
     weights: model.Weights,
+    tolerance: float,
 ) -> None:
     assert set(taps) == set(low)
     for name, value in taps.items():
@@ -94,7 +105,7 @@ def _compare(
         assert decided.all() or (unseen and decided.mean() >= 0.6), f"{name}: {decided.mean():.2f} of the rows decided"
         middle = (a + b) / 2
         error, overall = rc.rel_rms(ours[decided], middle[decided]), rc.rel_rms(ours, middle)
-        assert error <= TOLERANCE, f"{name}: relative RMS {error:.1e}"
+        assert error <= tolerance, f"{name}: relative RMS {error:.1e}"
         assert overall <= UNDECIDED_TOLERANCE, f"{name}: relative RMS {overall:.1e}, undecided rows included"
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from .model import Model
     from .session import Session
 
+MAX_EOS = 32  # of a device; more end the text on the host, round by round
+AHEAD = 4  # rounds queued on a device beyond the one whose tokens are awaited
 REASONS = ("eos", "stop", "length", "context", "interrupted")
 
 
@@ -115,6 +118,7 @@ class Generation(Iterator[int]):
         self._eos = session.model.eos_ids if eos_ids is None else frozenset(eos_ids)
         self._n_valid = session.model.n_valid
         self._ready: deque[int] = deque()  # chosen, not returned yet
+        self._device: DeviceRounds | None = None
 
     def __next__(self) -> int:
         if self.reason is not None:
@@ -127,9 +131,15 @@ class Generation(Iterator[int]):
                 return self._end("context")
             self._ready.append(self.sampling.choose(logits, self.session.pos, self._n_valid))
         elif not self._ready:
-            if self.session.pos + 1 == self.session.ctx:  # the last token returned takes the last position
-                return self._end("context")
-            self._ready.extend(self._round())
+            if self._device is None and self.session.pos + 1 == self.session.ctx:
+                return self._end("context")  # the last token returned takes the last position
+            if self.session.model.device != "cpu" and not self.session.tracing and len(self._eos) <= MAX_EOS:
+                self._device = self._device or DeviceRounds(self)
+                self._ready.extend(self._device.next())
+                if not self._ready:
+                    return self._end(self._device.stop)
+            else:
+                self._ready.extend(self._round())
         token = self._ready.popleft()
         if token in self._eos:
             return self._end("eos")
@@ -160,6 +170,10 @@ class Generation(Iterator[int]):
     def close(self) -> None:
         """Ends it from outside; drafts accepted beyond the last token returned leave the cache again."""
         self.reason = self.reason or "closed"
+        if self._device is not None:
+            self._device.finish(len(self.tokens) + (self.reason == "eos"))
+            self._device = None
+            self._ready.clear()
         if self._ready:
             self.session.truncate(self.session.pos - len(self._ready))
             self._ready.clear()
@@ -168,6 +182,77 @@ class Generation(Iterator[int]):
         self.reason = reason
         self.close()
         raise StopIteration
+
+
+class DeviceRounds:
+    """The rounds of one text on a device, which chooses and verifies tokens by itself.
+
+    Here rounds are only queued, a few ahead of the reader, and their results taken.
+
+    ``stop``: why no more tokens come, "" while they do. Whoever owns the session waits for ``finish`` before using it.
+    """
+
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
+        self.session = session = generation.session
+        self.stop = ""
+        self._base = session.pos + 1 - len(generation.tokens)  # rows of the cache before the first token
+        self._cost = CostModel.of(session.model.core.weight_bytes, session.model.config)
+        self._in_flight: deque[int] = deque()  # drafts of each queued round
+        self._last_ns, self._start = 0, time.perf_counter()
+        limit = generation.max_tokens
+        session.decode_start(
+            self,
+            generation.tokens[-1],
+            generation.sampling,
+            generation.session.model.n_valid,
+            2**62 if limit is None else limit - len(generation.tokens),
+            sorted(generation._eos),
+        )
+
+    def next(self) -> list[int]:
+        """Tokens of the rounds that have ended, at least one unless ``stop`` is set."""
+        control, core = self.generation.drafts, self.session.core
+        tokens: list[int] = []
+        while not tokens and not self.stop:
+            while len(self._in_flight) <= AHEAD:
+                k = control.next_k(self.session.expert_union, 1)
+                core.decode_step(k)
+                self._in_flight.append(k)
+            for r in core.decode_poll():
+                k = self._in_flight.popleft()
+                tokens += r["tokens"]
+                self.stop = self.stop or r["stop"]
+                if r["tokens"]:
+                    control.observe(r | self._price(k, r))
+        if self.stop == "not finite" and not tokens:
+            what = "no finite maximum" if r["bad_id"] < 0 else f"token {r['bad_id']} is NaN"
+            raise SessionError(f"logits are not finite: {what}")
+        return tokens
+
+    def _price(self, k: int, r: Mapping[str, Any]) -> dict[str, Any]:
+        """Bytes and seconds of a round, split as the bytes are: the device reports the round's time only."""
+        plain, cost = self._cost.plain, self._cost
+        verify = plain + (r["experts_verify"] - cost.layers * cost.top_k) * cost.expert
+        draft = int(cost.draft_bytes(k, 1))
+        first = int(1e9 * (time.perf_counter() - self._start))  # of which no earlier round's end is known
+        ns, self._last_ns = max(r["end_ns"] - self._last_ns, 1) if self._last_ns else first, r["end_ns"]
+        share = draft / (draft + verify)
+        return {
+            "draft_bytes": draft,
+            "verify_bytes": verify,
+            "draft_seconds": 1e-9 * ns * share,
+            "verify_seconds": 1e-9 * ns * (1 - share),
+        }
+
+    def finish(self, n_tokens: int) -> None:
+        """Waits, and leaves the first ``n_tokens`` tokens of the text in the cache but the last."""
+        self.session.decode_finish()
+        self.session.truncate(min(self.session.pos, self._base + n_tokens - 1))
+
+    def close(self) -> None:
+        """Ends the generation: the session is wanted for something else."""
+        self.generation.close()
 
 
 class TextGeneration(Iterator[str]):

@@ -24,7 +24,7 @@ from .errors import ResourceError, SessionError
 from .text import one_line
 
 if TYPE_CHECKING:
-    from .generate import Generation, Sampling
+    from .generate import DeviceRounds, Generation, Sampling
     from .model import Model
 
 F32 = npt.NDArray[np.float32]
@@ -140,6 +140,26 @@ class Session:
         self._lock = threading.RLock()
         self._sums: dict[str, float] = {}
         self._last_logits: F32 | None = None
+        self._decoder: DeviceRounds | None = None  # rounds are running on the device
+        self._before: tuple[float, int, int] = (0.0, 0, 0)
+
+    @property
+    def core(self) -> _core.Session:
+        """The C++ session; whoever calls it keeps the order that runtime/session.h asks for."""
+        return self._core
+
+    @property
+    def tracing(self) -> bool:
+        """Whether taps are being recorded."""
+        return self._taps is not None
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """The session for one call: a text that is being made on the device ends first."""
+        with self._lock:
+            if self._decoder is not None:
+                self._decoder.close()
+            yield
 
     # ---- passes
 
@@ -185,7 +205,7 @@ class Session:
             SessionError: the context is full, or k > 0 in a session that keeps no MTP state.
         """
         p = sampling
-        with self._lock:
+        with self._exclusive():
             self._last_logits = None
             r = self._core.draft_round(
                 token, k, p.temp, p.top_k, p.top_p, p.min_p, p.seed, n_valid, min_confidence, **options
@@ -204,7 +224,7 @@ class Session:
         if rows.size and not 0 <= int(rows.min()) <= int(rows.max()) < vocab:
             bad = next(int(i) for i in rows if not 0 <= i < vocab)
             raise SessionError(f"token id {bad}, expected 0..{vocab - 1}")
-        with self._lock:
+        with self._exclusive():
             if not rows.size:
                 raise SessionError("no tokens to process")
             if self.pos + len(rows) > self.ctx:
@@ -241,6 +261,36 @@ class Session:
             for name, rows in self._core.taps().items():
                 old = self._taps.get(name)
                 self._taps[name] = rows if old is None else np.concatenate([old, rows])
+
+    # ---- decoding on a device
+
+    def decode_start(
+        self, owner: DeviceRounds, token: int, p: Sampling, n_valid: int, max_tokens: int, eos: Sequence[int]
+    ) -> None:
+        """Starts rounds after ``token`` on the device; ``owner`` is closed when the session is wanted otherwise.
+
+        Raises:
+            UnsupportedError: the session runs on the CPU.
+        """
+        with self._exclusive():
+            self._last_logits = None
+            self._before = (time.perf_counter(), self.pos, self._read_bytes())
+            self._core.decode_start(token, p.temp, p.top_k, p.top_p, p.min_p, p.seed, n_valid, max_tokens, eos)
+            self._decoder = owner
+
+    def decode_finish(self) -> None:
+        """Waits for the rounds that are queued; the session is at rest again."""
+        with self._lock:
+            self._decoder = None
+            self._core.decode_finish()
+            start, pos, read = self._before
+            seconds = time.perf_counter() - start
+            for key, value in (("tokens", self.pos - pos), ("seconds", seconds), ("bytes", self._read_bytes() - read)):
+                self._sums[f"decode_{key}"] = self._sums.get(f"decode_{key}", 0) + value
+
+    def _read_bytes(self) -> int:
+        stats = self._core.stats()
+        return int(stats["weight_bytes"] + stats["cache_bytes"])
 
     # ---- state
 
@@ -295,7 +345,7 @@ class Session:
 
     def truncate(self, n_tokens: int) -> None:
         """Forgets all but the first ``n_tokens`` tokens. Raises SessionError if there are fewer."""
-        with self._lock:
+        with self._exclusive():
             if not 0 <= n_tokens <= self.pos:
                 raise SessionError(f"cannot truncate to {n_tokens} tokens: the session holds {self.pos}")
             self._core.truncate(n_tokens)
@@ -306,7 +356,7 @@ class Session:
 
         One token at least is left to process, because its logits are wanted.
         """
-        with self._lock:
+        with self._exclusive():
             old = self._core.tokens
             n = min(len(old), len(ids) - 1)
             differ = np.flatnonzero(old[:n] != np.asarray(ids[:n]))
@@ -350,14 +400,14 @@ class Session:
             layers = self.model.config["num_hidden_layers"]
             if match is None or match[2] not in STAGES or int(match[1] or 0) >= layers:
                 raise ValueError(f"no tap {name!r}; after 'layers.N.' or 'mtp.' come {', '.join(STAGES)}")
-        with self._lock:
+        with self._exclusive():
             taps: dict[str, npt.NDArray[Any]] = {}
             self._taps = taps
             self._core.trace(list(names) or ["*"])
         try:
             yield taps
         finally:
-            with self._lock:
+            with self._exclusive():
                 self._core.trace(None)
                 self._taps = None
 
@@ -393,7 +443,7 @@ class Session:
 
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with self._lock:
+        with self._exclusive():
             state = self._core.state()
         try:
             save_file(state, temporary, self._identity())
@@ -423,7 +473,7 @@ class Session:
                 state = self._checked(path, f, force)
         except (OSError, safetensors.SafetensorError) as e:
             raise SessionError(f"{path}: cannot be read as a saved session: {one_line(e)}") from None
-        with self._lock:
+        with self._exclusive():
             self._core.load_state(**state)
             self._last_logits = None
 

@@ -91,13 +91,21 @@ inline constexpr int kMaxPending = 256;  // hidden rows that wait for their MTP 
 
 enum DeviceStop : int { kStopNone = 0, kStopEos, kStopLength, kStopContext, kStopNotFinite };
 
-// Counts of a decoding run so far, and where it stands.
+// A round that has ended.
+struct DeviceRound {
+    int32_t n_tokens = 0;  // emitted: accepted drafts and the token after them; 0 behind a stop
+    int32_t tokens[kMaxRound] = {};
+    int32_t drafted = 0, accepted = 0;
+    int32_t experts = 0;  // distinct (layer, expert) pairs of the verification pass
+    int32_t stop = 0;     // DeviceStop; once set, no further token comes
+    int32_t bad_id = -1;  // kStopNotFinite: first NaN logit, -1: none is finite
+    int64_t end_ns = 0;   // the device's clock
+};
+
+// Where a run of decoding ended, and what it counted.
 struct DeviceDecodeState {
-    int n = 0;                                      // tokens in the main cache
-    int n_pending = 0;                              // as in DeviceDecode
-    int stop = 0;                                   // DeviceStop; once set, no further token comes
-    int bad_id = -1;                                // kStopNotFinite: first NaN logit, -1: none is finite
-    int64_t rounds = 0, drafted = 0, accepted = 0;  // of rounds that emitted tokens
+    int n = 0;          // tokens in the main cache
+    int n_pending = 0;  // as in DeviceDecode
     // of everything that ran, rounds queued after the stop included
     int64_t passes = 0, rows = 0, mtp_passes = 0, mtp_rows = 0;
     int64_t experts = 0;     // distinct (layer, expert) pairs, summed over passes
@@ -129,14 +137,13 @@ struct DeviceApi {
     // n_rows cache rows of one layer from `row` on, between the device and host [n_rows, row_bytes].
     bool (*copy_cache)(DeviceSession* session, bool mtp, int layer, int row, int n_rows, void* host, bool to_device,
                        DeviceError& error) = nullptr;
-    // Starts decoding; then step() queues one round of k < kMaxRound drafts and returns at once, poll() returns
-    // the tokens published since the last poll (blocking while none is there, a round is queued and no stop is set), and
-    // finish() waits for what is queued and returns the state and its pending rows [kMaxPending + kMaxRound, hidden_size].
+    // Starts decoding; then step() queues one round of k < kMaxRound drafts and returns at once, poll() returns the rounds
+    // that have ended since the last poll (waiting for one unless none is queued; -1: failed), and finish() waits for what
+    // is queued and returns the state and its pending rows [kMaxPending + kMaxRound, hidden_size].
     bool (*decode_start)(DeviceSession* session, const DeviceDecode& decode, DeviceError& error) = nullptr;
     bool (*decode_step)(DeviceSession* session, int k, DeviceError& error) = nullptr;
-    int (*decode_poll)(DeviceSession* session, int32_t* tokens, int capacity, DeviceDecodeState& state,
-                       DeviceError& error) = nullptr;  // count, -1: failed
-    bool (*decode_finish)(DeviceSession* session, DeviceDecodeState& state, float* hidden,
+    int (*decode_poll)(DeviceSession* session, DeviceRound* rounds, int capacity, DeviceError& error) = nullptr;
+    bool (*decode_finish)(DeviceSession* session, DeviceDecodeState& state, float* pending,
                           DeviceError& error) = nullptr;
     // Named buffers of a session ("logits", "x", "cache", ...); false: no such name.
     bool (*view)(DeviceSession* session, const char* name, DeviceView& view) = nullptr;

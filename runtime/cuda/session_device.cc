@@ -75,7 +75,10 @@ Status Session::forward_device(const PassArgs& a) {
     stats_.rows += n;
     stats_.mtp_passes += a.mtp ? 1 : 0;
     stats_.mtp_rows += a.mtp ? n : 0;
-    stats_.weight_bytes += (a.mtp ? b.mtp_fixed : b.fixed) + n * b.embed_row + (a.n_logits == 0 ? 0 : a.mtp ? b.mtp_head : b.head);
+    stats_.weight_bytes += (a.mtp ? b.mtp_fixed : b.fixed) + n * b.embed_row +
+                           (a.n_logits == 0 ? 0
+                            : a.mtp         ? b.mtp_head
+                                            : b.head);
     stats_.cache_bytes += (a.pos + n) * a.cache.row_bytes() * a.cache.n_layers();
     return {};
 }
@@ -126,16 +129,23 @@ Status Session::decode_step(int k) {
     return {};
 }
 
-Result<std::vector<int32_t>> Session::decode_poll(DeviceDecodeState& state) {
+Result<std::vector<DeviceRound>> Session::decode_poll() {
     const std::lock_guard lock(model_.pass_mutex());
     if (!decoding_) return Error{ErrorCode::kSession, "decode: not started"};
-    std::vector<int32_t> out(1024);
+    return poll_rounds();
+}
+
+Result<std::vector<DeviceRound>> Session::poll_rounds() {
+    std::vector<DeviceRound> out(64);
     DeviceError error;
-    const int n =
-        model_.device().api->decode_poll(device_.get(), out.data(), static_cast<int>(out.size()), state, error);
+    const int n = model_.device().api->decode_poll(device_.get(), out.data(), static_cast<int>(out.size()), error);
     if (n < 0) return to_error(error);
     out.resize(static_cast<size_t>(n));
-    emitted_.insert(emitted_.end(), out.begin(), out.end());
+    for (const DeviceRound& r : out) {
+        if (r.n_tokens < 0 || r.n_tokens > kMaxRound)
+            return Error{ErrorCode::kResource, "device: a round of " + std::to_string(r.n_tokens) + " tokens"};
+        emitted_.insert(emitted_.end(), r.tokens, r.tokens + r.n_tokens);
+    }
     return out;
 }
 
@@ -149,11 +159,9 @@ Result<DeviceDecodeState> Session::decode_finish() {
     DeviceDecodeState s;
     DeviceError error;
     bool ok = api->decode_finish(device_.get(), s, pending.data(), error);
-    for (int n = 1; ok && n > 0;) {  // what nobody polled
-        int32_t ids[1024];
-        n = api->decode_poll(device_.get(), ids, 1024, s, error);
-        ok = n >= 0;
-        if (n > 0) emitted_.insert(emitted_.end(), ids, ids + n);
+    for (size_t n = 1; ok && n > 0;) {  // what nobody polled
+        DC_TRY(const std::vector<DeviceRound> rounds, poll_rounds());
+        n = rounds.size();
     }
     if (ok && (s.n < cache_.len || s.n > cache_.ctx() || s.n >= static_cast<int64_t>(emitted_.size()))) {
         ok = false;

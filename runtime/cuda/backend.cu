@@ -1,0 +1,730 @@
+// A device library: weights and sessions in device memory, the two drivers, decoding, and the table of functions that the
+// core calls. Compiled by nvcc into libdeepcalm_cuda.so and, through backend_sim.cc, by g++ into libdeepcalm_sim.so.
+// Driver (i), a graph of kernels, is here; driver (ii) in persistent.cu.
+#include "kernels/cuda/stages.cuh"
+#include "runtime/cuda/decode.cuh"
+#include "runtime/cuda/fill.cuh"
+#include "runtime/cuda/forward.h"
+#include "runtime/cuda/host.h"
+#include "runtime/cuda/persistent.h"
+
+#include <cerrno>
+#include <map>
+#include <memory>
+#include <tuple>
+#include <unistd.h>
+
+namespace deepcalm {
+namespace gpu {
+namespace {
+
+// --- kernels --------------------------------------------------------------------------------------------------------
+
+// A kernel per stage. The next one may start its prologue as soon as this one has blocks to spare.
+#define X(name, Args)                                                                                                  \
+    template <int NB> DC_KERNEL(kThreads) kernel_##name(const __grid_constant__ Args args) {                           \
+        rt::dependency_trigger();                                                                                      \
+        stage_##name<NB>(args, rt::block(), rt::blocks(), rt::dynamic_smem(), [] { rt::dependency_wait(); });          \
+    }
+DEEPCALM_CUDA_ALL_STAGES(X)
+#undef X
+
+// --- errors ---------------------------------------------------------------------------------------------------------
+
+template <class... A> bool fail(DeviceError& e, ErrorCode code, const char* format, A... args) {
+    e.code = code;
+    std::snprintf(e.text, sizeof e.text, format, args...);
+    return false;
+}
+bool check(rt::Error code, const char* what, DeviceError& e) {
+    if (code == 0) return true;
+    rt::last_error();  // clears what can be cleared
+    return fail(e, ErrorCode::kResource, "device: %s failed: %s", what, rt::error_string(code));
+}
+#define DC_RT(call)                                                                                                    \
+    if (!check(call, #call, error)) return false
+
+double gb(int64_t bytes) { return 1e-9 * static_cast<double>(bytes); }
+
+}  // namespace
+}  // namespace gpu
+
+using namespace gpu;
+
+// --- model ----------------------------------------------------------------------------------------------------------
+
+struct DeviceModel {
+    ModelConfig cfg;
+    Rope rope;
+    std::string path;
+    rt::DeviceInfo info;
+    int index = 0;
+    std::byte* memory = nullptr;  // the packed file, byte for byte
+    WeightsDevice weights;
+
+    ~DeviceModel() { rt::release(memory); }
+
+    // Reads the file in pieces through pinned memory: one is read while another travels; no second copy on the host.
+    bool upload(int fd, int64_t bytes, DeviceError& error) {
+        constexpr int64_t kPiece = int64_t{16} << 20;
+        struct Lane {
+            void* pinned = nullptr;
+            rt::Stream stream = nullptr;
+            ~Lane() {
+                if (pinned != nullptr) rt::release_pinned(pinned);
+                if (stream != nullptr) rt::destroy(stream);
+            }
+        } lanes[2];
+        for (Lane& l : lanes) {
+            DC_RT(rt::create(&l.stream));
+            DC_RT(rt::allocate_pinned(&l.pinned, std::min(kPiece, bytes)));
+        }
+        for (int64_t at = 0, i = 0; at < bytes; at += kPiece, ++i) {
+            Lane& l = lanes[i % 2];
+            DC_RT(rt::synchronize(l.stream));
+            const int64_t n = std::min(kPiece, bytes - at);
+            for (int64_t got = 0; got < n;) {
+                const ssize_t r = pread(fd, static_cast<char*>(l.pinned) + got, static_cast<size_t>(n - got), at + got);
+                if (r < 0 && errno == EINTR) continue;
+                if (r <= 0) {
+                    return fail(error, ErrorCode::kPackedFile, "%s: %s at byte %lld of %lld", path.c_str(),
+                                r < 0 ? std::strerror(errno) : "ends early", static_cast<long long>(at + got),
+                                static_cast<long long>(bytes));
+                }
+                got += r;
+            }
+            DC_RT(rt::copy(memory + at, l.pinned, n, l.stream));
+        }
+        for (const Lane& l : lanes) DC_RT(rt::synchronize(l.stream));
+        return true;
+    }
+};
+
+// --- session --------------------------------------------------------------------------------------------------------
+
+// A pass or a round that is run many times: its list of stages, and how a driver replays it.
+struct Replay {
+    Program program;
+    rt::Graph graph;
+    void* ops = nullptr;  // persistent: the list in device memory
+    ~Replay() {
+        if (ops != nullptr) rt::release(ops);
+    }
+};
+
+struct DeviceSession {
+    DeviceModel& m;
+    const DeviceSessionArgs args;
+    rt::Stream stream = nullptr;
+    void *memory = nullptr, *tap_memory = nullptr, *pinned = nullptr;
+    Buffers b;
+    TokenRing* ring = nullptr;
+    unsigned* barrier = nullptr;
+    int threads = kThreads, blocks = 1;
+    // (mtp, n, n_logits, long context) of passes from the host; (k, parts, long context, sampled) of rounds
+    std::map<std::tuple<int, int, int, bool, bool>, std::unique_ptr<Replay>> replays;
+    // a run of decoding
+    DeviceDecode run;
+    bool keeps_mtp = false;
+    unsigned queued = 0, taken = 0;  // rounds queued, rounds handed over
+    int pend_bound = 0;              // pending rows at most
+    int64_t pos_bound = 0;           // position that the queued rounds cannot pass
+
+    DeviceSession(DeviceModel& model, const DeviceSessionArgs& a) : m(model), args(a) {}
+    ~DeviceSession() {
+        if (stream != nullptr) {
+            rt::synchronize(stream);
+            replays.clear();
+            rt::destroy(stream);
+        }
+        for (void* p : {memory, tap_memory}) {
+            if (p != nullptr) rt::release(p);
+        }
+        if (pinned != nullptr) rt::release_pinned(pinned);
+    }
+
+    // Lays the buffers out; base null: only counts. Returns the bytes.
+    int64_t lay_out(std::byte* base) {
+        const ModelConfig& c = m.cfg;
+        int64_t used = 0;
+        const auto take = [&](auto*& p, int64_t n) {
+            using T = std::remove_reference_t<decltype(*p)>;
+            if (base != nullptr) p = reinterpret_cast<T*>(base + used);
+            used += round_up(n * static_cast<int64_t>(sizeof(T)), 256);
+        };
+        const int64_t rows = std::max(args.max_rows, kBlockRows), heads = c.num_attention_heads;
+        const int64_t c_pad = round_up(c.kv_lora_rank, 32), r_pad = round_up(c.qk_rope_head_dim, 16);
+        const int64_t q_rows = heads * c.qk_head_dim(), d = c.hidden_size;
+        const bool q_lora = c.q_lora_rank > 0, moe = c.n_routed_experts > 0;
+        b.rows = rows;
+        b.x_stride = round_up(d, 4);
+        b.eh_stride = round_up(2 * d, 4);
+        b.qkv_stride = round_up(q_lora ? c.q_lora_rank : q_rows, kTileRows) +
+                       round_up(c.kv_lora_rank + c.qk_rope_head_dim, kTileRows);
+        b.q_stride = round_up(q_rows, kTileRows);
+        b.v_stride = round_up(heads * c.v_head_dim, 4);
+        b.ffn_stride = round_up(
+            std::max(c.is_moe(0) ? 0 : c.intermediate_size, moe ? c.n_shared_experts * c.moe_intermediate_size : 0), 4);
+        b.expert_stride = round_up(c.moe_intermediate_size, 4);
+        b.gate_stride = round_up(c.n_routed_experts, kTileRows);
+        b.logits_stride = round_up(c.vocab_size, kTileRows);
+        b.row_stride = round_up(cache_row_bytes(args.kv, static_cast<int>(c_pad), static_cast<int>(r_pad)), 16);
+        take(b.x, rows * b.x_stride);
+        take(b.h, rows * b.x_stride);
+        take(b.qkv, rows * b.qkv_stride);
+        if (q_lora) take(b.q, rows * b.q_stride);
+        take(b.q_full, rows * heads * (c_pad + r_pad));
+        take(b.v, rows * b.v_stride);
+        take(b.ffn_h, rows * b.ffn_stride);
+        if (moe) {
+            const int64_t k = c.num_experts_per_tok;
+            take(b.expert_h, rows * k * b.expert_stride);
+            take(b.gate_logits, rows * b.gate_stride);
+            take(b.topk_idx, (moe_layers() + 1) * rows * k);
+            take(b.topk_weight, rows * k);
+            if (rows > kBlockRows) take(b.routed, rows * b.x_stride);
+        }
+        const int64_t ctx = args.ctx, one = ceil_div(std::min<int64_t>(ctx, kShortContext), kChunk),
+                      long_units = ceil_div(ctx, int64_t{kChunk} * kPartialChunks);
+        b.part_units = kBlockRows * std::max(one, long_units);
+        take(b.part_o, b.part_units * heads * c_pad);
+        take(b.part_ml, b.part_units * heads * 2);
+        take(b.logits, kLogitRows * b.logits_stride);
+        take(b.best_value, kLogitRows * int64_t{blocks});
+        take(b.best_id, kLogitRows * int64_t{blocks});
+        take(b.arrived, 1);
+        take(barrier, 1);
+        take(b.cos, ctx * c.qk_rope_head_dim / 2);
+        take(b.sin, ctx * c.qk_rope_head_dim / 2);
+        take(b.cache, c.num_hidden_layers * ctx * b.row_stride);
+        take(b.ids, rows);
+        take(b.pos, rows);
+        take(b.tokens, ctx + kMaxRound);
+        take(b.choice, rows);
+        take(b.loop, 1);
+        if (args.mtp) {
+            take(b.mtp_cache, ctx * b.row_stride);
+            take(b.eh, rows * b.eh_stride);
+            take(b.hidden, rows * d);
+            take(b.pend, (kMaxPending + kMaxRound) * d);
+            take(b.g, d);
+        }
+        b.tap_stride = heads * c.qk_head_dim() + 2 * round_up(heads * c.kv_lora_rank, 4) + round_up(c.q_lora_rank, 4) +
+                       4 * b.x_stride + round_up(c.kv_lora_rank, 4) + round_up(c.qk_rope_head_dim, 4) + 64;
+        return used;
+    }
+    int64_t moe_layers() const {
+        return m.cfg.n_routed_experts > 0 ? std::max(m.cfg.num_hidden_layers - m.cfg.first_k_dense_replace, 0) : 0;
+    }
+
+    bool open(DeviceError& error) {
+        blocks = m.info.sms;
+#if !defined(__CUDACC__)
+        threads = 64;
+#endif
+        DC_RT(rt::set_device(m.index));
+        const int64_t bytes = lay_out(nullptr);
+        rt::DeviceInfo now;
+        if (!rt::find_device(m.index, now, error.text, sizeof error.text)) return false;
+        if (bytes > now.free) {
+            return fail(
+                error, ErrorCode::kResource,
+                "a session of %d positions needs %.2f GB of device memory, %.2f GB of %.2f GB are free on %s; use "
+                "a smaller ctx or max_rows, or another kv type",
+                args.ctx, gb(bytes), gb(now.free), gb(now.total), now.name);
+        }
+        DC_RT(rt::allocate(&memory, bytes));
+        lay_out(static_cast<std::byte*>(memory));
+        DC_RT(rt::create(&stream));
+        DC_RT(rt::allocate_pinned(&pinned, sizeof(TokenRing)));
+        ring = new (pinned) TokenRing;
+        DC_RT(rt::zero(b.arrived, 4, stream));
+        DC_RT(rt::zero(b.loop, sizeof(Loop), stream));
+        const int half = m.cfg.qk_rope_head_dim / 2;
+        std::vector<float> cos(static_cast<size_t>(args.ctx) * static_cast<size_t>(half)), sin(cos.size());
+        for (int i = 0; i < args.ctx; ++i)
+            m.rope.fill(i, cos.data() + int64_t{i} * half, sin.data() + int64_t{i} * half);
+        DC_RT(rt::copy(b.cos, cos.data(), static_cast<int64_t>(cos.size()) * 4, stream));
+        DC_RT(rt::copy(b.sin, sin.data(), static_cast<int64_t>(sin.size()) * 4, stream));
+        // Every shape that will be launched must fit; say so now.
+#define X(name, Args) DC_RT(rt::allow_smem(kernel_##name<1>, m.info.smem));
+        DEEPCALM_CUDA_ALL_STAGES(X)
+#undef X
+#define X(name, Args) DC_RT(rt::allow_smem(kernel_##name<kPrefillBlocks>, m.info.smem));
+        DEEPCALM_CUDA_STAGES(X)
+#undef X
+        DC_RT(persistent_allow_smem(m.info.smem));
+        DC_RT(rt::synchronize(stream));
+        for (const int n : {1, kBlockRows, std::min(args.max_rows, kMaxPassRows)}) {
+            Program p;
+            writer(p).pass(shape(n, false, 1, false, false));
+            if (p.smem > m.info.smem) {
+                return fail(error, ErrorCode::kUnsupported,
+                            "a stage of this model needs %lld bytes of shared memory, %s gives a block %lld",
+                            static_cast<long long>(p.smem), m.info.name, static_cast<long long>(m.info.smem));
+            }
+        }
+        return true;
+    }
+
+    PassWriter writer(Program& p) const {
+        return PassWriter(m.cfg, m.weights, b, args, m.rope.softmax_scale, blocks, threads, p);
+    }
+    // A pass whose inputs the host has put into b.ids, b.pos, b.hidden.
+    PassShape shape(int n, bool mtp, int n_logits, bool long_context, bool trace) const {
+        return {.n = n,
+                .mtp = mtp,
+                .n_logits = n_logits,
+                .long_context = long_context,
+                .ids = b.ids,
+                .pos = b.pos,
+                .hidden = mtp ? b.hidden : nullptr,
+                .hidden_stride = m.cfg.hidden_size,
+                .choice = b.choice,
+                .n_valid = m.cfg.vocab_size,
+                .trace = trace};
+    }
+
+    // ---- drivers ---------------------------------------------------------------------------------------------------
+
+    rt::Error launch(const Op& op, bool dependent, rt::Stream s) const {
+        const rt::LaunchConfig c{.grid = op.blocks,
+                                 .block = threads,
+                                 .smem = op.smem,
+                                 .cooperative = false,
+                                 .dependent = dependent && m.info.dependent,
+                                 .stream = s};
+        const bool one = op.nb == 1;
+        switch (op.kind) {
+#define X(name, Args)                                                                                                  \
+    case Kind::k_##name: return rt::launch(c, one ? kernel_##name<1> : kernel_##name<kPrefillBlocks>, op.as<Args>());
+            DEEPCALM_CUDA_STAGES(X)
+#undef X
+#define X(name, Args)                                                                                                  \
+    case Kind::k_##name: return rt::launch(c, kernel_##name<1>, op.as<Args>());
+            DEEPCALM_CUDA_DECODE_STAGES(X)
+#undef X
+        }
+        return 1;
+    }
+    rt::Error launch_all(const Program& p, rt::Stream s) const {
+        rt::Error e = 0;
+        for (size_t i = 0; i < p.ops.size() && e == 0; ++i) e = launch(p.ops[i], i > 0, s);
+        return e;
+    }
+    bool prepare(Replay& r, DeviceError& error) {
+        if (args.driver == kDriverGraph) {
+            DC_RT(r.graph.record(stream, [this, &r](rt::Stream s) { return launch_all(r.program, s); }));
+            return true;
+        }
+        const auto bytes = static_cast<int64_t>(r.program.ops.size() * sizeof(Op));
+        DC_RT(rt::allocate(&r.ops, bytes));
+        DC_RT(rt::copy(r.ops, r.program.ops.data(), bytes, stream));
+        return true;
+    }
+    bool replay(const Replay& r, DeviceError& error) const {
+        if (args.driver == kDriverGraph) {
+            DC_RT(r.graph.launch(stream));
+            return true;
+        }
+        DC_RT(rt::zero(barrier, 4, stream));
+        const rt::LaunchConfig c{.grid = blocks,
+                                 .block = threads,
+                                 .smem = r.program.smem,
+                                 .cooperative = true,
+                                 .dependent = false,
+                                 .stream = stream};
+        DC_RT(persistent_launch(c, static_cast<const Op*>(r.ops), static_cast<int>(r.program.ops.size()), barrier));
+        return true;
+    }
+
+    // ---- passes from the host --------------------------------------------------------------------------------------
+
+    bool forward(const DevicePass& p, DeviceError& error) {
+        DC_RT(rt::set_device(m.index));
+        for (int at = 0; at < p.n; at += kMaxPassRows) {  // sub-passes: the same bits (law L1)
+            const int n = std::min(kMaxPassRows, p.n - at);
+            DevicePass part = p;
+            const int64_t first_logit = p.n - p.n_logits;
+            part.ids = p.ids + at;
+            part.n = n;
+            part.pos = p.pos + at;
+            part.n_logits = static_cast<int>(std::clamp<int64_t>(at + n - first_logit, 0, n));
+            part.logits = p.logits + std::max<int64_t>(at - first_logit, 0) * p.logits_stride;
+            if (p.hidden != nullptr) part.hidden = p.hidden + int64_t{at} * m.cfg.hidden_size;
+            if (p.final_h != nullptr) part.final_h = p.final_h + at * p.hidden_stride;
+            if (!forward_part(part, at, p.n, error)) return false;
+        }
+        return true;
+    }
+    // Rows [first, first + p.n) of a pass of n_all.
+    bool forward_part(const DevicePass& p, int first, int n_all, DeviceError& error) {
+        const int n = p.n;
+        const int64_t d = m.cfg.hidden_size;
+        std::vector<int32_t> pos(static_cast<size_t>(n));
+        for (int i = 0; i < n; ++i) pos[static_cast<size_t>(i)] = p.pos + i;
+        DC_RT(rt::copy(b.ids, p.ids, 4 * int64_t{n}, stream));
+        DC_RT(rt::copy(b.pos, pos.data(), 4 * int64_t{n}, stream));
+        if (p.mtp) DC_RT(rt::copy(b.hidden, p.hidden, 4 * n * d, stream));
+        const bool long_context = p.pos + n > kShortContext;
+        const PassShape s = shape(n, p.mtp, p.n_logits, long_context, p.trace != nullptr);
+        if (p.trace != nullptr) {
+            if (!traced(s, p, error)) return false;
+        } else if (n > kBlockRows) {
+            Program program;
+            writer(program).pass(s);
+            DC_RT(launch_all(program, stream));
+        } else {
+            auto& r = replays[{p.mtp ? -2 : -1, n, p.n_logits, long_context, false}];
+            if (r == nullptr) {
+                r = std::make_unique<Replay>();
+                writer(r->program).pass(s);
+                if (!prepare(*r, error)) return false;
+            }
+            if (!replay(*r, error)) return false;
+        }
+        const auto take_logits = [&](int rows, int64_t to) {
+            return rt::copy_rows(p.logits + to * p.logits_stride, 4 * p.logits_stride, b.logits, 4 * b.logits_stride,
+                                 4 * int64_t{m.cfg.vocab_size}, rows, stream);
+        };
+        if (n <= kBlockRows || p.n_logits <= 1) {
+            if (p.n_logits > 0) DC_RT(take_logits(p.n_logits, 0));
+        } else {
+            for (int i = 0; i < p.n_logits; i += kLogitRows) {
+                const int rows = std::min(kLogitRows, p.n_logits - i);
+                Program program;
+                writer(program).rows_head(p.mtp, n - p.n_logits + i, rows, m.cfg.vocab_size, b.pos);
+                DC_RT(launch_all(program, stream));
+                DC_RT(take_logits(rows, i));
+            }
+        }
+        if (p.final_h != nullptr)
+            DC_RT(rt::copy_rows(p.final_h, 4 * p.hidden_stride, b.h, 4 * b.x_stride, 4 * d, n, stream));
+        const int64_t layers = p.mtp ? (m.cfg.is_moe(m.cfg.num_hidden_layers) ? 1 : 0) : moe_layers();
+        const int64_t k = m.cfg.num_experts_per_tok, skip = p.mtp ? moe_layers() : 0;
+        if (p.topk != nullptr && layers > 0) {
+            DC_RT(rt::copy_rows(p.topk + first * k, 4 * n_all * k, b.topk_idx + skip * b.rows * k, 4 * b.rows * k,
+                                4 * n * k, layers, stream));
+        }
+        DC_RT(rt::synchronize(stream));
+        if (p.trace != nullptr && p.n_logits > 0) {
+            const char* name = p.mtp ? "mtp.logits" : "logits";
+            const int64_t vocab = m.cfg.vocab_size;
+            if (p.trace->wants(p.trace->ctx, name))
+                p.trace->record(p.trace->ctx, name, p.logits, false, p.n_logits, &vocab, 1, p.logits_stride);
+        }
+        return true;
+    }
+
+    // The same stages one by one, intermediates copied out behind each.
+    bool traced(const PassShape& s, const DevicePass& p, DeviceError& error) {
+        if (tap_memory == nullptr) {
+            DC_RT(rt::allocate(&tap_memory, 4 * b.rows * b.tap_stride));
+            b.taps = static_cast<float*>(tap_memory);
+        }
+        Program program;
+        writer(program).pass(s);
+        size_t next = 0;
+        std::vector<float> host;
+        for (size_t i = 0; i < program.ops.size(); ++i) {
+            DC_RT(launch(program.ops[i], i > 0, stream));
+            for (; next < program.taps.size() && program.taps[next].op == i; ++next) {
+                const TapOut& t = program.taps[next];
+                if (!p.trace->wants(p.trace->ctx, t.name.c_str())) continue;
+                host.resize(static_cast<size_t>(t.vectors * t.width));
+                DC_RT(rt::copy_rows(host.data(), 4 * t.width, t.data, 4 * t.stride, 4 * t.width, t.vectors, stream));
+                DC_RT(rt::synchronize(stream));
+                const auto per_row = static_cast<int64_t>(host.size()) / t.rows;
+                p.trace->record(p.trace->ctx, t.name.c_str(), host.data(), t.is_int, t.rows, t.dims.data(),
+                                static_cast<int>(t.dims.size()), per_row);
+            }
+        }
+        return true;
+    }
+
+    bool copy_cache(bool mtp, int layer, int row, int n, void* host, bool to_device, DeviceError& error) {
+        DC_RT(rt::set_device(m.index));
+        const int64_t bytes = cache_row_bytes(args.kv, static_cast<int>(round_up(m.cfg.kv_lora_rank, 32)),
+                                              static_cast<int>(round_up(m.cfg.qk_rope_head_dim, 16)));
+        std::byte* at = (mtp ? b.mtp_cache : b.cache) + (int64_t{layer} * args.ctx + row) * b.row_stride;
+        if (to_device) {
+            DC_RT(rt::copy_rows(at, b.row_stride, host, bytes, bytes, n, stream));
+        } else {
+            DC_RT(rt::copy_rows(host, bytes, at, b.row_stride, bytes, n, stream));
+        }
+        DC_RT(rt::synchronize(stream));
+        return true;
+    }
+
+    // ---- decoding --------------------------------------------------------------------------------------------------
+
+    bool decode_start(const DeviceDecode& d, DeviceError& error) {
+        DC_RT(rt::set_device(m.index));
+        DC_RT(rt::synchronize(stream));
+        run = d;
+        *ring = TokenRing{};
+        queued = taken = 0;
+        pend_bound = d.n_pending;
+        pos_bound = d.n;
+        keeps_mtp = args.mtp && (d.n_pending > 0 || d.n == 0);
+        Loop l;
+        l.s.pos = d.n;
+        l.s.n = 1;
+        l.s.tokens[0] = d.tokens[d.n];
+        l.n_pend = d.n_pending;
+        l.left = d.max_tokens;
+        l.ctx = args.ctx;
+        l.n_valid = d.n_valid;
+        l.temp = d.temp;
+        l.top_p = d.top_p;
+        l.min_p = d.min_p;
+        l.top_k = d.top_k;
+        l.seed = d.seed;
+        l.n_eos = d.n_eos;
+        std::copy_n(d.eos, d.n_eos, l.eos);
+        l.stop = d.max_tokens <= 0 ? kStopLength : d.n + 1 >= args.ctx ? kStopContext : kStopNone;
+        DC_RT(rt::copy(b.loop, &l, sizeof l, stream));
+        DC_RT(rt::copy(b.tokens, d.tokens, 4 * (int64_t{d.n} + 1), stream));
+        if (d.n_pending > 0) DC_RT(rt::copy(b.pend, d.pending, 4 * int64_t{d.n_pending} * m.cfg.hidden_size, stream));
+        DC_RT(rt::synchronize(stream));
+        return true;
+    }
+
+    // The stages of a round of k drafts that first brings the MTP cache up to date in `parts` passes.
+    void write_round(Program& program, int k, int parts, bool long_context, bool sampled) const {
+        PassWriter w = writer(program);
+        Loop* l = b.loop;
+        const int d = m.cfg.hidden_size, topk = m.cfg.num_experts_per_tok, rows = static_cast<int>(b.rows);
+        const Routed mtp_routed{b.topk_idx + moe_layers() * b.rows * topk,
+                                m.cfg.is_moe(m.cfg.num_hidden_layers) ? 1 : 0, rows, topk};
+        const auto choose = [&](const int32_t* n_live, int n, bool last, int offset, int32_t* choice) {
+            if (!sampled) return;
+            w.add(ChooseArgs{.logits = b.logits,
+                             .stride = b.logits_stride,
+                             .rows = n,
+                             .n_live = n_live,
+                             .last = last,
+                             .pos = &l->s.pos,
+                             .offset = offset,
+                             .loop = l,
+                             .choice = choice});
+        };
+        PassShape mtp{.n = kBlockRows,
+                      .mtp = true,
+                      .n_logits = 0,
+                      .long_context = long_context,
+                      .ids = l->s.mtp_tokens,
+                      .pos = &l->s.mtp_pos,
+                      .n_live = &l->s.mtp_n,
+                      .hidden = parts > 1 ? b.hidden : b.pend,
+                      .hidden_stride = d,
+                      .choice = l->s.mtp_choice,
+                      .n_valid = run.n_valid};
+        for (int i = 0; i < parts; ++i) {
+            w.add(CatchUpArgs{.loop = l,
+                              .tokens = b.tokens,
+                              .part = i,
+                              .parts = parts,
+                              .pend = b.pend,
+                              .hidden = b.hidden,
+                              .d = d,
+                              .before = mtp_routed});
+            mtp.n_logits = i + 1 == parts && k > 0 ? kBlockRows : 0;
+            w.pass(mtp);
+        }
+        for (int j = 1; j <= k; ++j) {
+            if (j > 1) {
+                mtp.n = mtp.n_logits = 1;
+                mtp.hidden = b.g;
+                w.pass(mtp);
+            }
+            choose(&l->s.mtp_n, kBlockRows, true, j, l->s.mtp_choice);
+            w.add(DraftArgs{.loop = l,
+                            .j = j,
+                            .more = j < k,
+                            .h = b.h,
+                            .h_stride = b.x_stride,
+                            .g = b.g,
+                            .d = d,
+                            .routed = mtp_routed});
+        }
+        w.pass({.n = k + 1,
+                .mtp = false,
+                .n_logits = k + 1,
+                .long_context = long_context,
+                .ids = l->s.tokens,
+                .pos = &l->s.pos,
+                .n_live = &l->s.n,
+                .hidden = nullptr,
+                .hidden_stride = 0,
+                .choice = l->s.choice,
+                .n_valid = run.n_valid});
+        choose(&l->s.n, k + 1, false, 1, l->s.choice);
+        w.add(AcceptArgs{.loop = l,
+                         .ring = ring,
+                         .tokens = b.tokens,
+                         .caught_up = parts > 0,
+                         .logits = b.logits,
+                         .logits_stride = b.logits_stride,
+                         .h = b.h,
+                         .h_stride = b.x_stride,
+                         .pend = keeps_mtp ? b.pend : nullptr,
+                         .d = d,
+                         .routed = {b.topk_idx, static_cast<int>(moe_layers()), rows, topk}});
+    }
+
+    bool decode_step(int k, DeviceError& error) {
+        DC_RT(rt::set_device(m.index));
+        if (queued - taken >= kRingRounds) {
+            return fail(error, ErrorCode::kSession, "decode: %d rounds are queued and not polled, no more fit",
+                        kRingRounds);
+        }
+        const bool long_context = pos_bound + kMaxRound > kShortContext;
+        const bool catch_up = keeps_mtp && (k > 0 || pend_bound + 1 > kMaxPending);
+        const int parts = catch_up ? static_cast<int>(ceil_div(pend_bound, kBlockRows)) : 0;
+        // The writer keeps run.n_valid in the program: a run over another vocabulary is another program.
+        auto& r = replays[{k, parts, run.n_valid * 2 + (keeps_mtp ? 1 : 0), long_context, run.temp > 0}];
+        if (r == nullptr) {
+            r = std::make_unique<Replay>();
+            write_round(r->program, parts > 0 ? k : 0, parts, long_context, run.temp > 0);
+            if (!prepare(*r, error)) return false;
+        }
+        if (!replay(*r, error)) return false;
+        ++queued;
+        pend_bound = !keeps_mtp ? 0 : catch_up ? k + 1 : pend_bound + 1;
+        pos_bound += k + 1;
+        return true;
+    }
+
+    int decode_poll(DeviceRound* rounds, int capacity, DeviceError& error) {
+        for (;;) {
+            rt::Error e = 0;
+            const bool idle = rt::idle(stream, e);
+            if (!check(e, "decoding", error)) return -1;
+            const unsigned done = __atomic_load_n(&ring->done, __ATOMIC_ACQUIRE);
+            if (done == taken && idle && done != queued) {
+                fail(error, ErrorCode::kResource, "device: %u rounds were queued, %u have ended", queued, done);
+                return -1;
+            }
+            if (done == taken && done != queued) continue;
+            int n = 0;
+            for (; n < capacity && taken != done; ++n, ++taken) rounds[n] = ring->rounds[taken % kRingRounds];
+            return n;
+        }
+    }
+
+    bool decode_finish(DeviceDecodeState& state, float* pending, DeviceError& error) {
+        DC_RT(rt::set_device(m.index));
+        Loop l;
+        DC_RT(rt::copy(&l, b.loop, sizeof l, stream));
+        DC_RT(rt::synchronize(stream));
+        if (l.n_pend < 0 || l.n_pend > kMaxPending + kMaxRound)
+            return fail(error, ErrorCode::kResource, "device: %d pending rows", l.n_pend);
+        if (l.n_pend > 0) {
+            DC_RT(rt::copy(pending, b.pend, 4 * int64_t{l.n_pend} * m.cfg.hidden_size, stream));
+            DC_RT(rt::synchronize(stream));
+        }
+        state = l.counts;
+        state.n = l.s.pos;
+        state.n_pending = l.n_pend;
+        return true;
+    }
+
+    bool view(const char* name, DeviceView& v) const {
+        const ModelConfig& c = m.cfg;
+        const std::map<std::string, DeviceView> views = {
+            {"weights", {m.memory, 0}},
+            {"x", {b.x, 4 * b.rows * b.x_stride}},
+            {"hidden", {b.h, 4 * b.rows * b.x_stride}},
+            {"logits", {b.logits, 4 * kLogitRows * b.logits_stride}},
+            {"cache", {b.cache, c.num_hidden_layers * args.ctx * b.row_stride}},
+            {"mtp_cache", {b.mtp_cache, args.mtp ? args.ctx * b.row_stride : 0}},
+        };
+        const auto it = views.find(name);
+        if (it == views.end() || it->second.data == nullptr) return false;
+        v = it->second;
+        return true;
+    }
+
+    bool report(const char* what, char* text, size_t size, DeviceError& error);
+};
+
+#include "runtime/cuda/report.h"
+
+// --- the table ------------------------------------------------------------------------------------------------------
+
+namespace {
+
+bool probe(int device, char* text, size_t size, char arch[16]) {
+    rt::DeviceInfo info;
+    if (!rt::find_device(device, info, text, size)) return false;
+    std::snprintf(text, size, "%s", info.name);
+    std::memcpy(arch, info.arch, sizeof info.arch);
+    return true;
+}
+
+DeviceModel* open_model(const DeviceModelArgs& a, DeviceError& error) {
+    auto m = std::make_unique<DeviceModel>();
+    m->cfg = *a.cfg;
+    m->rope = *a.rope;
+    m->path = a.path;
+    m->index = a.device;
+    const auto open = [&] {
+        if (!rt::find_device(a.device, m->info, error.text, sizeof error.text)) return false;
+        if (a.bytes > m->info.free) {
+            return fail(error, ErrorCode::kResource,
+                        "%s needs %.2f GB of device memory, %.2f GB of %.2f GB are free on %s", a.path, gb(a.bytes),
+                        gb(m->info.free), gb(m->info.total), m->info.name);
+        }
+        void* p = nullptr;
+        DC_RT(rt::allocate(&p, a.bytes));
+        m->memory = static_cast<std::byte*>(p);
+        if (a.fill_seed != 0) {
+            DC_RT(fill_weights(*a.weights, a.base, m->memory, a.fill_seed, m->cfg, m->info.sms));
+        } else if (!m->upload(a.fd, a.bytes, error)) {
+            return false;
+        }
+        m->weights = place(*a.weights, m->cfg, a.base, m->memory);
+        return true;
+    };
+    return open() ? m.release() : nullptr;
+}
+
+DeviceSession* open_session(DeviceModel* m, const DeviceSessionArgs& a, DeviceError& error) {
+    auto s = std::make_unique<DeviceSession>(*m, a);
+    return s->open(error) ? s.release() : nullptr;
+}
+
+constexpr DeviceApi kApi = {
+    .abi = kDeviceAbi,
+    .fingerprint = kDeviceFingerprint,
+#if defined(__CUDACC__)
+    .name = "cuda",
+#else
+    .name = "sim",
+#endif
+    .probe = probe,
+    .open_model = open_model,
+    .close_model = [](DeviceModel* m) { delete m; },
+    .open_session = open_session,
+    .close_session = [](DeviceSession* s) { delete s; },
+    .forward = [](DeviceSession* s, const DevicePass& p, DeviceError& e) { return s->forward(p, e); },
+    .copy_cache = [](DeviceSession* s, bool mtp, int layer, int row, int n, void* host, bool to_device,
+                     DeviceError& e) { return s->copy_cache(mtp, layer, row, n, host, to_device, e); },
+    .decode_start = [](DeviceSession* s, const DeviceDecode& d, DeviceError& e) { return s->decode_start(d, e); },
+    .decode_step = [](DeviceSession* s, int k, DeviceError& e) { return s->decode_step(k, e); },
+    .decode_poll = [](DeviceSession* s, DeviceRound* rounds, int capacity,
+                      DeviceError& e) { return s->decode_poll(rounds, capacity, e); },
+    .decode_finish = [](DeviceSession* s, DeviceDecodeState& state, float* pending,
+                        DeviceError& e) { return s->decode_finish(state, pending, e); },
+    .view = [](DeviceSession* s, const char* name, DeviceView& v) { return s->view(name, v); },
+    .report = [](DeviceSession* s, const char* what, char* text, size_t size,
+                 DeviceError& e) { return s->report(what, text, size, e); },
+};
+
+}  // namespace
+}  // namespace deepcalm
+
+extern "C" __attribute__((visibility("default"))) const deepcalm::DeviceApi* deepcalm_backend(int abi) {
+    return abi == deepcalm::kDeviceAbi ? &deepcalm::kApi : nullptr;
+}

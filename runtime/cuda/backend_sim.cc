@@ -1,0 +1,3 @@
+// The device library on the simulator: the same sources, compiled by g++.
+#include "runtime/cuda/backend.cu"
+#include "runtime/cuda/persistent.cu"

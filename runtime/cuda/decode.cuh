@@ -1,0 +1,439 @@
+// Stages of decoding itself: drafts and tokens are chosen, accepted and published on the device; the host only queues
+// rounds and reads a ring. Same shape as the stages of the pass (kernels/cuda/stages.h). A round of k drafts is
+//     catch_up, MTP pass, draft 1, MTP pass, draft 2, ...   (docs/model.md 6.4, steps 1 to 3; none without drafts)
+//     main pass over the last token and its drafts          (step 4)
+//     accept                                                (steps 5 and 6)
+// Rounds queued behind the one that stopped run to no effect: they write rows that no one will read.
+#pragma once
+
+#include "kernels/cuda/rt.h"
+#include "kernels/cuda/stages.h"
+#include "runtime/cuda/abi.h"
+
+namespace deepcalm::gpu {
+
+inline constexpr int kRingRounds = 128;  // rounds in flight at most
+
+// In pinned memory, written by accept, read by the host after `done`.
+struct TokenRing {
+    unsigned done = 0;                // rounds that have ended; the last word written
+    DeviceRound rounds[kRingRounds];  // round i at i % kRingRounds
+};
+
+// What decoding keeps in device memory; written by the host before a run, by catch_up, draft and accept during it.
+struct Loop {
+    DecodeState s;       // s.pos: tokens in the main cache; s.tokens[0]: t_pos, not in the cache yet
+    int32_t n_pend = 0;  // MTP rows pos - n_pend..pos-1 are due; their hidden rows are pend[0..n_pend-1]
+    int32_t chain = 0;   // drafts made in this round, -1: the chain is broken (a draft had no finite logits)
+    int32_t stop = 0, bad_id = -1;
+    unsigned done = 0;
+    int64_t left = 0;  // tokens that may still be emitted
+    int32_t ctx = 0, n_valid = 0, n_eos = 0, top_k = 0;
+    float temp = 0, top_p = 1, min_p = 0;
+    uint64_t seed = 0;
+    int32_t eos[kMaxEos] = {};
+    DeviceDecodeState counts;  // n and n_pending are kept above
+};
+
+// --- choice at temperature > 0 --------------------------------------------------------------------------------------
+
+// The token that runtime/sampler.cc chooses from the same logits, one block per row: filters top_k, top_p, min_p, then the
+// largest logit / temp + Gumbel noise of (seed, position, id). Masses are integers of 2^-40, so that the order of their
+// sum does not matter.
+struct ChooseArgs {
+    const float* logits = nullptr;  // [rows, stride]
+    int64_t stride = 0;
+    int rows = 0;
+    const int32_t* n_live = nullptr;
+    bool last = false;  // only the last live row, chosen for position *pos + offset; else row i for *pos + offset + i
+    const int32_t* pos = nullptr;  // device
+    int offset = 0;
+    const Loop* loop = nullptr;
+    int32_t* choice = nullptr;  // [rows] in: the argmax, -1 where there is none; out: the choice
+};
+constexpr int64_t smem_bytes(const ChooseArgs&, int, int) { return 32 * 16 * 8; }
+constexpr int stage_units(const ChooseArgs& a) { return a.last ? 1 : a.rows; }
+
+namespace choose {
+
+struct Block {
+    uint32_t v[4];
+};
+// Philox4x32-10 and its noise, as in runtime/sampler.cc.
+DC_DEVICE Block philox(Block c, uint64_t seed) {
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+        const uint64_t p0 = uint64_t{0xD2511F53U} * c.v[0], p1 = uint64_t{0xCD9E8D57U} * c.v[2];
+        c = {{static_cast<uint32_t>(p1 >> 32) ^ c.v[1] ^ k0, static_cast<uint32_t>(p1),
+              static_cast<uint32_t>(p0 >> 32) ^ c.v[3] ^ k1, static_cast<uint32_t>(p0)}};
+        k0 += 0x9E3779B9U;
+        k1 += 0xBB67AE85U;
+    }
+    return c;
+}
+DC_DEVICE double gumbel(uint64_t seed, int64_t pos, int v) {
+    const auto p = static_cast<uint64_t>(pos);
+    const Block b =
+        philox({{static_cast<uint32_t>(v / 2), static_cast<uint32_t>(p), static_cast<uint32_t>(p >> 32), 0}}, seed);
+    const uint64_t bits = ((v % 2 ? uint64_t{b.v[2]} << 32 | b.v[3] : uint64_t{b.v[0]} << 32 | b.v[1])) >> 12;
+    return -::log(-::log((static_cast<double>(bits) + 0.5) * 0x1p-52));
+}
+
+// f32 -> u32 of the same order.
+DC_DEVICE uint32_t order(float f) {
+    const uint32_t u = rt::bits(f == 0 ? 0.0F : f);  // -0 equals 0
+    return u >> 31 ? ~u : u | 0x80000000U;
+}
+
+// What filters keep: tokens whose key is above `key`, and of those that equal it the ids below `ids`.
+struct Cut {
+    uint32_t key = 0;
+    int ids = 0x7FFFFFFF;
+};
+DC_DEVICE bool kept(const Cut& c, uint32_t key, int v) { return key > c.key || (key == c.key && v < c.ids); }
+
+// sums[j] over the block, for all threads; scratch [warps, 16].
+DC_DEVICE void block_sums(uint64_t (&sums)[16], uint64_t* scratch) {
+    for (int j = 0; j < 16; ++j) {
+        for (int m = 16; m > 0; m >>= 1) sums[j] += rt::shfl_xor(sums[j], m);
+    }
+    rt::sync_block();
+    if (rt::lane() == 0) {
+        for (int j = 0; j < 16; ++j) scratch[16 * rt::warp() + j] = sums[j];
+    }
+    rt::sync_block();
+    for (int j = 0; j < 16; ++j) {
+        sums[j] = 0;
+        for (int w = 0; w < rt::warps(); ++w) sums[j] += scratch[16 * w + j];
+    }
+}
+
+// The largest t below 2^bits with sum of weight(v) over visited v whose key(v) >= t at least `target` (the sum over all
+// is); `above`: the sum over keys > t. weight and key are asked for v < n; weight 0 leaves v out.
+template <class Key, class Weight>
+DC_DEVICE uint32_t search(int bits, int n, uint64_t target, Key key, Weight weight, uint64_t* scratch,
+                          uint64_t& above) {
+    uint32_t prefix = 0;
+    above = 0;
+    for (int shift = bits - 4; shift >= 0; shift -= 4) {
+        uint64_t sums[16] = {};  // [j]: keys >= prefix + (j << shift) and inside the prefix's range
+        for (int v = rt::thread(); v < n; v += rt::threads()) {
+            const uint32_t k = key(v);
+            if (shift + 4 < 32 && k >> (shift + 4) != prefix >> (shift + 4)) continue;
+            const uint64_t w = weight(v);
+            const uint32_t digit = k >> shift & 15;
+            for (uint32_t j = 0; j < 16; ++j) sums[j] += digit >= j ? w : 0;
+        }
+        block_sums(sums, scratch);
+        uint32_t digit = 0;
+        uint64_t greater = sums[1];
+        for (uint32_t j = 1; j < 16; ++j) {
+            if (above + sums[j] >= target) {
+                digit = j;
+                greater = j < 15 ? sums[j + 1 < 16 ? j + 1 : 15] : 0;
+            }
+        }
+        above += greater;
+        prefix |= digit << shift;
+    }
+    return prefix;
+}
+
+}  // namespace choose
+
+template <int NB, class Wait>
+DC_DEVICE void stage_choose(const ChooseArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
+    using namespace choose;
+    wait();
+    auto* scratch = reinterpret_cast<uint64_t*>(smem);
+    const Loop& p = *a.loop;
+    const int live = *a.n_live < a.rows ? *a.n_live : a.rows, n = p.n_valid;
+    for (int row = a.last ? live - 1 + block : block; row >= 0 && row < live; row += n_blocks) {
+        const float* logits = a.logits + row * a.stride;
+        const int best = a.choice[row];
+        if (best < 0) continue;
+        const float max = logits[best], temp = p.temp;
+        const auto finite = [&](float l) { return l - l == 0; };
+        const auto key = [&](int v) { return order(logits[v]); };
+        const auto probability = [&](float l) {
+            return ::exp((static_cast<double>(l) - static_cast<double>(max)) / static_cast<double>(temp));
+        };
+        const auto mass = [&](float l) { return static_cast<uint64_t>(probability(l) * 0x1p40 + 0.5); };
+        // Keeps the first tokens (by key, then id) whose weights reach the target; `each`: weight of those at the border.
+        const auto cut_at = [&](uint64_t target, auto weight, auto each) {
+            Cut cut;
+            uint64_t above = 0, unused = 0;
+            cut.key = search(32, n, target, key, weight, scratch, above);
+            const auto border = [&](int v) -> uint64_t { return key(v) == cut.key && weight(v) > 0 ? 1 : 0; };
+            const uint64_t w = each(cut.key), need = w > 0 ? (target - above + w - 1) / w : 0;
+            // the `need` lowest ids: the largest reversed id that enough reversed ids are not below
+            const auto reversed = [&](int v) { return static_cast<uint32_t>(0xFFFFFF - v); };
+            if (need > 0)
+                cut.ids = 0xFFFFFF - static_cast<int>(search(24, n, need, reversed, border, scratch, unused)) + 1;
+            return cut;
+        };
+        const auto value = [&](uint32_t k) { return rt::from_bits(k >> 31 ? k & 0x7FFFFFFFU : ~k); };
+
+        Cut top_k, top_p;
+        if (p.top_k > 0 && p.top_k < n) {
+            const auto one = [&](int v) -> uint64_t { return finite(logits[v]) ? 1 : 0; };
+            uint64_t count[16] = {};
+            for (int v = rt::thread(); v < n; v += rt::threads()) count[0] += one(v);
+            block_sums(count, scratch);
+            if (count[0] > static_cast<uint64_t>(p.top_k))
+                top_k = cut_at(static_cast<uint64_t>(p.top_k), one, [](uint32_t) -> uint64_t { return 1; });
+        }
+        if (p.top_p < 1) {
+            const auto weight = [&](int v) -> uint64_t {
+                return finite(logits[v]) && kept(top_k, key(v), v) ? mass(logits[v]) : 0;
+            };
+            uint64_t total[16] = {};
+            for (int v = rt::thread(); v < n; v += rt::threads()) total[0] += weight(v);
+            block_sums(total, scratch);
+            const double target = static_cast<double>(p.top_p) * static_cast<double>(total[0]);
+            const auto least = static_cast<uint64_t>(target);
+            top_p = cut_at(least < 1 ? 1 : least + (static_cast<double>(least) < target ? 1 : 0), weight,
+                           [&](uint32_t k) { return mass(value(k)); });
+        }
+        const int64_t pos = int64_t{*a.pos} + a.offset + (a.last ? 0 : row);
+        double best_score = -1e300;
+        int choice = best;
+        const auto take = [&](double score, int v) {
+            if (score > best_score || (score == best_score && v < choice)) {
+                best_score = score;
+                choice = v;
+            }
+        };
+        for (int v = rt::thread(); v < n; v += rt::threads()) {
+            const float l = logits[v];
+            if (!finite(l) || !kept(top_k, key(v), v) || !kept(top_p, key(v), v)) continue;
+            if (p.min_p > 0 && probability(l) < static_cast<double>(p.min_p)) continue;
+            take(static_cast<double>(l) / static_cast<double>(temp) + gumbel(p.seed, pos, v), v);
+        }
+        for (int m = 16; m > 0; m >>= 1) take(rt::shfl_xor(best_score, m), rt::shfl_xor(choice, m));
+        auto* score_of = reinterpret_cast<double*>(smem);
+        auto* id_of = reinterpret_cast<int*>(smem + 32 * 8);
+        rt::sync_block();
+        if (rt::lane() == 0) {
+            score_of[rt::warp()] = best_score;
+            id_of[rt::warp()] = choice;
+        }
+        rt::sync_block();
+        if (rt::thread() == 0) {
+            for (int w = 1; w < rt::warps(); ++w) take(score_of[w], id_of[w]);
+            a.choice[row] = choice;
+        }
+        rt::sync_block();
+    }
+}
+
+// --- drafting and acceptance ----------------------------------------------------------------------------------------
+
+// Distinct experts of rows 0..n-1 of one pass, counted over its layers; all threads get the sum. smem: 4 bytes per warp.
+struct Routed {
+    const int32_t* topk_idx = nullptr;  // [layers, rows, topk]
+    int layers = 0, rows = 0, topk = 0;
+};
+DC_DEVICE int distinct_experts(const Routed& r, int n, int* smem) {
+    const int per_layer = n * r.topk;
+    int count = 0;
+    for (int i = rt::thread(); i < r.layers * per_layer; i += rt::threads()) {
+        const int32_t* ids = r.topk_idx + static_cast<int64_t>(i / per_layer) * r.rows * r.topk;
+        const int at = i % per_layer;
+        int first = 1;
+        for (int j = 0; j < at; ++j) first &= ids[j] != ids[at] ? 1 : 0;
+        count += first;
+    }
+    for (int m = 16; m > 0; m >>= 1) count += rt::shfl_xor(count, m);
+    rt::sync_block();
+    if (rt::lane() == 0) smem[rt::warp()] = count;
+    rt::sync_block();
+    count = 0;
+    for (int w = 0; w < rt::warps(); ++w) count += smem[w];
+    return count;
+}
+
+// The rows that the MTP layer is behind, in `parts` passes of up to 8; the last part always ends with the last of them.
+struct CatchUpArgs {
+    Loop* loop = nullptr;
+    const int32_t* tokens = nullptr;  // [ctx + kMaxRound] every token, t_0..t_pos
+    int part = 0, parts = 1;
+    const float* pend = nullptr;  // [kMaxPending + kMaxRound, d]
+    float* hidden = nullptr;      // [8, d] receives the part's rows when there are several; one part reads pend itself
+    int d = 0;
+    Routed before;  // the previous part's pass, counted
+};
+constexpr int64_t smem_bytes(const CatchUpArgs&, int, int) { return 128; }
+constexpr int stage_units(const CatchUpArgs&) { return 1; }
+
+template <int NB, class Wait>
+DC_DEVICE void stage_catch_up(const CatchUpArgs& a, int block, int, unsigned char* smem, Wait wait) {
+    wait();
+    if (block != 0) return;
+    Loop& l = *a.loop;
+    const int end = l.n_pend - kBlockRows * (a.parts - 1 - a.part);
+    const int begin = end > kBlockRows ? end - kBlockRows : 0, n = end > begin ? end - begin : 0;
+    for (int i = rt::thread(); a.parts > 1 && i < n * a.d; i += rt::threads())
+        a.hidden[i] = a.pend[static_cast<int64_t>(begin) * a.d + i];
+    const int experts = a.part > 0 ? distinct_experts(a.before, l.s.mtp_n, reinterpret_cast<int*>(smem)) : 0;
+    rt::sync_block();
+    if (rt::thread() != 0) return;
+    l.counts.experts += experts;
+    const int pos = l.s.pos - l.n_pend + begin;
+    l.s.mtp_pos = pos;
+    l.s.mtp_n = n;
+    for (int i = 0; i < l.s.mtp_n; ++i) l.s.mtp_tokens[i] = a.tokens[pos + i + 1];
+    if (a.part == 0) l.chain = l.n_pend > 0 && l.stop == kStopNone ? 0 : -1;
+    l.counts.mtp_passes += 1;
+    l.counts.mtp_rows += l.s.mtp_n;
+    l.counts.mtp_cache_rows += pos + l.s.mtp_n;
+}
+
+// Draft j of the round from the MTP pass that just ended: it joins the rows to verify, and is what the next MTP pass
+// continues from, with that pass's own output as hidden row.
+struct DraftArgs {
+    Loop* loop = nullptr;
+    int j = 1;
+    bool more = false;         // another draft follows
+    const float* h = nullptr;  // [rows, h_stride] post-norm output of the MTP pass
+    int64_t h_stride = 0;
+    float* g = nullptr;  // [d]
+    int d = 0;
+    Routed routed;
+};
+constexpr int64_t smem_bytes(const DraftArgs&, int, int) { return 128; }
+constexpr int stage_units(const DraftArgs&) { return 1; }
+
+template <int NB, class Wait>
+DC_DEVICE void stage_draft(const DraftArgs& a, int block, int, unsigned char* smem, Wait wait) {
+    wait();
+    if (block != 0) return;
+    Loop& l = *a.loop;
+    const int n = l.s.mtp_n, row = n > 0 ? n - 1 : 0;
+    for (int i = rt::thread(); i < a.d; i += rt::threads()) a.g[i] = a.h[row * a.h_stride + i];
+    const int experts = distinct_experts(a.routed, n, reinterpret_cast<int*>(smem));
+    rt::sync_block();
+    if (rt::thread() != 0) return;
+    l.counts.experts += experts;
+    const int32_t id = l.s.mtp_choice[row];
+    if (id < 0 || n == 0) l.chain = -1;  // a damaged MTP layer must not stop generation: verify what there is
+    // Not more rows than positions whose token a plain step would still choose.
+    if (l.chain >= 0 && l.s.pos + a.j + 1 < l.ctx) {
+        l.chain = a.j;
+        l.s.tokens[a.j] = id;
+        l.s.n = a.j + 1;
+    } else {
+        l.chain = -1;
+    }
+    l.s.mtp_pos = l.s.pos + a.j - 1;  // a row of a recycled state: the next catch_up overwrites it
+    l.s.mtp_n = l.chain > 0 && a.more ? 1 : 0;
+    l.s.mtp_tokens[0] = id;
+    l.counts.mtp_passes += l.s.mtp_n;
+    l.counts.mtp_rows += l.s.mtp_n;
+    l.counts.mtp_cache_rows += l.s.mtp_n > 0 ? l.s.mtp_pos + 1 : 0;
+}
+
+// Takes the choices of the verified rows while they agree with the drafts, ends at a stop, appends, publishes.
+struct AcceptArgs {
+    Loop* loop = nullptr;
+    TokenRing* ring = nullptr;      // pinned host memory
+    int32_t* tokens = nullptr;      // [ctx + kMaxRound]
+    bool caught_up = false;         // the MTP rows that were due have been made in this round
+    const float* logits = nullptr;  // [rows, logits_stride], to name a NaN
+    int64_t logits_stride = 0;
+    const float* h = nullptr;  // [rows, h_stride] hidden rows of the main pass
+    int64_t h_stride = 0;
+    float* pend = nullptr;  // [kMaxPending + kMaxRound, d] or null without MTP
+    int d = 0;
+    Routed routed;
+};
+constexpr int64_t smem_bytes(const AcceptArgs&, int, int) { return 256; }
+constexpr int stage_units(const AcceptArgs&) { return 1; }
+
+template <int NB, class Wait>
+DC_DEVICE void stage_accept(const AcceptArgs& a, int block, int, unsigned char* smem, Wait wait) {
+    wait();
+    if (block != 0) return;
+    Loop& l = *a.loop;
+    auto* shared =
+        reinterpret_cast<int*>(smem);  // [0, 32): distinct_experts; 32: emitted; 33: first pending row; 34: bad id
+    const int rows = l.s.n, stop_before = l.stop;
+    const int experts = distinct_experts(a.routed, rows, shared);
+    int bad = 0x7FFFFFFF;  // the row that plain decoding is at has no token: name the first NaN
+    if (stop_before == kStopNone && l.s.choice[0] < 0) {
+        for (int v = rt::thread(); v < l.n_valid; v += rt::threads()) {
+            if (a.logits[v] != a.logits[v] && v < bad) bad = v;
+        }
+    }
+    for (int m = 16; m > 0; m >>= 1) {
+        const int other = rt::shfl_xor(bad, m);
+        bad = other < bad ? other : bad;
+    }
+    rt::sync_block();
+    if (rt::lane() == 0) shared[rt::warp()] = bad;
+    rt::sync_block();
+    if (rt::thread() == 0) {
+        int e = 0;
+        DeviceRound& r = a.ring->rounds[l.done % kRingRounds];
+        r = {};
+        r.experts = experts;
+        l.counts.experts += experts;
+        l.counts.passes += 1;
+        l.counts.rows += rows;
+        l.counts.cache_rows += l.s.pos + rows;
+        int base = a.caught_up ? 0 : l.n_pend;
+        if (stop_before == kStopNone) {
+            while (e < rows && l.stop == kStopNone) {
+                const int32_t id = l.s.choice[e];
+                if (id < 0) {
+                    if (e > 0) break;  // plain decoding reports it when it gets there
+                    l.stop = kStopNotFinite;
+                    for (int w = 0; w < rt::warps(); ++w) bad = shared[w] < bad ? shared[w] : bad;
+                    l.bad_id = bad == 0x7FFFFFFF ? -1 : bad;
+                    break;
+                }
+                ++e;
+                a.tokens[l.s.pos + e] = id;
+                r.tokens[e - 1] = id;
+                l.left -= 1;
+                for (int i = 0; i < l.n_eos; ++i) {
+                    if (l.eos[i] == id) l.stop = kStopEos;
+                }
+                if (l.stop == kStopNone && l.left <= 0) l.stop = kStopLength;
+                if (l.stop == kStopNone && l.s.pos + e + 1 >= l.ctx) l.stop = kStopContext;
+                if (e < rows && l.s.tokens[e] != id) break;
+            }
+            if (e > 0) {
+                r.n_tokens = e;
+                r.drafted = rows - 1;
+                r.accepted = e - 1;
+                l.s.pos += e;
+                l.s.tokens[0] = l.s.choice[e - 1];
+            }
+            if (a.pend != nullptr && e > 0) l.n_pend = base + e;
+        }
+        l.s.n = 1;
+        shared[32] = a.pend != nullptr ? e : 0;
+        shared[33] = base;
+        l.done += 1;
+        r.stop = l.stop;
+        r.bad_id = l.bad_id;
+        r.end_ns = rt::clock_ns();
+        rt::store_release_system(&a.ring->done, l.done);
+    }
+    rt::sync_block();
+    const int e = shared[32], base = shared[33];
+    for (int i = 0; i < e; ++i) {
+        for (int c = rt::thread(); c < a.d; c += rt::threads())
+            a.pend[static_cast<int64_t>(base + i) * a.d + c] = a.h[i * a.h_stride + c];
+    }
+}
+
+// X(name, Args), as DEEPCALM_CUDA_STAGES
+#define DEEPCALM_CUDA_DECODE_STAGES(X)                                                                                 \
+    X(choose, ChooseArgs)                                                                                              \
+    X(catch_up, CatchUpArgs)                                                                                           \
+    X(draft, DraftArgs)                                                                                                \
+    X(accept, AcceptArgs)
+
+}  // namespace deepcalm::gpu

@@ -1,0 +1,113 @@
+// Weights drawn on the device from a seed: speed on shapes whose files are too large to ship. Values are uniform and scaled so
+// that activations keep their size; the same seed gives the same bytes.
+#pragma once
+
+#include "runtime/cuda/abi.h"
+#include "runtime/cuda/host.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace deepcalm::gpu {
+
+struct FillArgs {
+    uint32_t* data = nullptr;  // [words]
+    int64_t words = 0;
+    Format format = Format::kF32;
+    bool tiled = false;  // q8, q4: with scales inside the tiles
+    bool constant = false;
+    float a = 1;  // values in (-a, a); constant: all a (f32)
+    uint64_t seed = 0;
+};
+
+DC_DEVICE uint32_t fill_hash(uint64_t x) {  // the finaliser of splitmix64
+    x += 0x9E3779B97F4A7C15U;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9U;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBU;
+    return static_cast<uint32_t>((x ^ (x >> 31)) >> 32);
+}
+DC_DEVICE uint32_t fill_16(uint32_t h, float a, Format f) {
+    const float v = (static_cast<float>(h & 0xFFFF) + 0.5F) / 32768.0F * a - a;
+    return f == Format::kF16 ? rt::f16_bits(v) : rt::bits(v) >> 16;
+}
+DC_KERNEL(256) kernel_fill(const __grid_constant__ FillArgs f) {
+    const int64_t step = int64_t{rt::blocks()} * rt::threads();
+    for (int64_t i = int64_t{rt::block()} * rt::threads() + rt::thread(); i < f.words; i += step) {
+        const uint32_t h = fill_hash(f.seed + static_cast<uint64_t>(i));
+        uint32_t w = h;
+        if (f.constant || f.format == Format::kF32) {
+            w = rt::bits(f.constant ? f.a : (static_cast<float>(h) + 0.5F) / 2147483648.0F * f.a - f.a);
+        } else if (f.format == Format::kBF16 || f.format == Format::kF16) {
+            w = fill_16(h, f.a, f.format) | fill_16(h >> 16, f.a, f.format) << 16;
+        } else if (f.format == Format::kF8) {
+            w = (h & 0x9F9F9F9FU) + 0x20202020U;  // magnitudes 0.125..1.875
+        } else {
+            const bool q8 = f.format == Format::kQ8;
+            const uint32_t at = static_cast<uint32_t>(i % (q8 ? 136 : 72));
+            if (at >= (q8 ? 128U : 64U)) {
+                const float scale = f.a / (q8 ? 127.0F : 8.0F);
+                const uint32_t s = f.format == Format::kQ4B ? rt::bits(scale) >> 16 : rt::f16_bits(scale);
+                w = s | s << 16;
+            } else if (q8) {
+                w |= 0x01010101U;  // code + 128 is never 0
+            }
+        }
+        f.data[i] = w;
+    }
+}
+
+// Everything that `w` (bound to a file mapped at base, whose contents do not matter) points at, in its place on the device.
+inline rt::Error fill_weights(const ModelWeights& w, const std::byte* base, std::byte* device, uint64_t seed,
+                              const ModelConfig& c, int sms) {
+    rt::Stream stream = nullptr;
+    rt::Error error = rt::create(&stream);
+    const auto run = [&](const void* at, int64_t bytes, Format format, float a, bool tiled, bool constant) {
+        if (at == nullptr || bytes == 0 || error != 0) return;
+        const int64_t offset = static_cast<const std::byte*>(at) - base;
+        error = rt::launch(
+            {.grid = sms, .block = 256, .smem = 0, .cooperative = false, .dependent = false, .stream = stream},
+            kernel_fill,
+            FillArgs{.data = reinterpret_cast<uint32_t*>(device + offset),
+                     .words = bytes / 4,
+                     .format = format,
+                     .tiled = tiled,
+                     .constant = constant,
+                     .a = a,
+                     .seed = seed * 0x9E3779B97F4A7C15U + static_cast<uint64_t>(offset)});
+    };
+    const auto matrix = [&](const PackedTensor& t) {
+        if (t.rows == 0) return;
+        const float a = std::sqrt(3.0F / static_cast<float>(t.cols));
+        run(t.data, t.n_bytes(), t.format, a, true, false);
+        if (t.format == Format::kF8) run(t.scales, 4 * t.n_slices * t.slice_scales(), Format::kF32, a, false, true);
+    };
+    const auto vector = [&](const float* p, int64_t n, float value) {
+        run(p, 4 * n, Format::kF32, value, false, true);
+    };
+    const auto layer = [&](const LayerWeights& l) {
+        for (const PackedTensor* t : {&l.wqkv_a, &l.wq_b, &l.w_uk, &l.w_uv, &l.wo, &l.w_gate_up, &l.w_down, &l.router,
+                                      &l.experts_gate_up, &l.experts_down, &l.shared_gate_up, &l.shared_down})
+            matrix(*t);
+        vector(l.attn_norm, c.hidden_size, 1);
+        vector(l.ffn_norm, c.hidden_size, 1);
+        vector(l.q_a_norm, c.q_lora_rank, 1);
+        vector(l.kv_a_norm, c.kv_lora_rank, 1);
+        vector(l.router_bias, c.n_routed_experts, 0);
+    };
+    run(w.embed, int64_t{c.vocab_size} * c.hidden_size * (w.embed_format == Format::kF32 ? 4 : 2), w.embed_format, 1,
+        false, false);
+    for (const LayerWeights& l : w.layers) layer(l);
+    vector(w.final_norm, c.hidden_size, 1);
+    matrix(w.head);
+    if (c.num_nextn_predict_layers > 0) {
+        layer(w.mtp_layer);
+        matrix(w.mtp_eh_proj);
+        if (w.mtp_head.data != w.head.data) matrix(w.mtp_head);
+        for (const float* p : {w.mtp_enorm, w.mtp_hnorm, w.mtp_final_norm}) vector(p, c.hidden_size, 1);
+    }
+    if (error == 0) error = rt::synchronize(stream);
+    if (stream != nullptr) rt::destroy(stream);
+    return error;
+}
+
+}  // namespace deepcalm::gpu

@@ -1,0 +1,215 @@
+// The host's half of the seam kernels/cuda/rt.h: memory, copies, graphs and time, on the device or in the simulator. Every
+// function returns rt::Error; 0 is success.
+#pragma once
+
+#include "kernels/cuda/rt.h"
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+
+namespace deepcalm::rt {
+
+struct DeviceInfo {
+    char name[256] = "", arch[16] = "";
+    int sms = 0;                  // multiprocessors: blocks that run at once, one each
+    int64_t smem = 0;             // dynamic shared memory that one block may have
+    bool dependent = false;       // programmatic dependent launches work (sm_90 and later)
+    int64_t free = 0, total = 0;  // bytes of device memory
+};
+
+#if defined(__CUDACC__)
+
+inline Error set_device(int index) { return cudaSetDevice(index); }
+// False: `text` says what is missing.
+inline bool find_device(int index, DeviceInfo& info, char* text, size_t size) {
+    int count = 0;
+    const cudaError_t e = cudaGetDeviceCount(&count);
+    int driver = 0, runtime = 0;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    if (e == cudaErrorInsufficientDriver || driver == 0) {
+        std::snprintf(text, size, "the CUDA driver: %s (found %d.%d, this build needs %d.%d or later)",
+                      driver == 0 ? "none is installed" : cudaGetErrorString(e), driver / 1000, driver % 1000 / 10,
+                      runtime / 1000, runtime % 1000 / 10);
+        return false;
+    }
+    if (e != cudaSuccess || index >= count) {
+        std::snprintf(text, size, "no CUDA device: %s",
+                      e != cudaSuccess ? cudaGetErrorString(e) : "the driver shows none");
+        return false;
+    }
+    cudaDeviceProp p;
+    if (cudaGetDeviceProperties(&p, index) != cudaSuccess) {
+        std::snprintf(text, size, "no CUDA device: its properties cannot be read");
+        return false;
+    }
+    if (p.major < 8) {
+        std::snprintf(text, size, "no CUDA device: %s is sm_%d%d, this build needs sm_80 or later", p.name, p.major,
+                      p.minor);
+        return false;
+    }
+    std::snprintf(info.name, sizeof info.name, "%s", p.name);
+    std::snprintf(info.arch, sizeof info.arch, "sm_%d%d", p.major, p.minor);
+    info.sms = p.multiProcessorCount;
+    info.smem = static_cast<int64_t>(p.sharedMemPerBlockOptin);
+    info.dependent = p.major >= 9;
+    size_t free = 0, total = 0;
+    if (cudaSetDevice(index) == cudaSuccess && cudaMemGetInfo(&free, &total) == cudaSuccess) {
+        info.free = static_cast<int64_t>(free);
+        info.total = static_cast<int64_t>(total);
+        return true;
+    }
+    std::snprintf(text, size, "no CUDA device: %s", cudaGetErrorString(cudaGetLastError()));
+    return false;
+}
+inline Error allocate(void** p, int64_t bytes) { return cudaMalloc(p, static_cast<size_t>(bytes)); }
+inline void release(void* p) { cudaFree(p); }
+// Host memory that copies run from at full speed and kernels may write (same address on both sides).
+inline Error allocate_pinned(void** p, int64_t bytes) {
+    return cudaHostAlloc(p, static_cast<size_t>(bytes), cudaHostAllocMapped);
+}
+inline void release_pinned(void* p) { cudaFreeHost(p); }
+inline Error create(Stream* s) { return cudaStreamCreateWithFlags(s, cudaStreamNonBlocking); }
+inline void destroy(Stream s) { cudaStreamDestroy(s); }
+inline Error copy(void* dst, const void* src, int64_t bytes, Stream s) {
+    return cudaMemcpyAsync(dst, src, static_cast<size_t>(bytes), cudaMemcpyDefault, s);
+}
+inline Error copy_rows(void* dst, int64_t dst_stride, const void* src, int64_t src_stride, int64_t bytes, int64_t rows,
+                       Stream s) {
+    return cudaMemcpy2DAsync(dst, static_cast<size_t>(dst_stride), src, static_cast<size_t>(src_stride),
+                             static_cast<size_t>(bytes), static_cast<size_t>(rows), cudaMemcpyDefault, s);
+}
+inline Error zero(void* p, int64_t bytes, Stream s) { return cudaMemsetAsync(p, 0, static_cast<size_t>(bytes), s); }
+inline Error last_error() { return cudaGetLastError(); }
+// True: everything queued has run, or failed (then error is set).
+inline bool idle(Stream s, Error& error) {
+    const cudaError_t e = cudaStreamQuery(s);
+    error = e == cudaErrorNotReady ? 0 : e;
+    return e != cudaErrorNotReady;
+}
+
+// What `enqueue(stream)` queues, recorded once and replayed.
+class Graph {
+  public:
+    Graph() = default;
+    Graph(const Graph&) = delete;
+    Graph& operator=(const Graph&) = delete;
+    ~Graph() {
+        if (exec_ != nullptr) cudaGraphExecDestroy(exec_);
+    }
+    template <class Fn> Error record(Stream s, Fn&& enqueue) {
+        if (const cudaError_t e = cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal); e != cudaSuccess)
+            return e;
+        const Error queued = enqueue(s);
+        cudaGraph_t graph = nullptr;
+        const cudaError_t e = cudaStreamEndCapture(s, &graph);
+        Error error = queued != 0 ? queued : static_cast<Error>(e);
+        if (error == 0) error = cudaGraphInstantiate(&exec_, graph, 0);
+        if (graph != nullptr) cudaGraphDestroy(graph);
+        if (error == 0) error = cudaGraphUpload(exec_, s);
+        return error;
+    }
+    bool ready() const { return exec_ != nullptr; }
+    Error launch(Stream s) const { return cudaGraphLaunch(exec_, s); }
+
+  private:
+    cudaGraphExec_t exec_ = nullptr;
+};
+
+class Event {
+  public:
+    Event() { cudaEventCreate(&e_); }
+    ~Event() { cudaEventDestroy(e_); }
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+    Error record(Stream s) { return cudaEventRecord(e_, s); }
+    double seconds_since(const Event& start) const {  // both have happened
+        float ms = 0;
+        cudaEventElapsedTime(&ms, start.e_, e_);
+        return 1e-3 * static_cast<double>(ms);
+    }
+
+  private:
+    cudaEvent_t e_ = nullptr;
+};
+
+#else  // ---- the simulator -------------------------------------------------------------------------------------------
+
+inline Error set_device(int) { return 0; }
+inline bool find_device(int, DeviceInfo& info, char*, size_t) {
+    std::snprintf(info.name, sizeof info.name, "simulated GPU");
+    std::snprintf(info.arch, sizeof info.arch, "sim");
+    info.sms = 3;  // few and odd: work never divides evenly
+    info.smem = 227 << 10;
+    info.dependent = true;
+    info.free = info.total = int64_t{8} << 30;
+    return true;
+}
+inline Error allocate(void** p, int64_t bytes) {  // poisoned: NaN in every float format
+    const size_t n = static_cast<size_t>((bytes + 255) / 256 * 256);
+    *p = std::aligned_alloc(256, n);
+    if (*p == nullptr) return 1;
+    std::memset(*p, 0xFF, n);
+    return 0;
+}
+inline void release(void* p) { std::free(p); }
+inline Error allocate_pinned(void** p, int64_t bytes) { return allocate(p, bytes); }
+inline void release_pinned(void* p) { std::free(p); }
+inline Error create(Stream* s) {
+    *s = new sim::Stream;
+    return 0;
+}
+inline void destroy(Stream s) { delete s; }
+inline Error host_work(Stream s, std::function<void()> fn) {
+    s->queue.push_back({{.grid = 0}, std::move(fn)});
+    return 0;
+}
+inline Error copy(void* dst, const void* src, int64_t bytes, Stream s) {
+    return host_work(s, [=] { std::memcpy(dst, src, static_cast<size_t>(bytes)); });
+}
+inline Error copy_rows(void* dst, int64_t dst_stride, const void* src, int64_t src_stride, int64_t bytes, int64_t rows,
+                       Stream s) {
+    return host_work(s, [=] {
+        for (int64_t i = 0; i < rows; ++i)
+            std::memcpy(static_cast<char*>(dst) + i * dst_stride, static_cast<const char*>(src) + i * src_stride,
+                        static_cast<size_t>(bytes));
+    });
+}
+inline Error zero(void* p, int64_t bytes, Stream s) {
+    return host_work(s, [=] { std::memset(p, 0, static_cast<size_t>(bytes)); });
+}
+inline Error last_error() { return 0; }
+inline bool idle(Stream s, Error& error) {  // nothing runs by itself: waiting is running
+    error = synchronize(s);
+    return true;
+}
+
+class Graph {
+  public:
+    template <class Fn> Error record(Stream, Fn&& enqueue) {
+        enqueue_ = enqueue;
+        return 0;
+    }
+    bool ready() const { return enqueue_ != nullptr; }
+    Error launch(Stream s) const { return enqueue_(s); }
+
+  private:
+    std::function<Error(Stream)> enqueue_;
+};
+
+class Event {
+  public:
+    Error record(Stream s) {
+        return host_work(s, [this] { at_ = std::chrono::steady_clock::now(); });
+    }
+    double seconds_since(const Event& start) const { return std::chrono::duration<double>(at_ - start.at_).count(); }
+
+  private:
+    std::chrono::steady_clock::time_point at_;
+};
+
+#endif
+
+}  // namespace deepcalm::rt

@@ -1,0 +1,118 @@
+// Measurements of a session: read bandwidth, a whole pass, its stages. Included by backend.cu alone.
+#pragma once
+
+namespace {
+
+// The yardstick: every byte of a buffer read once with 16-byte loads, summed so that nothing is left out.
+struct alignas(16) Words {
+    uint32_t x, y, z, w;
+};
+DC_KERNEL(1024) kernel_read(const Words* data, int64_t n, uint32_t* out) {
+    uint32_t sum = 0;
+    const int64_t step = int64_t{rt::blocks()} * rt::threads();
+    for (int64_t i = int64_t{rt::block()} * rt::threads() + rt::thread(); i < n; i += step) {
+        const Words v = data[i];
+        sum += v.x ^ v.y ^ v.z ^ v.w;
+    }
+    if (sum == 0x12345678U) *out = sum;  // never known to be false
+}
+
+// Text is cut at `size`; the caller sees broken JSON then, not memory errors.
+class JsonText {
+  public:
+    JsonText(char* text, size_t size) : text_(text), size_(size) { text_[0] = 0; }
+    template <class... A> void add(const char* format, A... args) {
+        const int n = std::snprintf(text_ + used_, size_ - used_, format, args...);
+        used_ = std::min(used_ + static_cast<size_t>(std::max(n, 0)), size_ - 1);
+    }
+
+  private:
+    char* text_;
+    size_t size_, used_ = 0;
+};
+
+}  // namespace
+
+// "device"; "bandwidth:BYTES"; "stages:N:POS", a main pass of N <= 8 rows at position POS: seconds of the whole pass under the
+// session's driver and, for the graph driver, of every kind of stage by itself (all layers' stages of that kind in a row, so
+// that weights come from memory and not from the L2 cache).
+bool DeviceSession::report(const char* what, char* text, size_t size, DeviceError& error) {
+    DC_RT(rt::set_device(m.index));
+    JsonText out(text, size);
+    rt::Event begin, end;
+    const auto seconds = [&](int repeats, auto queue) -> double {  // < 0: failed
+        double best = 1e30;
+        for (int i = 0; i < repeats; ++i) {
+            begin.record(stream);
+            if (!check(queue(), "measurement", error)) return -1;
+            end.record(stream);
+            if (!check(rt::synchronize(stream), "measurement", error)) return -1;
+            best = std::min(best, end.seconds_since(begin));
+        }
+        return best;
+    };
+    const std::string name = what;
+    if (name == "device") {
+        rt::DeviceInfo now;
+        if (!rt::find_device(m.index, now, error.text, sizeof error.text)) return false;
+        out.add("{\"name\": \"%s\", \"arch\": \"%s\", \"sms\": %d, \"smem\": %lld, \"free\": %lld, \"total\": %lld}",
+                now.name, now.arch, now.sms, static_cast<long long>(now.smem), static_cast<long long>(now.free),
+                static_cast<long long>(now.total));
+        return true;
+    }
+    if (name.starts_with("bandwidth:")) {
+        const int64_t bytes = std::max<int64_t>(std::atoll(what + 10), 1 << 16) / 16 * 16;
+        void* buffer = nullptr;
+        DC_RT(rt::allocate(&buffer, bytes));
+        DC_RT(rt::zero(buffer, bytes, stream));
+        const double t = seconds(7, [&] {
+            return rt::launch({.grid = 2 * m.info.sms,
+                               .block = 1024,
+                               .smem = 0,
+                               .cooperative = false,
+                               .dependent = false,
+                               .stream = stream},
+                              kernel_read, static_cast<const Words*>(buffer), bytes / 16, barrier);
+        });
+        rt::release(buffer);
+        if (t < 0) return false;
+        out.add("{\"bytes\": %lld, \"seconds\": %.9g, \"gbps\": %.6g}", static_cast<long long>(bytes), t,
+                1e-9 * static_cast<double>(bytes) / t);
+        return true;
+    }
+    int n = 0, pos = 0;
+    if (std::sscanf(what, "stages:%d:%d", &n, &pos) != 2 || n < 1 || n > kBlockRows || pos < 0 || pos + n > args.ctx)
+        return fail(error, ErrorCode::kSession, "device report: '%s' is not known", what);
+    std::vector<int32_t> at(static_cast<size_t>(n), pos);
+    DC_RT(rt::copy(b.pos, at.data(), 4, stream));
+    Replay whole;
+    writer(whole.program).pass(shape(n, false, n, pos + n > kShortContext, false));
+    if (!prepare(whole, error)) return false;
+    const double pass = seconds(20, [&]() -> rt::Error { return replay(whole, error) ? 0 : 1; });
+    if (pass < 0) return false;
+    out.add("{\"rows\": %d, \"pos\": %d, \"seconds\": %.9g, \"stages\": [", n, pos, pass);
+    if (args.driver == kDriverGraph) {
+        std::map<std::string, Replay> kinds;
+        for (const Op& op : whole.program.ops) {
+            std::string key = kKindNames[static_cast<int>(op.kind)];
+            if (op.kind == Kind::k_product) {  // four different shapes
+                const auto& a = op.as<ProductArgs>();
+                key += " " + std::to_string(a.w.rows) + "x" + std::to_string(a.w.cols);
+            }
+            kinds[key].program.ops.push_back(op);
+        }
+        const char* comma = "";
+        for (auto& [key, r] : kinds) {
+            if (!prepare(r, error)) return false;
+            int64_t bytes = 0;
+            for (const Op& op : r.program.ops) bytes += op.bytes;
+            const double t = seconds(20, [&]() -> rt::Error { return replay(r, error) ? 0 : 1; });
+            if (t < 0) return false;
+            out.add("%s{\"stage\": \"%s\", \"calls\": %zu, \"bytes\": %lld, \"seconds\": %.9g}", comma, key.c_str(),
+                    r.program.ops.size(), static_cast<long long>(bytes), t);
+            comma = ", ";
+        }
+    }
+    out.add("]}");
+    return true;
+}
