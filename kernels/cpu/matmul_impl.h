@@ -35,24 +35,30 @@ template <class W> struct Streamed {
         return W::load(p);
     }
     DC_INLINE F scale(int s, int c) const { return W::scale(w + s * step + column_bytes<W>(c) + W::kScaleAt); }
-    template <int T> DC_INLINE void enter(int) const {}  // before column c, where a sum block begins
+    // the weights to use for the sum block of column c
+    template <int T> DC_INLINE const Streamed& at(int) const { return *this; }
 };
 // The same from a cache; blocks of many rows fetch the columns lo <= c < hi of the next T tiles, so that each of them asks
-// for a share and memory is read while all of them compute.
+// for a share and memory is read while all of them compute: q8 and q4 a tile at once, chained formats unit by unit.
 template <class W> struct Cached {
     const std::byte* w;
     int64_t step;
     int lo = 0, hi = 0;
+    int64_t ahead = 0;  // chained formats
 
     DC_INLINE typename W::Unit unit(int s, int c, int u) const {
-        return W::load(w + s * step + column_bytes<W>(c) + int64_t{u} * 64);
+        const std::byte* p = w + s * step + column_bytes<W>(c) + int64_t{u} * 64;
+        if constexpr (Chained<W>) prefetch(p + ahead);
+        return W::load(p);
     }
     DC_INLINE F scale(int s, int c) const { return W::scale(w + s * step + column_bytes<W>(c) + W::kScaleAt); }
-    template <int T> DC_INLINE void enter(int c) const {
-        if (c < lo || c >= hi) return;
-        constexpr int64_t kBytes = column_bytes<W>(Chained<W> ? kSumCols : kTileCols);
+    template <int T> DC_INLINE Cached at(int c) const {
+        const bool mine = lo <= c && c < hi;
+        if constexpr (!Chained<W>) {
 #pragma GCC unroll 16
-        for (int s = 0; s < T; ++s) fetch(w + (T + s) * step + column_bytes<W>(c), kBytes);
+            for (int s = 0; mine && s < T; ++s) fetch(w + (T + s) * step + column_bytes<W>(c), W::kTileBytes);
+        }
+        return {w, step, lo, hi, mine ? T * step : 0};
     }
 };
 
@@ -64,11 +70,11 @@ template <class W> struct Unpacked {
     typename W::Unit units[kWideTiles][kSumCols / kTileCols * kPerTile];
     int first;
 
-    void fill(const std::byte* w, int64_t step, int tiles, int begin, int end) {
+    void fill(const std::byte* w, int64_t step, int begin, int end) {
         const Streamed<W> from{w, step, 1024};
         first = begin;
         for (int c = begin; c < end; c += kTileCols)
-            for (int s = 0; s < tiles; ++s)
+            for (int s = 0; s < kWideTiles; ++s)
 #pragma GCC unroll 16
                 for (int u = 0; u < kPerTile; ++u)
                     units[s][(c - begin) / kTileCols * kPerTile + u] = from.unit(s, c, u);
@@ -81,7 +87,7 @@ template <class W> struct InPanel {
     DC_INLINE const typename W::Unit& unit(int s, int c, int u) const {
         return panel->units[s0 + s][(c - panel->first) / kTileCols * Unpacked<W>::kPerTile + u];
     }
-    template <int T> DC_INLINE void enter(int) const {}
+    template <int T> DC_INLINE const InPanel& at(int) const { return *this; }
 };
 
 // Activation rows i .. i+R-1.
@@ -184,9 +190,8 @@ DC_INLINE void accumulate(const MatmulArgs& a, const Blocks<W>& blocks, const Sr
     }
     while (c < end) {
         const int next = blocks.end(c);
-        src.template enter<T>(c);
         F sums[R][T];
-        chain<W, R, T, false>(src, rows, c, next - c, sums);
+        chain<W, R, T, false>(src.template at<T>(c), rows, c, next - c, sums);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
@@ -205,7 +210,7 @@ DC_INLINE void accumulate(const MatmulArgs&, const IntBlocks&, const Src& src, i
                           int end, F (&acc)[R][T]) {
     for (; c < end; c += kTileCols) {
         const int group = c / kTileCols;
-        src.template enter<T>(c);
+        const auto& now = src.template at<T>(c);
         typename W::Acc sum[R][T];
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
@@ -215,13 +220,13 @@ DC_INLINE void accumulate(const MatmulArgs&, const IntBlocks&, const Src& src, i
         for (int u = 0; u < W::kUnits; ++u)
 #pragma GCC unroll 16
             for (int j = 0; j < T; ++j) {
-                const typename W::Unit unit = src.unit(j, c, u);
+                const typename W::Unit unit = now.unit(j, c, u);
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) W::mac(sum[r][j], unit, rows.x[r] + c + 4 * u);
             }
 #pragma GCC unroll 16
         for (int j = 0; j < T; ++j) {
-            const F dw = src.scale(j, c);
+            const F dw = now.scale(j, c);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) acc[r][j] = fma(W::value(sum[r][j]), dw * set1(rows.d[r][group]), acc[r][j]);
         }
@@ -234,75 +239,78 @@ template <Chained W> struct BlocksFor<W> {
     using Type = Blocks<W>;
 };
 
-// fn.template operator()<R>(i) for blocks of R rows that cover 0 .. n-1.
-template <class Fn> DC_INLINE void row_blocks(int n, Fn&& fn) {
-    int i = 0;
-    for (; n - i >= kBlockRows; i += kBlockRows) fn.template operator()<kBlockRows>(i);
-    if constexpr (kBlockRows > 4)
-        if (n - i >= 4) fn.template operator()<4>(i), i += 4;
-    if constexpr (kBlockRows > 3)
-        if (n - i == 3) fn.template operator()<3>(i);
-    if constexpr (kBlockRows > 2)
-        if (n - i == 2) fn.template operator()<2>(i);
-    if (n - i == 1) fn.template operator()<1>(i);
+// fn.template operator()<R>(i, block, blocks) for the fewest blocks of at most kMax rows that cover 0 .. n-1, of almost equal
+// size, at least kMin: a small block reads as many weights as a large one.
+template <int R, int kMin, class Fn> DC_INLINE void block_of(int rows, Fn&& fn) {
+    if constexpr (R > kMin) {
+        if (rows < R) return block_of<R - 1, kMin>(rows, fn);
+    }
+    fn.template operator()<R>();
 }
-// Row tiles at once for R rows of `tiles`.
-template <int R, int T> constexpr int kBlockOf = R == kBlockRows && kBlockTiles < T ? kBlockTiles : T;
+template <int kMin, int kMax, class Fn> DC_INLINE void row_blocks(int n, Fn&& fn) {
+    const int blocks = (n + kMax - 1) / kMax;
+    for (int b = 0; b < blocks; ++b) {
+        const int i = n * b / blocks, rows = n * (b + 1) / blocks - i;
+        block_of<kMax, kMin>(rows, [&]<int R>() { fn.template operator()<R>(i, b, blocks); });
+    }
+}
+constexpr int kFewRows = kBlockRows / 2;  // up to here, weights are streamed from memory 4 row tiles at a time
 
-// Row tiles t .. t+T-1, all columns for each block of rows.
-template <class W, int T> void row_by_row(const MatmulArgs& a, const std::byte* w, int64_t w_step, int t) {
+// y of rows i .. i+R-1 and the first kT row tiles of src, which is row tile t.
+template <class W, int R, int kT, class Src>
+DC_INLINE void whole_rows(const MatmulArgs& a, const Src& src, int cols_end, int t, int i) {
     const typename BlocksFor<W>::Type blocks(a);
-    row_blocks(a.n, [&]<int R>(int i) {
-        constexpr int kT = kBlockOf<R, T>;
-        // Prefetch distance: best of 1, 2 and 4 KiB measured, 5 to 10 % over none with 4 streams, q4 at 2 KiB 15 to 20 %.
-        constexpr int64_t kAhead = kT == 1 ? 4096 : W::kTileBytes < 512 ? 2048 : 1024;
-        const Rows<W, R> rows(a, i);
-        for (int j = 0; j < T; j += kT) {
-            F acc[R][kT];
+    F acc[R][kT];
 #pragma GCC unroll 16
-            for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-                for (int s = 0; s < kT; ++s) acc[r][s] = set1(0);
-            if constexpr (R == kBlockRows) {
-                const int part = i / R, parts = a.n / R;
-                const Cached<W> src{w + j * w_step, w_step, blocks.cols * part / parts,
-                                    blocks.cols * (part + 1) / parts};
-                accumulate<W, R, kT>(a, blocks, src, t + j, rows, 0, blocks.cols, acc);
-            } else {
-                const Streamed<W> src{w + j * w_step, w_step, kAhead};
-                accumulate<W, R, kT>(a, blocks, src, t + j, rows, 0, blocks.cols, acc);
-            }
-            float* y = a.y + i * a.y_stride + int64_t{t + j - a.tile_begin} * kTileRows;
+        for (int s = 0; s < kT; ++s) acc[r][s] = set1(0);
+    accumulate<W, R, kT>(a, blocks, src, t, Rows<W, R>(a, i), 0, cols_end, acc);
+    float* y = a.y + i * a.y_stride + int64_t{t - a.tile_begin} * kTileRows;
 #pragma GCC unroll 16
-            for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-                for (int s = 0; s < kT; ++s) store(y + r * a.y_stride + kTileRows * s, acc[r][s]);
+        for (int s = 0; s < kT; ++s) store(y + r * a.y_stride + kTileRows * s, acc[r][s]);
+}
+
+// Row tiles t .. t+T-1, w the first: few rows, or the tiles that no block of many rows takes.
+template <class W, int T> void few_rows(const MatmulArgs& a, const std::byte* w, int64_t w_step, int t) {
+    // Prefetch distance: best of 1, 2 and 4 KiB measured, 5 to 10 % over none with 4 streams, q4 at 2 KiB 15 to 20 %.
+    constexpr int64_t kAhead = T == 1 ? 4096 : W::kTileBytes < 512 ? 2048 : 1024;
+    row_blocks<1, kFewRows>(a.n, [&]<int R>(int i, int, int) {
+        whole_rows<W, R, T>(a, Streamed<W>{w, w_step, kAhead}, a.w->col_tiles() * kTileCols, t, i);
+    });
+}
+// Row tiles t .. t+kWideTiles-1.
+template <class W> void many_rows(const MatmulArgs& a, const std::byte* w, int64_t w_step, int t) {
+    const int cols = a.w->col_tiles() * kTileCols;
+    row_blocks<kFewRows, kBlockRows>(a.n, [&]<int R>(int i, int b, int blocks) {
+        for (int j = 0; j < kWideTiles; j += kBlockTiles) {
+            const Cached<W> src{w + j * w_step, w_step, cols * b / blocks, cols * (b + 1) / blocks};
+            whole_rows<W, R, kBlockTiles>(a, src, cols, t + j, i);
         }
     });
 }
 
-// Row tiles t .. t+T-1, panel by panel; sums wait in `sums` between panels.
-template <class W, int T> void by_panels(const MatmulArgs& a, const std::byte* w, int64_t w_step, int t) {
+// The same panel by panel; sums wait in `sums` between panels.
+template <class W> void by_panels(const MatmulArgs& a, const std::byte* w, int64_t w_step, int t) {
     const Blocks<W> blocks(a);
-    alignas(64) float sums[kChunkRows][T][kTileRows];
-    for (int i0 = 0; i0 < a.n; i0 += kChunkRows) {
-        const int n = a.n - i0 < kChunkRows ? a.n - i0 : kChunkRows;
+    alignas(64) float sums[kChunkRows][kWideTiles][kTileRows];
+    const int chunks = (a.n + kChunkRows - 1) / kChunkRows;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        const int i0 = a.n * chunk / chunks, n = a.n * (chunk + 1) / chunks - i0;
         for (int begin = 0; begin < blocks.cols;) {
             const int end = blocks.end(begin);
-            const std::byte* next = end == blocks.cols ? w + T * w_step : w + column_bytes<W>(end);
-            const auto part = [&]<int R, int kT>(const auto& src, int i, int j) {
-                if (i0 == 0 && i < n / kBlockRows * kBlockRows) {  // this block's share of the next panel
-                    const int64_t share = round_up(column_bytes<W>(kSumCols) / (n / kBlockRows), 64);
-                    for (int s = j; s < j + kT; ++s) fetch(next + s * w_step + i / kBlockRows * share, share);
-                }
-                F acc[R][kT];
+            const std::byte* next = end == blocks.cols ? w + kWideTiles * w_step : w + column_bytes<W>(end);
+            const auto part = [&]<int R>(const auto& src, int i, int j) {
+                F acc[R][kBlockTiles];
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-                    for (int s = 0; s < kT; ++s) acc[r][s] = begin == 0 ? set1(0) : load(sums[i + r][j + s]);
-                accumulate<W, R, kT>(a, blocks, src, t + j, Rows<W, R>(a, i0 + i), begin, end, acc);
+                    for (int s = 0; s < kBlockTiles; ++s) acc[r][s] = begin == 0 ? set1(0) : load(sums[i + r][j + s]);
+                accumulate<W, R, kBlockTiles>(a, blocks, src, t + j, Rows<W, R>(a, i0 + i), begin, end, acc);
                 float* to = sums[i][j];
-                int64_t stride = T * kTileRows;
+                int64_t stride = kWideTiles * kTileRows;
                 if (end == blocks.cols) {
                     to = a.y + (i0 + i) * a.y_stride + int64_t{t + j - a.tile_begin} * kTileRows;
                     stride = a.y_stride;
@@ -310,21 +318,21 @@ template <class W, int T> void by_panels(const MatmulArgs& a, const std::byte* w
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-                    for (int s = 0; s < kT; ++s) store(to + r * stride + kTileRows * s, acc[r][s]);
+                    for (int s = 0; s < kBlockTiles; ++s) store(to + r * stride + kTileRows * s, acc[r][s]);
+            };
+            const auto all_rows = [&](auto source) {  // source(j): the weights of row tile j and on
+                row_blocks<kFewRows, kBlockRows>(n, [&]<int R>(int i, int b, int n_blocks) {
+                    const int64_t share = round_up(column_bytes<W>(kSumCols) / n_blocks, 64);  // of the next panel
+                    for (int s = 0; chunk == 0 && s < kWideTiles; ++s) fetch(next + s * w_step + b * share, share);
+                    for (int j = 0; j < kWideTiles; j += kBlockTiles) part.template operator()<R>(source(j), i, j);
+                });
             };
             if constexpr (kUnpack<W>) {
                 Unpacked<W> panel;
-                panel.fill(w, w_step, T, begin, end);
-                row_blocks(n, [&]<int R>(int i) {
-                    constexpr int kT = kBlockOf<R, T>;
-                    for (int j = 0; j < T; j += kT) part.template operator()<R, kT>(InPanel<W>{&panel, j}, i, j);
-                });
+                panel.fill(w, w_step, begin, end);
+                all_rows([&](int j) { return InPanel<W>{&panel, j}; });
             } else {
-                row_blocks(n, [&]<int R>(int i) {
-                    constexpr int kT = kBlockOf<R, T>;
-                    for (int j = 0; j < T; j += kT)
-                        part.template operator()<R, kT>(Cached<W>{w + j * w_step, w_step}, i, j);
-                });
+                all_rows([&](int j) { return Cached<W>{w + j * w_step, w_step}; });
             }
             begin = end;
         }
@@ -335,19 +343,21 @@ template <class W> void matmul(const MatmulArgs& a) noexcept {
     const int64_t w_step = int64_t{a.w->col_tiles()} * W::kTileBytes;  // bytes of one row tile
     const std::byte* w = a.w->data + int64_t{a.slice} * a.w->row_tiles() * w_step;
     int t = a.tile_begin;
-    const auto tiles = [&]<int T>() {
-        for (; t + T <= a.tile_end; t += T) {
-            if constexpr (Chained<W>) {
-                if (a.n > kBlockRows) {
-                    by_panels<W, T>(a, w + t * w_step, w_step, t);
-                    continue;
-                }
-            }
-            row_by_row<W, T>(a, w + t * w_step, w_step, t);
+    for (; t + kWideTiles <= a.tile_end; t += kWideTiles) {
+        if (a.n <= kFewRows) {
+            few_rows<W, kWideTiles>(a, w + t * w_step, w_step, t);
+            continue;
         }
-    };
-    tiles.template operator()<kWideTiles>();
-    if constexpr (kWideTiles > 1) tiles.template operator()<1>();
+        if constexpr (Chained<W>) {
+            if (a.n > kBlockRows) {
+                by_panels<W>(a, w + t * w_step, w_step, t);
+                continue;
+            }
+        }
+        many_rows<W>(a, w + t * w_step, w_step, t);
+    }
+    if constexpr (kWideTiles > 1)
+        for (; t < a.tile_end; ++t) few_rows<W, 1>(a, w + t * w_step, w_step, t);
 }
 
 }  // namespace
