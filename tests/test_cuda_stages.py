@@ -352,7 +352,7 @@ def test_attention_matches_the_oracle(stages: cs.Stages, kind: str, order: str) 
     with cs.thread_order(order):
         a.absorb(stages, 0, 138, nb=cs.PREFILL_BLOCKS)
         q_full = a.absorb(stages, 138, 2)
-        v = a.attend(stages, q_full, 138, tap=True)
+        v = a.attend(stages, q_full, 138, tap=True, grid=12)  # every unit in fresh, poisoned shared memory
     got = a.cached(0, 140).astype(np.float64)
     q = formats.bf16_round(q_full) if kind == "bf16" else q_full
     score = a.scale * np.einsum("nhw,tw->nht", q.astype(np.float64), got)
@@ -689,3 +689,49 @@ def test_head_norms_multiplies_and_chooses(stages: cs.Stages, order: str) -> Non
     args.first_row = n  # the norm alone
     stages("head", args, grid=2)
     close(hidden[:3], xn[:3], np.abs(xn[:3]) + 1e-3, 1e-6)
+
+
+def test_stages_read_live_rows_after_their_wait(stages: cs.Stages) -> None:
+    """A head chooses token 2; the stages behind it, whose prologues run first, take that for their live rows."""
+    rng = np.random.default_rng(13)
+    keep: list[Any] = []
+    w = np.zeros((16, 32), np.float32)
+    w[2] = 1
+    head = formats.Packed("f32", formats.encode_tiles("f32", w)[None], None, (128, 128), w[None].astype(np.float64))
+    ones, logits, choice = cs.aligned((1, 32), fill=1), cs.aligned((1, 16)), np.array([999], np.int32)
+    value, ids, arrived = cs.aligned((1, 3)), cs.aligned((1, 3), np.int32), np.zeros(1, np.uint32)
+    args = cs.ARGS["head"](
+        rows=cs.rows(1),
+        x=cs.ptr(ones),
+        x_stride=32,
+        w=cs.matrix(head, keep),
+        n_valid=16,
+        logits=cs.ptr(logits),
+        logits_stride=16,
+        choice=cs.ptr(choice),
+        best_value=cs.ptr(value),
+        best_id=cs.ptr(ids),
+        arrived=cs.ptr(arrived),
+    )
+    p = formats.random_packed("bf16", rng, 16, 32)
+    x, y = rows_of(rng, 4, 32), cs.aligned((4, 16))
+    product_args = cs.ARGS["product"](
+        rows=cs.rows(4, live=choice), w=cs.matrix(p, keep), x=cs.ptr(x), x_stride=32, y=cs.ptr(y), y_stride=16
+    )
+    table, embedded, zeros = cs.aligned((3, 32), fill=5), cs.aligned((3, 32)), np.zeros(3, np.int32)
+    embed_args = cs.ARGS["embed"](
+        rows=cs.rows(3, live=choice),
+        ids=cs.ptr(zeros),
+        table=cs.ptr(table),
+        vocab=3,
+        d=32,
+        x=cs.ptr(embedded),
+        x_stride=32,
+    )
+    stages.launch("head", args)
+    stages.launch("product", product_args, dependent=True)
+    stages.launch("embed", embed_args, dependent=True)
+    stages.run()
+    assert choice[0] == 2
+    assert np.isfinite(y[:2]).all() and np.isnan(y[2:]).all()
+    assert (embedded[:2] == 5).all() and np.isnan(embedded[2]).all()
