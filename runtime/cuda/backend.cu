@@ -22,7 +22,7 @@ namespace {
 
 // A kernel per stage. The next one may start its prologue as soon as this one has blocks to spare.
 #define X(name, Args)                                                                                                  \
-    template <int NB> DC_KERNEL(kThreads) kernel_##name(const __grid_constant__ Args args) {                           \
+    template <int NB> DC_KERNEL(kThreads, NB == 1 ? 2 : 1) kernel_##name(const __grid_constant__ Args args) {          \
         rt::dependency_trigger();                                                                                      \
         stage_##name<NB>(args, rt::block(), rt::blocks(), rt::dynamic_smem(), [] { rt::dependency_wait(); });          \
     }
