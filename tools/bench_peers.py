@@ -162,9 +162,11 @@ for line in sys.stdin:  # one measurement per line
 class Transformers:
     """transformers in bf16 as a process that stays: its weights are made once. It sleeps between measurements."""
 
-    def __init__(self, case: Case, threads: int) -> None:
+    def __init__(self, case: Case, threads: int, amx: bool) -> None:
         config, _ = synthetic.make_config(case.spec)
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        if not amx:
+            env["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"  # the instructions that we use
         self.process = subprocess.Popen(
             [sys.executable, "-c", TRANSFORMERS, json.dumps(config), str(threads), str(PREFILL)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
@@ -247,9 +249,9 @@ def markdown(value: dict[str, Any]) -> str:
         "# deepcalm beside llama.cpp and transformers, CPU",
         "",
         f"{m['processor']}, {m['cores']} cores, {m['memory_gb']} GB; deepcalm {m['version']}, commit {m['commit']};",
-        f"llama.cpp as in {LLAMA_CPP}, built natively without AMX (with it, it stops at these models), flash attention",
-        "on; transformers in bf16. DeepSeek-V2-Lite geometry of 8, 14 or 27 layers, random weights, every matrix in",
-        "one format on both sides, output included.",
+        f"llama.cpp as in {LLAMA_CPP}, built natively without AMX (with it, it stops at these models), flash",
+        "attention on; transformers in bf16, with AMX where the processor has it and without. DeepSeek-V2-Lite geometry",
+        "of 8, 14 or 27 layers, random weights, every matrix in one format on both sides, output included.",
         "",
         f"    {value['command']}",
         "",
@@ -312,7 +314,9 @@ def plan(args: argparse.Namespace) -> list[Row]:
         for what, context in shapes:
             rows += [Row(case, t, what, context) for t in reversed(threads)]
         if case.transformers and not args.no_transformers:
-            rows += [Row(case, t, "prefill", 0, "transformers") for t in reversed(threads)]
+            amx = "amx_bf16" in Path("/proc/cpuinfo").read_text()
+            for peer in ("transformers", "transformers, no AMX") if amx else ("transformers",):
+                rows += [Row(case, t, "prefill", 0, peer) for t in reversed(threads)]
     return rows
 
 
@@ -371,9 +375,9 @@ def run_row(row: Row, sides: tuple[str, ...], ours: Path, theirs: Path, binary: 
     engine = Ours(ours, row.threads) if "ours" in sides else None
     peer: Any = None
     if "peer" in sides:
-        if row.peer == "transformers":
+        if row.peer.startswith("transformers"):
             evict(theirs)  # its weights take the place
-            peer = Transformers(row.case, row.threads)
+            peer = Transformers(row.case, row.threads, "no AMX" not in row.peer)
         else:
             peer = Llama(binary, theirs, row.threads, row.case.load, args.repeats)
     shape = (row.what, row.context, args.tokens)
@@ -382,7 +386,7 @@ def run_row(row: Row, sides: tuple[str, ...], ours: Path, theirs: Path, binary: 
     try:
         return [measure(mine, other, bf16, row.threads) for _ in range(row.rounds(args.rounds))]
     finally:
-        if row.peer == "transformers" and peer:
+        if isinstance(peer, Transformers):
             peer.close()
 
 
