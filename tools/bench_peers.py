@@ -336,14 +336,21 @@ def estimate(row: Row, rounds: int, repeats: int, tokens: int) -> float:
 def run_case(case: Case, rows: list[Row], binary: Path, args: argparse.Namespace, results: Results) -> None:
     ours, theirs = args.folder / f"{case.name}.dcalm", args.folder / f"{case.name}.gguf"
     made = [p for p in (ours, theirs) if not p.exists()]
-    check_room(args.folder, case.gigabytes * len(made))
+
+    def provide(path: Path) -> None:
+        if path in made:
+            check_room(args.folder, case.gigabytes)
+            if path == ours:
+                synthetic.write_model(path, case.spec, case.dtype, case.dtype, case.dtype)
+            else:
+                gguf_synthetic.write(path, case.spec, case.gguf)
+        say(f"{path.name}: {path.stat().st_size / 1e9:.2f} GB")
+        evict(path)
+
     try:
-        if ours in made:
-            synthetic.write_model(ours, case.spec, case.dtype, case.dtype, case.dtype)
-        if theirs in made:
-            gguf_synthetic.write(theirs, case.spec, case.gguf)
-        say(f"{case.name}: {ours.stat().st_size / 1e9:.2f} GB and {theirs.stat().st_size / 1e9:.2f} GB")
-        evict(theirs)
+        provide(ours)
+        if not case.apart:
+            provide(theirs)
         read_into_memory(ours)
         if not case.apart and case.load == "mmap":
             read_into_memory(theirs)
@@ -352,6 +359,9 @@ def run_case(case: Case, rows: list[Row], binary: Path, args: argparse.Namespace
         for sides_now in sides:
             if sides_now == ("peer",):
                 evict(ours)
+                if ours in made:
+                    ours.unlink()
+                provide(theirs)
                 read_into_memory(theirs)
             for row in rows:
                 rounds = run_row(row, sides_now, ours, theirs, binary, args)
