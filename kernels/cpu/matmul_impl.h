@@ -12,6 +12,7 @@ namespace deepcalm {
 namespace {
 
 constexpr int kSumCols = 128;   // columns of one block sum of a chained format, and of a panel
+constexpr int kPanelRows = 9;   // activation rows from which on panels pay
 constexpr int kChunkRows = 64;  // activation rows that share a panel
 
 template <class W>
@@ -162,7 +163,8 @@ DC_INLINE void chain(const Src& src, const Rows<W, R>& rows, int c, int n_cols, 
     for (int u = 0; u < units; ++u) {
 #pragma GCC unroll 16
         for (int s = 0; s < S; ++s) {
-            const typename W::Unit unit = kFlight ? src.unit(0, c + s * n_cols, u) : src.unit(s, c, u);
+            const auto& unit =  // by reference: g++ copies a unit of several registers in pieces that loads wait for
+                kFlight ? src.unit(0, c + s * n_cols, u) : src.unit(s, c, u);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r)
                 W::mac(sum[r][s], unit, rows.x[r] + c + (kFlight ? s * n_cols : 0) + u * W::kCols);
@@ -349,7 +351,7 @@ template <class W> void matmul(const MatmulArgs& a) noexcept {
             continue;
         }
         if constexpr (Chained<W>) {
-            if (a.n > kBlockRows) {
+            if (a.n >= kPanelRows) {
                 by_panels<W>(a, w + t * w_step, w_step, t);
                 continue;
             }
