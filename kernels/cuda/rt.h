@@ -139,8 +139,8 @@ DC_DEVICE void mbar_init(uint64_t* bar, int count) {
                  "r"(count)
                  : "memory");
 }
-// Plain writes to shared memory before it are ordered before asynchronous copies after it.
-DC_DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Plain writes that this thread has seen, to shared and to global memory, come before asynchronous copies after it.
+DC_DEVICE void proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
 DC_DEVICE void mbar_inval(uint64_t* bar) {
     asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(smem_address(bar)) : "memory");
 }

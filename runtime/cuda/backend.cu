@@ -268,7 +268,7 @@ struct DeviceSession {
     }
 
     PassWriter writer(Program& p) const {
-        return PassWriter(m.cfg, m.weights, b, args, m.rope.softmax_scale, blocks, threads, p);
+        return PassWriter(m.cfg, m.weights, b, args, m.rope.softmax_scale, blocks, threads, m.info.smem, p);
     }
     // A pass whose inputs the host has put into b.ids, b.pos, b.hidden.
     PassShape shape(int n, bool mtp, int n_logits, bool long_context, bool trace) const {

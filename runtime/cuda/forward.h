@@ -172,8 +172,9 @@ struct PassShape {
 class PassWriter {
   public:
     PassWriter(const ModelConfig& c, const WeightsDevice& w, const Buffers& b, const DeviceSessionArgs& session,
-               float softmax_scale, int sms, int threads, Program& program)
-        : c_(c), w_(w), b_(b), s_(session), softmax_scale_(softmax_scale), sms_(sms), threads_(threads), p_(program) {}
+               float softmax_scale, int sms, int threads, int64_t smem, Program& program)
+        : c_(c), w_(w), b_(b), s_(session), softmax_scale_(softmax_scale), sms_(sms), threads_(threads), smem_(smem),
+          p_(program) {}
 
     void pass(const PassShape& shape) {
         t_ = shape;
@@ -209,6 +210,7 @@ class PassWriter {
     }
 
     template <class A> void add(const A& args, int nb = 1) {
+        if (smem_bytes(args, nb, threads_) > smem_) nb = 1;  // sm_80: fewer rows share a weight, with the same bits
         Op op;
         op.kind = kind_of(args);
         op.nb = nb;
@@ -542,6 +544,7 @@ class PassWriter {
     const DeviceSessionArgs& s_;
     const float softmax_scale_;
     const int sms_, threads_;
+    const int64_t smem_;  // bytes that a block may have
     Program& p_;
     PassShape t_;
     int n_ = 1, nb_ = 1, layer_ = -1;
