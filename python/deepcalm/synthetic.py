@@ -231,6 +231,7 @@ def write_model(
     overrides: Sequence[str] = (),
     seed: int = 0,
     progress: Callable[[int, int], object] | None = None,
+    sparse: bool = False,
 ) -> int:
     """Writes the packed file ``path`` for NAME[:layers] and returns its size in bytes.
 
@@ -239,6 +240,7 @@ def write_model(
         dtype, attn_dtype, head_dtype: as for ``deepcalm.pack`` of a bf16 checkpoint ("source" is bf16).
         overrides: "KEY=JSON" over config.json, for instance "first_k_dense_replace=1".
         progress: called with (bytes written, bytes in all).
+        sparse: no weights, only a hole in their place: for a device that draws its own (``_core.Model(fill_seed=)``).
 
     The file appears complete or not at all.
 
@@ -270,7 +272,7 @@ def write_model(
     source = {"name": f"random weights in the geometry of {spec}", "seed": seed, "options": dtypes}
     plan = Plan(cfg, source | {"overrides": list(overrides)}, [], files)
     total = len(file_header(plan, jobs)) + sum(s.container()[2] for job in jobs for s in job.stored)
-    if (free := shutil.disk_usage(path.parent).free) < total:
+    if (free := shutil.disk_usage(path.parent).free) < total and not sparse:
         raise ResourceError(f"{path}: {total / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on that disk")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -281,9 +283,8 @@ def write_model(
             for job in jobs:
                 for s in job.stored:
                     sha, at = hashlib.sha256(), end
-                    for piece in (
-                        [np.frombuffer(job.blob, np.uint8)] if job.blob else values.pieces(s, deviations[s.name])
-                    ):
+                    pieces = [] if sparse else values.pieces(s, deviations[s.name])
+                    for piece in [np.frombuffer(job.blob, np.uint8)] if job.blob else pieces:
                         pending.append(writer.submit(write_at, out.fileno(), piece.data, at))
                         sha.update(piece.data)  # beside the write
                         at += len(piece)

@@ -1,0 +1,364 @@
+#!/usr/bin/env python3
+"""Everything that needs a GPU, in one unattended run: build, tests, sanitizers, determinism, speed.
+
+    tools/gpu_check.py OUT                all phases; OUT gets a log per phase, gpu_check.json and the table
+    tools/gpu_check.py OUT --only speed   one phase (build, tests, sanitizer, bits, speed, ncu), may be given again
+    tools/gpu_check.py OUT --device sim   the script itself, on the simulated GPU with toy shapes: no figure counts
+
+Needs nvcc 13, a driver, this Python with the package's requirements, pybind11, cmake, ninja, pytest; no network. Builds
+into build/gpu and python/deepcalm. Every phase has 10 minutes. Weights are drawn on the device from a seed. Ends with
+code 1 when a phase failed; what is missing (a sanitizer, a profiler) is said and is no failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 600  # seconds of a phase
+PHASES = ("build", "tests", "sanitizer", "bits", "speed", "ncu")
+# what -> (geometry, format, goal: share of the measured read bandwidth at contexts 128 and 4096)
+MODELS = {
+    "v2-lite bf16": ("v2-lite", "bf16", 0.78),
+    "v2-lite f8": ("v2-lite", "f8", 0.66),
+    "v2-lite q4": ("v2-lite", "q4", 0.55),
+    "v3 slice f8": ("v3:8", "f8", 0.88),
+}
+CONTEXTS = (128, 4096, 32768)
+TOY = {
+    **{"hidden_size": 256, "num_attention_heads": 4, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "v_head_dim": 32},
+    **{"qk_rope_head_dim": 32, "intermediate_size": 320, "moe_intermediate_size": 64, "n_routed_experts": 16},
+    **{"num_hidden_layers": 2, "first_k_dense_replace": 1, "vocab_size": 512, "n_group": 1, "topk_group": 1},
+    **{"bos_token_id": 0, "eos_token_id": 1},
+}
+Json = dict[str, Any]
+
+
+class Check:
+    """The run: where it writes, what it found."""
+
+    def __init__(self, out: Path, device: str) -> None:
+        self.out, self.device, self.toy = out, device, device == "sim"
+        self.result: Json = {"device": device, "phases": {}}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def command(self, name: str, *command: str, **env: str) -> tuple[bool, str]:
+        """Runs a command into OUT/name.log; (ended well in time, the end of its output)."""
+        log = self.out / f"{name}.log"
+        with log.open("w") as f:
+            try:
+                code = subprocess.run(
+                    command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT / "python"), **env},
+                    stdout=f, stderr=subprocess.STDOUT, timeout=LIMIT, check=False,
+                ).returncode  # fmt: skip
+            except subprocess.TimeoutExpired:
+                code = -1
+                f.write(f"\nended after {LIMIT} s\n")
+            except OSError as e:
+                code = -1
+                f.write(str(e))
+        return code == 0, log.read_text(errors="replace")[-2000:].strip()
+
+    # ---- build, tests, sanitizers
+
+    def build(self) -> Json:
+        """The library for this GPU and the extension module, in place; then the gate on its machine code."""
+        cmake = ["cmake", "-S", ".", "-B", "build/gpu", "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
+                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'python' / 'deepcalm'}", "-DSKBUILD_PROJECT_VERSION=0",
+                 "-DDEEPCALM_CUDA=ON", "-DDEEPCALM_CUDA_ARCHS=native", "-DDEEPCALM_SIM=OFF"]  # fmt: skip
+        if self.toy:
+            return {"ok": True, "note": "the simulator is built by hand"}
+        start = time.time()
+        ok, tail = self.command("configure", *cmake)
+        if ok:
+            ok, tail = self.command("build", "cmake", "--build", "build/gpu")
+        if not ok:
+            return {"ok": False, "end": tail}
+        _, gate = self.command("gate", sys.executable, "tools/gpu_gate.py", "python/deepcalm/libdeepcalm_cuda.so")
+        return {"ok": True, "seconds": time.time() - start, "gate": gate.splitlines()[-1] if gate else ""}
+
+    def tests(self) -> Json:
+        """The tests of the simulator, on the device; their values from fresh seeds."""
+        ok, tail = self.command(
+            "tests", sys.executable, "-m", "pytest", "-q", "-k", self.device, "tests/test_device_run.py",
+            "tests/test_device.py", "tests/test_device_arrays.py",
+        )  # fmt: skip
+        return {"ok": ok, "end": tail.splitlines()[-1] if tail else ""}
+
+    def sanitizer(self) -> Json:
+        """compute-sanitizer over the small shapes; its race check sees shared memory only."""
+        program = shutil.which("compute-sanitizer")
+        if program is None:
+            return {"ok": True, "note": "no compute-sanitizer here: not run"}
+        found: Json = {"ok": True}
+        for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+            ok, tail = self.command(
+                f"sanitizer-{tool}", program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest",
+                "-q", "tests/test_device_run.py", "-k", f"{self.device} and (v3-bf16-q4 or session_goes_on)",
+            )  # fmt: skip
+            found[tool] = tail.splitlines()[-1] if tail else ""
+            found["ok"] &= ok
+        return found
+
+    # ---- models
+
+    @contextmanager
+    def model(self, spec: str, dtype: str) -> Iterator[Any]:
+        """A synthetic model on the device; no weights travel."""
+        sys.path[:0] = [str(ROOT / "python")]
+        from deepcalm import _core, packed, synthetic
+
+        overrides = [f"{k}={json.dumps(v)}" for k, v in TOY.items()] if self.toy else []
+        if spec == "v3:8" and not self.toy:
+            overrides = ["first_k_dense_replace=1"]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.dcalm"
+            synthetic.write_model(path, spec, dtype, overrides=overrides, sparse=True)
+            with packed.PackedFile(path) as file:
+                library = Path(_core.__file__).with_name(f"libdeepcalm_{self.device}.so")
+                config = file.config
+                core = _core.Model(str(path), config, file.tensor_table(), device=str(library), fill_seed=7)
+            yield core, config
+
+    @staticmethod
+    def session(core: Any, ctx: int, driver: str = "graph", mtp: bool = False, rows: int = 512) -> Any:
+        from deepcalm import _core
+
+        return _core.Session(core, ctx, "f16", min(rows, ctx), mtp, driver)
+
+    def bits(self) -> Json:
+        """Law L1 on real shapes: replays, groupings, drivers, drafts."""
+        import numpy as np
+
+        found: Json = {"ok": True}
+        n = 96 if self.toy else 640
+        for spec, dtype in (("v2-lite", "q4"), ("v3:8" if self.toy else "v3:3", "f8")):
+            with self.model(spec, dtype) as (core, config):
+                ids = np.random.default_rng(3).integers(0, config["vocab_size"], n).astype(np.int32)
+                wrong: list[str] = []
+
+                def run(sizes: list[int], driver: str, core: Any = core, ids: Any = ids) -> Any:
+                    s = self.session(core, n + 64, driver)
+                    at, out = 0, None
+                    for size in sizes:
+                        out = s.forward(ids[at : at + size])[0]
+                        at += size
+                    return out, s.read_cache(False)
+
+                truth = run([min(512, n), *([n - 512] if n > 512 else [])], "graph")
+                for size in (16, 64):
+                    other = run([size] * (n // size) + [n % size] * (n % size > 0), "graph")
+                    if not all(np.array_equal(a, b) for a, b in zip(truth, other, strict=True)):
+                        wrong.append(f"chunks of {size}")
+                for rows in range(1, 9):
+                    for driver in ("graph", "persistent"):
+                        tail = 8 if self.toy else 24 // rows * rows
+                        tail = tail // rows * rows
+                        other = run([n - tail, *[rows] * (tail // rows)], driver)
+                        if not all(np.array_equal(a, b) for a, b in zip(truth, other, strict=True)):
+                            wrong.append(f"{rows} rows, {driver}")
+                for driver in ("graph", "persistent"):
+                    s = self.session(core, n + 64, driver)
+                    s.forward(ids[: n - 1])
+                    first = None
+                    for i in range(20 if self.toy else 200):
+                        s.truncate(n - 1)
+                        again = s.forward(ids[n - 1 :])
+                        first = again if first is None else first
+                        if not np.array_equal(first, again):
+                            wrong.append(f"replay {i}, {driver}")
+                            break
+                texts = {}
+                ks = (0, 1, 3, 7) if config["num_nextn_predict_layers"] else (0,)
+                for driver in ("graph", "persistent"):
+                    for k in ks:
+                        texts[driver, k] = self.decode(core, config, ids[:64], 24, k, driver)[0]
+                if any(t != texts["graph", 0] for t in texts.values()):
+                    wrong.append(f"texts differ with drafts or driver: {sorted(texts)}")
+                found[f"{spec} {dtype}"] = wrong or "same bits"
+                found["ok"] &= not wrong
+        return found
+
+    def decode(
+        self, core: Any, config: Json, prompt: Any, tokens: int, k: int, driver: str, ctx: int = 0
+    ) -> tuple[list[int], float, list[Json]]:
+        """A device text of rounds with k drafts: (tokens, seconds by the device's clock, rounds)."""
+        s = self.session(core, ctx or len(prompt) + tokens + 16, driver, mtp=k > 0)
+        for i in range(0, len(prompt), s.max_rows):
+            s.forward(prompt[i : i + s.max_rows], "last")
+        s.decode_start(int(prompt[-1]), 0.0, 0, 1.0, 0.0, 0, config["vocab_size"], tokens, [])
+        rounds: list[Json] = []
+        queued = 0
+        while not rounds or not rounds[-1]["stop"]:
+            while queued - len(rounds) < 4:
+                s.decode_step(k)
+                queued += 1
+            rounds += s.decode_poll()
+        s.decode_finish()
+        live = [r for r in rounds if r["tokens"]]
+        return [t for r in live for t in r["tokens"]], 1e-9 * (live[-1]["end_ns"] - live[0]["end_ns"]), live
+
+    # ---- speed
+
+    def speed(self) -> Json:
+        """Bandwidth, then every model: whole steps under both drivers, stages, prefill, drafting."""
+        import numpy as np
+
+        found: Json = {"ok": True, "models": {}}
+        for name, (spec, dtype, goal) in MODELS.items():
+            with self.model(spec, dtype) as (core, config):
+                row: Json = {"goal": goal, "contexts": {}}
+                found["models"][name] = row
+                contexts = (32, 96) if self.toy else CONTEXTS
+                ctx = contexts[-1] + 64
+                sessions = {d: self.session(core, ctx, d) for d in ("graph", "persistent")}
+                graph = sessions["graph"]
+                found.setdefault("gpu", json.loads(graph.device_report("device")))
+                if "bandwidth" not in found:
+                    found["bandwidth"] = json.loads(graph.device_report(f"bandwidth:{1 << (20 if self.toy else 32)}"))
+                ids = np.random.default_rng(5).integers(0, config["vocab_size"], contexts[-1]).astype(np.int32)
+                for at in contexts:
+                    cell: Json = {}
+                    row["contexts"][at] = cell
+                    for driver, s in sessions.items():
+                        while s.pos < at:
+                            s.forward(ids[s.pos : min(at, s.pos + s.max_rows)], "last")
+                        report = json.loads(s.device_report(f"stages:1:{at}"))
+                        read = core.active_bytes_per_token(at, "f16")
+                        share = read / report["seconds"] / 1e9 / found["bandwidth"]["gbps"]
+                        cell[driver] = {"seconds": report["seconds"], "bytes": read, "share": share}
+                        if driver == "graph":
+                            cell["stages"] = report["stages"]
+                            cell["rows"] = {
+                                n: json.loads(s.device_report(f"stages:{n}:{at}"))["seconds"] for n in (2, 4, 8)
+                            }
+                row["decode"] = {}
+                short = ids[:128] if not self.toy else ids[:16]
+                for driver in sessions:
+                    text, seconds, _ = self.decode(core, config, short, 16 if self.toy else 128, 0, driver)
+                    row["decode"][driver] = (len(text) - 1) / max(seconds, 1e-9)
+                n = len(ids) if self.toy else 1024
+                times = []
+                for _ in range(3):
+                    s = self.session(core, n)
+                    start = time.perf_counter()
+                    for i in range(0, n, s.max_rows):
+                        s.forward(ids[i : i + s.max_rows], "last" if i + s.max_rows >= n else "none")
+                    times.append(time.perf_counter() - start)
+                row["prefill_rate"] = n / statistics.median(times)
+                if config["num_nextn_predict_layers"]:
+                    row["drafting"] = self.drafting(core, config, short)
+        return found
+
+    def drafting(self, core: Any, config: Json, prompt: Any) -> Json:
+        """Seconds of a round with k drafts; random weights accept nothing: gains at an acceptance follow from them."""
+        cost = {}
+        for k in (0, 1, 2, 3):
+            _, seconds, rounds = self.decode(core, config, prompt, 8 if self.toy else 96, k, "graph")
+            cost[k] = seconds / max(len(rounds) - 1, 1)
+        gains = {
+            str(a): {k: sum(a**j for j in range(k + 1)) * cost[0] / cost[k] for k in (1, 2, 3)} for a in (0.7, 0.85)
+        }
+        return {"seconds_per_round": cost, "gain_at_acceptance": gains}
+
+    def ncu(self) -> Json:
+        """One layer under Nsight Compute: bytes moved and stall reasons."""
+        program = shutil.which("ncu")
+        if program is None:
+            return {"ok": True, "note": "no ncu here: not run"}
+        metrics = ",".join((
+            "dram__bytes_read.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+            "l1tex__data_bank_conflicts_pipe_lsu.sum", "sm__warps_active.avg.pct_of_peak_sustained_active",
+        ))  # fmt: skip
+        script = ("import sys; sys.path[:0] = ['tools']; from pathlib import Path; import gpu_check as g; "
+                  f"c = g.Check(Path({str(self.out)!r}), {self.device!r})\n"
+                  "with c.model('v2-lite:2', 'f8') as (core, config):\n"
+                  "    s = c.session(core, 256)\n    s.forward(list(range(1, 129)))\n"
+                  "    s.trace(['*']); s.forward([5])")  # fmt: skip
+        ok, tail = self.command(
+            "ncu", program, "--clock-control", "none", "--launch-skip", "40", "--launch-count", "20",
+            "--metrics", metrics, "--csv", sys.executable, "-c", script,
+        )  # fmt: skip
+        return {"ok": True, "end": tail.splitlines()[-1] if ok and tail else f"failed: {tail[-200:]}"}
+
+    # ---- the table
+
+    def table(self) -> str:
+        """What a person reads; Markdown."""
+        out = []
+        for name, phase in self.result["phases"].items():
+            note = phase.get("error") or phase.get("note") or phase.get("end") or ""
+            out.append(f"- {name}: {'ok' if phase.get('ok') else 'FAILED'} ({phase['wall']:.0f} s) {note}".rstrip())
+        speed = self.result["phases"].get("speed", {})
+        if "models" in speed:
+            gbps = speed["bandwidth"]["gbps"]
+            out += ["", f"{speed['gpu']['name']}, read bandwidth {gbps:.0f} GB/s in this run", "",
+                    "| model | context | graph: tok/s, share | persistent: tok/s, share | goal |",
+                    "|---|---|---|---|---|"]  # fmt: skip
+            for name, row in speed["models"].items():
+                for at, cell in row["contexts"].items():
+                    cells = [f"{1 / cell[d]['seconds']:.0f}, {cell[d]['share']:.0%}" for d in ("graph", "persistent")]
+                    goal = f"{row['goal']:.0%}" if int(at) <= 4096 else ""
+                    out.append(f"| {name} | {at} | {cells[0]} | {cells[1]} | {goal} |")
+            out += ["", "| model | stage | calls | bytes | us | share of the bandwidth |", "|---|---|---|---|---|---|"]
+            for name, row in speed["models"].items():
+                for s in next(iter(row["contexts"].values()))["stages"]:
+                    share = f"{s['bytes'] / s['seconds'] / 1e9 / gbps:.0%}"
+                    values = (name, s["stage"], s["calls"], s["bytes"], f"{1e6 * s['seconds']:.1f}", share)
+                    out.append(f"| {' | '.join(map(str, values))} |")
+            for name, row in speed["models"].items():
+                graph, persistent = row["decode"]["graph"], row["decode"]["persistent"]
+                out += ["", f"{name}: decoding on the device {graph:.0f} tok/s (graph), {persistent:.0f} (persistent); "
+                        f"prefill {row['prefill_rate']:.0f} tok/s"]  # fmt: skip
+                if "drafting" in row:
+                    out.append(f"  drafting: {json.dumps(row['drafting'])}")
+        return "\n".join(out)
+
+    def run(self, phases: list[str]) -> int:
+        """Phase after phase, each in a process of its own, so that a hang or a crash ends that phase alone."""
+        for name in phases:
+            start = time.time()
+            done = self.out / f"{name}.json"
+            done.unlink(missing_ok=True)
+            ok, tail = self.command(f"phase-{name}", sys.executable, str(Path(__file__)), str(self.out), "--device",
+                                    self.device, "--inside", name)  # fmt: skip
+            phase = json.loads(done.read_text()) if ok and done.is_file() else {"ok": False, "error": tail[-300:]}
+            self.result["phases"][name] = {**phase, "wall": time.time() - start}
+            print(f"{name}: {'ok' if phase.get('ok') else 'FAILED'}, {time.time() - start:.0f} s", flush=True)
+        facts = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False) if not self.toy else None
+        self.result["nvidia_smi"] = facts.stdout if facts else ""
+        (self.out / "gpu_check.json").write_text(json.dumps(self.result, indent=1) + "\n")
+        (self.out / "table.txt").write_text(self.table() + "\n")
+        print(self.table())
+        return 0 if all(p.get("ok") for p in self.result["phases"].values()) else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", choices=PHASES, action="append")
+    parser.add_argument("--device", choices=("cuda", "sim"), default="cuda")
+    parser.add_argument("--inside", choices=PHASES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    check = Check(args.out.resolve(), args.device)
+    if args.inside is None:
+        return check.run(args.only or list(PHASES))
+    phase: Callable[[], Json] = getattr(check, args.inside)
+    (check.out / f"{args.inside}.json").write_text(json.dumps(phase()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
