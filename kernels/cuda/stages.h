@@ -27,9 +27,7 @@ inline constexpr int kPrefillBlocks = 4;   // NB of passes with more than kBlock
 inline constexpr int kSegment = 512;       // columns of one partial sum
 inline constexpr int kChunk = 64;          // cache positions of one attention chunk
 inline constexpr int kPartialChunks = 16;  // chunks merged in order into a partial; partials are merged in order
-inline constexpr int kMaxTopk = 16;        // num_experts_per_tok
-inline constexpr int kMaxStageExperts = 1024;
-inline constexpr int kMaxPassRows = 512;  // rows of one pass
+inline constexpr int kMaxPassRows = 512;   // rows of one pass
 
 // A packed matrix on the device: PackedTensor with what a kernel would have to look up in the table of formats.
 struct Matrix {
