@@ -262,7 +262,8 @@ def main() -> int:
             say(f"{key(m, threads, kv)}: {m.gigabytes:.1f} GB, contexts {contexts}, "
                 f"about {estimate(m, threads, contexts, args.repeats, args.tokens):.0f} s")  # fmt: skip
         return 0
-    results.value["command"] = "tools/bench_rows.py" + (" --quick" if args.quick else "")
+    results.value["command"] = f"tools/bench_rows.py --repeats {args.repeats} --tokens {args.tokens}" + (
+        " --quick" if args.quick else "")  # fmt: skip
     for m in dict.fromkeys(m for m, *_ in runs):
         if not (args.folder / f"{m.name}.dcalm").exists():
             check_room(args.folder, m.gigabytes)
