@@ -94,14 +94,17 @@ DC_DEVICE bool kept(const Cut& c, uint32_t key, int v) { return key > c.key || (
 
 // sums[j] over the block, for all threads; scratch [warps, 16].
 DC_DEVICE void block_sums(uint64_t (&sums)[16], uint64_t* scratch) {
+    DC_UNROLL
     for (int j = 0; j < 16; ++j) {
         for (int m = 16; m > 0; m >>= 1) sums[j] += rt::shfl_xor(sums[j], m);
     }
     rt::sync_block();
     if (rt::lane() == 0) {
+        DC_UNROLL
         for (int j = 0; j < 16; ++j) scratch[16 * rt::warp() + j] = sums[j];
     }
     rt::sync_block();
+    DC_UNROLL
     for (int j = 0; j < 16; ++j) {
         sums[j] = 0;
         for (int w = 0; w < rt::warps(); ++w) sums[j] += scratch[16 * w + j];
@@ -122,11 +125,13 @@ DC_DEVICE uint32_t search(int bits, int n, uint64_t target, Key key, Weight weig
             if (shift + 4 < 32 && k >> (shift + 4) != prefix >> (shift + 4)) continue;
             const uint64_t w = weight(v);
             const uint32_t digit = k >> shift & 15;
+            DC_UNROLL
             for (uint32_t j = 0; j < 16; ++j) sums[j] += digit >= j ? w : 0;
         }
         block_sums(sums, scratch);
         uint32_t digit = 0;
         uint64_t greater = sums[1];
+        DC_UNROLL
         for (uint32_t j = 1; j < 16; ++j) {
             if (above + sums[j] >= target) {
                 digit = j;
