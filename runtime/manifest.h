@@ -11,8 +11,8 @@ namespace deepcalm {
 
 // What a tensor is for; the packer's dtype policy and the allowed formats depend on this alone.
 enum class Role : uint8_t { kEmbed, kNorm, kBias, kAttn, kFfn, kExpert, kShared, kRouter, kEhProj, kHead, kDraftHead };
-inline constexpr const char* kRoleNames[] = {"embed",  "norm",   "bias",   "attn",    "ffn",
-                                             "expert", "shared", "router", "eh_proj", "head", "draft_head"};
+inline constexpr const char* kRoleNames[] = {"embed",  "norm",   "bias",    "attn", "ffn",       "expert",
+                                             "shared", "router", "eh_proj", "head", "draft_head"};
 
 struct TensorSpec {
     std::string name;

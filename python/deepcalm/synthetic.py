@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -283,8 +283,10 @@ def write_model(
             for job in jobs:
                 for s in job.stored:
                     sha, at = hashlib.sha256(), end
-                    pieces = [] if sparse else values.pieces(s, deviations[s.name])
-                    for piece in [np.frombuffer(job.blob, np.uint8)] if job.blob else pieces:
+                    pieces: Iterable[U8] = [np.frombuffer(job.blob, np.uint8)] if job.blob else []
+                    if not job.blob and not sparse:
+                        pieces = values.pieces(s, deviations[s.name])
+                    for piece in pieces:
                         pending.append(writer.submit(write_at, out.fileno(), piece.data, at))
                         sha.update(piece.data)  # beside the write
                         at += len(piece)
