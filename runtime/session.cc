@@ -192,7 +192,8 @@ Status Session::forward(std::span<const int32_t> ids, WantLogits want, float* lo
     DC_TRY_STATUS(main_pass(ids, n_logits));
     count_union(last_rows_);
     copy_logits(n_logits, logits);
-    if (keep_mtp_ && n_pending() > kMaxPending) return catch_up(nullptr, 0);
+    // A prompt's MTP rows belong to its prefill, where they share a pass; single steps collect them.
+    if (keep_mtp_ && (ids.size() > 1 || n_pending() > kMaxPending)) return catch_up(nullptr, 0);
     return {};
 }
 

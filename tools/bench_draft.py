@@ -39,12 +39,14 @@ def load_texts(path: Path) -> dict[str, list[str]]:
     return texts
 
 
-def run(model: deepcalm.Model, ids: list[int], draft: str | int, new: int = NEW) -> tuple[list[int], Any, int]:
+def run(
+    model: deepcalm.Model, ids: list[int], draft: str | int, new: int = NEW, **options: Any
+) -> tuple[list[int], Any, int]:
     """(tokens, draft statistics, bytes read after the prompt)."""
     session = model.session(mtp=draft != "off")
     session.prefill(ids)
     before = session.stats
-    generation = session.generate(max_tokens=new, draft=draft)
+    generation = session.generate(max_tokens=new, draft=draft, **options)
     tokens = list(generation)
     done = session.stats - before
     return tokens, generation.drafts.stats, done.weight_bytes + done.cache_bytes
@@ -89,12 +91,12 @@ def auto_against_off(model: deepcalm.Model, ids: list[int], new: int, limit: flo
     """Seconds and bytes of "auto" over those of "off" in interleaved pairs; a bootstrap interval of the median."""
     times, read, accepted, drafted = [], [], 0, 0
     for draft in ("off", "auto"):  # first touch
-        run(model, ids, draft, new)
+        run(model, ids, draft, new, eos_ids=[])
     for i in range(PAIRS):
         quiet(limit)
         pair = {}
         for draft in ("off", "auto") if i % 2 else ("auto", "off"):
-            _, stats, n_bytes = run(model, ids, draft, new)
+            _, stats, n_bytes = run(model, ids, draft, new, eos_ids=[])
             pair[draft] = stats.seconds / stats.tokens, n_bytes
         drafted, accepted = drafted + stats.drafted, accepted + stats.accepted
         times.append(pair["auto"][0] / pair["off"][0])

@@ -23,15 +23,19 @@ AUTO_MAX = 3  # longest chain that "auto" tries
 PRIOR_ACCEPTANCE = 0.8  # as reported for MTP layers of V3 and R1; replaced by what is measured
 PRIOR_WEIGHT = 8  # drafts that the prior counts for
 MIN_GAIN = 1.02  # predicted gain below which drafting is not tried
-DRAWDOWN = 4.0  # plain steps that drafting may lose, counted from its best moment, before it is turned off
+DRAWDOWN = 4.0  # plain steps in bytes that drafting may lose, counted from its best moment, before it is turned off
+DRAWDOWN_SECONDS = 1.5  # the same by the clock
+PROBES = 4  # rounds with a single draft each time drafting is turned on, before the clock is believed
 WON = 16.0  # plain steps won that make up for earlier failures
 LIMIT = 0.02  # share of the plain bytes that drafting never loses in a text of LIMIT_TOKENS or more
 LIMIT_TOKENS = 128
 MEMORY = 0.97  # weight of a draft's outcome in the acceptance, one round later
 RETRY_TOKENS = 256  # first pause after drafting lost; doubles each time, up to MAX_PAUSE
 MAX_PAUSE = 1024
-PLAIN_EVERY = 64  # while drafting, a plain step this often keeps its price known
-PLAIN_FIRST = 2  # plain steps before the first draft
+PLAIN_EVERY = 32  # while drafting, a plain step this often keeps its price known
+PLAIN_FIRST = 6  # plain steps before the first draft
+PLAIN_SLOW = 2  # the first of them, not counted: weights and code come from further away
+ROWS_SHARE = 8  # an MTP row among many costs about so many times less than one alone
 MAX_SLOWNESS = (
     2.0  # a round's seconds count as at most so many times those that its bytes predict: others use the machine
 )
@@ -162,9 +166,10 @@ class Controller:
 
     ``draft`` a number: always that many. "off": none. "auto": drafts only while it pays. It starts where the cost
     model predicts a gain, keeps two accounts against plain decoding, in bytes and in seconds, and turns it off when
-    either is DRAWDOWN plain steps below its best; after a pause that doubles it tries again. No round starts that
-    could, at worst, take the whole text's bytes beyond LIMIT: a text of LIMIT_TOKENS or more reads at most that
-    share more than without drafting, whatever the acceptance.
+    either is too far below its best (DRAWDOWN, DRAWDOWN_SECONDS); after a pause that doubles it tries again. No round
+    starts that could, at worst, take the whole text's bytes beyond LIMIT: a text of LIMIT_TOKENS or more reads at most
+    that share more than without drafting, whatever the acceptance. Drafting is not tried again before the time that a
+    failure takes, MTP rows to catch up with included, fits into the same share.
     """
 
     def __init__(self, cost: CostModel | None, draft: str | int) -> None:
@@ -176,6 +181,9 @@ class Controller:
         self._plain_seconds: deque[float] = deque(maxlen=9)
         self._plain_bytes = 0
         self._lost = 0.0  # plain steps that the whole text lost in bytes; negative: won
+        self._lost_seconds = 0.0  # the same by the clock
+        self._probes = 0
+        self._row_steps = 0.0  # plain steps by the clock that an MTP row takes while it is caught up with
         self._down_bytes = self._down_seconds = 0.0  # plain steps lost since the best moment
         self._won = 0.0  # plain steps won in bytes since drafting was turned on
         self._pause = PLAIN_FIRST
@@ -214,7 +222,11 @@ class Controller:
             self._pause = RETRY_TOKENS
             self._forget()
             return 0
-        room = LIMIT * max(self.stats.tokens, LIMIT_TOKENS) - self._lost
+        share = LIMIT * max(self.stats.tokens, LIMIT_TOKENS)
+        if not self.drafting and share - self._lost_seconds < DRAWDOWN_SECONDS + pending * self._row_steps:
+            self._pause = PLAIN_EVERY
+            return 0
+        room = share - self._lost
         best = max((k for k in gains if self.cost.worst_loss(k, pending) <= room), key=lambda k: gains[k], default=0)
         if best == 0:
             if self.drafting:
@@ -224,7 +236,8 @@ class Controller:
             self.drafting = True
             self.switches += 1
             self._down_bytes = self._down_seconds = self._won = 0.0
-        return 0 if self._since_plain >= PLAIN_EVERY else best
+            self._probes = PROBES
+        return 0 if self._since_plain >= PLAIN_EVERY else 1 if self._probes else best
 
     def _turn_off(self) -> None:
         self.drafting = False
@@ -251,7 +264,8 @@ class Controller:
         if not self.drafting:
             self._pause -= n
         if r["draft_bytes"] == 0:
-            self._plain_seconds.append(seconds)
+            if self.stats.rounds > PLAIN_SLOW:
+                self._plain_seconds.append(seconds)
             self._plain_bytes = r["verify_bytes"]
             self._since_plain = 0
             return
@@ -263,9 +277,16 @@ class Controller:
         plain_bytes = self._plain_bytes or r["verify_bytes"]
         read = (r["draft_bytes"] + r["verify_bytes"]) / plain_bytes  # in plain steps
         took = min(seconds / plain_seconds, MAX_SLOWNESS * read)
+        if self._probes == PROBES:  # the layer's weights come from further away than they will
+            took = min(took, read)
         self._lost += read - n
+        self._lost_seconds += took - n
+        if r["drafted"]:
+            self._probes = max(self._probes - 1, 0)
+            alone = r["draft_seconds"] / plain_seconds / r["drafted"] / ROWS_SHARE
+            self._row_steps = min(self._row_steps or alone, alone)
         self._won += n - read
         self._down_bytes = max(self._down_bytes + read - n, 0.0)
         self._down_seconds = max(self._down_seconds + took - n, 0.0)
-        if self.drafting and max(self._down_bytes, self._down_seconds) > DRAWDOWN:
+        if self.drafting and (self._down_bytes > DRAWDOWN or self._down_seconds > DRAWDOWN_SECONDS):
             self._turn_off()
