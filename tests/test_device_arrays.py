@@ -27,7 +27,7 @@ def arrays(device: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize("device", device_cases.DEVICES)
 def test_device_arrays_show_what_a_pass_left(device: str) -> None:
     xp, to_numpy = arrays(device)
-    s = deepcalm.Model(surface_cases.packed(), device=device).session(32, mtp=True)
+    s = deepcalm.Model(surface_cases.packed(), device=device).session(32)
     out = s.prefill([3, 1, 4, 1, 5], all_logits=True)
     config = s.model.config
     logits = xp.asarray(device_view(s, "logits"))
