@@ -107,6 +107,7 @@ double inner_loop_rate(const CpuKernels& k, Format format, int n_threads, int ro
         t.w.scales = reinterpret_cast<float*>(p);
         t.w.data = p + 64;
         p += 64 + t.w.n_bytes();
+        std::memset(p + x_bytes + 4 * groups, 0, static_cast<size_t>(4 * groups));  // group sums: int32, in their range
         t.args = {.w = &t.w,
                   .tile_end = kTiles,
                   .x = {.x = p,
