@@ -24,7 +24,8 @@ PRIOR_ACCEPTANCE = 0.8  # as reported for MTP layers of V3 and R1; replaced by w
 PRIOR_WEIGHT = 8  # drafts that the prior counts for
 MIN_GAIN = 1.02  # predicted gain below which drafting is not tried
 DRAWDOWN = 4.0  # plain steps in bytes that drafting may lose, counted from its best moment, before it is turned off
-DRAWDOWN_SECONDS = 1.5  # the same by the clock
+DRAWDOWN_SECONDS = 1.25  # the same by the clock, besides
+DRAWDOWN_SHARE = 0.25  # this share of what had been won by the clock since drafting was turned on
 PROBES = 4  # rounds with a single draft each time drafting is turned on, before the clock is believed
 WON = 16.0  # plain steps won that make up for earlier failures
 LIMIT = 0.02  # share of the plain bytes that drafting never loses in a text of LIMIT_TOKENS or more
@@ -185,7 +186,7 @@ class Controller:
         self._probes = 0
         self._row_steps = 0.0  # plain steps by the clock that an MTP row takes while it is caught up with
         self._down_bytes = self._down_seconds = 0.0  # plain steps lost since the best moment
-        self._won = 0.0  # plain steps won in bytes since drafting was turned on
+        self._won = self._won_seconds = 0.0  # plain steps won, in bytes and by the clock, since drafting was turned on
         self._pause = PLAIN_FIRST
         self._next_pause = RETRY_TOKENS // 2
         self._since_plain = 0
@@ -235,7 +236,7 @@ class Controller:
         if not self.drafting:
             self.drafting = True
             self.switches += 1
-            self._down_bytes = self._down_seconds = self._won = 0.0
+            self._down_bytes = self._down_seconds = self._won = self._won_seconds = 0.0
             self._probes = PROBES
         return 0 if self._since_plain >= PLAIN_EVERY else 1 if self._probes else best
 
@@ -286,7 +287,10 @@ class Controller:
             alone = r["draft_seconds"] / plain_seconds / r["drafted"] / ROWS_SHARE
             self._row_steps = min(self._row_steps or alone, alone)
         self._won += n - read
+        self._won_seconds += n - took
         self._down_bytes = max(self._down_bytes + read - n, 0.0)
         self._down_seconds = max(self._down_seconds + took - n, 0.0)
-        if self.drafting and (self._down_bytes > DRAWDOWN or self._down_seconds > DRAWDOWN_SECONDS):
+        best = max(self._won_seconds + self._down_seconds, 0.0)
+        allowed = DRAWDOWN_SECONDS + DRAWDOWN_SHARE * best
+        if self.drafting and (self._down_bytes > DRAWDOWN or self._down_seconds > allowed):
             self._turn_off()
