@@ -80,6 +80,57 @@ SampleParams sample_params(double temp, int top_k, double top_p, double min_p, u
             .seed = seed};
 }
 
+// DLPack's structs (dlpack.h, the layout without a version), as every reader of the protocol knows them.
+struct DlTensor {
+    void* data;
+    struct {
+        int32_t type, id;
+    } device;
+    int32_t n_dims;
+    struct {
+        uint8_t code, bits;
+        uint16_t lanes;
+    } dtype;
+    int64_t* shape;    // [n_dims]
+    int64_t* strides;  // null: contiguous
+    uint64_t byte_offset;
+};
+struct DlManaged {
+    DlTensor tensor;
+    void* ctx;
+    void (*deleter)(DlManaged*);
+};
+struct DlExport {
+    DlManaged managed;  // first: its address is the export's
+    std::vector<int64_t> shape;
+    py::object owner;
+};
+
+// A "dltensor" capsule over memory that `owner` keeps alive; type: "<f4", "<i4" or "|u1".
+py::capsule dlpack(py::object owner, uintptr_t address, std::vector<int64_t> shape, const std::string& type,
+                   int device_type, int device_id) {
+    const char kind = type.at(1);
+    const uint8_t code = kind == 'i' ? 0 : kind == 'u' ? 1 : 2, bits = kind == 'u' ? 8 : 32;
+    auto* e = new DlExport{{}, std::move(shape), std::move(owner)};
+    e->managed.tensor = {.data = reinterpret_cast<void*>(address),
+                         .device = {device_type, device_id},
+                         .n_dims = static_cast<int32_t>(e->shape.size()),
+                         .dtype = {code, bits, 1},
+                         .shape = e->shape.data(),
+                         .strides = nullptr,
+                         .byte_offset = 0};
+    e->managed.ctx = e;
+    e->managed.deleter = [](DlManaged* m) {
+        const py::gil_scoped_acquire gil;  // the reader may end in any thread
+        delete static_cast<DlExport*>(m->ctx);
+    };
+    return py::capsule(&e->managed, "dltensor", [](PyObject* capsule) {
+        if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;  // taken: the reader calls the deleter
+        auto* m = static_cast<DlManaged*>(PyCapsule_GetPointer(capsule, "dltensor"));
+        m->deleter(m);
+    });
+}
+
 class PySession {
   public:
     PySession(Model& model, int ctx, const std::string& kv, int max_rows, bool mtp, const std::string& driver)
@@ -205,12 +256,15 @@ class PySession {
             return s_->decode_finish();
         }());
     }
-    // (address, bytes) of a device buffer; for the oracles
+    // (address, shape, type string) of a device buffer; for the oracles
     py::tuple device_view(const std::string& name) {
         DeviceView v;
         if (s_->device() == nullptr || !s_->model().device().api->view(s_->device(), name.c_str(), v))
-            throw_error(session_error("device view: no buffer '" + name + "'"));
-        return py::make_tuple(reinterpret_cast<uintptr_t>(v.data), v.bytes);
+            throw_error(session_error("device view: no buffer '" + name +
+                                      "', expected on a device x, hidden, logits, cache, mtp_cache or a recorded tap"));
+        py::tuple shape(v.n_dims);
+        for (int i = 0; i < v.n_dims; ++i) shape[static_cast<size_t>(i)] = v.dims[i];
+        return py::make_tuple(reinterpret_cast<uintptr_t>(v.data), shape, v.type);
     }
     std::string device_report(const std::string& what) {
         if (s_->device() == nullptr) throw_error(session_error("device report: this session runs on the CPU"));
@@ -261,7 +315,11 @@ class PySession {
                         {hidden.data(), static_cast<size_t>(hidden.size())}));
     }
 
-    void trace(const std::optional<std::vector<std::string>>& names) {
+    void trace(const std::optional<std::vector<std::string>>& names, const std::map<std::string, F32Array>& feed) {
+        if (!feed.empty() && s_->device() == nullptr) throw_error(session_error("feed: this session runs on the CPU"));
+        s_->trace().feed.clear();
+        for (const auto& [name, values] : feed)
+            s_->trace().feed[name].assign(values.data(), values.data() + values.size());
         s_->trace().enable(names.value_or(std::vector<std::string>{}));
         s_->trace().taps.clear();
     }
@@ -383,6 +441,8 @@ PYBIND11_MODULE(_core, m) {
         "Gumbel noise "
         "over the filtered distribution. Ids >= n_valid are never chosen. Raises SessionError if the logits are not "
         "finite.");
+    m.def("dlpack", &dlpack, py::arg("owner"), py::arg("address"), py::arg("shape"), py::arg("type"),
+          py::arg("device_type"), py::arg("device_id"), "DLPack capsule over memory that `owner` keeps alive.");
     m.def("gumbel", &gumbel, py::arg("seed"), py::arg("pos"), py::arg("v"), "The noise that sample() adds to token v.");
 
     py::class_<Model>(m, "Model")
@@ -459,7 +519,8 @@ PYBIND11_MODULE(_core, m) {
              "Rounds that have ended since the last poll, as dicts; waits for one unless none is queued.")
         .def("decode_finish", &PySession::decode_finish,
              "Waits for the queued rounds and brings the session up to date.")
-        .def("device_view", &PySession::device_view, py::arg("name"), "(address, bytes) of a named device buffer.")
+        .def("device_view", &PySession::device_view, py::arg("name"),
+             "(address, shape, type string) of a device buffer, or of a tap of the last pass that recorded any.")
         .def("device_report", &PySession::device_report, py::arg("what"), "JSON text: device, stages.")
         .def("hidden", &PySession::hidden, "Post-final-norm hidden states [n, hidden_size] of the last forward().")
         .def("truncate", &PySession::truncate, py::arg("n"), "Keep the first n positions.")
@@ -471,7 +532,9 @@ PYBIND11_MODULE(_core, m) {
         .def("load_state", &PySession::load_state, py::arg("tokens"), py::arg("cache"), py::arg("mtp_cache"),
              py::arg("hidden"),
              "Replaces the session's whole state by one that state() returned; shapes and ids are checked.")
-        .def("trace", &PySession::trace, py::arg("names"))
+        .def("trace", &PySession::trace, py::arg("names"), py::arg("feed") = std::map<std::string, F32Array>{},
+             "Taps to record from now on; feed, on a device: f32 [n, ...] by name, in place of the next pass's own "
+             "embed, gate_logits and layer_out.")
         .def("taps", &PySession::taps, "Taps of the last forward pass as arrays [n, ...]; clears them.")
         .def("stats", &PySession::stats)
         .def("stage_stats", &PySession::stage_stats,

@@ -26,6 +26,9 @@ class Trace {
     void record(const std::string& name, const int32_t* src, int64_t rows, std::vector<int64_t> dims, int64_t stride);
 
     std::map<std::string, Tap> taps;
+    // f32 values [rows, cols] that take a tap's place in the next pass, so that the stages behind it compute from them:
+    // "embed", a layer's "gate_logits" and "layer_out". On a device only; empty after the pass.
+    std::map<std::string, std::vector<float>> feed;
 
   private:
     std::vector<std::string> names_;

@@ -1,6 +1,7 @@
-"""ctypes view of the stages in the simulator: mirrors of the structs in ``kernels/cuda/stages.h``, and their launch.
+"""ctypes view of the single stages of a device library: the structs in ``kernels/cuda/stages.h``, and their launch.
 
-Arrays are passed by address, so every array given to a struct must stay alive until :func:`Stages.run` returns.
+Arrays are passed by address, so every array given to a struct must stay alive until :func:`Stages.run` returns: numpy's
+in the simulator, cupy's on a GPU, or numpy's there too where a :class:`Mirror` is in place.
 """
 
 from __future__ import annotations
@@ -73,8 +74,43 @@ class LaunchSpec(c.Structure):
     _fields_ = [("nb", I32), ("grid", I32), ("threads", I32), ("dependent", I32)]
 
 
-def ptr(a: np.ndarray[Any, Any] | None) -> int | None:
-    return None if a is None else int(a.ctypes.data)
+class Mirror:
+    """Arrays of a device module ``xp`` beside the numpy arrays that stages get: written before launches, read after."""
+
+    def __init__(self, xp: Any) -> None:
+        self.xp = xp
+        self.pairs: dict[tuple[int, int], tuple[np.ndarray[Any, Any], Any]] = {}  # bytes on the host, on the device
+
+    def address(self, a: np.ndarray[Any, Any]) -> int:
+        key = a.ctypes.data, a.nbytes
+        if key not in self.pairs:
+            host = a.reshape(-1).view(np.uint8)
+            assert np.shares_memory(host, a), "not contiguous"
+            self.pairs[key] = host, self.xp.array(host)
+        return device_address(self.pairs[key][1])
+
+    def up(self) -> None:
+        for host, there in self.pairs.values():
+            there[...] = self.xp.asarray(host)
+
+    def down(self) -> None:
+        for host, there in self.pairs.values():
+            if host.flags.writeable:
+                host[...] = there.get() if hasattr(there, "get") else there
+
+
+mirror: Mirror | None = None  # set while tests run on a GPU
+
+
+def device_address(a: Any) -> int:
+    """Of a cupy array or of anything else that shows its memory."""
+    return int((getattr(a, "__cuda_array_interface__", None) or a.__array_interface__)["data"][0])
+
+
+def ptr(a: Any | None) -> int | None:
+    if a is None:
+        return None
+    return mirror.address(a) if mirror and isinstance(a, np.ndarray) else device_address(a)
 
 
 def aligned(shape: tuple[int, ...], dtype: Any = np.float32, fill: float | None = None) -> np.ndarray[Any, Any]:
@@ -98,11 +134,11 @@ def rows(n: int, pos: np.ndarray[Any, Any] | None = None, live: np.ndarray[Any, 
     return Rows(n, ptr(live), ptr(pos))
 
 
-def matrix(p: formats.Packed, keep: list[Any], rows: int | None = None) -> Any:
-    """The struct of a packed tensor; its bytes are copied to aligned memory that `keep` holds. rows: of a slice, where
-    the packed rows are padded."""
-    data = to_aligned(p.data)
-    scales = None if p.scales is None else to_aligned(p.scales)
+def matrix(p: formats.Packed, keep: list[Any], rows: int | None = None, to: Any = to_aligned) -> Any:
+    """The struct of a packed tensor; its bytes are copied `to` aligned memory that `keep` holds. rows: of a slice,
+    where the packed rows are padded."""
+    data = to(p.data)
+    scales = None if p.scales is None else to(p.scales)
     keep += [data, scales]
     _, nr, nc, tile = p.data.shape
     br, bc = p.scale_block
@@ -124,22 +160,29 @@ def matrix(p: formats.Packed, keep: list[Any], rows: int | None = None) -> Any:
 
 
 class Stages:
-    """The test library. Launches queue; :meth:`run` executes them in order."""
+    """The single stages of a device library; ``xp``: cupy, on a GPU. Launches queue, :meth:`run` waits for them."""
 
-    def __init__(self, path: Path) -> None:
-        self.lib = c.CDLL(str(path))
-        for name, kind in ARGS.items():
-            size = getattr(self.lib, f"dc_test_sizeof_{name}")
-            size.restype = I64
-            assert size() == c.sizeof(kind), f"{name}: {size()} bytes in C++, {c.sizeof(kind)} here"
+    def __init__(self, path: Path, xp: Any = np) -> None:
+        self.call, self.xp, self.idle = c.CDLL(str(path)).deepcalm_stage, xp, True
+        self.call.argtypes = (c.c_char_p, c.c_void_p, I64, c.c_void_p)
 
     def launch(
         self, name: str, args: Any, nb: int = 1, grid: int = 3, threads: int = 64, dependent: bool = False
     ) -> None:
-        getattr(self.lib, f"dc_test_{name}")(c.byref(args), c.byref(LaunchSpec(nb, grid, threads, int(dependent))))
+        if self.idle and mirror:
+            mirror.up()
+        self.idle = False
+        if self.xp is not np:  # its arrays are filled by another stream
+            self.xp.cuda.Device().synchronize()
+        spec = LaunchSpec(nb, grid, threads, int(dependent))
+        code = self.call(name.encode(), c.byref(args), c.sizeof(args), c.byref(spec))
+        assert code == 0, f"{name}: error {code} (-2: its struct has another size in C++)"
 
     def run(self) -> None:
-        self.lib.dc_test_run()
+        code, self.idle = self.call(None, None, 0, None), True
+        assert code == 0, f"error {code}"
+        if mirror:
+            mirror.down()
 
     def __call__(self, name: str, args: Any, **kw: Any) -> None:
         self.launch(name, args, **kw)
@@ -180,7 +223,7 @@ CXX_FLAGS = "-std=c++20 -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hid
 
 def build(out: Path, source: str, *flags: str) -> Path:
     """Compiles `source` with the simulator behind it; a shared library unless the flags say otherwise."""
-    files = [str(ROOT / f) for f in (source, "kernels/cuda/sim.cc", "kernels/pack.cc")]
+    files = [str(ROOT / f) for f in (source, "kernels/cuda/sim.cc", "kernels/pack.cc", "runtime/rope.cc")]
     compiler = [os.environ.get("CXX", "g++"), *CXX_FLAGS.split(), f"-I{ROOT}", *files, "-o", str(out), "-pthread"]
     subprocess.run([*compiler, *flags], check=True)
     return out
@@ -192,6 +235,5 @@ def library(folder: Path) -> Path:
     if path:
         return Path(path)
     for found in Path(_core.__file__).parent.glob("libdeepcalm_sim.so"):
-        if hasattr(c.CDLL(str(found)), "dc_test_run"):
-            return found
-    return build(folder / "libstages.so", "kernels/cuda/stage_test.cc", "-O1", "-shared")
+        return found
+    return build(folder / "libstages.so", "runtime/cuda/backend_sim.cc", "-O1", "-shared")

@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import deepcalm
@@ -39,6 +40,14 @@ def need(device: str) -> None:
     why = missing(device)
     if why is not None:
         pytest.skip(why)
+
+
+def array_module(device: str) -> Any:
+    """numpy for the simulated GPU, cupy for a real one; skips the test where either is missing."""
+    need(device)
+    if device == "sim":
+        return np
+    return pytest.importorskip("cupy", reason="cupy is not installed: arrays on a GPU are not tested")
 
 
 @functools.cache

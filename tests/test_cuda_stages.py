@@ -1,13 +1,18 @@
-"""Every stage of the CUDA pass, single, in the simulator: against float64 oracles, and bit for bit across schedules."""
+"""Every stage of the CUDA pass, single: against float64 oracles, and bit for bit across schedules.
+
+In the simulator under three orders of its threads; on a GPU through cupy, where there is one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 import cuda_stages as cs
+import device_cases
 from deepcalm import _core
 from ref import formats
 from ref.rounding import cache_round
@@ -17,9 +22,22 @@ ORDERS = ("fwd", "rev", "17")
 EPS = 1e-6
 
 
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> cs.Stages:
-    return cs.Stages(cs.library(tmp_path_factory.mktemp("stages")))
+@pytest.fixture(scope="module", params=device_cases.DEVICES)
+def stages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[cs.Stages]:
+    if request.param == "sim":
+        yield cs.Stages(cs.library(tmp_path_factory.mktemp("stages")))
+        return
+    cupy = device_cases.array_module("cuda")
+    cs.mirror = cs.Mirror(cupy)
+    yield cs.Stages(device_cases.library("cuda"), cupy)
+    cs.mirror = None
+
+
+@pytest.fixture(autouse=True)
+def forget_arrays() -> Iterator[None]:
+    yield
+    if cs.mirror:
+        cs.mirror.pairs.clear()
 
 
 def vector(rng: np.random.Generator, n: int) -> Array:
@@ -35,6 +53,7 @@ def rows_of(rng: np.random.Generator, n: int, cols: int, scale: float = 1.0) -> 
 
 def close(got: Array, want: Array, magnitude: Array, tol: float) -> None:
     assert np.isfinite(got).all()
+    tol = max(tol, 1e-5 if cs.mirror else 0)  # a tensor core cuts bits off that the simulator's sums keep
     worst = (np.abs(got - want) / np.maximum(magnitude, 1e-30)).max()
     assert worst <= tol, f"{worst:.2e} > {tol:.0e}"
 
@@ -151,6 +170,17 @@ def test_product_shows_activations_that_are_not_finite(stages: cs.Stages) -> Non
         x[0, 7] = np.nan
         y = product(stages, p, x)
         assert np.isnan(y[0]).all() and np.isfinite(y[1]).all(), fmt
+
+
+def test_numpy_arrays_go_to_a_device_and_back(tmp_path: Any) -> None:
+    """What a GPU gets of these tests, with memory apart that is the host's too."""
+    cs.mirror = cs.Mirror(np)
+    try:
+        test_product_norms_adds_and_taps(cs.Stages(cs.library(tmp_path)), "fwd")
+        test_attention_matches_the_oracle(cs.Stages(cs.library(tmp_path)), "q8", "fwd")
+        assert len(cs.mirror.pairs) > 20
+    finally:
+        cs.mirror = None
 
 
 # --- embed ----------------------------------------------------------------------------------------------------------

@@ -1,29 +1,29 @@
-"""Views of device memory for cupy and other libraries that know ``__cuda_array_interface__``; nothing is copied."""
+"""Views of device memory for cupy and whoever knows ``__cuda_array_interface__`` or DLPack; nothing is copied."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import SessionError
+from . import _core
 
 if TYPE_CHECKING:
     from .session import Session
 
-VIEWS = ("x", "hidden", "logits", "cache", "mtp_cache")
-
 
 @dataclass(frozen=True, slots=True)
 class DeviceArray:
-    """A buffer of a session; ``cupy.asarray(view)`` sees it, on a simulated GPU ``numpy.asarray(view)`` does.
+    """A buffer of a session, for ``cupy.asarray(view)`` and ``torch.from_dlpack(view)``.
 
-    It is valid while the session lives (the view keeps it alive) and holds what the last pass left there.
+    A simulated GPU has the host's memory: ``numpy.asarray(view)``, ``numpy.from_dlpack(view)``. The view
+    is valid while the session lives, which it keeps alive, and holds what the last pass left there. Passes have ended
+    when they return: no stream has to wait.
     """
 
     owner: Session
     address: int
     shape: tuple[int, ...]
-    typestr: str  # "<f4"; cache rows are bytes, "|u1"
+    typestr: str  # "<f4", "<i4"; cache rows are bytes, "|u1"
 
     def _interface(self) -> dict[str, Any]:
         return {"shape": self.shape, "typestr": self.typestr, "data": (self.address, False), "version": 3}
@@ -40,23 +40,30 @@ class DeviceArray:
             raise AttributeError("not in the memory of the host")
         return self._interface()
 
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """(kDLCUDA = 2 or, simulated, kDLCPU = 1; the first device)."""
+        return (2 if self.owner.model.device == "cuda" else 1), 0
+
+    def __dlpack__(
+        self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: bool | None = None
+    ) -> Any:
+        """A capsule that keeps this view alive; a copy or another device is refused with BufferError."""
+        if copy or dl_device not in (None, self.__dlpack_device__()):
+            raise BufferError("a view of device memory: no copy, no other device")
+        return _core.dlpack(self, self.address, self.shape, self.typestr, *self.__dlpack_device__())
+
 
 def device_view(session: Session, name: str) -> DeviceArray:
     """The buffer ``name`` of a session on a device.
 
     Args:
         name: "x" residual stream and "hidden" post-norm rows [rows, at least hidden_size] f32; "logits" [rows, at
-            least vocab_size] f32; "cache" [layers, ctx, row bytes], "mtp_cache" [1, ctx, row bytes] uint8.
+            least vocab_size] f32; "cache" [layers, ctx, row bytes], "mtp_cache" [1, ctx, row bytes] uint8; or a tap
+            ("layers.3.c_kv", "mtp.embed", "final_norm") that ``session.trace`` recorded, f32 or int32, shaped as there:
+            of the last pass with taps (of its last 512 rows), and gone with the next one.
 
     Raises:
         SessionError: no such buffer, or the session runs on the CPU.
     """
-    if name not in VIEWS:
-        raise SessionError(f"device view: {name!r}, expected one of {', '.join(VIEWS)}")
-    address, n_bytes = session.core.device_view(name)
-    config = session.model.config
-    if name.endswith("cache"):
-        layers = 1 if name == "mtp_cache" else int(config["num_hidden_layers"])
-        return DeviceArray(session, address, (layers, session.ctx, n_bytes // (layers * session.ctx)), "|u1")
-    columns = -(-int(config["vocab_size"]) // 16) * 16 if name == "logits" else -(-int(config["hidden_size"]) // 4) * 4
-    return DeviceArray(session, address, (n_bytes // (4 * columns), columns), "<f4")
+    address, shape, typestr = session.core.device_view(name)
+    return DeviceArray(session, address, shape, typestr)

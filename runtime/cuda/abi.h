@@ -48,11 +48,13 @@ struct DeviceSessionArgs {
 enum DeviceDriver : int { kDriverGraph = 0, kDriverPersistent = 1 };
 
 // Receives taps and says which are wanted; data is host memory, valid during the call. Layout as Trace::record.
+// take() gives the n f32 values that replace a tap once it is recorded (Trace::feed), or null; valid during the pass.
 struct DeviceTrace {
     void* ctx = nullptr;
     bool (*wants)(void* ctx, const char* name) = nullptr;
     void (*record)(void* ctx, const char* name, const void* data, bool is_int, int64_t rows, const int64_t* dims,
                    int n_dims, int64_t stride) = nullptr;
+    const float* (*take)(void* ctx, const char* name, int64_t* n) = nullptr;
 };
 
 // One pass: PassArgs of runtime/session.h with host pointers. All outputs are there on return.
@@ -113,10 +115,12 @@ struct DeviceDecodeState {
     int64_t mtp_cache_rows = 0;
 };
 
-// A view of device memory for tests and oracles; never freed by the reader.
+// A view of device memory for tests and oracles, contiguous; never freed by the reader.
 struct DeviceView {
     void* data = nullptr;
-    int64_t bytes = 0;
+    const char* type = "<f4";  // or "<i4", "|u1", as numpy names them
+    int n_dims = 0;
+    int64_t dims[4] = {};
 };
 
 struct DeviceModel;
@@ -145,7 +149,8 @@ struct DeviceApi {
     int (*decode_poll)(DeviceSession* session, DeviceRound* rounds, int capacity, DeviceError& error) = nullptr;
     bool (*decode_finish)(DeviceSession* session, DeviceDecodeState& state, float* pending,
                           DeviceError& error) = nullptr;
-    // Named buffers of a session ("logits", "x", "cache", ...); false: no such name.
+    // Named buffers of a session ("logits", "x", "cache", ...), and the taps of the last pass that recorded any, valid until
+    // the next one; false: no such name.
     bool (*view)(DeviceSession* session, const char* name, DeviceView& view) = nullptr;
     // A row of JSON text about the device or the last passes: "device", "stages" (measured when `measure` is set).
     bool (*report)(DeviceSession* session, const char* what, char* text, size_t size, DeviceError& error) = nullptr;

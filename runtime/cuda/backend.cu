@@ -117,6 +117,9 @@ struct DeviceSession {
     const DeviceSessionArgs args;
     rt::Stream stream = nullptr;
     void *memory = nullptr, *tap_memory = nullptr, *pinned = nullptr;
+    void* kept = nullptr;  // copies of the taps of the last traced pass
+    int64_t kept_bytes = 0;
+    std::map<std::string, DeviceView> kept_taps;
     Buffers b;
     TokenRing* ring = nullptr;
     unsigned* barrier = nullptr;
@@ -137,7 +140,7 @@ struct DeviceSession {
             replays.clear();
             rt::destroy(stream);
         }
-        for (void* p : {memory, tap_memory}) {
+        for (void* p : {memory, tap_memory, kept}) {
             if (p != nullptr) rt::release(p);
         }
         if (pinned != nullptr) rt::release_pinned(pinned);
@@ -416,7 +419,7 @@ struct DeviceSession {
         return true;
     }
 
-    // The same stages one by one, intermediates copied out behind each.
+    // The same stages one by one; behind each its intermediates are copied out, or replaced by what the host feeds.
     bool traced(const PassShape& s, const DevicePass& p, DeviceError& error) {
         if (tap_memory == nullptr) {
             DC_RT(rt::allocate(&tap_memory, 4 * b.rows * b.tap_stride));
@@ -424,20 +427,51 @@ struct DeviceSession {
         }
         Program program;
         writer(program).pass(s);
+        const auto wanted = [&](const TapOut& t) { return p.trace->wants(p.trace->ctx, t.name.c_str()); };
+        int64_t bytes = 0;
+        for (const TapOut& t : program.taps) bytes += wanted(t) ? round_up(4 * t.vectors * t.width, 256) : 0;
+        kept_taps.clear();
+        if (bytes > kept_bytes) {
+            if (kept != nullptr) rt::release(kept);
+            kept = nullptr;
+            kept_bytes = 0;
+            DC_RT(rt::allocate(&kept, bytes));
+            kept_bytes = bytes;
+        }
+        auto* to = static_cast<std::byte*>(kept);
         size_t next = 0;
-        std::vector<float> host;
         for (size_t i = 0; i < program.ops.size(); ++i) {
             DC_RT(launch(program.ops[i], i > 0, stream));
             for (; next < program.taps.size() && program.taps[next].op == i; ++next) {
                 const TapOut& t = program.taps[next];
-                if (!p.trace->wants(p.trace->ctx, t.name.c_str())) continue;
-                host.resize(static_cast<size_t>(t.vectors * t.width));
-                DC_RT(rt::copy_rows(host.data(), 4 * t.width, t.data, 4 * t.stride, 4 * t.width, t.vectors, stream));
-                DC_RT(rt::synchronize(stream));
-                const auto per_row = static_cast<int64_t>(host.size()) / t.rows;
-                p.trace->record(p.trace->ctx, t.name.c_str(), host.data(), t.is_int, t.rows, t.dims.data(),
-                                static_cast<int>(t.dims.size()), per_row);
+                const int64_t size = t.vectors * t.width;
+                if (wanted(t)) {
+                    DC_RT(rt::copy_rows(to, 4 * t.width, t.data, 4 * t.stride, 4 * t.width, t.vectors, stream));
+                    DeviceView& v = kept_taps[t.name];
+                    v = {.data = to, .type = t.is_int ? "<i4" : "<f4", .n_dims = static_cast<int>(t.dims.size()) + 1};
+                    v.dims[0] = t.rows;
+                    std::copy(t.dims.begin(), t.dims.end(), v.dims + 1);
+                    to += round_up(4 * size, 256);
+                }
+                int64_t fed = 0;
+                const float* feed = t.input ? p.trace->take(p.trace->ctx, t.name.c_str(), &fed) : nullptr;
+                if (feed == nullptr) continue;
+                if (fed != size) {
+                    return fail(error, ErrorCode::kSession, "feed: %s has %lld values, expected %lld", t.name.c_str(),
+                                static_cast<long long>(fed), static_cast<long long>(size));
+                }
+                DC_RT(rt::copy_rows(t.data, 4 * t.stride, feed, 4 * t.width, 4 * t.width, t.vectors, stream));
             }
+        }
+        std::vector<float> host;
+        for (const auto& [name, v] : kept_taps) {
+            int64_t per_row = 1;
+            for (int i = 1; i < v.n_dims; ++i) per_row *= v.dims[i];
+            host.resize(static_cast<size_t>(v.dims[0] * per_row));
+            DC_RT(rt::copy(host.data(), v.data, static_cast<int64_t>(host.size()) * 4, stream));
+            DC_RT(rt::synchronize(stream));
+            p.trace->record(p.trace->ctx, name.c_str(), host.data(), v.type[1] == 'i', v.dims[0], v.dims + 1,
+                            v.n_dims - 1, per_row);
         }
         return true;
     }
@@ -632,16 +666,22 @@ struct DeviceSession {
 
     bool view(const char* name, DeviceView& v) const {
         const ModelConfig& c = m.cfg;
-        const std::map<std::string, DeviceView> views = {
-            {"weights", {m.memory, 0}},
-            {"x", {b.x, 4 * b.rows * b.x_stride}},
-            {"hidden", {b.h, 4 * b.rows * b.x_stride}},
-            {"logits", {b.logits, 4 * kLogitRows * b.logits_stride}},
-            {"cache", {b.cache, c.num_hidden_layers * args.ctx * b.row_stride}},
-            {"mtp_cache", {b.mtp_cache, args.mtp ? args.ctx * b.row_stride : 0}},
+        const auto f32 = [](float* p, int64_t rows, int64_t cols) {
+            return DeviceView{.data = p, .type = "<f4", .n_dims = 2, .dims = {rows, cols}};
         };
-        const auto it = views.find(name);
-        if (it == views.end() || it->second.data == nullptr) return false;
+        const auto cache = [&](std::byte* p, int64_t layers) {
+            return DeviceView{.data = p, .type = "|u1", .n_dims = 3, .dims = {layers, args.ctx, b.row_stride}};
+        };
+        const std::map<std::string, DeviceView> views = {
+            {"x", f32(b.x, b.rows, b.x_stride)},
+            {"hidden", f32(b.h, b.rows, b.x_stride)},
+            {"logits", f32(b.logits, kLogitRows, b.logits_stride)},
+            {"cache", cache(b.cache, c.num_hidden_layers)},
+            {"mtp_cache", cache(b.mtp_cache, 1)},
+        };
+        auto it = views.find(name);
+        if (it == views.end() && (it = kept_taps.find(name)) == kept_taps.end()) return false;
+        if (it->second.data == nullptr) return false;
         v = it->second;
         return true;
     }
@@ -724,6 +764,44 @@ constexpr DeviceApi kApi = {
 
 }  // namespace
 }  // namespace deepcalm
+
+// One stage by itself, for tests and oracles: `args` is its struct of `size` bytes (kernels/cuda/stages.h), whose pointers
+// are the caller's device memory. Launches queue on a stream of their own; name null waits for them. 0, an rt::Error, -1:
+// no device or no such stage, or -2: its struct has another size.
+struct StageLaunch {
+    int32_t nb, blocks, threads, dependent;
+};
+
+extern "C" __attribute__((visibility("default"))) int deepcalm_stage(const char* name, const void* args, int64_t size,
+                                                                     const StageLaunch* l) {
+    using namespace deepcalm::gpu;
+    namespace rt = deepcalm::rt;
+    static rt::Stream stream = nullptr;
+    static rt::DeviceInfo info;
+    char text[512];
+    if (stream == nullptr) {
+        if (!rt::find_device(0, info, text, sizeof text)) return -1;
+        if (const rt::Error e = rt::create(&stream); e != 0) return e;
+    }
+    if (name == nullptr) return rt::synchronize(stream);
+    rt::LaunchConfig c{.grid = l->blocks,
+                       .block = l->threads,
+                       .smem = 0,
+                       .cooperative = false,
+                       .dependent = l->dependent != 0 && info.dependent,
+                       .stream = stream};
+#define X(stage, Args)                                                                                                 \
+    if (std::strcmp(name, #stage) == 0) {                                                                              \
+        const auto kernel = l->nb == 1 ? kernel_##stage<1> : kernel_##stage<kPrefillBlocks>;                           \
+        if (size != static_cast<int64_t>(sizeof(Args))) return -2;                                                     \
+        c.smem = smem_bytes(*static_cast<const Args*>(args), l->nb, l->threads);                                       \
+        if (const rt::Error e = rt::allow_smem(kernel, info.smem); e != 0) return e;                                   \
+        return rt::launch(c, kernel, *static_cast<const Args*>(args));                                                 \
+    }
+    DEEPCALM_CUDA_STAGES(X)
+#undef X
+    return -1;
+}
 
 extern "C" __attribute__((visibility("default"))) const deepcalm::DeviceApi* deepcalm_backend(int abi) {
     return abi == deepcalm::kDeviceAbi ? &deepcalm::kApi : nullptr;

@@ -1,6 +1,3 @@
-// The device library on the simulator: the same sources, compiled by g++, and single stages for tests.
+// The device library on the simulator: the same sources, compiled by g++.
 #include "runtime/cuda/backend.cu"
 #include "runtime/cuda/persistent.cu"
-
-#define DEEPCALM_STAGE_KERNELS 1
-#include "kernels/cuda/stage_test.cc"

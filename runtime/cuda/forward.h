@@ -44,8 +44,9 @@ DEEPCALM_CUDA_ALL_STAGES(X)
 struct TapOut {
     size_t op = 0;
     std::string name;
-    const void* data = nullptr;
+    void* data = nullptr;
     bool is_int = false;
+    bool input = false;  // the buffer that the following stages read: new values there take effect
     int64_t vectors = 0, width = 0, stride = 0, rows = 0;
     std::vector<int64_t> dims;
 };
@@ -234,7 +235,7 @@ class PassWriter {
         if (m.rows > 0) bytes_ += slices * (m.slice_bytes + 4 * m.slice_scales);
     }
 
-    void tap(const char* name, const void* data, std::vector<int64_t> dims, int64_t stride, bool is_int = false) {
+    void tap(const char* name, void* data, std::vector<int64_t> dims, int64_t stride, bool is_int = false) {
         int64_t width = 1;
         for (const int64_t d : dims) width *= d;
         if (t_.trace) {
@@ -242,6 +243,7 @@ class PassWriter {
                                .name = prefix_ + name,
                                .data = data,
                                .is_int = is_int,
+                               .input = data == b_.x || data == b_.gate_logits,
                                .vectors = n_,
                                .width = width,
                                .stride = stride,

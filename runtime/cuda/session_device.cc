@@ -18,20 +18,35 @@ Status Session::forward_device(const PassArgs& a) {
     const int first_moe = std::max(first, c.n_routed_experts > 0 ? c.first_k_dense_replace : end);
     const int moe_layers = std::max(end - first_moe, 0), k = moe_layers > 0 ? c.num_experts_per_tok : 0;
     std::vector<int32_t> topk(static_cast<size_t>(moe_layers) * a.ids.size() * static_cast<size_t>(k));
+    std::map<std::string, std::vector<float>> feed;
+    feed.swap(a.trace.feed);
+    struct Taps {
+        Trace& to;
+        std::map<std::string, std::vector<float>>& feed;
+        std::vector<std::string> fed;
+    } taps{a.trace, feed, {}};
     const DeviceTrace trace{
-        .ctx = &a.trace,
-        .wants = [](void* t, const char* name) { return static_cast<Trace*>(t)->wants(name); },
+        .ctx = &taps,
+        .wants = [](void* t, const char* name) { return static_cast<Taps*>(t)->to.wants(name); },
         .record =
             [](void* t, const char* name, const void* data, bool is_int, int64_t rows, const int64_t* dims, int n_dims,
                int64_t stride) {
                 std::vector<int64_t> shape(dims, dims + n_dims);
-                auto* to = static_cast<Trace*>(t);
+                Trace* to = &static_cast<Taps*>(t)->to;
                 if (is_int) {
                     to->record(name, static_cast<const int32_t*>(data), rows, std::move(shape), stride);
                 } else {
                     to->record(name, static_cast<const float*>(data), rows, std::move(shape), stride);
                 }
-            }};
+            },
+        .take = [](void* t, const char* name, int64_t* n) -> const float* {
+            auto* from = static_cast<Taps*>(t);
+            const auto it = from->feed.find(name);
+            if (it == from->feed.end()) return nullptr;
+            from->fed.push_back(it->first);
+            *n = static_cast<int64_t>(it->second.size());
+            return it->second.data();
+        }};
     DeviceError error;
     const DevicePass pass{.ids = a.ids.data(),
                           .n = n,
@@ -44,9 +59,14 @@ Status Session::forward_device(const PassArgs& a) {
                           .final_h = state_.final_h.f32,
                           .hidden_stride = state_.final_h.stride(),
                           .topk = topk.data(),
-                          .trace = a.trace.on() ? &trace : nullptr};
+                          .trace = a.trace.on() || !feed.empty() ? &trace : nullptr};
     const int64_t start = now_ns();
     if (!model_.device().api->forward(device_.get(), pass, error)) return to_error(error);
+    for (const std::string& name : taps.fed) feed.erase(name);
+    if (!feed.empty()) {
+        return Error{ErrorCode::kSession,
+                     "feed: '" + feed.begin()->first + "' is no embed, gate_logits or layer_out of this pass"};
+    }
     stats_.seconds += 1e-9 * static_cast<double>(now_ns() - start);
 
     const size_t per_layer = a.ids.size() * static_cast<size_t>(k);
