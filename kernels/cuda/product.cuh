@@ -178,6 +178,7 @@ DC_DEVICE void add_f32(SegmentSum<NB>& s, const unsigned char* w, int tiles, int
     const int q = rt::lane() % 4, g = rt::lane() / 4;
     for (int t = 0; t < tiles; ++t) {
         const auto* p = reinterpret_cast<const float*>(w) + t * kTileRows * kTileCols + 2 * g;
+        DC_UNROLL_BY(8)
         for (int c = 0; c < kTileCols; ++c) {
             const float w0 = p[c * kTileRows], w1 = p[c * kTileRows + 1];
             for (int j = 0; j < NB; ++j)
@@ -528,7 +529,8 @@ template <int NB, class P, class Wait> DC_DEVICE void run(P& plan, int u0, int u
     for (int i = 0; i < kRingSlots; ++i) rt::copy_open(ring.bar + i);
     Cursor<NB, P> feed, at;
     feed.start(plan, u0, u1);
-    at.start(plan, u0, u1);
+    at = feed;
+    DC_UNROLL_BY(1)
     for (int i = 0; i < kRingSlots; ++i) ring.feed(feed);
     wait();
     plan.begin();

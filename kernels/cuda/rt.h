@@ -16,6 +16,8 @@
 #include <cuda_runtime.h>
 #define DC_DEVICE __device__ __forceinline__
 #define DC_UNROLL _Pragma("unroll")  // before loops whose index must not become an address
+#define DC_PRAGMA(text) _Pragma(#text)
+#define DC_UNROLL_BY(n) DC_PRAGMA(unroll n)                            // where more would only be more code
 #define DC_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)  // threads, blocks per SM to leave registers for
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define DC_SM90 1
@@ -213,6 +215,7 @@ inline Error synchronize(Stream s) { return cudaStreamSynchronize(s); }
 #include <cmath>
 #define DC_DEVICE inline
 #define DC_UNROLL
+#define DC_UNROLL_BY(n)
 #define DC_KERNEL(...) inline void
 #define __grid_constant__
 #ifndef DEEPCALM_SIM_CP_ASYNC  // the copies of sm_80

@@ -15,6 +15,12 @@ DC_DEVICE Range deal(int n, int block, int n_blocks) {
     return {static_cast<int>(int64_t{n} * block / n_blocks), static_cast<int>(int64_t{n} * (block + 1) / n_blocks)};
 }
 DC_DEVICE int live_rows(const Rows& r) { return r.n_live ? min_int(r.n, *r.n_live) : r.n; }
+// A driver that runs no longer passes says so in the type of its wait: the code of longer ones is left out.
+template <class Wait> DC_DEVICE bool short_pass(const Rows& r) {
+    int n = r.n;
+    if constexpr (requires { Wait::kMaxRows; }) n = min_int(n, Wait::kMaxRows);
+    return n <= kBlockRows;
+}
 struct NoWait {
     DC_DEVICE void operator()() const {}
 };
@@ -75,6 +81,17 @@ DC_DEVICE void write_normed(const Norm& norm, const float* x, int64_t x_stride, 
     }
 }
 
+// A plan of stage args `a` that multiplies `w` in `units` units a problem.
+template <class P, class A> DC_DEVICE P plan_of(const A& a, const Matrix& w, int units) {
+    P plan;
+    plan.a = &a;
+    plan.pass = a.rows;
+    plan.units_per_problem = units;
+    plan.n_pieces = segments(w);
+    plan.act_bytes = act_stride(act_of(w.format));
+    return plan;
+}
+
 // A plan whose activations are rows of x, normed or not.
 template <int NB> struct RowsPlan : Plan {
     const float* x = nullptr;
@@ -82,6 +99,12 @@ template <int NB> struct RowsPlan : Plan {
     int cols = 0;
     const Norm* norm = nullptr;  // null: none
     const float* inv = nullptr;
+    DC_DEVICE void read(const float* rows, int64_t stride, int n_cols, const Norm* n) {
+        x = rows;
+        x_stride = stride;
+        cols = n_cols;
+        norm = n;
+    }
     DC_DEVICE void rows_start(const Group& g, int rows, const ProductSmem& s) {
         inv = s.inv;
         if (!norm || !norm->w) return;
@@ -144,16 +167,8 @@ template <int NB> struct ProductPlan : RowsPlan<NB> {
 template <int NB, class Wait>
 DC_DEVICE void stage_product(const ProductArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
     const ProductSmem s = carve<NB>(smem);
-    ProductPlan<NB> plan;
-    plan.a = &a;
-    plan.pass = a.rows;
-    plan.units_per_problem = a.w.row_tiles;
-    plan.n_pieces = segments(a.w);
-    plan.act_bytes = act_stride(act_of(a.w.format));
-    plan.x = a.x;
-    plan.x_stride = a.x_stride;
-    plan.cols = a.w.cols;
-    plan.norm = &a.norm;
+    auto plan = plan_of<ProductPlan<NB>>(a, a.w, a.w.row_tiles);
+    plan.read(a.x, a.x_stride, a.w.cols, &a.norm);
     const Range u = deal(a.w.row_tiles, block, n_blocks);
     run<NB>(plan, u.begin, u.end, s, wait);
     write_normed(a.norm, a.x, a.x_stride, a.w.cols, live_rows(a.rows), block, n_blocks, s);
@@ -185,12 +200,7 @@ DC_DEVICE float rotated(const float* v, const float* cos, const float* sin, int 
 template <int NB, class Wait>
 DC_DEVICE void stage_absorb(const AbsorbArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
     const ProductSmem s = carve<NB>(smem);
-    AbsorbPlan<NB> plan;
-    plan.a = &a;
-    plan.pass = a.rows;
-    plan.units_per_problem = a.w_uk.row_tiles;
-    plan.n_pieces = segments(a.w_uk);
-    plan.act_bytes = act_stride(act_of(a.w_uk.format));
+    auto plan = plan_of<AbsorbPlan<NB>>(a, a.w_uk, a.w_uk.row_tiles);
     const Range u = deal(a.n_heads * a.w_uk.row_tiles, block, n_blocks);
     run<NB>(plan, u.begin, u.end, s, wait);
 
@@ -336,12 +346,7 @@ struct ValuePlan : Plan {
 template <int NB, class Wait>
 DC_DEVICE void stage_value(const ValueArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
     const ProductSmem s = carve<1>(smem);
-    ValuePlan plan;
-    plan.a = &a;
-    plan.pass = a.rows;
-    plan.units_per_problem = a.w_uv.row_tiles;
-    plan.n_pieces = segments(a.w_uv);
-    plan.act_bytes = act_stride(act_of(a.w_uv.format));
+    auto plan = plan_of<ValuePlan>(a, a.w_uv, a.w_uv.row_tiles);
     plan.partials = ceil_to(a.max_units * a.unit_chunks, kPartialChunks);
     const int rows = min_int(a.rows.n, kBlockRows);
     plan.latent = reinterpret_cast<float*>(s.end);
@@ -372,17 +377,6 @@ template <int NB> struct GateUpPlan : RowsPlan<NB> {
         if (o < a->width) a->h[row * a->h_stride + o] = swiglu(gate, up);
     }
 };
-template <int NB, class P> DC_DEVICE void ffn_plan(P& plan, const FfnInArgs& a, const Matrix& w, int units) {
-    plan.a = &a;
-    plan.pass = a.rows;
-    plan.units_per_problem = units;
-    plan.n_pieces = segments(w);
-    plan.act_bytes = act_stride(act_of(w.format));
-    plan.x = a.x;
-    plan.x_stride = a.x_stride;
-    plan.cols = w.cols;
-    plan.norm = &a.norm;
-}
 
 template <int NB, class Wait>
 DC_DEVICE void stage_ffn_in(const FfnInArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
@@ -391,14 +385,14 @@ DC_DEVICE void stage_ffn_in(const FfnInArgs& a, int block, int n_blocks, unsigne
     const Range u = deal(routers + pairs, block, n_blocks);
     bool waited = false;
     if (u.begin < routers) {
-        RouterPlan<NB> plan;
-        ffn_plan<NB>(plan, a, a.router, routers);
+        auto plan = plan_of<RouterPlan<NB>>(a, a.router, routers);
+        plan.read(a.x, a.x_stride, a.router.cols, &a.norm);
         run<NB>(plan, u.begin, min_int(u.end, routers), s, wait);
         waited = true;
     }
     if (u.end > routers) {
-        GateUpPlan<NB> plan;
-        ffn_plan<NB>(plan, a, a.w_gate_up, pairs);
+        auto plan = plan_of<GateUpPlan<NB>>(a, a.w_gate_up, pairs);
+        plan.read(a.x, a.x_stride, a.w_gate_up.cols, &a.norm);
         run<NB>(plan, u.begin > routers ? u.begin - routers : 0, u.end - routers, s, [&] {
             if (!waited) wait();
             waited = true;
@@ -462,7 +456,7 @@ template <int NB, class Wait>
 DC_DEVICE void stage_experts(const ExpertsArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
     const ProductSmem s = carve<NB>(smem);
     const Routing& r = a.routing;
-    const bool route_here = a.rows.n <= kBlockRows;
+    const bool route_here = short_pass<Wait>(a.rows);
     wait();
     const int n = live_rows(a.rows);
     const int32_t* idx = r.topk_idx;
@@ -483,19 +477,11 @@ DC_DEVICE void stage_experts(const ExpertsArgs& a, int block, int n_blocks, unsi
         }
         idx = my_idx;
     }
-    ExpertsPlan<NB> plan;
+    auto plan = plan_of<ExpertsPlan<NB>>(a, a.w, a.w.row_tiles / 2);
+    plan.read(a.x, a.x_stride, a.w.cols, &a.norm);
+    plan.gather = !route_here;
     plan.lists = carve_lists(s.end, r);
     build_lists(plan.lists, idx, n, r.topk, r.n_experts);
-    plan.a = &a;
-    plan.pass = a.rows;
-    plan.gather = !route_here;
-    plan.units_per_problem = a.w.row_tiles / 2;
-    plan.n_pieces = segments(a.w);
-    plan.act_bytes = act_stride(act_of(a.w.format));
-    plan.x = a.x;
-    plan.x_stride = a.x_stride;
-    plan.cols = a.w.cols;
-    plan.norm = &a.norm;
     const Range u = deal(*plan.lists.n_touched * plan.units_per_problem, block, n_blocks);
     run<NB>(plan, u.begin, u.end, s, NoWait{});
 }
@@ -614,7 +600,7 @@ DC_DEVICE void stage_down(const DownArgs& a, int block, int n_blocks, unsigned c
         build_lists(l, a.routing.topk_idx, live_rows(a.rows), a.routing.topk, a.routing.n_experts);
         return l;
     };
-    if (a.rows.n <= kBlockRows) {
+    if (short_pass<Wait>(a.rows)) {
         DownPlan plan;
         plan.a = &a;
         plan.pass = a.rows;
@@ -642,19 +628,15 @@ DC_DEVICE void stage_down(const DownArgs& a, int block, int n_blocks, unsigned c
     if (moe) {
         wait();
         waited = true;
-        GatheredDownPlan<NB> plan;
+        const int units = u.end > u.begin ? u.end - u.begin : 1;
+        auto plan = plan_of<GatheredDownPlan<NB>>(a, a.experts, units);
+        plan.tile0 = u.begin;
         plan.lists = lists();
         const int n = live_rows(a.rows), cols = min_int(u.end * kTileRows, a.experts.rows) - u.begin * kTileRows;
         for (int64_t e = rt::thread(); e < int64_t{n} * (cols > 0 ? cols : 0); e += rt::threads())
             a.routed[e / cols * a.x_stride + u.begin * kTileRows + e % cols] = 0.0F;
         rt::sync_block();
-        plan.a = &a;
-        plan.pass = a.rows;
-        plan.tile0 = u.begin;
-        plan.units_per_problem = u.end > u.begin ? u.end - u.begin : 1;
-        plan.n_pieces = segments(a.experts);
-        plan.act_bytes = act_stride(act_of(a.experts.format));
-        run<NB>(plan, 0, u.end > u.begin ? *plan.lists.n_touched * plan.units_per_problem : 0, s, NoWait{});
+        run<NB>(plan, 0, u.end > u.begin ? *plan.lists.n_touched * units : 0, s, NoWait{});
         if (a.shared.rows == 0) {
             for (int64_t e = rt::thread(); e < int64_t{n} * (cols > 0 ? cols : 0); e += rt::threads()) {
                 const int64_t at = e / cols * a.x_stride + u.begin * kTileRows + e % cols;
@@ -663,15 +645,8 @@ DC_DEVICE void stage_down(const DownArgs& a, int block, int n_blocks, unsigned c
             return;
         }
     }
-    SharedDownPlan<NB> plan;
-    plan.a = &a;
-    plan.pass = a.rows;
-    plan.units_per_problem = a.shared.row_tiles;
-    plan.n_pieces = segments(a.shared);
-    plan.act_bytes = act_stride(act_of(a.shared.format));
-    plan.x = a.shared_h;
-    plan.x_stride = a.shared_h_stride;
-    plan.cols = a.shared.cols;
+    auto plan = plan_of<SharedDownPlan<NB>>(a, a.shared, a.shared.row_tiles);
+    plan.read(a.shared_h, a.shared_h_stride, a.shared.cols, nullptr);
     run<NB>(plan, u.begin, u.end, s, [&] {
         if (!waited) wait();
     });
@@ -714,17 +689,9 @@ DC_DEVICE void stage_head(const HeadArgs& a, int block, int n_blocks, unsigned c
         write_normed(a.norm, a.x, a.x_stride, a.norm.width, live_rows(a.rows), block, n_blocks, s);
         return;
     }
-    HeadPlan<NB> plan;
-    plan.a = &a;
-    plan.pass = a.rows;
+    auto plan = plan_of<HeadPlan<NB>>(a, a.w, a.w.row_tiles);
+    plan.read(a.x + a.first_row * a.x_stride, a.x_stride, a.w.cols, &a.norm);
     plan.pass.n = n_out;
-    plan.units_per_problem = a.w.row_tiles;
-    plan.n_pieces = segments(a.w);
-    plan.act_bytes = act_stride(act_of(a.w.format));
-    plan.x = a.x + a.first_row * a.x_stride;
-    plan.x_stride = a.x_stride;
-    plan.cols = a.w.cols;
-    plan.norm = &a.norm;
     plan.skip = a.first_row;
     const Range u = deal(a.w.row_tiles, block, n_blocks);
     run<NB>(plan, u.begin, u.end, s, wait);

@@ -92,22 +92,22 @@ struct Cut {
 };
 DC_DEVICE bool kept(const Cut& c, uint32_t key, int v) { return key > c.key || (key == c.key && v < c.ids); }
 
-// sums[j] over the block, for all threads; scratch [warps, 16].
-DC_DEVICE void block_sums(uint64_t (&sums)[16], uint64_t* scratch) {
+// sums[j] over the block, for all threads; scratch [warps, N].
+template <int N> DC_DEVICE void block_sums(uint64_t (&sums)[N], uint64_t* scratch) {
     DC_UNROLL
-    for (int j = 0; j < 16; ++j) {
+    for (int j = 0; j < N; ++j) {
         for (int m = 16; m > 0; m >>= 1) sums[j] += rt::shfl_xor(sums[j], m);
     }
     rt::sync_block();
     if (rt::lane() == 0) {
         DC_UNROLL
-        for (int j = 0; j < 16; ++j) scratch[16 * rt::warp() + j] = sums[j];
+        for (int j = 0; j < N; ++j) scratch[N * rt::warp() + j] = sums[j];
     }
     rt::sync_block();
     DC_UNROLL
-    for (int j = 0; j < 16; ++j) {
+    for (int j = 0; j < N; ++j) {
         sums[j] = 0;
-        for (int w = 0; w < rt::warps(); ++w) sums[j] += scratch[16 * w + j];
+        for (int w = 0; w < rt::warps(); ++w) sums[j] += scratch[N * w + j];
     }
 }
 
@@ -164,41 +164,56 @@ DC_DEVICE void stage_choose(const ChooseArgs& a, int block, int n_blocks, unsign
             return ::exp((static_cast<double>(l) - static_cast<double>(max)) / static_cast<double>(temp));
         };
         const auto mass = [&](float l) { return static_cast<uint64_t>(probability(l) * 0x1p40 + 0.5); };
-        // Keeps the first tokens (by key, then id) whose weights reach the target; `each`: weight of those at the border.
-        const auto cut_at = [&](uint64_t target, auto weight, auto each) {
-            Cut cut;
-            uint64_t above = 0, unused = 0;
-            cut.key = search(32, n, target, key, weight, scratch, above);
-            const auto border = [&](int v) -> uint64_t { return key(v) == cut.key && weight(v) > 0 ? 1 : 0; };
-            const uint64_t w = each(cut.key), need = w > 0 ? (target - above + w - 1) / w : 0;
-            // the `need` lowest ids: the largest reversed id that enough reversed ids are not below
-            const auto reversed = [&](int v) { return static_cast<uint32_t>(0xFFFFFF - v); };
-            if (need > 0)
-                cut.ids = 0xFFFFFF - static_cast<int>(search(24, n, need, reversed, border, scratch, unused)) + 1;
-            return cut;
-        };
         const auto value = [&](uint32_t k) { return rt::from_bits(k >> 31 ? k & 0x7FFFFFFFU : ~k); };
+        const auto reversed = [&](int v) { return static_cast<uint32_t>(0xFFFFFF - v); };
 
         Cut top_k, top_p;
-        if (p.top_k > 0 && p.top_k < n) {
-            const auto one = [&](int v) -> uint64_t { return finite(logits[v]) ? 1 : 0; };
-            uint64_t count[16] = {};
-            for (int v = rt::thread(); v < n; v += rt::threads()) count[0] += one(v);
-            block_sums(count, scratch);
-            if (count[0] > static_cast<uint64_t>(p.top_k))
-                top_k = cut_at(static_cast<uint64_t>(p.top_k), one, [](uint32_t) -> uint64_t { return 1; });
-        }
-        if (p.top_p < 1) {
+        DC_UNROLL_BY(1)  // one copy of the search for all its uses
+        for (int filter = 0; filter < 2; ++filter) {
+            const bool by_mass = filter == 1;  // top_p, of what top_k keeps
+            if (by_mass ? !(p.top_p < 1) : p.top_k <= 0 || p.top_k >= n) continue;
             const auto weight = [&](int v) -> uint64_t {
-                return finite(logits[v]) && kept(top_k, key(v), v) ? mass(logits[v]) : 0;
+                if (!finite(logits[v])) return 0;
+                if (!by_mass) return 1;
+                return kept(top_k, key(v), v) ? mass(logits[v]) : 0;
             };
-            uint64_t total[16] = {};
+            uint64_t total[1] = {0};
             for (int v = rt::thread(); v < n; v += rt::threads()) total[0] += weight(v);
             block_sums(total, scratch);
-            const double target = static_cast<double>(p.top_p) * static_cast<double>(total[0]);
-            const auto least = static_cast<uint64_t>(target);
-            top_p = cut_at(least < 1 ? 1 : least + (static_cast<double>(least) < target ? 1 : 0), weight,
-                           [&](uint32_t k) { return mass(value(k)); });
+            auto target = static_cast<uint64_t>(p.top_k);
+            if (by_mass) {
+                const double share = static_cast<double>(p.top_p) * static_cast<double>(total[0]);
+                target = static_cast<uint64_t>(share);
+                target = target < 1 ? 1 : target + (static_cast<double>(target) < share ? 1 : 0);
+            } else if (total[0] <= target) {
+                continue;
+            }
+            // The first tokens (by key, then id) whose weights reach the target: the key at the border; then, of the ids
+            // there, as many as are needed, the lowest: the largest reversed id that enough reversed ids are not below.
+            Cut cut;
+            uint64_t need = target, above = 0;
+            DC_UNROLL_BY(1)
+            for (int ids = 0; ids < 2 && need > 0; ++ids) {
+                const uint32_t found = search(
+                    ids ? 24 : 32, n, need, [&](int v) { return ids ? reversed(v) : key(v); },
+                    [&](int v) -> uint64_t {
+                        if (!ids) return weight(v);
+                        return key(v) == cut.key && weight(v) > 0 ? 1 : 0;
+                    },
+                    scratch, above);
+                if (ids) {
+                    cut.ids = 0xFFFFFF - static_cast<int>(found) + 1;
+                } else {
+                    cut.key = found;
+                    const uint64_t w = by_mass ? mass(value(found)) : 1;
+                    need = w > 0 ? (target - above + w - 1) / w : 0;
+                }
+            }
+            if (by_mass) {
+                top_p = cut;
+            } else {
+                top_k = cut;
+            }
         }
         const int64_t pos = int64_t{*a.pos} + a.offset + (a.last ? 0 : row);
         double best_score = -1e300;
