@@ -5,21 +5,28 @@
 namespace deepcalm::gpu {
 namespace {
 
-// Every block takes part in every stage and meets the others where a stage
-// waits. *barrier is zero at the start. All blocks must be resident: a cooperative launch.
-DC_KERNEL(kThreads) kernel_persistent(const Op* ops, int n_ops, unsigned* barrier) {
-    unsigned arrivals = 0;
-    const auto wait = [&] {
-        arrivals += static_cast<unsigned>(rt::blocks());
+// The n-th meeting of all blocks, from 1 on. *barrier is zero at the start of the kernel.
+struct GridBarrier {
+    static constexpr int kMaxRows = kBlockRows;
+    unsigned* barrier;
+    int n;
+    DC_DEVICE void operator()() const {
         rt::sync_block();
         if (rt::thread() == 0) {
             rt::atomic_add_acq_rel(barrier, 1);
-            while (rt::load_acquire(barrier) < arrivals) rt::spin_pause();
+            while (rt::load_acquire(barrier) < static_cast<unsigned>(n * rt::blocks())) rt::spin_pause();
         }
         rt::sync_block();
-    };
+    }
+};
+
+// Every block takes part in every stage and meets the others where a stage waits, which each does once. All blocks must be
+// resident: a cooperative launch of one block an SM, which may use all its registers (the compiler's own choice is two
+// blocks, and spills).
+DC_KERNEL(kThreads, 1) kernel_persistent(const Op* ops, int n_ops, unsigned* barrier) {
     for (int i = 0; i < n_ops; ++i) {
         const Op& op = ops[i];
+        const GridBarrier wait{barrier, i + 1};
         switch (op.kind) {
 #define X(name, Args)                                                                                                  \
     case Kind::k_##name:                                                                                               \

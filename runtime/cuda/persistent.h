@@ -1,5 +1,5 @@
-// Driver (ii): one cooperative kernel runs a whole list of stages. A translation unit of its own, because it compiles as long as
-// all other kernels together.
+// Driver (ii): one cooperative kernel runs a whole list of stages, of passes with at most kBlockRows rows. A translation unit of
+// its own, because it compiles as long as all other kernels together.
 #pragma once
 
 #include "runtime/cuda/forward.h"

@@ -7,7 +7,7 @@ namespace {
 struct alignas(16) Words {
     uint32_t x, y, z, w;
 };
-DC_KERNEL(1024) kernel_read(const Words* data, int64_t n, uint32_t* out) {
+DC_KERNEL(512, 3) kernel_read(const Words* data, int64_t n, uint32_t* out) {
     uint32_t sum = 0;
     const int64_t step = int64_t{rt::blocks()} * rt::threads();
     for (int64_t i = int64_t{rt::block()} * rt::threads() + rt::thread(); i < n; i += step) {
@@ -66,8 +66,8 @@ bool DeviceSession::report(const char* what, char* text, size_t size, DeviceErro
         DC_RT(rt::allocate(&buffer, bytes));
         DC_RT(rt::zero(buffer, bytes, stream));
         const double t = seconds(7, [&] {
-            return rt::launch({.grid = 2 * m.info.sms,
-                               .block = 1024,
+            return rt::launch({.grid = 3 * m.info.sms,
+                               .block = 512,
                                .smem = 0,
                                .cooperative = false,
                                .dependent = false,
