@@ -3,7 +3,7 @@
 // transcription is tests/ref/model.py, and taps of the same names compare the two.
 //
 // Law L1: a row's bits depend on its own history only. Rows, tiles, heads and experts are dealt to threads in any way that
-// is convenient, sums never are: each output element is computed by one thread in the order its kernel fixes.
+// is convenient, by arrival too; sums never are: each output element is computed by one thread in the order its kernel fixes.
 #include "runtime/session.h"
 
 #include <algorithm>
@@ -11,6 +11,10 @@
 
 namespace deepcalm {
 namespace {
+
+// Least pieces of a product that a thread takes: the row tiles that a kernel reads side by side, pairs of a gate and an up
+// tile.
+constexpr int kDealtTiles = 4, kDealtPairs = 2;
 
 class Pass {
   public:
@@ -45,9 +49,9 @@ class Pass {
         }
         read_floats(2 * d_);
         end(Stage::kEmbed);
-        const Range tiles = split(w_.mtp_eh_proj.row_tiles(), tid_, threads_);
-        matmul(w_.mtp_eh_proj, 0, tiles, s_.eh, n_, s_.out + 16 * tiles.begin, d_stride());
-        for (int i = 0; i < n_; ++i) copy_tiles(s_.out + i * d_stride(), x_row(i), tiles);
+        product(w_.mtp_eh_proj, s_.eh, s_.out, d_stride(), [&](Range tiles) {
+            for (int i = 0; i < n_; ++i) copy_tiles(s_.out + i * d_stride(), x_row(i), tiles);
+        });
         end(Stage::kEhProj);
         tap("embed", s_.x, {d_}, d_stride());
         layer(w_.mtp_layer, 0);
@@ -136,21 +140,29 @@ class Pass {
                                                .y = y,
                                                .y_stride = y_stride});
     }
-    // This thread's share of a plain product over all rows of the pass.
-    Range matmul_share(const PackedTensor& t, const ActSite& site, float* y, int64_t y_stride) const {
-        const Range tiles = split(t.row_tiles(), tid_, threads_);
-        matmul(t, 0, tiles, site, n_, y + 16 * int64_t{tiles.begin}, y_stride);
-        return tiles;
+    // A plain product over all rows of the pass; then(tiles) where row tiles of y are done.
+    template <class Fn>
+    void product(const PackedTensor& t, const ActSite& site, float* y, int64_t y_stride, Fn&& then) const {
+        pool_.deal(t.row_tiles(), kDealtTiles, [&](Range tiles) {
+            matmul(t, 0, tiles, site, n_, y + 16 * int64_t{tiles.begin}, y_stride);
+            then(tiles);
+        });
     }
-    // fn(slice, tiles) over this thread's share of n_slices x tiles_per_slice units.
-    template <class Fn> void deal(int n_slices, int tiles_per_slice, Fn&& fn) const {
-        const Range units = split(int64_t{n_slices} * tiles_per_slice, tid_, threads_);
-        for (int u = units.begin; u < units.end;) {
-            const int slice = u / tiles_per_slice, begin = u % tiles_per_slice;
-            const int end = std::min(tiles_per_slice, begin + units.end - u);
+    void product(const PackedTensor& t, const ActSite& site, float* y, int64_t y_stride) const {
+        product(t, site, y, y_stride, [](Range) {});
+    }
+    // fn(slice, parts) for the slices that a range of n_slices x per_slice parts, counted through, touches.
+    template <class Fn> static void each_slice(Range range, int per_slice, Fn&& fn) {
+        for (int u = range.begin; u < range.end;) {
+            const int slice = u / per_slice, begin = u % per_slice;
+            const int end = std::min(per_slice, begin + range.end - u);
             fn(slice, Range{begin, end});
             u += end - begin;
         }
+    }
+    // fn(head, tiles) over the row tiles of every head's matrix.
+    template <class Fn> void deal_heads(const PackedTensor& t, Fn&& fn) const {
+        pool_.deal(heads_ * t.row_tiles(), kDealtTiles, [&](Range range) { each_slice(range, t.row_tiles(), fn); });
     }
     // Columns of `tiles` that exist in a vector of hidden_size.
     Range columns(Range tiles) const { return {std::min(16 * tiles.begin, d_), std::min(16 * tiles.end, d_)}; }
@@ -161,6 +173,10 @@ class Pass {
     void add_tiles(const float* src, float* dst, Range tiles) const {
         const Range c = columns(tiles);
         for (int j = c.begin; j < c.end; ++j) dst[j] += src[j];
+    }
+
+    void add_residual(Range tiles) const {
+        for (int i = 0; i < n_; ++i) add_tiles(s_.out + i * d_stride(), x_row(i), tiles);
     }
 
     template <class T> void tap(const char* name, const T* src, std::vector<int64_t> dims, int64_t stride) const {
@@ -202,7 +218,7 @@ class Pass {
         end(Stage::kAttnNorm);
         tap("attn_norm", s_.h.f32, {d_}, d_stride());
 
-        matmul_share(w.wqkv_a, s_.h, s_.qkv_a, s_.qkv_a_stride);
+        product(w.wqkv_a, s_.h, s_.qkv_a, s_.qkv_a_stride);
         end(Stage::kQkvA);
 
         // latent norms, key rotation, cache write; the cache row is what every later reader sees, this pass included
@@ -228,7 +244,7 @@ class Pass {
         tap("k_rope", s_.k_rope, {dr}, dr);
         if (q_lora) {
             tap("q_a", s_.q_a.f32, {c_.q_lora_rank}, s_.q_a.stride());
-            matmul_share(w.wq_b, s_.q_a, s_.q, s_.q_stride);
+            product(w.wq_b, s_.q_a, s_.q, s_.q_stride);
             end(Stage::kQB);
         }
 
@@ -246,7 +262,7 @@ class Pass {
         end(Stage::kQRope);
         tap("q", s_.q, {heads_, dqk}, s_.q_stride);
 
-        deal(heads_, w.w_uk.row_tiles(), [&](int h, Range t) {
+        deal_heads(w.w_uk, [&](int h, Range t) {
             matmul(w.w_uk, h, t, s_.q_nope, n_, s_.q_full + h * s_.q_width + 16 * int64_t{t.begin}, heads_ * s_.q_width,
                    h, heads_);
         });
@@ -258,7 +274,7 @@ class Pass {
         if (a_.trace.on()) tap_heads("attn_latent", s_.attn_latent.f32, s_.attn_latent.stride(), r);
 
         const int64_t v_pad = round_up(dv, kTileRows);
-        deal(heads_, w.w_uv.row_tiles(), [&](int h, Range t) {
+        deal_heads(w.w_uv, [&](int h, Range t) {
             float* y = s_.uv_tmp + int64_t{h} * s_.max_rows * v_pad + 16 * int64_t{t.begin};
             matmul(w.w_uv, h, t, s_.attn_latent, n_, y, v_pad, h, heads_);
         });
@@ -272,8 +288,7 @@ class Pass {
         }
         end(Stage::kWUv);
 
-        const Range tiles = matmul_share(w.wo, s_.attn_v, s_.out, d_stride());
-        for (int i = 0; i < n_; ++i) add_tiles(s_.out + i * d_stride(), x_row(i), tiles);
+        product(w.wo, s_.attn_v, s_.out, d_stride(), [&](Range tiles) { add_residual(tiles); });
         end(Stage::kWo);
         tap("attn_out", s_.out, {d_}, d_stride());
     }
@@ -329,15 +344,17 @@ class Pass {
             prepare(s_.attn_latent, u, {&w.w_uv});
         };
         if (n_ <= kSplitRows) {
-            // Whole partials are dealt in full rounds; the heads of what is left are split, so that every thread has work.
+            // Whole partials in full rounds; the heads of what is left are split, so that every thread has work.
             const int n_partials = static_cast<int>(ceil_div(s_.row_end[n_ - 1], kPartialLen));
             const int whole = s_.row_end[0] / kPartialLen / threads_ * threads_;
             const int head_blocks = std::min(heads_, threads_);
-            for (int u = tid_; u < whole + (n_partials - whole) * head_blocks; u += threads_) {
-                const int v = u - whole, p = v < 0 ? u : whole + v / head_blocks;
-                const Range h = v < 0 ? Range{0, heads_} : split(heads_, v % head_blocks, head_blocks);
-                partial(0, n_, h.begin, h.end, p, int64_t{p} * n_ * heads_ + h.begin, heads_);
-            }
+            pool_.deal(whole + (n_partials - whole) * head_blocks, 1, [&](Range range) {
+                for (int u = range.begin; u < range.end; ++u) {
+                    const int v = u - whole, p = v < 0 ? u : whole + v / head_blocks;
+                    const Range h = v < 0 ? Range{0, heads_} : split(heads_, v % head_blocks, head_blocks);
+                    partial(0, n_, h.begin, h.end, p, int64_t{p} * n_ * heads_ + h.begin, heads_);
+                }
+            });
             meet(Stage::kAttention);
             const Range row_heads = split(int64_t{n_} * heads_, tid_, threads_);
             for (int u = row_heads.begin; u < row_heads.end; ++u)
@@ -348,15 +365,17 @@ class Pass {
         const int64_t base = tid_ * s_.max_partials * kBlock;
         const int row_blocks = static_cast<int>(ceil_div(n_, kAttnRowBlock));
         const int head_blocks = static_cast<int>(ceil_div(heads_, kAttnHeadBlock));
-        for (int u = tid_; u < row_blocks * head_blocks; u += threads_) {  // round robin: later rows see more positions
-            const int i0 = u / head_blocks * kAttnRowBlock, i1 = std::min(i0 + kAttnRowBlock, n_);
-            const int h0 = u % head_blocks * kAttnHeadBlock, h1 = std::min(h0 + kAttnHeadBlock, heads_);
-            const int n_partials = static_cast<int>(ceil_div(s_.row_end[i1 - 1], kPartialLen));
-            for (int p = 0; p < n_partials; ++p) partial(i0, i1, h0, h1, p, base + p * kBlock, kAttnHeadBlock);
-            for (int i = i0; i < i1; ++i) {
-                for (int h = h0; h < h1; ++h) combine(i, h, base + (i - i0) * kAttnHeadBlock + (h - h0), kBlock);
+        pool_.deal(row_blocks * head_blocks, 1, [&](Range range) {
+            for (int u = range.begin; u < range.end; ++u) {
+                const int i0 = u / head_blocks * kAttnRowBlock, i1 = std::min(i0 + kAttnRowBlock, n_);
+                const int h0 = u % head_blocks * kAttnHeadBlock, h1 = std::min(h0 + kAttnHeadBlock, heads_);
+                const int n_partials = static_cast<int>(ceil_div(s_.row_end[i1 - 1], kPartialLen));
+                for (int p = 0; p < n_partials; ++p) partial(i0, i1, h0, h1, p, base + p * kBlock, kAttnHeadBlock);
+                for (int i = i0; i < i1; ++i) {
+                    for (int h = h0; h < h1; ++h) combine(i, h, base + (i - i0) * kAttnHeadBlock + (h - h0), kBlock);
+                }
             }
-        }
+        });
     }
 
     // ---- dense FFN -------------------------------------------------------------------------------------------------
@@ -386,14 +405,14 @@ class Pass {
 
     void dense_ffn(const LayerWeights& w) {
         norm_ffn_input(w);
-        gate_up(w.w_gate_up, 0, split(w.w_gate_up.row_tiles() / 2, tid_, threads_), s_.h, nullptr, n_, s_.gate_up,
-                s_.gate_up_stride, s_.ffn_h, 0);
+        pool_.deal(w.w_gate_up.row_tiles() / 2, kDealtPairs, [&](Range pairs) {
+            gate_up(w.w_gate_up, 0, pairs, s_.h, nullptr, n_, s_.gate_up, s_.gate_up_stride, s_.ffn_h, 0);
+        });
         meet(Stage::kFfnUp);
         const Range rows = split(n_, tid_, threads_);
         for (int i = rows.begin; i < rows.end; ++i) prepare(s_.ffn_h, i, {&w.w_down});
         end(Stage::kFfnUp);
-        const Range tiles = matmul_share(w.w_down, s_.ffn_h, s_.out, d_stride());
-        for (int i = 0; i < n_; ++i) add_tiles(s_.out + i * d_stride(), x_row(i), tiles);
+        product(w.w_down, s_.ffn_h, s_.out, d_stride(), [&](Range tiles) { add_residual(tiles); });
         end(Stage::kFfnDown);
         tap("ffn_out", s_.out, {d_}, d_stride());
     }
@@ -402,7 +421,7 @@ class Pass {
 
     void moe(const LayerWeights& w) {
         norm_ffn_input(w);
-        matmul_share(w.router, s_.h, s_.gate_logits, s_.gate_logits_stride);
+        product(w.router, s_.h, s_.gate_logits, s_.gate_logits_stride);
         end(Stage::kRouter);
         tap("gate_logits", s_.gate_logits, {c_.n_routed_experts}, s_.gate_logits_stride);
 
@@ -430,30 +449,20 @@ class Pass {
         if (tid_ == 0) group_rows_by_expert();
         end(Stage::kRoute);
 
-        // up: every touched expert once for all its rows, and the shared expert, as one list of tile pairs of equal cost per row
+        // up: every touched expert once for all its rows, then the shared expert, as one list of tile pairs
         const int pairs = w.experts_gate_up.row_tiles() / 2, shared_pairs = w.shared_gate_up.row_tiles() / 2;
-        int64_t total = int64_t{shared_pairs} * n_;
-        for (const ExpertRows& e : s_.touched) total += int64_t{pairs} * (e.end - e.begin);
-        const int64_t lo = total * tid_ / threads_, hi = total * (tid_ + 1) / threads_;
-        int64_t base = 0;
-        const auto share = [&](int units, int64_t cost) {  // units of the current list item that start inside [lo, hi)
-            const auto first = [&](int64_t bound) {
-                return static_cast<int>(
-                    std::clamp<int64_t>(ceil_div(std::max<int64_t>(bound - base, 0), cost), 0, units));
-            };
-            const Range r{first(lo), first(hi)};
-            base += units * cost;
-            return r;
-        };
-        for (const ExpertRows& e : s_.touched) {
-            const int m = e.end - e.begin;
-            gate_up(w.experts_gate_up, e.expert, share(pairs, m), s_.h, s_.slot_row + e.begin, m,
-                    s_.gate_up + e.begin * s_.expert_gate_up_stride, s_.expert_gate_up_stride, s_.expert_h, e.begin);
-        }
-        if (shared_pairs > 0) {
-            gate_up(w.shared_gate_up, 0, share(shared_pairs, n_), s_.h, nullptr, n_, s_.shared_gate_up,
-                    s_.shared_gate_up_stride, s_.shared_h, 0);
-        }
+        const int routed_pairs = static_cast<int>(s_.touched.size()) * pairs;
+        pool_.deal(routed_pairs + shared_pairs, kDealtPairs, [&](Range range) {
+            each_slice({range.begin, std::min(range.end, routed_pairs)}, pairs, [&](int slice, Range p) {
+                const ExpertRows& e = s_.touched[static_cast<size_t>(slice)];
+                gate_up(w.experts_gate_up, e.expert, p, s_.h, s_.slot_row + e.begin, e.end - e.begin,
+                        s_.gate_up + e.begin * s_.expert_gate_up_stride, s_.expert_gate_up_stride, s_.expert_h,
+                        e.begin);
+            });
+            const Range p{std::max(range.begin - routed_pairs, 0), range.end - routed_pairs};
+            gate_up(w.shared_gate_up, 0, p, s_.h, nullptr, n_, s_.shared_gate_up, s_.shared_gate_up_stride, s_.shared_h,
+                    0);
+        });
         meet(Stage::kExpertsUp);
         const Range slots = split(int64_t{n_} * k, tid_, threads_);
         for (int i = slots.begin; i < slots.end; ++i) prepare(s_.expert_h, i, {&w.experts_down});
@@ -462,25 +471,39 @@ class Pass {
         }
         end(Stage::kExpertsUp);
 
-        // down: this thread's output columns; experts in ascending order, then the shared expert, then the residual
-        const Range tiles = split(ceil_div(d_, kTileRows), tid_, threads_);
-        const int64_t col = 16 * int64_t{tiles.begin};
-        const int cols = 16 * (tiles.end - tiles.begin);
-        for (int i = 0; i < n_; ++i) std::fill_n(s_.out + i * d_stride() + col, cols, 0.0F);
-        for (const ExpertRows& e : s_.touched) {
-            matmul(w.experts_down, e.expert, tiles, s_.expert_h, e.end - e.begin, s_.down_tmp + col, d_stride(),
-                   e.begin);
-            for (int slot = e.begin; slot < e.end; ++slot) {
-                k_.axpy(s_.slot_weight[slot], s_.down_tmp + (slot - e.begin) * d_stride() + col,
-                        s_.out + s_.slot_row[slot] * d_stride() + col, cols);
+        // down, by output columns: experts in ascending order, then the shared expert, then the residual
+        const auto routed = [&](Range tiles) {
+            const int64_t col = 16 * int64_t{tiles.begin};
+            const int cols = 16 * (tiles.end - tiles.begin);
+            for (int i = 0; i < n_; ++i) std::fill_n(s_.out + i * d_stride() + col, cols, 0.0F);
+            for (const ExpertRows& e : s_.touched) {
+                matmul(w.experts_down, e.expert, tiles, s_.expert_h, e.end - e.begin, s_.down_tmp + col, d_stride(),
+                       e.begin);
+                for (int slot = e.begin; slot < e.end; ++slot) {
+                    k_.axpy(s_.slot_weight[slot], s_.down_tmp + (slot - e.begin) * d_stride() + col,
+                            s_.out + s_.slot_row[slot] * d_stride() + col, cols);
+                }
             }
+        };
+        const auto shared = [&](Range tiles) {
+            if (shared_pairs > 0) {
+                float* y = s_.shared_out + 16 * int64_t{tiles.begin};
+                matmul(w.shared_down, 0, tiles, s_.shared_h, n_, y, d_stride());
+                for (int i = 0; i < n_; ++i) add_tiles(s_.shared_out + i * d_stride(), s_.out + i * d_stride(), tiles);
+            }
+            add_residual(tiles);
+        };
+        const int tiles = static_cast<int>(ceil_div(d_, kTileRows));
+        if (a_.trace.on()) {
+            pool_.deal(tiles, kDealtTiles, routed);
+            tap("routed_out", s_.out, {d_}, d_stride());
+            pool_.deal(tiles, kDealtTiles, shared);
+        } else {
+            pool_.deal(tiles, kDealtTiles, [&](Range t) {
+                routed(t);
+                shared(t);
+            });
         }
-        tap("routed_out", s_.out, {d_}, d_stride());
-        if (shared_pairs > 0) {
-            matmul(w.shared_down, 0, tiles, s_.shared_h, n_, s_.shared_out + col, d_stride());
-            for (int i = 0; i < n_; ++i) add_tiles(s_.shared_out + i * d_stride(), s_.out + i * d_stride(), tiles);
-        }
-        for (int i = 0; i < n_; ++i) add_tiles(s_.out + i * d_stride(), x_row(i), tiles);
         end(Stage::kExpertsDown);
         if (shared_pairs > 0) tap("shared_out", s_.shared_out, {d_}, d_stride());
     }
@@ -543,8 +566,10 @@ class Pass {
         tap("final_norm", s_.final_h.f32, {d_}, d_stride());
         if (a_.n_logits == 0) return;
         const int64_t stride = round_up(c_.vocab_size, kTileRows);
-        const Range tiles = split(w.row_tiles(), tid_, threads_);
-        matmul(w, 0, tiles, s_.final_h, a_.n_logits, a_.logits + 16 * int64_t{tiles.begin}, stride, n_ - a_.n_logits);
+        pool_.deal(w.row_tiles(), kDealtTiles, [&](Range tiles) {
+            float* y = a_.logits + 16 * int64_t{tiles.begin};
+            matmul(w, 0, tiles, s_.final_h, a_.n_logits, y, stride, n_ - a_.n_logits);
+        });
         end(Stage::kHead);
         if (a_.trace.on() && tid_ == 0)
             a_.trace.record(prefix_ + "logits", a_.logits, a_.n_logits, {c_.vocab_size}, stride);

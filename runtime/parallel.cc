@@ -90,6 +90,7 @@ void ThreadPool::barrier() {
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == n_threads_ - 1) {
         arrived_.store(0, std::memory_order_relaxed);
+        dealt_.store(0, std::memory_order_relaxed);
         phase_.store(phase + 1, std::memory_order_release);
         phase_.notify_all();  // a system call only if somebody sleeps
         return;

@@ -1,7 +1,9 @@
 // A persistent SPMD pool: every thread runs the same pass from start to end and meets the others at barriers, as the blocks
-// of a GPU grid do. No fork and join per product. Work is dealt by fixed rules (split()), never by arrival.
+// of a GPU grid do. No fork and join per product. Small work is dealt by a fixed rule (split()), the reading of weights and
+// cache by arrival (deal()): two cores seldom read memory equally fast, and one may be busy with something else.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -38,6 +40,22 @@ class ThreadPool {
     // Every thread of the current run() must call it the same number of times.
     void barrier();
 
+    // fn(Range) for pieces of [0, n) until all are taken: large pieces first, at last `least` at a time. Every thread of
+    // the current run() calls it with the same n; at most once between two barriers, which give back the count.
+    template <class Fn> void deal(int n, int least, Fn&& fn) {
+        if (n_threads_ == 1) {
+            if (n > 0) fn(Range{0, n});
+            return;
+        }
+        for (int begin = dealt_.load(std::memory_order_relaxed); begin < n;) {
+            const int end = std::min(n, begin + std::max(least, (n - begin) / (2 * n_threads_) / least * least));
+            if (dealt_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) {
+                fn(Range{begin, end});
+                begin = dealt_.load(std::memory_order_relaxed);
+            }
+        }
+    }
+
   private:
     void start();
     void stop();
@@ -54,6 +72,7 @@ class ThreadPool {
     alignas(128) std::atomic<uint32_t> generation_{0};  // bumped to start a run
     alignas(128) std::atomic<int> arrived_{0};
     alignas(128) std::atomic<uint32_t> phase_{0};
+    alignas(128) std::atomic<int> dealt_{0};       // of the deal() of this stage
     alignas(128) std::atomic<int> spin_limit_{1};  // the same as it turned out lately
     std::atomic<uint32_t> waits_{0};
 };
