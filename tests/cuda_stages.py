@@ -218,6 +218,11 @@ def rounded(fmt: str, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return out
 
 
+def generator(seed: int) -> np.random.Generator:
+    """The values of a test; others where $DEEPCALM_TEST_SEED says so."""
+    return np.random.default_rng(seed + 1000 * int(os.environ.get("DEEPCALM_TEST_SEED", "0")))
+
+
 CXX_FLAGS = "-std=c++20 -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden"
 
 

@@ -97,7 +97,7 @@ def product(
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("fmt", cs.FORMAT)
 def test_product_matches_the_oracle(stages: cs.Stages, fmt: str, order: str) -> None:
-    rng = np.random.default_rng(1)
+    rng = cs.generator(1)
     with cs.thread_order(order):
         for rows, cols, n, block in ((40, 96, 1, (16, 32)), (21, 1096, 5, (16, 96)), (33, 560, 20, (128, 128))):
             p = formats.random_packed(fmt, rng, rows, cols, scale_block=block)
@@ -124,7 +124,7 @@ def test_product_multiplies_every_e4m3_code_exactly(stages: cs.Stages) -> None:
 @pytest.mark.parametrize("fmt", cs.FORMAT)
 def test_product_bits_depend_on_the_row_alone(stages: cs.Stages, fmt: str) -> None:
     """Law L1: 1..8 rows, a pass of 19 rows, grids, block sizes and the block kind of longer passes."""
-    rng = np.random.default_rng(2)
+    rng = cs.generator(2)
     p = formats.random_packed(fmt, rng, 37, 1060, scale_block=(32, 160))
     x = rows_of(rng, 19, 1060)
     norm_w = vector(rng, 1060)
@@ -139,7 +139,7 @@ def test_product_bits_depend_on_the_row_alone(stages: cs.Stages, fmt: str) -> No
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_product_norms_adds_and_taps(stages: cs.Stages, order: str) -> None:
-    rng = np.random.default_rng(3)
+    rng = cs.generator(3)
     n, width = 5, 76
     p = formats.random_packed("f32", rng, 50, 2 * width)
     x, w, w2 = rows_of(rng, n, 2 * width), vector(rng, width), vector(rng, width)
@@ -163,7 +163,7 @@ def test_product_norms_adds_and_taps(stages: cs.Stages, order: str) -> None:
 
 
 def test_product_shows_activations_that_are_not_finite(stages: cs.Stages) -> None:
-    rng = np.random.default_rng(4)
+    rng = cs.generator(4)
     for fmt in cs.FORMAT:
         p = formats.random_packed(fmt, rng, 16, 64)
         x = rows_of(rng, 2, 64)
@@ -188,7 +188,7 @@ def test_numpy_arrays_go_to_a_device_and_back(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("fmt", ("f32", "bf16", "f16"))
 def test_embed_reads_rows_and_puts_hidden_beside_them(stages: cs.Stages, fmt: str) -> None:
-    rng = np.random.default_rng(5)
+    rng = cs.generator(5)
     values = rng.standard_normal((7, 40)).astype(np.float32)
     bits = {"f32": lambda v: v, "bf16": formats.bf16_bits, "f16": formats.f16_bits}[fmt](values)
     want = {"f32": lambda v: v, "bf16": formats.bf16_value, "f16": formats.f16_value}[fmt](bits)
@@ -221,7 +221,7 @@ class Attention:
         fmt: str = "f32",
         seed: int = 6,
     ) -> None:
-        rng = np.random.default_rng(seed)
+        rng = cs.generator(seed)
         self.kind, self.heads, self.r, self.dn, self.dr, self.dv = kind, heads, r, dn, dr, dv
         self.ctx = past + n + 3
         self.c_pad, self.r_pad = formats.round_up(r, 32), formats.round_up(dr, 16)
@@ -408,7 +408,7 @@ def test_attention_bits_depend_on_the_position_alone(stages: cs.Stages, kind: st
     """One chunk or a whole partial to a unit, 1 row or several, grids and block sizes; 17 chunks make two partials."""
     heads, past = 2, 1085
     a = Attention(kind, n=9, past=past, heads=heads, r=32, dn=16, dr=8, dv=16, fmt="q8")
-    rng = np.random.default_rng(7)
+    rng = cs.generator(7)
     latent = rng.standard_normal((past, 32)).astype(np.float32)
     rope = rng.standard_normal((past, 8)).astype(np.float32)
     a.cache[:past, :] = 0
@@ -447,7 +447,7 @@ def gate_up(
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("n", (3, 11))
 def test_ffn_in_computes_router_logits_and_hidden_rows(stages: cs.Stages, n: int, order: str) -> None:
-    rng = np.random.default_rng(8)
+    rng = cs.generator(8)
     d, width, keep = 72, 40, []
     p, gate, up = gate_up(rng, "f32", width, d)
     router = formats.random_packed("f32", rng, 20, d)
@@ -493,7 +493,7 @@ ROUTERS = {
 @pytest.mark.parametrize("name", ROUTERS)
 def test_route_has_the_bits_of_the_cpu(stages: cs.Stages, name: str, order: str) -> None:
     scoring, method, e, k, groups, top_groups, norm, scale, biased = ROUTERS[name]
-    rng = np.random.default_rng(9)
+    rng = cs.generator(9)
     logits = cs.to_aligned((3 * rng.standard_normal((12, e))).astype(np.float32))
     logits[0] = 0  # ties everywhere
     logits[1] = np.round(logits[1])
@@ -544,7 +544,7 @@ class Moe:
     """One MoE layer: experts and shared experts of a format, f32 routing logits."""
 
     def __init__(self, fmt: str, shared_fmt: str | None = None, shared: bool = True) -> None:
-        rng = np.random.default_rng(10)
+        rng = cs.generator(10)
         self.e, self.k, self.d, self.width, self.keep = 6, 3, 84, 52, []
         self.up, self.gate_w, self.up_w = gate_up(rng, fmt, self.width, self.d, self.e)
         self.down = formats.random_packed(fmt, rng, self.d, self.width, self.e)
@@ -654,7 +654,7 @@ def test_moe_bits_depend_on_the_row_alone(stages: cs.Stages, fmt: str) -> None:
 
 
 def test_down_of_a_dense_layer(stages: cs.Stages) -> None:
-    rng = np.random.default_rng(11)
+    rng = cs.generator(11)
     keep: list[Any] = []
     p = formats.random_packed("q8", rng, 40, 1100)
     for n in (2, 9):
@@ -680,7 +680,7 @@ def test_down_of_a_dense_layer(stages: cs.Stages) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_head_norms_multiplies_and_chooses(stages: cs.Stages, order: str) -> None:
-    rng = np.random.default_rng(12)
+    rng = cs.generator(12)
     n, d, vocab, valid, first, keep = 4, 48, 150, 140, 1, []
     p = formats.random_packed("f32", rng, vocab, d)
     w = np.array(p.values[0], np.float32)
@@ -723,7 +723,7 @@ def test_head_norms_multiplies_and_chooses(stages: cs.Stages, order: str) -> Non
 
 def test_stages_read_live_rows_after_their_wait(stages: cs.Stages) -> None:
     """A head chooses token 2; the stages behind it, whose prologues run first, take that for their live rows."""
-    rng = np.random.default_rng(13)
+    rng = cs.generator(13)
     keep: list[Any] = []
     w = np.zeros((16, 32), np.float32)
     w[2] = 1

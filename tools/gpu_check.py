@@ -2,17 +2,20 @@
 """Everything that needs a GPU, in one unattended run: build, tests, sanitizers, determinism, speed.
 
     tools/gpu_check.py OUT                all phases; OUT gets a log per phase, gpu_check.json and the table
-    tools/gpu_check.py OUT --only speed   one phase (build, tests, sanitizer, bits, speed, ncu), may be given again
+    tools/gpu_check.py OUT --only speed   some phases (sanitizer and speed name several), may be given again; earlier
+                                          results in OUT stay
     tools/gpu_check.py OUT --device sim   the script itself, on the simulated GPU with toy shapes: no figure counts
 
-Needs nvcc 13, a driver, this Python with the package's requirements, pybind11, cmake, ninja, pytest; no network. Builds
-into build/gpu and python/deepcalm. Every phase has 10 minutes. Weights are drawn on the device from a seed. Ends with
-code 1 when a phase failed; what is missing (a sanitizer, a profiler) is said and is no failure.
+Needs nvcc 13, a driver, this Python with the package's requirements, pybind11, cmake, pytest, for single stages cupy;
+no network. Builds into build/gpu and python/deepcalm. Every phase has 10 minutes and a process of its own. Weights are
+drawn on the device from a seed. Ends with code 1 when a phase failed; what is missing (a sanitizer, a profiler) is said
+and is no failure.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -27,15 +30,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 600  # seconds of a phase
-PHASES = ("build", "tests", "sanitizer", "bits", "speed", "ncu")
-# what -> (geometry, format, goal: share of the measured read bandwidth at contexts 128 and 4096)
+LIMIT = 570  # seconds of a phase
+# phase -> (name, geometry, format, goal: share of the measured read bandwidth at contexts 128 and 4096)
 MODELS = {
-    "v2-lite bf16": ("v2-lite", "bf16", 0.78),
-    "v2-lite f8": ("v2-lite", "f8", 0.66),
-    "v2-lite q4": ("v2-lite", "q4", 0.55),
-    "v3 slice f8": ("v3:8", "f8", 0.88),
+    "speed-bf16": ("v2-lite bf16", "v2-lite", "bf16", 0.78),
+    "speed-f8": ("v2-lite f8", "v2-lite", "f8", 0.66),
+    "speed-q4": ("v2-lite q4", "v2-lite", "q4", 0.55),
+    "speed-v3": ("v3 slice f8", "v3:8", "f8", 0.88),
 }
+SANITIZERS = ("sanitizer-memcheck", "sanitizer-racecheck", "sanitizer-synccheck", "sanitizer-initcheck")
+PHASES = ("build", "tests", *SANITIZERS, "bits", *MODELS, "ncu")
 CONTEXTS = (128, 4096, 32768)
 TOY = {
     **{"hidden_size": 256, "num_attention_heads": 4, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "v_head_dim": 32},
@@ -54,18 +58,18 @@ class Check:
         self.result: Json = {"device": device, "phases": {}}
         out.mkdir(parents=True, exist_ok=True)
 
-    def command(self, name: str, *command: str, **env: str) -> tuple[bool, str]:
+    def command(self, name: str, *command: str, limit: int = LIMIT - 10, **env: str) -> tuple[bool, str]:
         """Runs a command into OUT/name.log; (ended well in time, the end of its output)."""
         log = self.out / f"{name}.log"
         with log.open("w") as f:
             try:
                 code = subprocess.run(
                     command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT / "python"), **env},
-                    stdout=f, stderr=subprocess.STDOUT, timeout=LIMIT, check=False,
+                    stdout=f, stderr=subprocess.STDOUT, timeout=limit, check=False,
                 ).returncode  # fmt: skip
             except subprocess.TimeoutExpired:
                 code = -1
-                f.write(f"\nended after {LIMIT} s\n")
+                f.write(f"\nended after {limit} s\n")
             except OSError as e:
                 code = -1
                 f.write(str(e))
@@ -75,42 +79,45 @@ class Check:
 
     def build(self) -> Json:
         """The library for this GPU and the extension module, in place; then the gate on its machine code."""
-        cmake = ["cmake", "-S", ".", "-B", "build/gpu", "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
+        ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
+        cmake = ["cmake", "-S", ".", "-B", "build/gpu", *ninja, f"-DPython_EXECUTABLE={sys.executable}",
                  f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'python' / 'deepcalm'}", "-DSKBUILD_PROJECT_VERSION=0",
                  "-DDEEPCALM_CUDA=ON", "-DDEEPCALM_CUDA_ARCHS=native", "-DDEEPCALM_SIM=OFF"]  # fmt: skip
         if self.toy:
             return {"ok": True, "note": "the simulator is built by hand"}
+        nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
         start = time.time()
-        ok, tail = self.command("configure", *cmake)
+        ok, tail = self.command("configure", *cmake, CUDACXX=os.environ.get("CUDACXX", nvcc))
         if ok:
-            ok, tail = self.command("build", "cmake", "--build", "build/gpu")
+            ok, tail = self.command("compile", "cmake", "--build", "build/gpu", "--parallel")
         if not ok:
             return {"ok": False, "end": tail}
         _, gate = self.command("gate", sys.executable, "tools/gpu_gate.py", "python/deepcalm/libdeepcalm_cuda.so")
         return {"ok": True, "seconds": time.time() - start, "gate": gate.splitlines()[-1] if gate else ""}
 
     def tests(self) -> Json:
-        """The tests of the simulator, on the device; their values from fresh seeds."""
+        """The tests of the simulator, on the device; the stages' values from a fresh seed."""
+        seed = 0 if self.toy else int(time.time()) % 10**6
         ok, tail = self.command(
-            "tests", sys.executable, "-m", "pytest", "-q", "-k", self.device, "tests/test_device_run.py",
-            "tests/test_device.py", "tests/test_device_arrays.py",
+            "pytest", sys.executable, "-m", "pytest", "-q", "-rs",
+            "-k", f"[{self.device} or {self.device}] or test_device.py",
+            *(f"tests/test_{t}.py" for t in ("device_run", "device", "device_arrays", "device_layers", "cuda_stages")),
+            DEEPCALM_TEST_SEED=str(seed),
+        )  # fmt: skip
+        return {"ok": ok, "seed": seed, "end": tail.splitlines()[-1] if tail else ""}
+
+    def sanitizer(self, tool: str) -> Json:
+        """compute-sanitizer over the small shapes; its race check sees shared memory only."""
+        program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+        if not Path(program).is_file():
+            return {"ok": True, "note": "no compute-sanitizer here: not run"}
+        stages = "product_norms or absorb_writes or attention_matches or ffn_in or experts_and_down or head_norms"
+        ok, tail = self.command(
+            f"compute-{tool}", program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q",
+            "tests/test_device_run.py", "tests/test_cuda_stages.py", "-k",
+            f"[{self.device} and (stages_equal_oracle and v3-bf16-q4 or session_goes_on or fwd and ({stages}))",
         )  # fmt: skip
         return {"ok": ok, "end": tail.splitlines()[-1] if tail else ""}
-
-    def sanitizer(self) -> Json:
-        """compute-sanitizer over the small shapes; its race check sees shared memory only."""
-        program = shutil.which("compute-sanitizer")
-        if program is None:
-            return {"ok": True, "note": "no compute-sanitizer here: not run"}
-        found: Json = {"ok": True}
-        for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
-            ok, tail = self.command(
-                f"sanitizer-{tool}", program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest",
-                "-q", "tests/test_device_run.py", "-k", f"{self.device} and (v3-bf16-q4 or session_goes_on)",
-            )  # fmt: skip
-            found[tool] = tail.splitlines()[-1] if tail else ""
-            found["ok"] &= ok
-        return found
 
     # ---- models
 
@@ -212,55 +219,71 @@ class Check:
 
     # ---- speed
 
-    def speed(self) -> Json:
-        """Bandwidth, then every model: whole steps under both drivers, stages, prefill, drafting."""
+    def speed(self, phase: str) -> Json:
+        """Bandwidth, then a model: whole steps under both drivers, stages, prefill, drafting."""
         import numpy as np
 
-        found: Json = {"ok": True, "models": {}}
-        for name, (spec, dtype, goal) in MODELS.items():
-            with self.model(spec, dtype) as (core, config):
-                row: Json = {"goal": goal, "contexts": {}}
-                found["models"][name] = row
-                contexts = (32, 96) if self.toy else CONTEXTS
-                ctx = contexts[-1] + 64
-                sessions = {d: self.session(core, ctx, d) for d in ("graph", "persistent")}
-                graph = sessions["graph"]
-                found.setdefault("gpu", json.loads(graph.device_report("device")))
-                if "bandwidth" not in found:
-                    found["bandwidth"] = json.loads(graph.device_report(f"bandwidth:{1 << (20 if self.toy else 32)}"))
-                ids = np.random.default_rng(5).integers(0, config["vocab_size"], contexts[-1]).astype(np.int32)
-                for at in contexts:
-                    cell: Json = {}
-                    row["contexts"][at] = cell
-                    for driver, s in sessions.items():
-                        while s.pos < at:
-                            s.forward(ids[s.pos : min(at, s.pos + s.max_rows)], "last")
-                        report = json.loads(s.device_report(f"stages:1:{at}"))
-                        read = core.active_bytes_per_token(at, "f16")
-                        share = read / report["seconds"] / 1e9 / found["bandwidth"]["gbps"]
-                        cell[driver] = {"seconds": report["seconds"], "bytes": read, "share": share}
-                        if driver == "graph":
-                            cell["stages"] = report["stages"]
-                            cell["rows"] = {
-                                n: json.loads(s.device_report(f"stages:{n}:{at}"))["seconds"] for n in (2, 4, 8)
-                            }
-                row["decode"] = {}
-                short = ids[:128] if not self.toy else ids[:16]
-                for driver in sessions:
-                    text, seconds, _ = self.decode(core, config, short, 16 if self.toy else 128, 0, driver)
-                    row["decode"][driver] = (len(text) - 1) / max(seconds, 1e-9)
-                n = len(ids) if self.toy else 1024
-                times = []
-                for _ in range(3):
-                    s = self.session(core, n)
-                    start = time.perf_counter()
-                    for i in range(0, n, s.max_rows):
-                        s.forward(ids[i : i + s.max_rows], "last" if i + s.max_rows >= n else "none")
-                    times.append(time.perf_counter() - start)
-                row["prefill_rate"] = n / statistics.median(times)
-                if config["num_nextn_predict_layers"]:
-                    row["drafting"] = self.drafting(core, config, short)
+        name, spec, dtype, goal = MODELS[phase]
+        row: Json = {"goal": goal, "contexts": {}}
+        found: Json = {"ok": True, "name": name, "model": row}
+        with self.model(spec, dtype) as (core, config):
+            contexts = (32, 96) if self.toy else CONTEXTS
+            ctx = contexts[-1] + 64
+            sessions = {d: self.session(core, ctx, d) for d in ("graph", "persistent")}
+            graph = sessions["graph"]
+            found["gpu"] = json.loads(graph.device_report("device"))
+            found["bandwidth"] = json.loads(graph.device_report(f"bandwidth:{1 << (20 if self.toy else 32)}"))
+            ids = np.random.default_rng(5).integers(0, config["vocab_size"], contexts[-1]).astype(np.int32)
+            for at in contexts:
+                cell: Json = {}
+                row["contexts"][at] = cell
+                for driver, s in sessions.items():
+                    while s.pos < at:
+                        s.forward(ids[s.pos : min(at, s.pos + s.max_rows)], "last")
+                    report = json.loads(s.device_report(f"stages:1:{at}"))
+                    read = core.active_bytes_per_token(at, "f16")
+                    share = read / report["seconds"] / 1e9 / found["bandwidth"]["gbps"]
+                    cell[driver] = {"seconds": report["seconds"], "bytes": read, "share": share}
+                    if driver == "graph":
+                        cell["stages"] = report["stages"]
+                        cell["rows"] = {
+                            n: json.loads(s.device_report(f"stages:{n}:{at}"))["seconds"] for n in (2, 4, 8)
+                        }
+            row["decode"] = {}
+            short = ids[:128] if not self.toy else ids[:16]
+            for driver in sessions:
+                text, seconds, _ = self.decode(core, config, short, 16 if self.toy else 128, 0, driver)
+                row["decode"][driver] = (len(text) - 1) / max(seconds, 1e-9)
+            n = len(ids) if self.toy else 1024
+            times = []
+            for _ in range(3):
+                s = self.session(core, n)
+                start = time.perf_counter()
+                for i in range(0, n, s.max_rows):
+                    s.forward(ids[i : i + s.max_rows], "last" if i + s.max_rows >= n else "none")
+                times.append(time.perf_counter() - start)
+            row["prefill_rate"] = n / statistics.median(times)
+            if dtype == "bf16" and (rate := self.matrix_rate()):
+                # 2 bytes and 2 operations a weight; the head multiplies one row. Attention is not counted.
+                per_token = core.active_bytes_per_token(0, "f16") - 2 * config["vocab_size"] * config["hidden_size"]
+                row["matrix_rate"], row["prefill_share"] = rate, per_token * row["prefill_rate"] / rate
+            if config["num_nextn_predict_layers"]:
+                row["drafting"] = self.drafting(core, config, short)
         return found
+
+    def matrix_rate(self) -> float | None:
+        """Operations per second of cuBLAS on 16-bit matrices (f16 and bf16 run at one rate); None without cupy."""
+        try:
+            cupy: Any = importlib.import_module("cupy")
+        except ImportError:
+            return None
+        a, times = cupy.ones((8192, 8192), cupy.float16), []
+        for _ in range(6):
+            start = time.perf_counter()
+            a @ a
+            cupy.cuda.Device().synchronize()
+            times.append(time.perf_counter() - start)
+        return float(2 * 8192**3 / min(times))
 
     def drafting(self, core: Any, config: Json, prompt: Any) -> Json:
         """Seconds of a round with k drafts; random weights accept nothing: gains at an acceptance follow from them."""
@@ -274,9 +297,9 @@ class Check:
         return {"seconds_per_round": cost, "gain_at_acceptance": gains}
 
     def ncu(self) -> Json:
-        """One layer under Nsight Compute: bytes moved and stall reasons."""
-        program = shutil.which("ncu")
-        if program is None:
+        """Two layers under Nsight Compute, a pass of 128 rows and one of 1: bytes moved, bank conflicts, occupancy."""
+        program = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
+        if not Path(program).is_file():
             return {"ok": True, "note": "no ncu here: not run"}
         metrics = ",".join((
             "dram__bytes_read.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed",
@@ -288,8 +311,9 @@ class Check:
                   "    s = c.session(core, 256)\n    s.forward(list(range(1, 129)))\n"
                   "    s.trace(['*']); s.forward([5])")  # fmt: skip
         ok, tail = self.command(
-            "ncu", program, "--clock-control", "none", "--launch-skip", "40", "--launch-count", "20",
-            "--metrics", metrics, "--csv", sys.executable, "-c", script,
+            "ncu-kernels", program, "--clock-control", "none",
+            "--kernel-name", "regex:kernel_", "--launch-count", "200", "--metrics", metrics, "--csv",
+            sys.executable, "-c", script,
         )  # fmt: skip
         return {"ok": True, "end": tail.splitlines()[-1] if ok and tail else f"failed: {tail[-200:]}"}
 
@@ -301,62 +325,78 @@ class Check:
         for name, phase in self.result["phases"].items():
             note = phase.get("error") or phase.get("note") or phase.get("end") or ""
             out.append(f"- {name}: {'ok' if phase.get('ok') else 'FAILED'} ({phase['wall']:.0f} s) {note}".rstrip())
-        speed = self.result["phases"].get("speed", {})
-        if "models" in speed:
-            gbps = speed["bandwidth"]["gbps"]
-            out += ["", f"{speed['gpu']['name']}, read bandwidth {gbps:.0f} GB/s in this run", "",
-                    "| model | context | graph: tok/s, share | persistent: tok/s, share | goal |",
-                    "|---|---|---|---|---|"]  # fmt: skip
-            for name, row in speed["models"].items():
-                for at, cell in row["contexts"].items():
-                    cells = [f"{1 / cell[d]['seconds']:.0f}, {cell[d]['share']:.0%}" for d in ("graph", "persistent")]
-                    goal = f"{row['goal']:.0%}" if int(at) <= 4096 else ""
-                    out.append(f"| {name} | {at} | {cells[0]} | {cells[1]} | {goal} |")
+        speeds = [p for n, p in self.result["phases"].items() if n in MODELS and "model" in p]
+        if speeds:
+            out += ["", "| model | read bandwidth | context | graph: tok/s, share | persistent: tok/s, share | goal |",
+                    "|---|---|---|---|---|---|"]  # fmt: skip
+        for p in speeds:
+            for at, cell in p["model"]["contexts"].items():
+                cells = [f"{1 / cell[d]['seconds']:.0f}, {cell[d]['share']:.0%}" for d in ("graph", "persistent")]
+                goal = f"{p['model']['goal']:.0%}" if int(at) <= 4096 else ""
+                gbps = f"{p['bandwidth']['gbps']:.0f} GB/s"
+                out.append(f"| {p['name']} | {gbps} | {at} | {cells[0]} | {cells[1]} | {goal} |")
+        if speeds:
             out += ["", "| model | stage | calls | bytes | us | share of the bandwidth |", "|---|---|---|---|---|---|"]
-            for name, row in speed["models"].items():
-                for s in next(iter(row["contexts"].values()))["stages"]:
-                    share = f"{s['bytes'] / s['seconds'] / 1e9 / gbps:.0%}"
-                    values = (name, s["stage"], s["calls"], s["bytes"], f"{1e6 * s['seconds']:.1f}", share)
-                    out.append(f"| {' | '.join(map(str, values))} |")
-            for name, row in speed["models"].items():
-                graph, persistent = row["decode"]["graph"], row["decode"]["persistent"]
-                out += ["", f"{name}: decoding on the device {graph:.0f} tok/s (graph), {persistent:.0f} (persistent); "
-                        f"prefill {row['prefill_rate']:.0f} tok/s"]  # fmt: skip
-                if "drafting" in row:
-                    out.append(f"  drafting: {json.dumps(row['drafting'])}")
+        for p in speeds:
+            for s in next(iter(p["model"]["contexts"].values()))["stages"]:
+                share = f"{s['bytes'] / s['seconds'] / 1e9 / p['bandwidth']['gbps']:.0%}"
+                values = (p["name"], s["stage"], s["calls"], s["bytes"], f"{1e6 * s['seconds']:.1f}", share)
+                out.append(f"| {' | '.join(map(str, values))} |")
+        for p in speeds:
+            row = p["model"]
+            share = f", {row['prefill_share']:.0%} of the matrix rate" if "prefill_share" in row else ""
+            out += ["", f"{p['name']} on {p['gpu']['name']}: decoding on the device {row['decode']['graph']:.0f} tok/s "
+                    f"(graph), {row['decode']['persistent']:.0f} (persistent); prefill {row['prefill_rate']:.0f} tok/s"
+                    f"{share}"]  # fmt: skip
+            if "drafting" in row:
+                out.append(f"  drafting: {json.dumps(row['drafting'])}")
         return "\n".join(out)
 
     def run(self, phases: list[str]) -> int:
         """Phase after phase, each in a process of its own, so that a hang or a crash ends that phase alone."""
+        path = self.out / "gpu_check.json"
+        earlier: Json = json.loads(path.read_text()) if path.is_file() else {}
+        if earlier.get("device") == self.device and phases != list(PHASES):
+            self.result["phases"] = earlier["phases"]
         for name in phases:
             start = time.time()
             done = self.out / f"{name}.json"
             done.unlink(missing_ok=True)
             ok, tail = self.command(f"phase-{name}", sys.executable, str(Path(__file__)), str(self.out), "--device",
-                                    self.device, "--inside", name)  # fmt: skip
+                                    self.device, "--inside", name, limit=LIMIT)  # fmt: skip
             phase = json.loads(done.read_text()) if ok and done.is_file() else {"ok": False, "error": tail[-300:]}
             self.result["phases"][name] = {**phase, "wall": time.time() - start}
             print(f"{name}: {'ok' if phase.get('ok') else 'FAILED'}, {time.time() - start:.0f} s", flush=True)
-        facts = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False) if not self.toy else None
-        self.result["nvidia_smi"] = facts.stdout if facts else ""
-        (self.out / "gpu_check.json").write_text(json.dumps(self.result, indent=1) + "\n")
-        (self.out / "table.txt").write_text(self.table() + "\n")
+            self.save(path)  # after each: whoever ends this process loses one phase
         print(self.table())
         return 0 if all(p.get("ok") for p in self.result["phases"].values()) else 1
+
+    def save(self, path: Path) -> None:
+        """The results so far, in the order of the phases, and the table of them."""
+        done = self.result["phases"]
+        self.result["phases"] = {name: done[name] for name in PHASES if name in done}
+        program = shutil.which("nvidia-smi")
+        facts = subprocess.run([program], capture_output=True, text=True, check=False).stdout if program else ""
+        self.result["nvidia_smi"] = facts
+        path.write_text(json.dumps(self.result, indent=1) + "\n")
+        (self.out / "table.txt").write_text(self.table() + "\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--only", choices=PHASES, action="append")
+    parser.add_argument("--only", choices=(*PHASES, "sanitizer", "speed"), action="append")
     parser.add_argument("--device", choices=("cuda", "sim"), default="cuda")
     parser.add_argument("--inside", choices=PHASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     check = Check(args.out.resolve(), args.device)
     if args.inside is None:
-        return check.run(args.only or list(PHASES))
-    phase: Callable[[], Json] = getattr(check, args.inside)
-    (check.out / f"{args.inside}.json").write_text(json.dumps(phase()))
+        only = args.only or PHASES
+        return check.run([p for p in PHASES if p in only or p.split("-")[0] in only])
+    group, _, part = args.inside.partition("-")
+    phase: Callable[..., Json] = getattr(check, group)
+    found = phase(args.inside) if group == "speed" else phase(part) if part else phase()
+    (check.out / f"{args.inside}.json").write_text(json.dumps(found))
     return 0
 
 

@@ -29,10 +29,14 @@ inline bool find_device(int index, DeviceInfo& info, char* text, size_t size) {
     int driver = 0, runtime = 0;
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);
-    if (e == cudaErrorInsufficientDriver || driver == 0) {
-        std::snprintf(text, size, "the CUDA driver: %s (found %d.%d, this build needs %d.%d or later)",
-                      driver == 0 ? "none is installed" : cudaGetErrorString(e), driver / 1000, driver % 1000 / 10,
+    if (driver == 0) {
+        std::snprintf(text, size, "the CUDA driver: none is installed (this build needs %d.%d or later)",
                       runtime / 1000, runtime % 1000 / 10);
+        return false;
+    }
+    if (e == cudaErrorInsufficientDriver) {
+        std::snprintf(text, size, "the CUDA driver: %s (found %d.%d, this build needs %d.%d or later)",
+                      cudaGetErrorString(e), driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
         return false;
     }
     if (e != cudaSuccess || index >= count) {

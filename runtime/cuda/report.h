@@ -105,7 +105,10 @@ bool DeviceSession::report(const char* what, char* text, size_t size, DeviceErro
         for (auto& [key, r] : kinds) {
             if (!prepare(r, error)) return false;
             int64_t bytes = 0;
-            for (const Op& op : r.program.ops) bytes += op.bytes;
+            for (const Op& op : r.program.ops) {
+                bytes += op.bytes;
+                if (op.kind == Kind::k_attend) bytes += int64_t{pos + n} * op.as<AttendArgs>().row_bytes;
+            }
             const double t = seconds(20, [&]() -> rt::Error { return replay(r, error) ? 0 : 1; });
             if (t < 0) return false;
             out.add("%s{\"stage\": \"%s\", \"calls\": %zu, \"bytes\": %lld, \"seconds\": %.9g}", comma, key.c_str(),
