@@ -93,7 +93,8 @@ def auto_against_off(model: deepcalm.Model, ids: list[int], new: int, limit: flo
 
     One pair's noise is several times what is to be seen: at least PAIRS, and as many as fit into PAIR_SECONDS.
     """
-    times, read, accepted, drafted = [], [], 0, 0
+    times: list[float] = []
+    read: list[float] = []
     for draft in ("off", "auto"):  # first touch
         run(model, ids, draft, new, eos_ids=[])
     start = time.perf_counter()
@@ -103,7 +104,6 @@ def auto_against_off(model: deepcalm.Model, ids: list[int], new: int, limit: flo
         for draft in ("off", "auto") if i % 2 else ("auto", "off"):
             _, stats, n_bytes = run(model, ids, draft, new, eos_ids=[])
             pair[draft] = stats.seconds / stats.tokens, n_bytes
-        drafted, accepted = drafted + stats.drafted, accepted + stats.accepted
         times.append(pair["auto"][0] / pair["off"][0])
         read.append(pair["auto"][1] / pair["off"][1])
     rng = random.Random(0)
@@ -188,21 +188,22 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=18, help="per source")
     parser.add_argument("--repeats", type=int, default=7, help="of every row of `speed`")
     parser.add_argument("--tokens", type=int, default=256, help="of every run of `auto` with the demo model")
-    parser.add_argument("--threads", type=int, help="default: one per core")
+    parser.add_argument("--threads", type=int, nargs="+", default=[0], help="each in turn; default: one per core")
     parser.add_argument("--max-load", type=float, default=2.5)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "perf")
     args = parser.parse_args()
     if args.part == "counts" and args.texts is None:
         parser.error("counts needs --texts")
-    demo = deepcalm.Model(deepcalm.demo_path(), threads=args.threads)
+    demo = deepcalm.Model(deepcalm.demo_path(), threads=args.threads[0] or None)
     opening = "Once upon a time there was a little girl who lived in a house near the sea, and every morning she walked"
     prompt = prompts_of(demo, next(iter(load_texts(args.texts).values())), 1)[0] if args.texts else demo.encode(opening)
     load = None if args.part == "counts" else [os.getloadavg()[0]]
     rows: list[dict[str, Any]] = []
     if args.part == "counts":
         rows = acceptance(demo, load_texts(args.texts), args.prompts)
-    for path in [] if args.part == "counts" else [None, *args.slice]:
-        model = demo if path is None else deepcalm.Model(path, threads=args.threads)
+    timed = () if args.part == "counts" else itertools.product([None, *args.slice], args.threads)
+    for path, threads in timed:
+        model = deepcalm.Model(path or deepcalm.demo_path(), threads=threads or None)
         ids = prompt if path is None else list(range(5, 45))
         quiet(args.max_load)
         if args.part == "auto":
@@ -217,6 +218,7 @@ def main() -> int:
     head = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     git = subprocess.run(head, capture_output=True, text=True, check=False)
     words = ["tools/bench_draft.py", args.part, *(f"--slice {p.name}" for p in args.slice)]
+    words += ["--threads", *map(str, args.threads)] if any(args.threads) else []
     part = {"machine": machine(), "commit": git.stdout.strip(), "command": " ".join(words), "rows": rows,
             "load": None if load is None else [*load, os.getloadavg()[0]]}  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
