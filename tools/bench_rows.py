@@ -222,12 +222,36 @@ def markdown(value: dict[str, Any]) -> str:
             a, b, off = r["linear"]
             other = r["memory"]["other"] / 1e6
             out.append(f"| {r['name']} | {r['threads']} | {a:.2f} | {1e3 * b:.3f} | {100 * off:.1f} % | {other:.0f} |")
+    out += ["", "![cost of a step against the context](rows.png)"]
     out += ["", "| model | threads | GB | process start to first token, s |", "|---|---|---|---|"]
     for r in rows.values():
         if r["first_token"]:
             seconds = ", ".join(f"{s:.2f}" for s in r["first_token"])
             out.append(f"| {r['name']} | {r['threads']} | {r['file_bytes'] / 1e9:.1f} | {seconds} |")
     return "\n".join(out) + "\n"
+
+
+def plot(value: dict[str, Any], path: Path) -> None:
+    """Milliseconds of a decode step against the context, f16 cache, with the lines through them; needs matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        say(f"{path.name} not drawn: matplotlib is not installed")
+        return
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    rows = [r for r in value["rows"].values() if r["linear"]]
+    threads = sorted({r["threads"] for r in rows})
+    for axes, t in zip(figure.subplots(1, len(threads), squeeze=False)[0], threads, strict=True):
+        for i, r in enumerate(r for r in rows if r["threads"] == t):
+            x, (a, b, _) = [d["context"] for d in r["decode"]], r["linear"]
+            label = f"{r['name']}: {a:.1f} ms + {1e3 * b:.2f} us per position"
+            axes.plot(x, [1e3 / d["rate"]["median"] for d in r["decode"]], "o", color=f"C{i}", label=label)
+            axes.plot(x, [a + b * c for c in x], "-", color=f"C{i}", linewidth=1)
+        axes.set(xlabel="context, positions", ylabel="ms per token", title=f"{t} thread{'s' if t > 1 else ''}")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def brackets(s: dict[str, float]) -> str:
@@ -281,6 +305,7 @@ def main() -> int:
                 }
                 results.add(key(m, threads, kv), row | {"time": time.strftime("%Y-%m-%d %H:%M")})
                 args.out.with_suffix(".md").write_text(markdown(results.value))
+                plot(results.value, args.out.with_suffix(".png"))
                 best = ", ".join(f"{d.context}: {d.rate.median:.2f} ({100 * d.share.median:.0f} %)" for d in r.decode)
                 say(f"{key(m, threads, kv)}: prefill {r.prefill.rate.median:.0f} tok/s "
                     f"({100 * r.prefill.kernel_share.median:.0f} %); {best}")  # fmt: skip
