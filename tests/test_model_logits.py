@@ -104,7 +104,7 @@ def test_variants_equal_reference(what: str, tmp_path: Path) -> None:
     oracle = model.Model(cfg, model.Weights.from_hf(cfg, tensors))
     file = rc.pack(folder, dtype="f32")
     ids = tiny.token_ids(cfg.vocab_size, 70, 1)
-    for isa in rc.ISAS[:: len(rc.ISAS) - 1]:  # the best and the scalar one
+    for isa in dict.fromkeys((rc.ISAS[0], rc.ISAS[-1])):  # the best and the scalar one
         run = rc.Run(rc.open_model(file, isa), ids, "f32")
         oracle = model.Model(cfg, oracle.weights)
         logits, hidden = oracle.forward(ids)
