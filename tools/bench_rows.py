@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import deepcalm
-from deepcalm import synthetic
+from deepcalm import report, synthetic
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "perf"
 V3_SLICE = ("first_k_dense_replace=1", "vocab_size=16384", "num_nextn_predict_layers=0")
@@ -243,10 +243,8 @@ def plot(value: dict[str, Any], path: Path) -> None:
     threads = sorted({r["threads"] for r in rows})
     for axes, t in zip(figure.subplots(1, len(threads), squeeze=False)[0], threads, strict=True):
         for i, r in enumerate(r for r in rows if r["threads"] == t):
-            x, (a, b, _) = [d["context"] for d in r["decode"]], r["linear"]
-            label = f"{r['name']}: {a:.1f} ms + {1e3 * b:.2f} us per position"
-            axes.plot(x, [1e3 / d["rate"]["median"] for d in r["decode"]], "o", color=f"C{i}", label=label)
-            axes.plot(x, [a + b * c for c in x], "-", color=f"C{i}", linewidth=1)
+            contexts, ms = [d["context"] for d in r["decode"]], [1e3 / d["rate"]["median"] for d in r["decode"]]
+            report.draw_cost(axes, contexts, ms, r["linear"], f"C{i}", r["name"])
         axes.set(xlabel="context, positions", ylabel="ms per token", title=f"{t} thread{'s' if t > 1 else ''}")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
@@ -259,8 +257,6 @@ def brackets(s: dict[str, float]) -> str:
 
 
 def main() -> int:
-    from deepcalm import report
-
     parser = argparse.ArgumentParser(
         description="\n".join((__doc__ or "").splitlines()), formatter_class=argparse.RawDescriptionHelpFormatter
     )

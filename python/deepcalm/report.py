@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +170,16 @@ def _row(table: Table, s: StageLine, seconds: float, n: int, threads: int, *more
     table.add_row(s.stage, *cells)
 
 
+def draw_cost(
+    axes: Any, contexts: list[int], ms: list[float], fit: Sequence[float] | None, color: str, label: str
+) -> None:
+    """Milliseconds of a step at each context and the line of ``linear_cost`` through them, on matplotlib's axes."""
+    axes.plot(contexts, ms, "o", color=color, label=label if fit is None else None)
+    if fit is not None:
+        line = f"{label}: {fit[0]:.2f} ms + {1e3 * fit[1]:.2f} us per position"
+        axes.plot(contexts, [fit[0] + fit[1] * c for c in contexts], "-", color=color, linewidth=1, label=line)
+
+
 def plot(results: list[BenchResult], path: Path) -> None:
     """Achieved against bound per context, and the cost of a step against the context, as an image.
 
@@ -186,10 +197,7 @@ def plot(results: list[BenchResult], path: Path) -> None:
         label = f"{r.threads} thread{'s' if r.threads > 1 else ''}"
         left.plot(x, [d.rate.median for d in r.decode], "o-", color=color, label=f"achieved, {label}")
         left.plot(x, [d.bound_rate for d in r.decode], "--", color=color, label=f"bound, {label}")
-        right.plot(x, [1e3 / d.rate.median for d in r.decode], "o", color=color, label=f"measured, {label}")
-        if (fit := linear_cost(r.decode)) is not None:
-            line = f"{fit[0]:.2f} ms + {1e3 * fit[1]:.2f} us per position"
-            right.plot(x, [fit[0] + fit[1] * c for c in x], "-", color=color, linewidth=1, label=line)
+        draw_cost(right, x, [1e3 / d.rate.median for d in r.decode], linear_cost(r.decode), color, label)
     left.set(xlabel="context, positions", ylabel="tokens per second", title="decode against its bound")
     right.set(xlabel="context, positions", ylabel="ms per token", title="cost of a step")
     for axes in (left, right):
