@@ -1,12 +1,14 @@
 // The latent cache and absorbed attention over it (docs/model.md 4.1), on top of a SIMD layer.
 //
-// Chunks of 64 positions are converted to f32 twice, for the scores of all rows and heads a few positions at a time, for
-// their values a few dims at a time: both pieces stay in the first-level cache, while a whole chunk in f32 spent 20 % of the
-// time on its way to the second (Sapphire Rapids VM, 16 heads). The next chunk is asked for meanwhile. Order of a
-// row's arithmetic, per chunk: scores (16 lanes over the dims, sum_block's tree), times softmax_scale; maximum;
-// probabilities exp(s - m); l = l * alpha + sum(p); o = o * alpha, then o = fma(p_j, c_j, o) in position order.
+// A vector holds 16 (row, head) pairs. A chunk of 64 positions is walked twice, a few dims at a time, so that what is
+// converted stays in the first-level cache: for the scores, which multiply a vector of queries with one key element, and
+// for the values, which multiply a vector of dims with one probability. The next chunk is asked for meanwhile. Order of a
+// row's arithmetic, per chunk: scores (chains over 32 dims, added in order), times softmax_scale; maximum; probabilities
+// exp(s - m); l = l * alpha + sum(p); o = o * alpha, then o = fma(p_j, c_j, o) in position order.
 // Cache type bf16: queries and probabilities are rounded to bf16 first (l sums the rounded ones), the rest is f32.
 #pragma once
+
+#include <utility>
 
 namespace deepcalm {
 namespace {
@@ -86,59 +88,140 @@ void cache_write(CacheType type, const float* c_kv, int c, const float* k_rope, 
     }
 }
 
-// put(i - begin, values i .. i + 15) over dims [begin, end) of a cache row, multiples of 16, and of 32 in a q8 latent.
-template <class Put>
-DC_INLINE void read_dims(CacheType type, const std::byte* row, int c_pad, int begin, int end, Put put) {
-    if (type == CacheType::kF32) {
-        for (int i = begin; i < end; i += 16) put(i - begin, load(reinterpret_cast<const float*>(row) + i));
-    } else if (type == CacheType::kBF16) {
-        for (int i = begin; i < end; i += 16) put(i - begin, load_bf16(row + 2 * i));
-    } else if (type == CacheType::kF16) {
-        for (int i = begin; i < end; i += 16) put(i - begin, load_f16(row + 2 * i));
+// A lane is a (row, head) pair: 16 of them are a vector, a vector's scores and probabilities of a chunk [kChunkLen, 16].
+constexpr int kLanes = 16, kVectorScores = kChunkLen * kLanes;
+constexpr int kSlice = 32;  // dims converted at once
+static_assert(kSlice % 32 == 0 && kChunkLen % kScorePos == 0);
+
+// 16 dims from dim i on, a multiple of 16, of a cache row of f32, bf16 or f16, as f32.
+template <CacheType kType> DC_INLINE F read_dims(const std::byte* row, int i) {
+    if constexpr (kType == CacheType::kF32) {
+        return load(reinterpret_cast<const float*>(row) + i);
+    } else if constexpr (kType == CacheType::kBF16) {
+        return load_bf16(row + 2 * i);
     } else {
-        const std::byte* scales = row + c_pad;
-        int i = begin;
-        for (; i < end && i < c_pad; i += 32) {
-            const F d = set1(first(load_f16(scales + i / 16)));  // reads on into the rope part, at least 32 bytes long
-            put(i - begin, to_f(load_i8(row + i)) * d);
-            put(i - begin + 16, to_f(load_i8(row + i + 16)) * d);
+        return load_f16(row + 2 * i);
+    }
+}
+// Dims begin .. begin + n of kRows cache rows -> out [kRows, kSlice].
+template <CacheType kType, int kRows>
+DC_INLINE void read_block(const std::byte* row, int64_t row_bytes, int c_pad, int begin, int n, float* out) {
+    int i = 0;
+    if constexpr (kType == CacheType::kQ8) {
+        for (; i < n && begin + i < c_pad; i += 32) {
+#pragma GCC unroll 4
+            for (int j = 0; j < kRows; ++j) {
+                const std::byte* code = row + j * row_bytes + begin + i;
+                const std::byte* scale = row + j * row_bytes + c_pad + (begin + i) / 16;
+                const F d = set1(first(load_f16(scale)));  // reads on into the rope part, at least 32 bytes long
+                store(out + j * kSlice + i, to_f(load_i8(code)) * d);
+                store(out + j * kSlice + i + 16, to_f(load_i8(code + 16)) * d);
+            }
         }
-        const std::byte* rope = scales + c_pad / 16;
-        for (; i < end; i += 16) put(i - begin, load_f16(rope + 2 * (i - c_pad)));
+        row += c_pad + c_pad / 16 - 2 * c_pad;  // the rope part is f16
+    }
+    for (; i < n; i += 16)
+#pragma GCC unroll 4
+        for (int j = 0; j < kRows; ++j) store(out + j * kSlice + i, read_dims<kType>(row + j * row_bytes, begin + i));
+}
+// Dims begin .. begin + n, at most kSlice, of n_rows cache rows as f32 [n_rows, kSlice]: multiples of 16, and of 32 in a q8
+// latent.
+void read_rows(CacheType type, const std::byte* row, int64_t row_bytes, int n_rows, int c_pad, int begin, int n,
+               float* out) {
+    const auto read = [&]<CacheType kType>() {
+        int j = 0;
+        for (; j + 4 <= n_rows; j += 4)
+            read_block<kType, 4>(row + j * row_bytes, row_bytes, c_pad, begin, n, out + j * kSlice);
+        for (; j < n_rows; ++j) read_block<kType, 1>(row + j * row_bytes, row_bytes, c_pad, begin, n, out + j * kSlice);
+    };
+    switch (type) {
+    case CacheType::kF32: return read.template operator()<CacheType::kF32>();
+    case CacheType::kBF16: return read.template operator()<CacheType::kBF16>();
+    case CacheType::kF16: return read.template operator()<CacheType::kF16>();
+    case CacheType::kQ8: return read.template operator()<CacheType::kQ8>();
     }
 }
 
 void cache_read(CacheType type, const std::byte* row, int c_pad, int r_pad, float* out) noexcept {
-    read_dims(type, row, c_pad, 0, c_pad + r_pad, [&](int i, F v) { store(out + i, v); });
+    for (int begin = 0; begin < c_pad + r_pad; begin += kSlice) {
+        alignas(64) float dims[kSlice];
+        const int n = c_pad + r_pad - begin < kSlice ? c_pad + r_pad - begin : kSlice;
+        read_rows(type, row, 0, 1, c_pad, begin, n, dims);
+        __builtin_memcpy(out + begin, dims, static_cast<size_t>(n) * 4);
+    }
 }
 
-// Scores of NH heads against kScorePos positions: s[h, p] = scale * q_h . k_p.
-template <int NH> DC_INLINE void score_block(const float* q, int width, const float* k, float scale, float* s) {
-    F acc[kScoreHeads * kScorePos];
+typedef float Vector __attribute__((vector_size(64)));
+template <int kStep, int... kLane>
+DC_INLINE void swap_blocks(Vector& a, Vector& b, std::integer_sequence<int, kLane...>) {
+    const Vector lo = __builtin_shufflevector(a, b, (kLane & kStep ? kLane - kStep + 16 : kLane)...);
+    b = __builtin_shufflevector(a, b, (kLane & kStep ? kLane + 16 : kLane + kStep)...);
+    a = lo;
+}
+template <int kStep> DC_INLINE void transpose_step(Vector (&v)[16]) {
 #pragma GCC unroll 16
-    for (F& v : acc) v = set1(0);
-    for (int d = 0; d < width; d += 16) {
-        F kv[kScorePos];
+    for (int i = 0; i < 16; ++i)
+        if ((i & kStep) == 0) swap_blocks<kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, 16>());
+}
+// rows [16] of 16 f32 -> out [16, 16], out[d, i] = rows[i][d]
+DC_INLINE void transpose(const float* const (&rows)[16], float* out) {
+    Vector v[16];
 #pragma GCC unroll 16
-        for (int p = 0; p < kScorePos; ++p) kv[p] = load(k + p * width + d);
+    for (int i = 0; i < 16; ++i) __builtin_memcpy(&v[i], rows[i], 64);
+    transpose_step<8>(v);
+    transpose_step<4>(v);
+    transpose_step<2>(v);
+    transpose_step<1>(v);
+    __builtin_memcpy(out, v, sizeof v);
+}
+
+// Memory that the next chunk needs, asked for a few bytes at a time: bursts wait for each other.
+struct Ahead {
+    const std::byte* next;
+    int64_t step;
+    DC_INLINE void ask() {
+        prefetch_far(next);
+        next += step;
+    }
+};
+
+// Sums of n dims, added to s unless it is the first: s[v, p, lane] of NV vectors of q [n, 16] and kPos positions of k [n].
+template <int NV, int kPos>
+DC_INLINE void score_block(const float* q, int64_t q_stride, const float* k, int n, bool first, float* s,
+                           Ahead& ahead) {
+    F acc[NV][kPos];
 #pragma GCC unroll 16
-        for (int h = 0; h < NH; ++h) {
-            const F qv = load(q + h * width + d);
+    for (int v = 0; v < NV; ++v)
 #pragma GCC unroll 16
-            for (int p = 0; p < kScorePos; ++p) acc[h * kScorePos + p] = fma(qv, kv[p], acc[h * kScorePos + p]);
+        for (int p = 0; p < kPos; ++p) acc[v][p] = set1(0);
+    for (int d0 = 0; d0 < n; d0 += 2) {
+        ahead.ask();
+#pragma GCC unroll 2
+        for (int d = d0; d < d0 + 2; ++d) {
+            F qv[NV];
+#pragma GCC unroll 16
+            for (int v = 0; v < NV; ++v) qv[v] = load(q + v * q_stride + d * kLanes);
+#pragma GCC unroll 16
+            for (int p = 0; p < kPos; ++p) {
+                const F kv = set1(k[p * kSlice + d]);
+#pragma GCC unroll 16
+                for (int v = 0; v < NV; ++v) acc[v][p] = fma(qv[v], kv, acc[v][p]);
+            }
         }
     }
-    alignas(64) float out[kScoreHeads * kScorePos];
-    sum_block(acc, out);
 #pragma GCC unroll 16
-    for (int h = 0; h < NH; ++h)
+    for (int v = 0; v < NV; ++v)
 #pragma GCC unroll 16
-        for (int p = 0; p < kScorePos; ++p) s[h * kChunkLen + p] = out[h * kScorePos + p] * scale;
+        for (int p = 0; p < kPos; ++p) {
+            float* to = s + v * kVectorScores + p * kLanes;
+            store(to, first ? acc[v][p] : load(to) + acc[v][p]);
+        }
 }
 
-// o[h, d .. d + 16 ND) += sum_j p[h, j] * c[j, d ..], j in order.
-template <int NH, int ND>
-DC_INLINE void value_block(const float* p, const float* c, int width, int n_pos, float* o, int c_pad) {
+// o[h, 16 ND dims] += sum_j p[j, h] * c[j, d ..], j in order; p: lanes of a vector, c: n_pos rows.
+template <CacheType kType, int NH, int ND>
+DC_INLINE void value_block(const float* p, const std::byte* c, int64_t row_bytes, int d, int n_pos, float* o,
+                           int c_pad) {
     F acc[NH][ND];
 #pragma GCC unroll 16
     for (int h = 0; h < NH; ++h)
@@ -147,10 +230,10 @@ DC_INLINE void value_block(const float* p, const float* c, int width, int n_pos,
     for (int j = 0; j < n_pos; ++j) {
         F cv[ND];
 #pragma GCC unroll 16
-        for (int v = 0; v < ND; ++v) cv[v] = load(c + j * width + 16 * v);
+        for (int v = 0; v < ND; ++v) cv[v] = read_dims<kType>(c + j * row_bytes, d + 16 * v);
 #pragma GCC unroll 16
         for (int h = 0; h < NH; ++h) {
-            const F pv = set1(p[h * kChunkLen + j]);
+            const F pv = set1(p[j * kLanes + h]);
 #pragma GCC unroll 16
             for (int v = 0; v < ND; ++v) acc[h][v] = fma(pv, cv[v], acc[h][v]);
         }
@@ -160,123 +243,137 @@ DC_INLINE void value_block(const float* p, const float* c, int width, int n_pos,
 #pragma GCC unroll 16
         for (int v = 0; v < ND; ++v) store(o + h * c_pad + 16 * v, acc[h][v]);
 }
-
-constexpr int kKeyPos = 8;               // positions converted at once for the scores
-constexpr int kSlice = 16 * kValueVecs;  // dims converted at once for the values
-static_assert(kKeyPos % kScorePos == 0 && kChunkLen % kKeyPos == 0 && kSlice % 32 == 0 && kSlice <= 64);
-
-// The values of n_heads heads for ND vectors of dims.
-template <int ND> void values(int n_heads, const float* p, const float* c, int stride, int n_pos, float* o, int c_pad) {
-    int h = 0;
-    for (; h + kValueHeads <= n_heads; h += kValueHeads)
-        value_block<kValueHeads, ND>(p + h * kChunkLen, c, stride, n_pos, o + h * c_pad, c_pad);
-    for (; h < n_heads; ++h) value_block<1, ND>(p + h * kChunkLen, c, stride, n_pos, o + h * c_pad, c_pad);
+// Two vectors of dims for n_heads lanes from `lane` on, which are one row's: in blocks of heads that stay inside a vector.
+template <CacheType kType, int NH = kValueHeads>
+DC_INLINE int value_heads(const float* scores, int lane, int n_heads, const std::byte* c, int64_t row_bytes, int d,
+                          int n_pos, float* o, int c_pad) {
+    if constexpr (NH > 1) {
+        if (lane % NH != 0 || n_heads < NH)
+            return value_heads<kType, NH == 4 ? 1 : NH / 2>(scores, lane, n_heads, c, row_bytes, d, n_pos, o, c_pad);
+    }
+    constexpr int ND = NH > kValueAccs / 2 ? 1 : 2;
+    const float* p = scores + lane / kLanes * kVectorScores + lane % kLanes;
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; v += ND) value_block<kType, NH, ND>(p, c, row_bytes, d + 16 * v, n_pos, o + 16 * v, c_pad);
+    return NH;
 }
 
-// One head's scores s [kChunkLen] of n_pos positions become probabilities; m, l and o [c_pad] follow the running maximum.
-DC_INLINE void softmax_step(bool bf16, int n_pos, float* s, float& m, float& l, float* o, int c_pad) {
-    const int n_vec = padded(n_pos, 16);
-    for (int j = n_pos; j < n_vec; ++j) s[j] = kMinusInf;  // their probability is exactly 0
-    F top = load(s);
-    for (int j = 16; j < n_vec; j += 16) top = max(top, load(s + j));
-    const float chunk_max = max_lane(top);
-    const float m_new = chunk_max > m ? chunk_max : m;
-    const float alpha = exp_neg(m - m_new);
+// Running softmax of a vector: maximum, sum of exponentials, and what the last chunk multiplies older sums by.
+struct LaneSums {
+    float m[kLanes], l[kLanes], alpha[kLanes];
+};
+// Scores s of the first n positions become probabilities; 0 from lane_end [16] on.
+DC_INLINE void softmax_step(bool bf16, int n, const float* lane_end, float scale, float* s, LaneSums& sums) {
+    const F end = load(lane_end), none = set1(kMinusInf);
+    F top = load(sums.m);
+    for (int j = 0; j < n; ++j) {
+        const F v = select_lt(set1(static_cast<float>(j)), end, load(s + j * kLanes) * set1(scale), none);
+        store(s + j * kLanes, v);
+        top = max(v, top);
+    }
+    const F base = select_lt(none, top, top, set1(0));  // lanes that have seen nothing yet
+    const F alpha = exp_neg(load(sums.m) - base);
     F total = set1(0);
-    for (int j = 0; j < n_vec; j += 16) {
-        F p = exp_neg(load(s + j) - set1(m_new));
+    for (int j = 0; j < n; ++j) {
+        F p = exp_neg(load(s + j * kLanes) - base);
         if (bf16) p = bf16_round(p);
-        store(s + j, p);
+        store(s + j * kLanes, p);
         total = total + p;
     }
-    l = l * alpha + sum(total);
-    m = m_new;
-    if (alpha != 1.0F)
-        for (int d = 0; d < c_pad; d += 16) store(o + d, load(o + d) * set1(alpha));
+    store(sums.m, top);
+    store(sums.l, fma(load(sums.l), alpha, total));
+    store(sums.alpha, alpha);
 }
 
 void mla_partial(const MlaPartialArgs& a) noexcept {
-    const int width = a.c_pad + a.r_pad;
+    const int width = a.c_pad + a.r_pad, n_lanes = a.n_rows * a.n_heads, n_vectors = (n_lanes + kLanes - 1) / kLanes;
     const bool bf16 = a.type == CacheType::kBF16;
     const auto address = (reinterpret_cast<uintptr_t>(a.scratch) + 63) & ~uintptr_t{63};
-    float* keys = reinterpret_cast<float*>(address);                        // [kKeyPos, width]
-    float* latents = keys + kKeyPos * width;                                // [kChunkLen, kSlice]
-    float* scores = latents + kChunkLen * kSlice;                           // [n_rows, n_heads, kChunkLen]
-    float* q_rounded = scores + int64_t{a.n_rows} * a.n_heads * kChunkLen;  // bf16: [n_rows, n_heads, width]
-    const auto q_row = [&](int i) {
-        return bf16 ? q_rounded + int64_t{i} * a.n_heads * width : a.q + i * a.q_row_stride;
-    };
+    float* dims = reinterpret_cast<float*>(address);                      // [kChunkLen, kSlice]
+    float* q = dims + kChunkLen * kSlice;                                 // [n_vectors, width, 16]
+    float* scores = q + int64_t{n_vectors} * width * kLanes;              // [n_vectors, kChunkLen, 16]
+    float* ends = scores + int64_t{n_vectors} * kVectorScores;            // [n_vectors, 16] of the chunk
+    auto* sums = reinterpret_cast<LaneSums*>(ends + n_vectors * kLanes);  // [n_vectors]
     const auto o_row = [&](int i) { return a.o + i * a.o_row_stride; };
 
     int end = a.pos_begin;
     for (int i = 0; i < a.n_rows; ++i) {
         end = a.row_end[i] > end ? a.row_end[i] : end;
-        for (int h = 0; h < a.n_heads; ++h) {
-            a.m[i * a.ml_row_stride + h] = kMinusInf;
-            a.l[i * a.ml_row_stride + h] = 0;
-        }
         for (int d = 0; d < a.n_heads * a.c_pad; d += 16) store(o_row(i) + d, set1(0));
-        if (bf16)
-            for (int64_t d = 0; d < int64_t{a.n_heads} * width; d += 16)
-                store(q_rounded + int64_t{i} * a.n_heads * width + d, bf16_round(load(a.q + i * a.q_row_stride + d)));
     }
-    // Every score block asks for its share of the positions that follow.
-    const std::byte* stop = a.cache + end * a.row_bytes;
-    const int64_t share =
-        kKeyPos * a.row_bytes / (int64_t{a.n_rows} * a.n_heads / kScoreHeads * (kKeyPos / kScorePos) + 1);
+    for (int v = 0; v < n_vectors; ++v) {
+        store(sums[v].m, set1(kMinusInf));
+        store(sums[v].l, set1(0));
+        const float* row[kLanes];
+        for (int u = 0; u < kLanes; ++u) {
+            const int lane = v * kLanes + u < n_lanes ? v * kLanes + u : n_lanes - 1;  // the rest repeat the last
+            row[u] = a.q + lane / a.n_heads * a.q_row_stride + int64_t{lane % a.n_heads} * width;
+        }
+        for (int d = 0; d < width; d += 16) {
+            float* to = q + (int64_t{v} * width + d) * kLanes;
+            transpose(row, to);
+            for (int u = 0; u < kLanes; ++u) {
+                row[u] += 16;
+                if (bf16) store(to + u * kLanes, bf16_round(load(to + u * kLanes)));
+            }
+        }
+    }
+    // pairs of dims that score blocks walk through in a chunk
+    const int64_t pairs =
+        int64_t{width} / 2 * (kChunkLen / kScorePos) * (n_vectors / kScoreVecs * kScoreVecs + n_vectors % kScoreVecs);
     for (int begin = a.pos_begin; begin < end; begin += kChunkLen) {
         const std::byte* rows = a.cache + begin * a.row_bytes;
         const int filled = end - begin < kChunkLen ? end - begin : kChunkLen;
-        const auto n_pos = [&](int i) { return a.row_end[i] - begin < filled ? a.row_end[i] - begin : filled; };
-
-        for (int p0 = 0; p0 < filled; p0 += kKeyPos) {
-            const std::byte* ahead = rows + (p0 + kKeyPos) * a.row_bytes;
-            for (int j = 0; j < kKeyPos; ++j) {
-                float* key = keys + j * width;
-                if (p0 + j < filled) {
-                    read_dims(a.type, rows + (p0 + j) * a.row_bytes, a.c_pad, 0, width,
-                              [&](int d, F v) { store(key + d, v); });
-                } else {  // read by the last score block, never used
-                    for (int d = 0; d < width; d += 16) store(key + d, set1(0));
+        Ahead ahead{rows + kChunkLen * a.row_bytes, kChunkLen * a.row_bytes / pairs};
+        if (begin + kChunkLen >= end) ahead = {rows, 0};
+        for (int d0 = 0; d0 < width; d0 += kSlice) {
+            const int n = width - d0 < kSlice ? width - d0 : kSlice;
+            read_rows(a.type, rows, a.row_bytes, filled, a.c_pad, d0, n, dims);
+            const auto score = [&]<int NV, int kPos>(int v) {
+                for (int p = 0; p < filled; p += kPos) {
+                    score_block<NV, kPos>(q + (int64_t{v} * width + d0) * kLanes, int64_t{width} * kLanes,
+                                          dims + p * kSlice, n, d0 == 0, scores + (v * kChunkLen + p) * kLanes, ahead);
                 }
-            }
+            };
+            int v = 0;
+            for (; v + kScoreVecs <= n_vectors; v += kScoreVecs)
+                score.template operator()<kScoreVecs, kScorePos / kScoreVecs>(v);
+            for (; v < n_vectors; ++v) score.template operator()<1, kScorePos>(v);
+        }
+        for (int u = 0; u < n_vectors * kLanes; ++u)
+            ends[u] = u < n_lanes ? static_cast<float>(a.row_end[u / a.n_heads] - begin) : 0.0F;
+        for (int v = 0; v < n_vectors; ++v)
+            softmax_step(bf16, filled, ends + v * kLanes, a.softmax_scale, scores + v * kVectorScores, sums[v]);
+        for (int u = 0; u < n_lanes; ++u) {
+            const float alpha = sums[u / kLanes].alpha[u % kLanes];
+            float* o = o_row(u / a.n_heads) + int64_t{u % a.n_heads} * a.c_pad;
+            for (int d = 0; alpha != 1.0F && d < a.c_pad; d += 16) store(o + d, load(o + d) * set1(alpha));
+        }
+        const auto values = [&]<CacheType kType>(const std::byte* c, int64_t row_bytes, int d, int out) {
             for (int i = 0; i < a.n_rows; ++i) {
-                const int n = n_pos(i) - p0 < kKeyPos ? n_pos(i) - p0 : kKeyPos;
-                const float* q = q_row(i);
-                float* s = scores + int64_t{i} * a.n_heads * kChunkLen + p0;
-                int h = 0;
-                for (; h + kScoreHeads <= a.n_heads; h += kScoreHeads)
-                    for (int p = 0; p < n; p += kScorePos) {
-                        score_block<kScoreHeads>(q + h * width, width, keys + p * width, a.softmax_scale,
-                                                 s + h * kChunkLen + p);
-                        for (int64_t b = 0; b < share && ahead < stop; b += 64, ahead += 64) prefetch(ahead);
-                    }
-                for (; h < a.n_heads; ++h)
-                    for (int p = 0; p < n; p += kScorePos)
-                        score_block<1>(q + h * width, width, keys + p * width, a.softmax_scale, s + h * kChunkLen + p);
+                const int n_pos = a.row_end[i] - begin < filled ? a.row_end[i] - begin : filled;
+                for (int h = 0; h < a.n_heads;)
+                    h += value_heads<kType>(scores, i * a.n_heads + h, a.n_heads - h, c, row_bytes, d, n_pos,
+                                            o_row(i) + int64_t{h} * a.c_pad + out, a.c_pad);
+            }
+        };
+        for (int d = 0; d < a.c_pad; d += 32) {
+            if (kDirectValues && a.type == CacheType::kF32) {
+                values.template operator()<CacheType::kF32>(rows, a.row_bytes, d, d);
+            } else if (kDirectValues && a.type == CacheType::kF16) {
+                values.template operator()<CacheType::kF16>(rows, a.row_bytes, d, d);
+            } else if (kDirectValues && bf16) {
+                values.template operator()<CacheType::kBF16>(rows, a.row_bytes, d, d);
+            } else {
+                read_rows(a.type, rows, a.row_bytes, filled, a.c_pad, d, 32, dims);
+                const auto* c = reinterpret_cast<const std::byte*>(dims);
+                values.template operator()<CacheType::kF32>(c, kSlice * 4, 0, d);
             }
         }
-        for (int i = 0; i < a.n_rows; ++i)
-            for (int h = 0; h < a.n_heads && n_pos(i) > 0; ++h)
-                softmax_step(bf16, n_pos(i), scores + (int64_t{i} * a.n_heads + h) * kChunkLen,
-                             a.m[i * a.ml_row_stride + h], a.l[i * a.ml_row_stride + h],
-                             o_row(i) + int64_t{h} * a.c_pad, a.c_pad);
-        for (int d0 = 0; d0 < a.c_pad; d0 += kSlice) {
-            const int n_dims = a.c_pad - d0 < kSlice ? a.c_pad - d0 : kSlice;
-            for (int j = 0; j < filled; ++j)
-                read_dims(a.type, rows + j * a.row_bytes, a.c_pad, d0, d0 + n_dims,
-                          [&](int d, F v) { store(latents + j * kSlice + d, v); });
-            for (int i = 0; i < a.n_rows; ++i) {
-                if (n_pos(i) <= 0) continue;
-                const float* p = scores + int64_t{i} * a.n_heads * kChunkLen;
-                if (n_dims == kSlice) {
-                    values<kValueVecs>(a.n_heads, p, latents, kSlice, n_pos(i), o_row(i) + d0, a.c_pad);
-                } else {
-                    for (int d = 0; d < n_dims; d += 16)
-                        values<1>(a.n_heads, p, latents + d, kSlice, n_pos(i), o_row(i) + d0 + d, a.c_pad);
-                }
-            }
-        }
+    }
+    for (int u = 0; u < n_lanes; ++u) {
+        a.m[u / a.n_heads * a.ml_row_stride + u % a.n_heads] = sums[u / kLanes].m[u % kLanes];
+        a.l[u / a.n_heads * a.ml_row_stride + u % a.n_heads] = sums[u / kLanes].l[u % kLanes];
     }
 }
 

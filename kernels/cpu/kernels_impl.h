@@ -6,8 +6,8 @@
 //   F: set1 load store load_n store_n + - * / fma max min select_lt (max, min: the second operand if one is NaN)
 //   I: iset1 iload + - & | shl<k> shr<k> imax iselect_lt (signed);  as_f as_i (bits)  to_f (value)
 //   load_u16 load_i8 (widening to I)  store_u16 store_i8 (low bits)  load_f16 store_f16 f16_pair
-//   first, max_lane, sum (a fixed tree), sum_block (kScoreHeads * kScorePos sums at once), prefetch, prefetch_far (second level)
-//   DotQ8, DotQ4: exact integer dots of a tile; register block sizes kBlockRows .. kValueVecs;
+//   first, max_lane of I, sum (a fixed tree), prefetch, prefetch_far (second level)
+//   DotQ8, DotQ4: exact integer dots of a tile; register block sizes kBlockRows .. kValueAccs;
 //   WeightBF16, WeightF8: either formats.h's plain ones or its own; PeakBF16, PeakI8: its dot instructions or NoDot.
 #pragma once
 

@@ -14,8 +14,10 @@ namespace {
 constexpr int kBlockRows = 4, kBlockTiles = 1;  // matmul: register block of many rows, in rows x row tiles
 constexpr int kWideTiles = 4;                   // matmul: row tiles at once for fewer rows
 constexpr int kBlocksInFlight = 2;              // matmul: column blocks at once for one row x one row tile
-constexpr int kScoreHeads = 2, kScorePos = 2;   // attention: register block of scores
-constexpr int kValueHeads = 2, kValueVecs = 2;  // attention: register block of values, 16 dims per vector
+constexpr int kScoreVecs = 1,
+              kScorePos = 4;  // attention: scores of kScoreVecs vectors x kScorePos / kScoreVecs positions
+constexpr int kValueHeads = 2, kValueAccs = 4;  // attention: heads, and sums of 16 dims, of a block of values
+constexpr bool kDirectValues = false;           // attention: values convert a cache row for every block of heads
 
 struct F {
     __m256 a, b;
@@ -114,12 +116,6 @@ DC_INLINE float sum(F x) {  // lanes i and i + 8, then i + 4, i + 2, i + 1
     const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
 }
-DC_INLINE float max_lane(F x) {
-    const __m256 h = _mm256_max_ps(x.a, x.b);
-    const __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
-    const __m128 d = _mm_max_ps(q, _mm_movehl_ps(q, q));
-    return _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)));
-}
 DC_INLINE __m128i quarter(__m256i h) { return _mm256_castsi256_si128(h); }
 DC_INLINE int32_t max_lane(I x) {
     const __m256i h = _mm256_max_epi32(x.a, x.b);
@@ -132,10 +128,6 @@ DC_INLINE int32_t sum(I x) {
     __m128i q = _mm_add_epi32(quarter(h), _mm256_extracti128_si256(h, 1));
     q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
-}
-DC_INLINE void sum_block(const F (&a)[4], float* out) {  // out[i] = sum of a[i]'s lanes
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) out[i] = sum(a[i]);
 }
 DC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 DC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

@@ -21,8 +21,10 @@ namespace {
 constexpr int kBlockRows = 8, kBlockTiles = 2;  // matmul: register block of many rows, in rows x row tiles
 constexpr int kWideTiles = 4;                   // matmul: row tiles at once for fewer rows
 constexpr int kBlocksInFlight = 4;              // matmul: column blocks at once for one row x one row tile
-constexpr int kScoreHeads = 4, kScorePos = 4;   // attention: register block of scores
-constexpr int kValueHeads = 4, kValueVecs = 4;  // attention: register block of values, 16 dims per vector
+constexpr int kScoreVecs = 4,
+              kScorePos = 16;  // attention: scores of kScoreVecs vectors x kScorePos / kScoreVecs positions
+constexpr int kValueHeads = 16, kValueAccs = 16;  // attention: heads, and sums of 16 dims, of a block of values
+constexpr bool kDirectValues = true;              // attention: values convert a cache row for every block of heads
 
 struct F {
     __m512 v;
@@ -92,30 +94,8 @@ DC_INLINE float sum(F a) {  // lanes i and i + 8, then i + 4, i + 2, i + 1
     const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
 }
-DC_INLINE float max_lane(F a) { return _mm512_reduce_max_ps(a.v); }
 DC_INLINE int32_t max_lane(I a) { return _mm512_reduce_max_epi32(a.v); }
 DC_INLINE int32_t sum(I a) { return _mm512_reduce_add_epi32(a.v); }
-// out[i] = sum of a[i]'s lanes: quarters 0 + 1 and 2 + 3, their sum, then inside it lanes i and i + 2, then i and i + 1.
-DC_INLINE void sum_block(const F (&a)[16], float* out) {
-    __m512 quarter[4];  // [k]: one quarter for each of a[4k .. 4k+3]
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-        const F* v = a + 4 * k;
-        const __m512 lo =
-            _mm512_add_ps(_mm512_shuffle_f32x4(v[0].v, v[1].v, 0x88), _mm512_shuffle_f32x4(v[0].v, v[1].v, 0xdd));
-        const __m512 hi =
-            _mm512_add_ps(_mm512_shuffle_f32x4(v[2].v, v[3].v, 0x88), _mm512_shuffle_f32x4(v[2].v, v[3].v, 0xdd));
-        quarter[k] = _mm512_add_ps(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xdd));
-    }
-    const __m512 x =
-        _mm512_add_ps(_mm512_unpacklo_ps(quarter[0], quarter[1]), _mm512_unpackhi_ps(quarter[0], quarter[1]));
-    const __m512 y =
-        _mm512_add_ps(_mm512_unpacklo_ps(quarter[2], quarter[3]), _mm512_unpackhi_ps(quarter[2], quarter[3]));
-    const __m512 z = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
-    // lane 4i + k of z belongs to a[4k + i]
-    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    _mm512_storeu_ps(out, _mm512_permutexvar_ps(order, z));
-}
 DC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 DC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 

@@ -14,8 +14,10 @@ namespace {
 constexpr int kBlockRows = 2, kBlockTiles = 1;  // matmul: register block of many rows, in rows x row tiles
 constexpr int kWideTiles = 1;                   // matmul: row tiles at once for fewer rows
 constexpr int kBlocksInFlight = 1;              // matmul: column blocks at once for one row x one row tile
-constexpr int kScoreHeads = 1, kScorePos = 2;   // attention: register block of scores
-constexpr int kValueHeads = 1, kValueVecs = 2;  // attention: register block of values, 16 dims per vector
+constexpr int kScoreVecs = 1,
+              kScorePos = 2;  // attention: scores of kScoreVecs vectors x kScorePos / kScoreVecs positions
+constexpr int kValueHeads = 1, kValueAccs = 2;  // attention: heads, and sums of 16 dims, of a block of values
+constexpr bool kDirectValues = false;           // attention: values convert a cache row for every block of heads
 
 typedef float V4f __attribute__((vector_size(16)));
 typedef int32_t V4i __attribute__((vector_size(16)));
@@ -157,13 +159,6 @@ DC_INLINE float sum(F a) {  // lanes i and i + 8, then i + 4, i + 2, i + 1
     const V4f q = (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
     return (q[0] + q[2]) + (q[1] + q[3]);
 }
-DC_INLINE float max_lane(F a) {
-    float t[16], m;
-    store(t, a);
-    m = t[0];
-    for (int i = 1; i < 16; ++i) m = t[i] > m ? t[i] : m;
-    return m;
-}
 DC_INLINE int32_t max_lane(I a) {
     int32_t m = INT32_MIN;
     for (int i = 0; i < 16; ++i) m = a.v[i / 4][i % 4] > m ? a.v[i / 4][i % 4] : m;
@@ -172,10 +167,6 @@ DC_INLINE int32_t max_lane(I a) {
 DC_INLINE int32_t sum(I a) {
     const V4i q = a.v[0] + a.v[1] + a.v[2] + a.v[3];
     return q[0] + q[1] + q[2] + q[3];
-}
-DC_INLINE void sum_block(const F (&a)[2], float* out) {  // out[i] = sum(a[i])
-    out[0] = sum(a[0]);
-    out[1] = sum(a[1]);
 }
 DC_INLINE float first(F a) { return a.v[0][0]; }
 DC_INLINE void prefetch(const void*) {}
