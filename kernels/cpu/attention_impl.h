@@ -90,8 +90,9 @@ void cache_write(CacheType type, const float* c_kv, int c, const float* k_rope, 
 
 // A lane is a (row, head) pair: 16 of them are a vector, a vector's scores and probabilities of a chunk [kChunkLen, 16].
 constexpr int kLanes = 16, kVectorScores = kChunkLen * kLanes;
-constexpr int kSlice = 32;  // dims converted at once
-static_assert(kSlice % 32 == 0 && kChunkLen % kScorePos == 0);
+constexpr int kSlice =
+    32;  // dims converted at once: of the latent, whose width is a multiple of 32, or of the rope part
+static_assert(kChunkLen % kScorePos == 0);
 
 // 16 dims from dim i on, a multiple of 16, of a cache row of f32, bf16 or f16, as f32.
 template <CacheType kType> DC_INLINE F read_dims(const std::byte* row, int i) {
@@ -103,43 +104,33 @@ template <CacheType kType> DC_INLINE F read_dims(const std::byte* row, int i) {
         return load_f16(row + 2 * i);
     }
 }
-// Dims begin .. begin + n of kRows cache rows -> out [kRows, kSlice].
-template <CacheType kType, int kRows>
-DC_INLINE void read_block(const std::byte* row, int64_t row_bytes, int c_pad, int begin, int n, float* out) {
-    int i = 0;
-    if constexpr (kType == CacheType::kQ8) {
-        for (; i < n && begin + i < c_pad; i += 32) {
-#pragma GCC unroll 4
-            for (int j = 0; j < kRows; ++j) {
-                const std::byte* code = row + j * row_bytes + begin + i;
-                const std::byte* scale = row + j * row_bytes + c_pad + (begin + i) / 16;
-                const F d = set1(first(load_f16(scale)));  // reads on into the rope part, at least 32 bytes long
-                store(out + j * kSlice + i, to_f(load_i8(code)) * d);
-                store(out + j * kSlice + i + 16, to_f(load_i8(code + 16)) * d);
-            }
-        }
-        row += c_pad + c_pad / 16 - 2 * c_pad;  // the rope part is f16
+template <class Fn> DC_INLINE void with_type(CacheType type, Fn&& fn) {
+    switch (type) {
+    case CacheType::kF32: return fn.template operator()<CacheType::kF32>();
+    case CacheType::kBF16: return fn.template operator()<CacheType::kBF16>();
+    case CacheType::kF16: return fn.template operator()<CacheType::kF16>();
+    case CacheType::kQ8: return fn.template operator()<CacheType::kQ8>();
     }
-    for (; i < n; i += 16)
-#pragma GCC unroll 4
-        for (int j = 0; j < kRows; ++j) store(out + j * kSlice + i, read_dims<kType>(row + j * row_bytes, begin + i));
 }
-// Dims begin .. begin + n, at most kSlice, of n_rows cache rows as f32 [n_rows, kSlice]: multiples of 16, and of 32 in a q8
-// latent.
+// Dims begin .. begin + n of n_rows cache rows as f32 [n_rows, kSlice]; begin a multiple of 32, n 16 or 32.
 void read_rows(CacheType type, const std::byte* row, int64_t row_bytes, int n_rows, int c_pad, int begin, int n,
                float* out) {
-    const auto read = [&]<CacheType kType>() {
-        int j = 0;
-        for (; j + 4 <= n_rows; j += 4)
-            read_block<kType, 4>(row + j * row_bytes, row_bytes, c_pad, begin, n, out + j * kSlice);
-        for (; j < n_rows; ++j) read_block<kType, 1>(row + j * row_bytes, row_bytes, c_pad, begin, n, out + j * kSlice);
-    };
-    switch (type) {
-    case CacheType::kF32: return read.template operator()<CacheType::kF32>();
-    case CacheType::kBF16: return read.template operator()<CacheType::kBF16>();
-    case CacheType::kF16: return read.template operator()<CacheType::kF16>();
-    case CacheType::kQ8: return read.template operator()<CacheType::kQ8>();
-    }
+    with_type(type, [&]<CacheType kType>() {
+        const std::byte *scale = row + c_pad + begin / 16, *values = row;
+        if constexpr (kType == CacheType::kQ8) {
+            for (int j = 0; begin < c_pad && j < n_rows; ++j, row += row_bytes, scale += row_bytes, out += kSlice) {
+                const F d = set1(first(load_f16(scale)));  // reads on into the rope part, at least 32 bytes long
+                store(out, to_f(load_i8(row + begin)) * d);
+                store(out + 16, to_f(load_i8(row + begin + 16)) * d);
+            }
+            if (begin < c_pad) return;
+            values = row + c_pad + c_pad / 16 - 2 * c_pad;  // the rope part is f16
+        }
+        for (int i = 0; i < n; i += 16)
+#pragma GCC unroll 4
+            for (int j = 0; j < n_rows; ++j)
+                store(out + j * kSlice + i, read_dims<kType>(values + j * row_bytes, begin + i));
+    });
 }
 
 void cache_read(CacheType type, const std::byte* row, int c_pad, int r_pad, float* out) noexcept {
@@ -287,7 +278,7 @@ DC_INLINE void softmax_step(bool bf16, int n, const float* lane_end, float scale
 
 void mla_partial(const MlaPartialArgs& a) noexcept {
     const int width = a.c_pad + a.r_pad, n_lanes = a.n_rows * a.n_heads, n_vectors = (n_lanes + kLanes - 1) / kLanes;
-    const bool bf16 = a.type == CacheType::kBF16;
+    const bool bf16 = a.type == CacheType::kBF16, direct = kDirectValues && a.type != CacheType::kQ8;
     const auto address = (reinterpret_cast<uintptr_t>(a.scratch) + 63) & ~uintptr_t{63};
     float* dims = reinterpret_cast<float*>(address);                      // [kChunkLen, kSlice]
     float* q = dims + kChunkLen * kSlice;                                 // [n_vectors, width, 16]
@@ -357,17 +348,14 @@ void mla_partial(const MlaPartialArgs& a) noexcept {
                                             o_row(i) + int64_t{h} * a.c_pad + out, a.c_pad);
             }
         };
-        for (int d = 0; d < a.c_pad; d += 32) {
-            if (kDirectValues && a.type == CacheType::kF32) {
-                values.template operator()<CacheType::kF32>(rows, a.row_bytes, d, d);
-            } else if (kDirectValues && a.type == CacheType::kF16) {
-                values.template operator()<CacheType::kF16>(rows, a.row_bytes, d, d);
-            } else if (kDirectValues && bf16) {
-                values.template operator()<CacheType::kBF16>(rows, a.row_bytes, d, d);
+        for (int d = 0; d < a.c_pad; d += kSlice) {
+            if (direct) {
+                with_type(a.type, [&]<CacheType kType>() {
+                    if constexpr (kType != CacheType::kQ8) values.template operator()<kType>(rows, a.row_bytes, d, d);
+                });
             } else {
-                read_rows(a.type, rows, a.row_bytes, filled, a.c_pad, d, 32, dims);
-                const auto* c = reinterpret_cast<const std::byte*>(dims);
-                values.template operator()<CacheType::kF32>(c, kSlice * 4, 0, d);
+                read_rows(a.type, rows, a.row_bytes, filled, a.c_pad, d, kSlice, dims);
+                values.template operator()<CacheType::kF32>(reinterpret_cast<std::byte*>(dims), kSlice * 4, 0, d);
             }
         }
     }
