@@ -24,10 +24,11 @@ DC_INLINE void fetch(const std::byte* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) prefetch(p + i);
 }
 
-// Weights of row tiles where they lie, `step` bytes apart, from memory: prefetches `ahead` bytes onward.
+// Weights of row tiles where they lie, `step` bytes apart, from memory: prefetches `ahead` bytes onward, and where a row tile
+// ends there, as far into the row tile that follows in its stream, `next` bytes away.
 template <class W> struct Streamed {
     const std::byte* w;  // first row tile, column 0
-    int64_t step, ahead;
+    int64_t step, ahead, next;
 
     // 64-byte unit u of row tile s, counted from column c, a multiple of 32 (q8, q4: inside its tile)
     DC_INLINE typename W::Unit unit(int s, int c, int u) const {
@@ -37,7 +38,9 @@ template <class W> struct Streamed {
     }
     DC_INLINE F scale(int s, int c) const { return W::scale(w + s * step + column_bytes<W>(c) + W::kScaleAt); }
     // the weights to use for the sum block of column c
-    template <int T> DC_INLINE const Streamed& at(int) const { return *this; }
+    template <int T> DC_INLINE Streamed at(int c) const {
+        return {w, step, column_bytes<W>(c) + ahead < step ? ahead : ahead + next - step, next};
+    }
 };
 // The same from a cache; blocks of many rows fetch the columns lo <= c < hi of the next T tiles, so that each of them asks
 // for a share and memory is read while all of them compute: q8 and q4 a tile at once, chained formats unit by unit.
@@ -72,7 +75,7 @@ template <class W> struct Unpacked {
     int first;
 
     void fill(const std::byte* w, int64_t step, int begin, int end) {
-        const Streamed<W> from{w, step, 1024};
+        const Streamed<W> from{w, step, 1024, step};
         first = begin;
         for (int c = begin; c < end; c += kTileCols)
             for (int s = 0; s < kWideTiles; ++s)
@@ -150,9 +153,8 @@ template <class W> struct Blocks {
     }
 };
 
-// Block sums of columns c .. c+n_cols-1: R rows x S row tiles, or (kFlight) one row of one row tile x S such blocks side by
-// side.
-template <class W, int R, int S, bool kFlight, class Src>
+// Block sums of columns c .. c+n_cols-1: R rows x S row tiles.
+template <class W, int R, int S, class Src>
 DC_INLINE void chain(const Src& src, const Rows<W, R>& rows, int c, int n_cols, F (&out)[R][S]) {
     typename W::Acc sum[R][S];
 #pragma GCC unroll 16
@@ -163,11 +165,10 @@ DC_INLINE void chain(const Src& src, const Rows<W, R>& rows, int c, int n_cols, 
     for (int u = 0; u < units; ++u) {
 #pragma GCC unroll 16
         for (int s = 0; s < S; ++s) {
-            const auto& unit =  // by reference: g++ copies a unit of several registers in pieces that loads wait for
-                kFlight ? src.unit(0, c + s * n_cols, u) : src.unit(s, c, u);
+            const auto& unit =
+                src.unit(s, c, u);  // g++ copies a unit of several registers in pieces that loads wait for
 #pragma GCC unroll 16
-            for (int r = 0; r < R; ++r)
-                W::mac(sum[r][s], unit, rows.x[r] + c + (kFlight ? s * n_cols : 0) + u * W::kCols);
+            for (int r = 0; r < R; ++r) W::mac(sum[r][s], unit, rows.x[r] + c + u * W::kCols);
         }
     }
 #pragma GCC unroll 16
@@ -181,19 +182,10 @@ template <class W, int R, int T, class Src>
     requires Chained<W>
 DC_INLINE void accumulate(const MatmulArgs& a, const Blocks<W>& blocks, const Src& src, int t, const Rows<W, R>& rows,
                           int c, int end, F (&acc)[R][T]) {
-    if constexpr (R == 1 && T == 1 && kBlocksInFlight > 1) {
-        constexpr int kG = kBlocksInFlight;
-        for (; blocks.regular && c + kG * blocks.block <= end; c += kG * blocks.block) {
-            F sums[1][kG];
-            chain<W, 1, kG, true>(src, rows, c, blocks.block, sums);
-#pragma GCC unroll 16
-            for (int g = 0; g < kG; ++g) acc[0][0] = blocks.add(a, acc[0][0], sums[0][g], t, c + g * blocks.block);
-        }
-    }
     while (c < end) {
         const int next = blocks.end(c);
         F sums[R][T];
-        chain<W, R, T, false>(src.template at<T>(c), rows, c, next - c, sums);
+        chain<W, R, T>(src.template at<T>(c), rows, c, next - c, sums);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
@@ -277,10 +269,11 @@ DC_INLINE void whole_rows(const MatmulArgs& a, const Src& src, int cols_end, int
 
 // Row tiles t .. t+T-1, w the first: few rows, or the tiles that no block of many rows takes.
 template <class W, int T> void few_rows(const MatmulArgs& a, const std::byte* w, int64_t w_step, int t) {
-    // Prefetch distance: best of 1, 2 and 4 KiB measured, 5 to 10 % over none with 4 streams, q4 at 2 KiB 15 to 20 %.
-    constexpr int64_t kAhead = T == 1 ? 4096 : W::kTileBytes < 512 ? 2048 : 1024;
+    // Prefetch distance: best of 1 to 4 KiB measured, 5 to 20 % over none with 4 streams.
+    const int64_t best = T == 1 || W::kTileBytes == sizeof(TileQ8) ? 4096 : 2048, ahead = best < w_step ? best : w_step;
+    const int64_t next = t + 2 * T <= a.tile_end ? T * w_step : w_step - ahead;  // the last row tiles: nothing new
     row_blocks<1, kFewRows>(a.n, [&]<int R>(int i, int, int) {
-        whole_rows<W, R, T>(a, Streamed<W>{w, w_step, kAhead}, a.w->col_tiles() * kTileCols, t, i);
+        whole_rows<W, R, T>(a, Streamed<W>{w, w_step, ahead, next}, a.w->col_tiles() * kTileCols, t, i);
     });
 }
 // Row tiles t .. t+kWideTiles-1.

@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kBlockRows = 4, kBlockTiles = 1;  // matmul: register block of many rows, in rows x row tiles
 constexpr int kWideTiles = 4;                   // matmul: row tiles at once for fewer rows
-constexpr int kBlocksInFlight = 2;              // matmul: column blocks at once for one row x one row tile
 constexpr int kScoreVecs = 1,
               kScorePos = 4;  // attention: scores of kScoreVecs vectors x kScorePos / kScoreVecs positions
 constexpr int kValueHeads = 2, kValueAccs = 4;  // attention: heads, and sums of 16 dims, of a block of values

@@ -20,7 +20,6 @@ namespace {
 
 constexpr int kBlockRows = 8, kBlockTiles = 2;  // matmul: register block of many rows, in rows x row tiles
 constexpr int kWideTiles = 4;                   // matmul: row tiles at once for fewer rows
-constexpr int kBlocksInFlight = 4;              // matmul: column blocks at once for one row x one row tile
 constexpr int kScoreVecs = 4,
               kScorePos = 16;  // attention: scores of kScoreVecs vectors x kScorePos / kScoreVecs positions
 constexpr int kValueHeads = 16, kValueAccs = 16;  // attention: heads, and sums of 16 dims, of a block of values

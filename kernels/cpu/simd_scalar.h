@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kBlockRows = 2, kBlockTiles = 1;  // matmul: register block of many rows, in rows x row tiles
 constexpr int kWideTiles = 1;                   // matmul: row tiles at once for fewer rows
-constexpr int kBlocksInFlight = 1;              // matmul: column blocks at once for one row x one row tile
 constexpr int kScoreVecs = 1,
               kScorePos = 2;  // attention: scores of kScoreVecs vectors x kScorePos / kScoreVecs positions
 constexpr int kValueHeads = 1, kValueAccs = 2;  // attention: heads, and sums of 16 dims, of a block of values
