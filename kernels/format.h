@@ -78,6 +78,11 @@ static_assert(sizeof(TileF8) == info(Format::kF8).tile_bytes);
 static_assert(sizeof(TileQ8) == info(Format::kQ8).tile_bytes);
 static_assert(sizeof(TileQ4) == info(Format::kQ4).tile_bytes && sizeof(TileQ4) == info(Format::kQ4B).tile_bytes);
 
+__attribute__((always_inline)) inline int32_t load_32(const void* p) {
+    int32_t v;
+    __builtin_memcpy(&v, p, 4);
+    return v;
+}
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

@@ -107,7 +107,7 @@ def test_fill_makes_a_context_of_random_rows(kv: str) -> None:
 
 def test_bench_refuses() -> None:
     model = surface_cases.model()
-    with pytest.raises(SessionError, match="need 1300 positions, the model has 1280"):
+    with pytest.raises(SessionError, match="need 1301 positions, the model has 1280"):
         deepcalm.bench(model, contexts=(0, 1290), decode_tokens=10)
     for bad in ({"repeats": 0}, {"contexts": ()}, {"contexts": (-1,)}):
         with pytest.raises(ValueError, match=">= "):

@@ -214,14 +214,18 @@ def markdown(value: dict[str, Any]) -> str:
             )
     out += [
         "",
-        "| model | threads | ms per step | us per position | off a straight line by | MB besides weights and cache |",
-        "|---|---|---|---|---|---|",
+        "| model | threads | ms per step | us per position | off a straight line by | MB besides weights and cache | "
+        "during the prompt |",
+        "|---|---|---|---|---|---|---|",
     ]
     for r in rows.values():
         if r["linear"]:
             a, b, off = r["linear"]
-            other = r["memory"]["other"] / 1e6
-            out.append(f"| {r['name']} | {r['threads']} | {a:.2f} | {1e3 * b:.3f} | {100 * off:.1f} % | {other:.0f} |")
+            other, prefill = (r["memory"][k] / 1e6 for k in ("other", "prefill"))
+            out.append(
+                f"| {r['name']} | {r['threads']} | {a:.2f} | {1e3 * b:.3f} | {100 * off:.1f} % | {other:.0f} | "
+                f"{prefill:.0f} |"
+            )
     out += ["", "![cost of a step against the context](rows.png)"]
     out += ["", "| model | threads | GB | process start to first token, s |", "|---|---|---|---|"]
     for r in rows.values():

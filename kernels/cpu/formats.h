@@ -7,12 +7,6 @@
 namespace deepcalm {
 namespace {
 
-DC_INLINE int32_t load_32(const void* p) {
-    int32_t v;
-    __builtin_memcpy(&v, p, 4);
-    return v;
-}
-
 struct NoDot {};  // in place of a dot instruction that the set lacks
 
 struct WeightF32 {

@@ -6,11 +6,7 @@
 namespace deepcalm {
 namespace {
 
-DC_INLINE __m512i broadcast_4(const int8_t* x) {
-    int32_t v;
-    __builtin_memcpy(&v, x, 4);
-    return _mm512_set1_epi32(v);
-}
+DC_INLINE __m512i broadcast_4(const void* x) { return _mm512_set1_epi32(load_32(x)); }
 
 // |w| * (x with w's sign): the 16-bit pair sums of vpmaddubsw stay below 2 * 128 * 127 and never saturate.
 struct DotQ8 {

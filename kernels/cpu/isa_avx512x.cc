@@ -6,11 +6,7 @@
 namespace deepcalm {
 namespace {
 
-DC_INLINE __m512i broadcast_4(const void* x) {
-    int32_t v;
-    __builtin_memcpy(&v, x, 4);
-    return _mm512_set1_epi32(v);
-}
+DC_INLINE __m512i broadcast_4(const void* x) { return _mm512_set1_epi32(load_32(x)); }
 DC_INLINE __m512 dot_bf16(__m512 acc, __m512i w, __m512i x) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
 }

@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,13 +110,15 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Resident bytes of the process at the end: mapped files (the weights that were touched, and libraries), the cache,
-    and everything else (interpreter, buffers)."""
+    """Resident bytes of the process after the prompt and a decoded token: mapped files (the weights that were touched,
+    and libraries), the cache, and everything else (interpreter, buffers); ``prefill``: everything else before that
+    token, which gives the buffers of the prompt back."""
 
     resident: int
     mapped: int
     cache: int
     other: int
+    prefill: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,8 +267,8 @@ def _memory(session: Session) -> Memory:
         pass
     resident, anonymous = found.get("VmRSS", 0), found.get("RssAnon", 0)
     c = session.model.config
-    touched = session.cache_bytes * c["num_hidden_layers"] // (c["num_hidden_layers"] + c["num_nextn_predict_layers"])
-    cache = min(touched, anonymous)
+    layers = c["num_hidden_layers"] / (c["num_hidden_layers"] + c["num_nextn_predict_layers"])
+    cache = min(anonymous, int(session.cache_bytes * layers * session.pos / session.ctx))
     return Memory(resident, resident - anonymous, cache, anonymous - cache)
 
 
@@ -300,7 +302,8 @@ def bench(
     """Measures ``model`` with random tokens (seeded: every run routes alike).
 
     Every repeat runs the prefill and then every context, each after a probe of the read bandwidth. Contexts are filled
-    with random cache rows. One warm-up of each comes first.
+    with random cache rows, and a token is decoded before those that are timed: it gives the prompt's buffers back. One
+    warm-up of each comes first.
 
     Args:
         prompt_tokens: length of the prefill that is timed, into an empty cache.
@@ -315,11 +318,11 @@ def bench(
     if min(prompt_tokens, decode_tokens, repeats) < 1 or not contexts or min(contexts) < 0:
         raise ValueError("prompt, tokens and repeats: expected numbers >= 1; contexts: numbers >= 0")
     contexts = sorted(set(contexts))
-    ctx = max(prompt_tokens, contexts[-1] + decode_tokens)
+    ctx = max(prompt_tokens, contexts[-1] + decode_tokens) + 1
     limit = int(model.config["max_position_embeddings"])
     if ctx > limit:
         raise SessionError(
-            f"a prompt of {prompt_tokens} and {decode_tokens} tokens after {contexts[-1]} need {ctx} positions, "
+            f"a prompt of {prompt_tokens} and {decode_tokens + 1} tokens after {contexts[-1]} need {ctx} positions, "
             f"the model has {limit}; choose smaller ones"
         )
     others = Others()
@@ -351,6 +354,7 @@ def bench(
             session.truncate(0)
         else:
             fill(session, context)
+            session.draft_round(ids[0], 0, greedy, n_valid)
         read = _core.read_bandwidth(model.threads, probe_mib, 3)
         before, start = session.stats, time.perf_counter()
         if context is None:
@@ -360,6 +364,10 @@ def bench(
                 session.draft_round(token, 0, greedy, n_valid)
         point.add(time.perf_counter() - start, session.stats - before, read)
 
+    session.prefill(ids[:prompt_tokens])
+    full = _memory(session)
+    session.draft_round(ids[0], 0, greedy, n_valid)
+    memory = replace(_memory(session), prefill=full.other)
     total = (repeats + 1) * len(points)
     for i in range(repeats + 1):
         for j, point in enumerate(points):
@@ -390,8 +398,8 @@ def bench(
     )
     decode = []
     for context, p in zip(contexts, points[1:], strict=True):
-        # The steps see context, context + 1, ...: their mean, doubled to stay whole.
-        attention = operations(model, 1, 0)["attention", "attention"] * (2 * context + decode_tokens + 1) // 2
+        # The steps see context + 2, context + 3, ...: their mean, doubled to stay whole.
+        attention = operations(model, 1, 0)["attention", "attention"] * (2 * context + decode_tokens + 3) // 2
         n_bytes, cache = p.stats.weight_bytes + p.stats.cache_bytes, p.stats.cache_bytes
         steps = decode_tokens * repeats
         limits = [
@@ -419,7 +427,6 @@ def bench(
                 stages=_lines(p.stats, sum(p.seconds), {"attention": (attention * steps, 0.0)}),
             )
         )
-    memory = _memory(session)
     other_cores, stolen_cores = others.cores()
     return BenchResult(
         file=str(model.path),

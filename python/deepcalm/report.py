@@ -68,7 +68,8 @@ def text(result: BenchResult, command: str, width: int | None = None) -> str:
             f"choices, {e.unused} unused; logits {finite}finite, deviation {e.logit_deviation:.2f}",
         )
     line("memory", f"{r.memory.resident / 1e9:.2f} GB resident = {r.memory.mapped / 1e9:.2f} weights touched + "
-                   f"{r.memory.cache / 1e9:.3f} cache + {r.memory.other / 1e9:.3f} everything else")  # fmt: skip
+                   f"{r.memory.cache / 1e9:.3f} cache + {r.memory.other / 1e9:.3f} everything else, "
+                   f"{r.memory.prefill / 1e9:.3f} during the prompt")  # fmt: skip
     for part in (head, _rates(r), *_notes(r), _prefill_stages(r)):
         console.print(part)
         if not isinstance(part, str) or part == _notes(r)[-1]:
