@@ -380,16 +380,20 @@ class Pass {
 
     // ---- dense FFN -------------------------------------------------------------------------------------------------
 
-    // Gate and up tiles [2*pairs.begin, 2*pairs.end) of one matrix, then silu(gate) * up for the same columns.
+    // Gate and up tiles [2*pairs.begin, 2*pairs.end) of one matrix, then silu(gate) * up for the same columns: a few at a
+    // time, so that they wait in the second-level cache.
     void gate_up(const PackedTensor& t, int slice, Range pairs, const ActSite& in, const int32_t* rows, int n,
-                 float* tmp, int64_t tmp_stride, const ActSite& out, int64_t out_first) const {
-        if (pairs.begin >= pairs.end) return;
-        matmul(t, slice, {2 * pairs.begin, 2 * pairs.end}, in, n, tmp + 32 * int64_t{pairs.begin}, tmp_stride, 0, 1,
-               rows);
-        const int col = 16 * pairs.begin;
-        const int cols = std::min(16 * pairs.end, out.cols) - col;
-        for (int i = 0; i < n; ++i)
-            k_.swiglu(tmp + i * tmp_stride + 32 * int64_t{pairs.begin}, out.row(out_first + i) + col, cols);
+                 const ActSite& out, int64_t out_first) const {
+        if (n == 0) return;
+        const int at_once = kPairsAtOnce * (s_.max_rows / n);
+        const int64_t stride = 2 * kTileRows * int64_t{at_once};
+        float* tmp = s_.gate_up[static_cast<size_t>(tid_)];  // [n, stride]
+        for (int begin = pairs.begin; begin < pairs.end; begin += at_once) {
+            const int end = std::min(begin + at_once, pairs.end);
+            matmul(t, slice, {2 * begin, 2 * end}, in, n, tmp, stride, 0, 1, rows);
+            const int col = 16 * begin, cols = std::min(16 * end, out.cols) - col;
+            for (int i = 0; i < n; ++i) k_.swiglu(tmp + i * stride, out.row(out_first + i) + col, cols);
+        }
     }
 
     void norm_ffn_input(const LayerWeights& w) {
@@ -405,9 +409,8 @@ class Pass {
 
     void dense_ffn(const LayerWeights& w) {
         norm_ffn_input(w);
-        pool_.deal(w.w_gate_up.row_tiles() / 2, kDealtPairs, [&](Range pairs) {
-            gate_up(w.w_gate_up, 0, pairs, s_.h, nullptr, n_, s_.gate_up, s_.gate_up_stride, s_.ffn_h, 0);
-        });
+        pool_.deal(w.w_gate_up.row_tiles() / 2, kDealtPairs,
+                   [&](Range pairs) { gate_up(w.w_gate_up, 0, pairs, s_.h, nullptr, n_, s_.ffn_h, 0); });
         meet(Stage::kFfnUp);
         const Range rows = split(n_, tid_, threads_);
         for (int i = rows.begin; i < rows.end; ++i) prepare(s_.ffn_h, i, {&w.w_down});
@@ -455,13 +458,11 @@ class Pass {
         pool_.deal(routed_pairs + shared_pairs, kDealtPairs, [&](Range range) {
             each_slice({range.begin, std::min(range.end, routed_pairs)}, pairs, [&](int slice, Range p) {
                 const ExpertRows& e = s_.touched[static_cast<size_t>(slice)];
-                gate_up(w.experts_gate_up, e.expert, p, s_.h, s_.slot_row + e.begin, e.end - e.begin,
-                        s_.gate_up + e.begin * s_.expert_gate_up_stride, s_.expert_gate_up_stride, s_.expert_h,
+                gate_up(w.experts_gate_up, e.expert, p, s_.h, s_.slot_row + e.begin, e.end - e.begin, s_.expert_h,
                         e.begin);
             });
             const Range p{std::max(range.begin - routed_pairs, 0), range.end - routed_pairs};
-            gate_up(w.shared_gate_up, 0, p, s_.h, nullptr, n_, s_.shared_gate_up, s_.shared_gate_up_stride, s_.shared_h,
-                    0);
+            gate_up(w.shared_gate_up, 0, p, s_.h, nullptr, n_, s_.shared_h, 0);
         });
         meet(Stage::kExpertsUp);
         const Range slots = split(int64_t{n_} * k, tid_, threads_);

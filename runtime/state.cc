@@ -83,19 +83,13 @@ void lay_out(State& s, Arena& a, const ModelConfig& c, int n_threads) {
     a.take(s.shared_out, n * d_pad);
     a.take(s.down_tmp, n * d_pad);
     const int64_t k = c.n_routed_experts > 0 ? c.num_experts_per_tok : 0;
-    const int64_t dense = c.is_moe(0) ? 0 : 2 * round_up(c.intermediate_size, kTileRows);
-    const int64_t expert = k > 0 ? 2 * round_up(c.moe_intermediate_size, kTileRows) : 0;
-    s.gate_up_stride = dense;
-    s.expert_gate_up_stride = expert;
-    a.take(s.gate_up, std::max(n * dense, n * k * expert));
-    if (dense > 0) a.site(s.ffn_h, n, c.intermediate_size);
+    s.gate_up.resize(static_cast<size_t>(n_threads));
+    for (auto& p : s.gate_up) a.take(p, n * 2 * kTileRows * kPairsAtOnce);
+    if (!c.is_moe(0)) a.site(s.ffn_h, n, c.intermediate_size);
     if (k > 0) {
         a.site(s.expert_h, n * k, c.moe_intermediate_size);
         if (c.n_shared_experts > 0) {
-            const int width = c.n_shared_experts * c.moe_intermediate_size;
-            a.site(s.shared_h, n, width);
-            s.shared_gate_up_stride = 2 * round_up(width, kTileRows);
-            a.take(s.shared_gate_up, n * s.shared_gate_up_stride);
+            a.site(s.shared_h, n, c.n_shared_experts * c.moe_intermediate_size);
         }
         s.gate_logits_stride = round_up(c.n_routed_experts, kTileRows);
         a.take(s.gate_logits, n * s.gate_logits_stride);

@@ -55,12 +55,9 @@ struct State {
     float* out = nullptr;                 // [n, d_pad] output of a block before the residual
     float* shared_out = nullptr;          // [n, d_pad]
     float* down_tmp = nullptr;            // [n, d_pad] one expert's output rows
-    float* gate_up = nullptr;  // dense layers [n, gate_up_stride]; MoE [n * k, expert_gate_up_stride], by slot
-    int64_t gate_up_stride = 0, expert_gate_up_stride = 0;
-    ActSite ffn_h;                    // [n, intermediate_size]; dense FFN hidden rows
-    ActSite shared_h;                 // [n, n_shared_experts * moe_intermediate_size]
-    float* shared_gate_up = nullptr;  // [n, shared_gate_up_stride]
-    int64_t shared_gate_up_stride = 0;
+    std::vector<float*> gate_up;   // one per thread: [n * 32 * kPairsAtOnce] gate and up tiles before silu(gate) * up
+    ActSite ffn_h;                 // [n, intermediate_size]; dense FFN hidden rows
+    ActSite shared_h;              // [n, n_shared_experts * moe_intermediate_size]
     ActSite expert_h;              // [n * k, moe_intermediate_size], by slot
     float* gate_logits = nullptr;  // [n, pad16(E)]
     int64_t gate_logits_stride = 0;
@@ -78,7 +75,9 @@ struct State {
 
 // Rows of a pass that share their split attention partials (decode, verification); longer passes give a thread whole rows.
 inline constexpr int kSplitRows = 8;
-inline constexpr int kAttnRowBlock = 4;    // query rows that share a converted cache chunk in long passes
+inline constexpr int kAttnRowBlock = 4;  // query rows that share a converted cache chunk in long passes
+inline constexpr int kPairsAtOnce =
+    8;  // pairs of a gate and an up tile of a longest pass that wait for silu(gate) * up
 inline constexpr int kAttnHeadBlock = 16;  // heads of one attention unit in long passes
 
 }  // namespace deepcalm
