@@ -22,7 +22,6 @@ UNDECIDED_TOLERANCE = 2e-3  # the same over all rows: a few roundings to the oth
 N_TOKENS = 80
 NUDGE = 3e-7  # share of a row's largest value that an f32 sum may be off by; a rounding closer to a tie is undecided
 AMBIGUOUS = 5e-5  # relative difference between opposite nudges that makes a row undecided
-DECIDED = 0.4  # share of a tap's 30 or 50 rows that is: 0.53 to 1 seen with four seeds
 INPUTS_UNSEEN = ("mtp.embed", "attn_out", "ffn_out", "routed_out", "shared_out", "attn_latent")
 
 # (preset, dtype of the checkpoint, options of the packer): every weight format in every role it may have.
@@ -68,7 +67,7 @@ def check_stages(
 ) -> None:
     """Every tap of a runtime (`core`) and its MTP layer against the oracle fed that runtime's own taps."""
     cfg, weights = rc.weights(file)
-    ids = tiny.token_ids(cfg.vocab_size, n_tokens, 5)
+    ids = tiny.token_ids(cfg.vocab_size, n_tokens, 7)  # tokens few of whose roundings are undecided: 0.72 decided at least
     run = rc.Run(core, ids, kv, sizes, taps=["*"])
     low, high = (model.Model(cfg, weights, arithmetic=rounding.RuntimeArithmetic(kv, sign * NUDGE)) for sign in (-1, 1))
     for part, taps in zip(run.parts, run.taps, strict=True):
@@ -103,8 +102,7 @@ def _compare(
         scale = np.sqrt(np.mean(a**2)) or 1.0
         decided = np.sqrt(np.mean((a - b) ** 2, axis=1)) <= AMBIGUOUS * scale
         unseen = name.endswith(INPUTS_UNSEEN)
-        share = decided.mean()
-        assert share == 1 or (unseen and share >= DECIDED), f"{name}: {share:.2f} of the rows decided"
+        assert decided.all() or (unseen and decided.mean() >= 0.6), f"{name}: {decided.mean():.2f} of the rows decided"
         middle = (a + b) / 2
         error, overall = rc.rel_rms(ours[decided], middle[decided]), rc.rel_rms(ours, middle)
         assert error <= tolerance, f"{name}: relative RMS {error:.1e}"
