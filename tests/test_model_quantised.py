@@ -67,7 +67,7 @@ def check_stages(
 ) -> None:
     """Every tap of a runtime (`core`) and its MTP layer against the oracle fed that runtime's own taps."""
     cfg, weights = rc.weights(file)
-    ids = tiny.token_ids(cfg.vocab_size, n_tokens, 7)  # tokens few of whose roundings are undecided: 0.72 decided at least
+    ids = tiny.token_ids(cfg.vocab_size, n_tokens, 7)  # few of their roundings are undecided: 0.72 decided at least
     run = rc.Run(core, ids, kv, sizes, taps=["*"])
     low, high = (model.Model(cfg, weights, arithmetic=rounding.RuntimeArithmetic(kv, sign * NUDGE)) for sign in (-1, 1))
     for part, taps in zip(run.parts, run.taps, strict=True):
