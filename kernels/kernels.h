@@ -68,9 +68,9 @@ struct MlaPartialArgs {
     void* scratch = nullptr;  // mla_scratch_bytes(), private to the calling thread
 };
 constexpr int64_t mla_scratch_bytes(int c_pad, int r_pad, int n_rows, int n_heads) {
-    // in f32: 64 dims of a chunk; of every 16 (row, head) pairs their queries, scores, ends and running sums
+    // in f32: 32 dims of a chunk; of every 16 (row, head) pairs their queries, scores, ends and running sums
     const int64_t vectors = ceil_div(int64_t{n_rows} * n_heads, 16);
-    return 4 * (64 * kChunkLen + vectors * 16 * (int64_t{c_pad} + r_pad + kChunkLen + 4)) + 64;
+    return 4 * (32 * kChunkLen + vectors * 16 * (int64_t{c_pad} + r_pad + kChunkLen + 4)) + 64;
 }
 
 inline constexpr int kPeakBytes = 33 * 64;

@@ -12,8 +12,7 @@
 namespace deepcalm {
 namespace {
 
-// Least pieces of a product that a thread takes: the row tiles that a kernel reads side by side, pairs of a gate and an up
-// tile.
+// Least pieces of a product that a thread takes: row tiles that a kernel reads side by side, pairs of a gate and an up one.
 constexpr int kDealtTiles = 4, kDealtPairs = 2;
 
 class Pass {
@@ -160,9 +159,16 @@ class Pass {
             u += end - begin;
         }
     }
-    // fn(head, tiles) over the row tiles of every head's matrix.
-    template <class Fn> void deal_heads(const PackedTensor& t, Fn&& fn) const {
-        pool_.deal(heads_ * t.row_tiles(), kDealtTiles, [&](Range range) { each_slice(range, t.row_tiles(), fn); });
+    // Every head's matrix times its vectors of a block of rows, read once a pass as counted; head h's y is head_step on.
+    void product_of_heads(const PackedTensor& t, const ActSite& site, Range block, float* y, int64_t head_step,
+                          int64_t y_stride) const {
+        const int n = block.end - block.begin;
+        pool_.deal(heads_ * t.row_tiles(), kDealtTiles, [&](Range range) {
+            each_slice(range, t.row_tiles(), [&](int h, Range tiles) {
+                matmul(t, h, tiles, site, n, y + h * head_step + 16 * int64_t{tiles.begin}, y_stride, h, heads_);
+            });
+        });
+        if (block.begin > 0) clock_.bytes = 0;
     }
     // Columns of `tiles` that exist in a vector of hidden_size.
     Range columns(Range tiles) const { return {std::min(16 * tiles.begin, d_), std::min(16 * tiles.end, d_)}; }
@@ -204,8 +210,7 @@ class Pass {
     // ---- attention -------------------------------------------------------------------------------------------------
 
     void attention(const LayerWeights& w, int layer_idx) {
-        const int dn = c_.qk_nope_head_dim, dr = c_.qk_rope_head_dim, dqk = dn + dr, r = c_.kv_lora_rank,
-                  dv = c_.v_head_dim;
+        const int dr = c_.qk_rope_head_dim, dqk = c_.qk_head_dim(), r = c_.kv_lora_rank;
         const Range rows = split(n_, tid_, threads_);
         const bool q_lora = c_.q_lora_rank > 0;
         const int64_t kv_offset = round_up(q_lora ? c_.q_lora_rank : heads_ * dqk, kTileRows);
@@ -248,10 +253,26 @@ class Pass {
             end(Stage::kQB);
         }
 
+        std::vector<float> taps[2];
+        for (int i = 0; i < n_; i += s_.head_rows) head_block(w, layer_idx, {i, std::min(i + s_.head_rows, n_)}, taps);
+        tap("q", s_.q, {heads_, dqk}, s_.q_stride);
+
+        product(w.wo, s_.attn_v, s_.out, d_stride(), [&](Range tiles) { add_residual(tiles); });
+        end(Stage::kWo);
+        tap("attn_out", s_.out, {d_}, d_stride());
+    }
+
+    // From queries to values, for a block of rows: what all heads have of a row are the widest buffers.
+    void head_block(const LayerWeights& w, int layer_idx, Range block, std::vector<float> (&taps)[2]) {
+        const int n = block.end - block.begin, r = c_.kv_lora_rank, dv = c_.v_head_dim;
+        const int dn = c_.qk_nope_head_dim, dr = c_.qk_rope_head_dim, dqk = dn + dr;
+        const int64_t v_pad = round_up(dv, kTileRows);
+        const auto done = [&](Stage stage) { block.end == n_ ? end(stage) : meet(stage); };
+
         // rotate query heads; nope parts become operands of W_UK, rope parts stand beside its output
-        const Range row_heads = split(int64_t{n_} * heads_, tid_, threads_);
+        const Range row_heads = split(int64_t{n} * heads_, tid_, threads_);
         for (int u = row_heads.begin; u < row_heads.end; ++u) {
-            const int i = u / heads_, h = u % heads_;
+            const int i = block.begin + u / heads_, h = u % heads_;
             float* q = s_.q + i * s_.q_stride + int64_t{h} * dqk;
             if (u == row_heads.begin || h == 0) a_.model.rope().fill(a_.pos + i, cos_.data(), sin_.data());
             k_.rope(q + dn, cos_.data(), sin_.data(), dr / 2);
@@ -259,55 +280,43 @@ class Pass {
             prepare(s_.q_nope, u, {&w.w_uk});
             std::copy(q + dn, q + dqk, s_.q_full + u * s_.q_width + a_.cache.c_pad());
         }
-        end(Stage::kQRope);
-        tap("q", s_.q, {heads_, dqk}, s_.q_stride);
+        done(Stage::kQRope);
 
-        deal_heads(w.w_uk, [&](int h, Range t) {
-            matmul(w.w_uk, h, t, s_.q_nope, n_, s_.q_full + h * s_.q_width + 16 * int64_t{t.begin}, heads_ * s_.q_width,
-                   h, heads_);
-        });
-        end(Stage::kWUk);
-        if (a_.trace.on()) tap_heads("q_absorbed", s_.q_full, s_.q_width, r);
+        product_of_heads(w.w_uk, s_.q_nope, block, s_.q_full, s_.q_width, heads_ * s_.q_width);
+        done(Stage::kWUk);
+        if (a_.trace.on()) tap_heads("q_absorbed", s_.q_full, s_.q_width, n, r, taps[0]);
 
-        latent_attention(w, layer_idx);
-        end(Stage::kAttention);
-        if (a_.trace.on()) tap_heads("attn_latent", s_.attn_latent.f32, s_.attn_latent.stride(), r);
+        latent_attention(w, layer_idx, block);
+        done(Stage::kAttention);
+        if (a_.trace.on()) tap_heads("attn_latent", s_.attn_latent.f32, s_.attn_latent.stride(), n, r, taps[1]);
 
-        const int64_t v_pad = round_up(dv, kTileRows);
-        deal_heads(w.w_uv, [&](int h, Range t) {
-            float* y = s_.uv_tmp + int64_t{h} * s_.max_rows * v_pad + 16 * int64_t{t.begin};
-            matmul(w.w_uv, h, t, s_.attn_latent, n_, y, v_pad, h, heads_);
-        });
+        product_of_heads(w.w_uv, s_.attn_latent, block, s_.uv_tmp, s_.head_rows * v_pad, v_pad);
         meet(Stage::kWUv);
+        const Range rows = split(n, tid_, threads_);
         for (int i = rows.begin; i < rows.end; ++i) {
             for (int h = 0; h < heads_; ++h) {
-                const float* v = s_.uv_tmp + (int64_t{h} * s_.max_rows + i) * v_pad;
-                std::copy(v, v + dv, s_.attn_v.row(i) + int64_t{h} * dv);
+                const float* v = s_.uv_tmp + (int64_t{h} * s_.head_rows + i) * v_pad;
+                std::copy(v, v + dv, s_.attn_v.row(block.begin + i) + int64_t{h} * dv);
             }
-            prepare(s_.attn_v, i, {&w.wo});
+            prepare(s_.attn_v, block.begin + i, {&w.wo});
         }
-        end(Stage::kWUv);
-
-        product(w.wo, s_.attn_v, s_.out, d_stride(), [&](Range tiles) { add_residual(tiles); });
-        end(Stage::kWo);
-        tap("attn_out", s_.out, {d_}, d_stride());
+        done(Stage::kWUv);
     }
 
-    // One vector of r per (row, head), `stride` apart -> [n, heads, r].
-    void tap_heads(const char* name, const float* src, int64_t stride, int r) {
+    // One vector of r per (row, head) of n rows, `stride` apart, behind those in v; all blocks' make [n_, heads, r].
+    void tap_heads(const char* name, const float* src, int64_t stride, int n, int r, std::vector<float>& v) {
         pool_.barrier();
         if (tid_ == 0) {
-            std::vector<float> v(static_cast<size_t>(n_) * heads_ * r);
-            for (int64_t u = 0; u < int64_t{n_} * heads_; ++u) std::copy_n(src + u * stride, r, v.data() + u * r);
-            a_.trace.record(prefix_ + name, v.data(), n_, {heads_, r}, int64_t{heads_} * r);
+            for (int64_t u = 0; u < int64_t{n} * heads_; ++u) v.insert(v.end(), src + u * stride, src + u * stride + r);
+            if (v.size() == static_cast<size_t>(n_) * heads_ * r)
+                a_.trace.record(prefix_ + name, v.data(), n_, {heads_, r}, int64_t{heads_} * r);
         }
         pool_.barrier();
     }
 
-    // docs/model.md 4.1 over the cache: partials of kPartialLen positions, combined in order. Up to kSplitRows rows the
-    // partials are dealt to threads and meet in shared memory; more rows give each thread whole (row block, head block)
-    // units.
-    void latent_attention(const LayerWeights& w, int layer_idx) {
+    // docs/model.md 4.1 over the cache: partials of kPartialLen positions, combined in order. Passes of up to kSplitRows
+    // rows deal partials to threads, which meet in shared memory; longer ones deal whole (row block, head block) units.
+    void latent_attention(const LayerWeights& w, int layer_idx, Range block) {
         const int64_t c_pad = a_.cache.c_pad();
         MlaPartialArgs m{.type = a_.cache.type(),
                          .cache = a_.cache.layer(layer_idx),
@@ -323,7 +332,7 @@ class Pass {
                 ends_[static_cast<size_t>(i - i0)] = std::min(s_.row_end[i], (p + 1) * kPartialLen);
             m.n_rows = i1 - i0;
             m.n_heads = h1 - h0;
-            m.q = s_.q_full + (int64_t{i0} * heads_ + h0) * s_.q_width;
+            m.q = s_.q_full + (int64_t{i0 - block.begin} * heads_ + h0) * s_.q_width;
             m.pos_begin = p * kPartialLen;
             m.row_end = ends_.data();
             m.m = s_.part_m + slot;
@@ -337,7 +346,7 @@ class Pass {
             if (h0 == 0 && i1 == n_) clock_.bytes += std::max<int64_t>(seen, 0) * m.row_bytes;
         };
         const auto combine = [&](int i, int h, int64_t slot, int64_t partial_stride) {
-            const int64_t u = int64_t{i} * heads_ + h;
+            const int64_t u = int64_t{i - block.begin} * heads_ + h;
             k_.mla_combine(s_.part_m + slot, s_.part_l + slot, partial_stride, s_.part_o + slot * c_pad,
                            partial_stride * c_pad, static_cast<int>(ceil_div(s_.row_end[i], kPartialLen)),
                            a_.cache.c_pad(), s_.attn_latent.row(u));
@@ -363,11 +372,12 @@ class Pass {
         }
         constexpr int64_t kBlock = int64_t{kAttnRowBlock} * kAttnHeadBlock;
         const int64_t base = tid_ * s_.max_partials * kBlock;
-        const int row_blocks = static_cast<int>(ceil_div(n_, kAttnRowBlock));
+        const int row_blocks = static_cast<int>(ceil_div(block.end - block.begin, kAttnRowBlock));
         const int head_blocks = static_cast<int>(ceil_div(heads_, kAttnHeadBlock));
         pool_.deal(row_blocks * head_blocks, 1, [&](Range range) {
             for (int u = range.begin; u < range.end; ++u) {
-                const int i0 = u / head_blocks * kAttnRowBlock, i1 = std::min(i0 + kAttnRowBlock, n_);
+                const int i0 = block.begin + u / head_blocks * kAttnRowBlock,
+                          i1 = std::min(i0 + kAttnRowBlock, block.end);
                 const int h0 = u % head_blocks * kAttnHeadBlock, h1 = std::min(h0 + kAttnHeadBlock, heads_);
                 const int n_partials = static_cast<int>(ceil_div(s_.row_end[i1 - 1], kPartialLen));
                 for (int p = 0; p < n_partials; ++p) partial(i0, i1, h0, h1, p, base + p * kBlock, kAttnHeadBlock);

@@ -63,9 +63,8 @@ Result<double> read_bandwidth(int n_threads, int64_t bytes, int repeats) {
                 const std::byte* base = buffer.data() + block * kPage * kPages;
                 for (int64_t line = 0; line < kPage; line += 64) {
                     for (int64_t page = 0; page < kPages; ++page) {
-                        const auto* p =
-                            static_cast<const uint64_t*>(static_cast<const void*>(base + page * kPage + line));
-                        for (int j = 0; j < 8; ++j) sum[j] += p[j];
+                        const void* p = base + page * kPage + line;
+                        for (int j = 0; j < 8; ++j) sum[j] += static_cast<const uint64_t*>(p)[j];
                     }
                 }
             }

@@ -30,6 +30,7 @@ class Arena {
         s.kind[static_cast<int>(ActKind::kI8)] = {i8, d, sum, stride};
     }
     int64_t used() const { return used_; }
+    void go_to(int64_t used) { used_ = used; }
 
   private:
     std::byte* base_;
@@ -58,11 +59,14 @@ void lay_out(State& s, Arena& a, const ModelConfig& c, int n_threads) {
         s.q_stride = s.qkv_a_stride;
         s.q = s.qkv_a;
     }
-    a.site(s.q_nope, n * heads, c.qk_nope_head_dim);
+    // Heads of as many rows at a time as keep every thread busy, and a matrix's tiles in use for 64 of them.
+    s.head_rows = static_cast<int>(std::min(n, std::max<int64_t>(64, 8 * n_threads)));
+    const int64_t b = s.head_rows;
+    a.site(s.q_nope, b * heads, c.qk_nope_head_dim);
     a.take(s.c_kv, n * c.kv_lora_rank);
     a.take(s.k_rope, n * c.qk_rope_head_dim);
     s.q_width = c_pad + r_pad;
-    a.take(s.q_full, n * heads * s.q_width);
+    a.take(s.q_full, b * heads * s.q_width);
     a.take(s.row_end, n);
 
     // Split passes: every (row, partial) of up to kSplitRows rows; long passes: one row block x head block per thread.
@@ -75,8 +79,8 @@ void lay_out(State& s, Arena& a, const ModelConfig& c, int n_threads) {
         mla_scratch_bytes(static_cast<int>(c_pad), static_cast<int>(r_pad), kSplitRows, static_cast<int>(heads));
     s.mla_scratch.resize(static_cast<size_t>(n_threads));
     for (auto& p : s.mla_scratch) a.take(p, scratch);
-    a.site(s.attn_latent, n * heads, c.kv_lora_rank);
-    a.take(s.uv_tmp, heads * n * round_up(c.v_head_dim, kTileRows));
+    a.site(s.attn_latent, b * heads, c.kv_lora_rank);
+    a.take(s.uv_tmp, heads * b * round_up(c.v_head_dim, kTileRows));
     a.site(s.attn_v, n, c.num_attention_heads * c.v_head_dim);
 
     a.take(s.out, n * d_pad);
@@ -85,12 +89,15 @@ void lay_out(State& s, Arena& a, const ModelConfig& c, int n_threads) {
     const int64_t k = c.n_routed_experts > 0 ? c.num_experts_per_tok : 0;
     s.gate_up.resize(static_cast<size_t>(n_threads));
     for (auto& p : s.gate_up) a.take(p, n * 2 * kTileRows * kPairsAtOnce);
+    // A layer is dense or MoE: their hidden rows share memory unless columns past a width must stay zero.
+    const int64_t begin = a.used();
     if (!c.is_moe(0)) a.site(s.ffn_h, n, c.intermediate_size);
+    const int64_t dense_end = a.used();
     if (k > 0) {
+        if (c.intermediate_size % kTileCols == 0 && c.moe_intermediate_size % kTileCols == 0) a.go_to(begin);
         a.site(s.expert_h, n * k, c.moe_intermediate_size);
-        if (c.n_shared_experts > 0) {
-            a.site(s.shared_h, n, c.n_shared_experts * c.moe_intermediate_size);
-        }
+        if (c.n_shared_experts > 0) a.site(s.shared_h, n, c.n_shared_experts * c.moe_intermediate_size);
+        a.go_to(std::max(a.used(), dense_end));
         s.gate_logits_stride = round_up(c.n_routed_experts, kTileRows);
         a.take(s.gate_logits, n * s.gate_logits_stride);
         a.take(s.route_scratch, n_threads * (2 * int64_t{c.n_routed_experts} + c.n_group));

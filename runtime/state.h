@@ -1,6 +1,5 @@
 // Activation buffers of a session, sized once for max_rows rows; zeroed at allocation so that columns past a natural width
-// stay zero (docs/model.md 7.2). n = rows of the pass, d = hidden_size. Rows are padded to 32 columns unless said
-// otherwise.
+// stay zero (docs/model.md 7.2). n = rows of the pass, d = hidden_size. Rows have 32 k columns unless said otherwise.
 #pragma once
 
 #include "kernels/kernels.h"
@@ -39,18 +38,19 @@ struct State {
     ActSite q_a;         // [n, q_lora_rank] after q_a_layernorm
     float* q = nullptr;  // [n, q_stride] per head nope | rope; aliases qkv_a without q_lora
     int64_t q_stride = 0;
-    ActSite q_nope;                              // [n * n_heads, qk_nope_head_dim]
-    float* c_kv = nullptr;                       // [n, kv_lora_rank] after kv_a_layernorm
-    float* k_rope = nullptr;                     // [n, qk_rope_head_dim] rotated
-    float* q_full = nullptr;                     // [n, n_heads, c_pad + r_pad] q_absorbed | rotated q_rope
-    int64_t q_width = 0;                         // c_pad + r_pad
-    int32_t* row_end = nullptr;                  // [n] one past the last position that a row sees
+    int head_rows = 0;           // rows b of the pass whose heads are computed at a time: at most max_rows
+    ActSite q_nope;              // [b * n_heads, qk_nope_head_dim]
+    float* c_kv = nullptr;       // [n, kv_lora_rank] after kv_a_layernorm
+    float* k_rope = nullptr;     // [n, qk_rope_head_dim] rotated
+    float* q_full = nullptr;     // [b, n_heads, c_pad + r_pad] q_absorbed | rotated q_rope
+    int64_t q_width = 0;         // c_pad + r_pad
+    int32_t* row_end = nullptr;  // [n] one past the last position that a row sees
     float *part_m = nullptr, *part_l = nullptr;  // [partial_slots, part_heads]
     float* part_o = nullptr;                     // [partial_slots, part_heads, c_pad]
     int max_partials = 0;
     std::vector<std::byte*> mla_scratch;  // one per thread
-    ActSite attn_latent;                  // [n * n_heads, kv_lora_rank]
-    float* uv_tmp = nullptr;              // [n_heads, n, pad16(v_head_dim)] W_UV output before it is laid side by side
+    ActSite attn_latent;                  // [b * n_heads, kv_lora_rank]
+    float* uv_tmp = nullptr;              // [n_heads, b, pad16(v_head_dim)] W_UV output before it is laid side by side
     ActSite attn_v;                       // [n, n_heads * v_head_dim]
     float* out = nullptr;                 // [n, d_pad] output of a block before the residual
     float* shared_out = nullptr;          // [n, d_pad]
@@ -76,8 +76,8 @@ struct State {
 // Rows of a pass that share their split attention partials (decode, verification); longer passes give a thread whole rows.
 inline constexpr int kSplitRows = 8;
 inline constexpr int kAttnRowBlock = 4;  // query rows that share a converted cache chunk in long passes
-inline constexpr int kPairsAtOnce =
-    8;  // pairs of a gate and an up tile of a longest pass that wait for silu(gate) * up
+// Pairs of a gate and an up tile of a longest pass that wait for silu(gate) * up.
+inline constexpr int kPairsAtOnce = 8;
 inline constexpr int kAttnHeadBlock = 16;  // heads of one attention unit in long passes
 
 }  // namespace deepcalm

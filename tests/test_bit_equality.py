@@ -20,7 +20,7 @@ from deepcalm import _core
 from deepcalm.errors import SessionError, UnsupportedError
 
 Case = tuple[rc.packed.PackedFile, str, rc.Array]  # packed file, cache type, token ids [N]
-N = 72  # crosses an attention chunk (64)
+N = 72  # crosses an attention chunk (64), and the rows whose heads a pass computes together (64)
 
 CASES = [
     ("v2_lite", "bf16", {"dtype": "q8"}, "f16"),
@@ -104,6 +104,9 @@ def test_taps_change_nothing(case: Case, isa: str) -> None:
     truth = rc.Run(core, ids, kv)
     same_run("all taps", rc.Run(core, ids, kv, taps=["*"]), truth)
     same_run("one tap", rc.Run(core, ids, kv, 16, taps=["layers.1.attn_latent"]), truth)
+    whole, parts = (rc.Run(core, ids, kv, size, taps=["*"]).taps for size in (N, 16))
+    for name, tap in whole[0].items():
+        assert_same_bits(f"tap {name}", np.concatenate([p[name] for p in parts]), tap)
     last = rc.Run(core, ids[:60], kv).session
     assert_same_bits("logits of the last row only", last.forward(ids[60:], "last"), truth.logits[-1:])
 

@@ -90,9 +90,9 @@ void cache_write(CacheType type, const float* c_kv, int c, const float* k_rope, 
 
 // A lane is a (row, head) pair: 16 of them are a vector, a vector's scores and probabilities of a chunk [kChunkLen, 16].
 constexpr int kLanes = 16, kVectorScores = kChunkLen * kLanes;
-constexpr int kSlice =
-    32;  // dims converted at once: of the latent, whose width is a multiple of 32, or of the rope part
-static_assert(kChunkLen % kScorePos == 0);
+// Dims converted at once: of the latent, whose width is a multiple of 32, or of the rope part.
+constexpr int kSlice = 32;
+static_assert(kChunkLen % kScoreAccs == 0);
 
 // 16 dims from dim i on, a multiple of 16, of a cache row of f32, bf16 or f16, as f32.
 template <CacheType kType> DC_INLINE F read_dims(const std::byte* row, int i) {
@@ -311,7 +311,7 @@ void mla_partial(const MlaPartialArgs& a) noexcept {
     }
     // pairs of dims that score blocks walk through in a chunk
     const int64_t pairs =
-        int64_t{width} / 2 * (kChunkLen / kScorePos) * (n_vectors / kScoreVecs * kScoreVecs + n_vectors % kScoreVecs);
+        int64_t{width} / 2 * (kChunkLen / kScoreAccs) * (n_vectors / kScoreVecs * kScoreVecs + n_vectors % kScoreVecs);
     for (int begin = a.pos_begin; begin < end; begin += kChunkLen) {
         const std::byte* rows = a.cache + begin * a.row_bytes;
         const int filled = end - begin < kChunkLen ? end - begin : kChunkLen;
@@ -328,8 +328,8 @@ void mla_partial(const MlaPartialArgs& a) noexcept {
             };
             int v = 0;
             for (; v + kScoreVecs <= n_vectors; v += kScoreVecs)
-                score.template operator()<kScoreVecs, kScorePos / kScoreVecs>(v);
-            for (; v < n_vectors; ++v) score.template operator()<1, kScorePos>(v);
+                score.template operator()<kScoreVecs, kScoreAccs / kScoreVecs>(v);
+            for (; v < n_vectors; ++v) score.template operator()<1, kScoreAccs>(v);
         }
         for (int u = 0; u < n_vectors * kLanes; ++u)
             ends[u] = u < n_lanes ? static_cast<float>(a.row_end[u / a.n_heads] - begin) : 0.0F;

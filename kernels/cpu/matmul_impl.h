@@ -165,8 +165,7 @@ DC_INLINE void chain(const Src& src, const Rows<W, R>& rows, int c, int n_cols, 
     for (int u = 0; u < units; ++u) {
 #pragma GCC unroll 16
         for (int s = 0; s < S; ++s) {
-            const auto& unit =
-                src.unit(s, c, u);  // g++ copies a unit of several registers in pieces that loads wait for
+            const auto& unit = src.unit(s, c, u);  // no copy: g++ makes it in pieces that loads wait for
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) W::mac(sum[r][s], unit, rows.x[r] + c + u * W::kCols);
         }

@@ -18,10 +18,9 @@
 namespace deepcalm {
 namespace {
 
-constexpr int kBlockRows = 8, kBlockTiles = 2;  // matmul: register block of many rows, in rows x row tiles
-constexpr int kWideTiles = 4;                   // matmul: row tiles at once for fewer rows
-constexpr int kScoreVecs = 4,
-              kScorePos = 16;  // attention: scores of kScoreVecs vectors x kScorePos / kScoreVecs positions
+constexpr int kBlockRows = 8, kBlockTiles = 2;    // matmul: register block of many rows, in rows x row tiles
+constexpr int kWideTiles = 4;                     // matmul: row tiles at once for fewer rows
+constexpr int kScoreVecs = 4, kScoreAccs = 16;    // attention: vectors, and sums, of a block of scores
 constexpr int kValueHeads = 16, kValueAccs = 16;  // attention: heads, and sums of 16 dims, of a block of values
 constexpr bool kDirectValues = true;              // attention: values convert a cache row for every block of heads
 

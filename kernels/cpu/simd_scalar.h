@@ -13,8 +13,7 @@ namespace {
 
 constexpr int kBlockRows = 2, kBlockTiles = 1;  // matmul: register block of many rows, in rows x row tiles
 constexpr int kWideTiles = 1;                   // matmul: row tiles at once for fewer rows
-constexpr int kScoreVecs = 1,
-              kScorePos = 2;  // attention: scores of kScoreVecs vectors x kScorePos / kScoreVecs positions
+constexpr int kScoreVecs = 1, kScoreAccs = 2;   // attention: vectors, and sums, of a block of scores
 constexpr int kValueHeads = 1, kValueAccs = 2;  // attention: heads, and sums of 16 dims, of a block of values
 constexpr bool kDirectValues = false;           // attention: values convert a cache row for every block of heads
 
