@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import struct
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def test_gguf_holds_every_matrix_in_one_type(tmp_path: Path, kind: str) -> None:
 
 def a_round(ours: float, peer: float, probes: tuple[float, float]) -> dict[str, Any]:
     both = [{"rate": ours, "gb_s": 9.0}] * 2
-    return {"probes": [{"all": p, "one": p} for p in probes], "ours": both, "peer": [{"rate": peer}], "others": 0.0}
+    return {"probes": [{"all": p, "one": p} for p in probes], "ours": both, "peer": [{"rate": peer}], "others": 0.0,
+            "stolen": 0.0}  # fmt: skip
 
 
 def test_peers_keep_pairs_whose_probes_agree() -> None:
@@ -96,10 +98,31 @@ def test_peers_keep_pairs_whose_probes_agree() -> None:
     assert (s["agree"], s["of"]) == (2, 3)
     assert s["ratio"] == pytest.approx(2.2) and (s["low"], s["high"]) == (2.0, pytest.approx(2.4))
     assert s["share"] == pytest.approx((9 / 10.5 + 9 / 10) / 2) and s["read"] == (10, 20)
-    apart = {"rounds": [{"probes": [{"all": 10.0}] * 2, "ours": [{"rate": 8.0, "gb_s": 9.0}], "others": 0.1}],
-             "peer_rounds": [{"probes": [{"all": 13.0}] * 2, "peer": [{"rate": 4.0}], "others": 0.0}]}  # fmt: skip
-    s = bench_peers.summary(apart)
-    assert s["ratio"] == 2 and s["agree"] == 0 and s["share"] == 0.9 and s["others"] == 0.1
+    mine = {"probes": [{"all": 10.0}] * 2, "ours": [{"rate": 8.0, "gb_s": 9.0}], "others": 0.1, "stolen": 0.25}
+    theirs = [{"probes": [{"all": p}] * 2, "peer": [{"rate": r}], "others": 0.0, "stolen": 0.0}
+              for p, r in ((13.0, 4.0), (13.0, 4.0), (11.0, 2.0))]  # fmt: skip
+    s = bench_peers.summary({"rounds": [mine], "peer_rounds": theirs[:2]})
+    assert (s["ratio"], s["agree"], s["of"], s["share"], s["others"]) == (2, 0, 2, 0.9, 0.35)
+    s = bench_peers.summary({"rounds": [mine], "peer_rounds": theirs})
+    assert (s["ratio"], s["agree"], s["of"]) == (4, 1, 3)
+
+
+def test_a_row_is_measured_until_enough_pairs_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = iter([(10, 20), (10, 11), (20, 10), (10, 10), *[(10, 20)] * 9])
+    monkeypatch.setattr(bench_peers, "measure", lambda *_: a_round(2, 1, next(probes)))
+    args = argparse.Namespace(rounds=2, tokens=1, repeats=1)
+    row = bench_peers.Row(bench_peers.CASES[0], 1, "decode", 0)
+    assert len(bench_peers.run_row(row, (), Path(), Path(), Path(), args)) == 4
+    assert len(bench_peers.run_row(row, (), Path(), Path(), Path(), args)) == 4  # none agrees: no more than twice
+
+
+def test_speed_over_the_goal() -> None:
+    stages = [{"stage": "attention", "calls": 20, "seconds": 0.5, "bytes": 2e9}, {"stage": "head", "calls": 10}]
+    row = {"stages": stages, "bytes_per_token": 1.1e9, "attention_rate": 65.0, "attention_ceiling": 100.0,
+           "read_bandwidth": {"median": 10.0}, "rate": {"median": 5.0}}  # fmt: skip
+    # 0.9e9 bytes at 9 GB/s, 65 / 10 / 2 = 3.25e9 operations at 65 e9/s: 0.15 s of 0.2
+    assert bench_rows.of_goal(row, "f16") == pytest.approx(0.75)
+    assert bench_rows.of_goal(row, "bf16") == pytest.approx((0.1 + 3.25 / 60) * 5)
 
 
 def test_results_are_saved_row_by_row(tmp_path: Path) -> None:

@@ -172,6 +172,17 @@ def estimate(m: Model, threads: int, contexts: list[int], repeats: int, tokens: 
     return (repeats + 1) * (decode + prefill + 1.5 * (len(contexts) + 1)) + 6
 
 
+def of_goal(d: dict[str, Any], kv: str) -> float:
+    """Speed of a decode row over the goal's."""
+    steps = next(s["calls"] for s in d["stages"] if s["stage"] == "head")
+    attention = next(s for s in d["stages"] if s["stage"] == "attention")
+    weights = d["bytes_per_token"] - attention["bytes"] / steps
+    operations = d["attention_rate"] * attention["seconds"] / steps  # 1e9 of a step
+    ceiling = d["attention_ceiling"] * (0.60 if kv == "bf16" else 0.65)
+    goal = weights / (0.90e9 * d["read_bandwidth"]["median"]) + operations / ceiling
+    return float(goal * d["rate"]["median"])
+
+
 def markdown(value: dict[str, Any]) -> str:
     """The rows as a table."""
     rows = value["rows"]
@@ -190,11 +201,13 @@ def markdown(value: dict[str, Any]) -> str:
         "",
         "Median of the repeats, lowest and highest in brackets. Read: a plain read of memory by as many threads",
         "before every run. Bound of decode: every byte at the read bandwidth, attention at its instruction's ceiling",
-        "where that is slower; of prefill: the same kernels run from the first-level cache. Others: cores that other",
-        "processes used, or the hypervisor took, during the whole run, where more than 0.05.",
+        "where that is slower; of prefill: the same kernels run from the first-level cache. Goal: the speed at which",
+        "weights take 1/0.90 of that read and attention 1/0.65 of the f32 instruction (bf16 cache: 1/0.60 of bf16's).",
+        "Others: cores that other processes used, or the hypervisor took, during the whole run, where more than 0.05.",
         "",
-        "| model | threads | cache | context | tok/s | GB/s | read | % of read | % of bound | attn Gop/s | others |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | threads | cache | context | tok/s | GB/s | read | % of read | % of bound | % of goal | attn Gop/s | "
+        "% of instruction | others |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows.values():
         lost = r["other_cores"] + r["stolen_cores"]
@@ -205,7 +218,8 @@ def markdown(value: dict[str, Any]) -> str:
                 f"| {r['name']} | {r['threads']} | {r['kv']} | {d['context']} | {brackets(d['rate'])} | "
                 f"{d['bandwidth']['median']:.2f} | {d['read_bandwidth']['median']:.2f} | {100 * s['median']:.0f} "
                 f"({100 * s['low']:.0f} - {100 * s['high']:.0f}) | {100 * d['bound_share']['median']:.0f} | "
-                f"{d['attention_rate']:.0f} | {others} |"
+                f"{100 * of_goal(d, r['kv']):.0f} | {d['attention_rate']:.0f} | "
+                f"{100 * d['attention_rate'] / d['attention_ceiling']:.0f} | {others} |"
             )
     out += ["", "| model | threads | prefill tok/s | Gop/s | % of the kernels from L1 | % of the instructions |",
             "|---|---|---|---|---|---|"]  # fmt: skip
