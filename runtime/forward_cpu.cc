@@ -142,7 +142,7 @@ class Pass {
     // A plain product over all rows of the pass; then(tiles) where row tiles of y are done.
     template <class Fn>
     void product(const PackedTensor& t, const ActSite& site, float* y, int64_t y_stride, Fn&& then) const {
-        pool_.deal(t.row_tiles(), kDealtTiles, [&](Range tiles) {
+        pool_.deal(t.row_tiles(), std::clamp(t.row_tiles() / threads_, 1, kDealtTiles), [&](Range tiles) {
             matmul(t, 0, tiles, site, n_, y + 16 * int64_t{tiles.begin}, y_stride);
             then(tiles);
         });
