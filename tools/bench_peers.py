@@ -247,10 +247,11 @@ def summary(row: dict[str, Any], side: str = "ours") -> dict[str, Any]:
 def markdown(value: dict[str, Any]) -> str:
     """The rows as a table of ratios."""
     m = value["machine"]
+    commits = ", ".join(sorted({row["commit"] for row in value["rows"].values()}))
     out = [
         "# deepcalm beside llama.cpp and transformers, CPU",
         "",
-        f"{m['processor']}, {m['cores']} cores, {m['memory_gb']} GB; deepcalm {m['version']}, commit {m['commit']};",
+        f"{m['processor']}, {m['cores']} cores, {m['memory_gb']} GB; deepcalm {m['version']}, commit {commits};",
         f"llama.cpp as in {LLAMA_CPP}, built natively without AMX (with it, it stops at these models), flash",
         "attention on; transformers in bf16, with AMX where the processor has it and without. DeepSeek-V2-Lite",
         "geometry of 8, 14 or 27 layers, random weights, every matrix in one format on both sides, output included.",
@@ -371,7 +372,8 @@ def run_case(case: Case, rows: list[Row], binary: Path, args: argparse.Namespace
                     half[row.key] = rounds
                     continue
                 value = {"case": case.name, "threads": row.threads, "what": row.what, "context": row.context,
-                         "peer": row.peer, "time": time.strftime("%Y-%m-%d %H:%M")}  # fmt: skip
+                         "peer": row.peer, "commit": results.value["machine"]["commit"],
+                         "time": time.strftime("%Y-%m-%d %H:%M")}  # fmt: skip
                 value |= {"rounds": half[row.key], "peer_rounds": rounds} if case.apart else {"rounds": rounds}
                 results.add(row.key, value)
                 args.out.with_suffix(".md").write_text(markdown(results.value))
