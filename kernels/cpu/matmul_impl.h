@@ -42,13 +42,12 @@ template <class W> struct Streamed {
         return {w, step, column_bytes<W>(c) + ahead < step ? ahead : ahead + next - step, next};
     }
 };
-// The same from a cache; blocks of many rows fetch the columns lo <= c < hi of the next T tiles, so that each of them asks
-// for a share and memory is read while all of them compute: q8 and q4 a tile at once, chained formats unit by unit.
+// The same from a cache. Blocks of many rows ask for what lies `ahead` meanwhile: chained formats with every unit, q8 and q4
+// in every 32 columns for the 64-byte lines [lo, hi) of a tile, a share for each block: memory is read all the time.
 template <class W> struct Cached {
     const std::byte* w;
-    int64_t step;
+    int64_t step, ahead = 0;
     int lo = 0, hi = 0;
-    int64_t ahead = 0;  // chained formats
 
     DC_INLINE typename W::Unit unit(int s, int c, int u) const {
         const std::byte* p = w + s * step + column_bytes<W>(c) + int64_t{u} * 64;
@@ -56,13 +55,10 @@ template <class W> struct Cached {
         return W::load(p);
     }
     DC_INLINE F scale(int s, int c) const { return W::scale(w + s * step + column_bytes<W>(c) + W::kScaleAt); }
-    template <int T> DC_INLINE Cached at(int c) const {
-        const bool mine = lo <= c && c < hi;
-        if constexpr (!Chained<W>) {
+    template <int T> DC_INLINE const Cached& at(int c) const {
 #pragma GCC unroll 16
-            for (int s = 0; mine && s < T; ++s) fetch(w + (T + s) * step + column_bytes<W>(c), W::kTileBytes);
-        }
-        return {w, step, lo, hi, mine ? T * step : 0};
+        for (int s = 0; s < T; ++s) fetch(w + s * step + ahead + column_bytes<W>(c) + 64 * lo, 64 * (hi - lo));
+        return *this;
     }
 };
 
@@ -279,8 +275,11 @@ template <class W, int T> void few_rows(const MatmulArgs& a, const std::byte* w,
 template <class W> void many_rows(const MatmulArgs& a, const std::byte* w, int64_t w_step, int t) {
     const int cols = a.w->col_tiles() * kTileCols;
     row_blocks<kFewRows, kBlockRows>(a.n, [&]<int R>(int i, int b, int blocks) {
+        constexpr int kLines = Chained<W> ? 0 : (W::kTileBytes + 63) / 64;
+        const int share = (kLines + blocks - 1) / blocks, lo = b * share < kLines ? b * share : kLines;
+        const int hi = lo + share < kLines ? lo + share : kLines;
         for (int j = 0; j < kWideTiles; j += kBlockTiles) {
-            const Cached<W> src{w + j * w_step, w_step, cols * b / blocks, cols * (b + 1) / blocks};
+            const Cached<W> src{w + j * w_step, w_step, (blocks > 1 ? kWideTiles : kBlockTiles) * w_step, lo, hi};
             whole_rows<W, R, kBlockTiles>(a, src, cols, t + j, i);
         }
     });
