@@ -149,14 +149,22 @@ torch.set_default_dtype(torch.float32)
 model.model.rotary_emb = type(model.model.rotary_emb)(config)
 ids = torch.randint(0, config.vocab_size, (1, int(sys.argv[3])))
 print("ready", flush=True)
-for line in sys.stdin:  # one measurement per line
+for line in sys.stdin:  # one measurement per line: "prefill", or "decode" and the number of tokens
+    what, n = line.split()[0], ids.shape[1]
     with torch.no_grad():
-        model(ids[:, :64], logits_to_keep=1)
-        start = time.perf_counter()
-        out = model(ids, logits_to_keep=1, use_cache=True)
+        out = model(ids[:, :64 if what == "prefill" else 2], logits_to_keep=1, use_cache=True)
+        if what == "prefill":
+            start = time.perf_counter()
+            out = model(ids, logits_to_keep=1, use_cache=True)
+        else:
+            n, cache = int(line.split()[1]), out.past_key_values
+            for i in range(-2, n):  # two to warm up
+                if i == 0:
+                    start = time.perf_counter()
+                out = model(out.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True)
         seconds = time.perf_counter() - start
     assert torch.isfinite(out.logits).all()
-    print(json.dumps({"rate": ids.shape[1] / seconds}), flush=True)
+    print(json.dumps({"rate": n / seconds}), flush=True)
 """
 
 
@@ -181,9 +189,9 @@ class Transformers:
             raise SystemExit("transformers failed: needs the extra 'reference'")
         return line
 
-    def run(self, *_: object) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
+    def run(self, what: str, context: int, tokens: int) -> dict[str, Any]:
+        assert self.process.stdin is not None and context == 0
+        self.process.stdin.write(f"{what} {tokens}\n")
         self.process.stdin.flush()
         return dict(json.loads(self._line()))
 
@@ -320,6 +328,7 @@ def plan(args: argparse.Namespace) -> list[Row]:
             amx = "amx_bf16" in Path("/proc/cpuinfo").read_text()
             for peer in ("transformers", "transformers, no AMX") if amx else ("transformers",):
                 rows += [Row(case, t, "prefill", 0, peer) for t in reversed(threads)]
+            rows += [Row(case, t, "decode", 0, "transformers") for t in reversed(threads)]
     return rows
 
 
@@ -395,8 +404,16 @@ def run_row(row: Row, sides: tuple[str, ...], ours: Path, theirs: Path, binary: 
         else:
             peer = Llama(binary, theirs, row.threads, row.case.load, args.repeats)
     shape = (row.what, row.context, args.tokens)
-    mine, other = (partial(e.run, *shape) if e else None for e in (engine, peer))
-    bf16 = partial(engine.run, *shape, "bf16") if engine and row.context >= 4096 else None
+
+    def run_ours(*kv: str) -> dict[str, Any]:
+        if peer and row.case.load == "none":  # what it read through the page cache has taken our pages' place
+            evict(theirs)
+            read_into_memory(ours)
+        assert engine is not None
+        return engine.run(*shape, *kv)
+
+    mine, other = run_ours if engine else None, partial(peer.run, *shape) if peer else None
+    bf16 = partial(run_ours, "bf16") if engine and row.context >= 4096 else None
     try:
         wanted, out = row.rounds(args.rounds), list[dict[str, Any]]()
         while sum(agrees([r]) for r in out) < wanted and len(out) < 2 * wanted:
