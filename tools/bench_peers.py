@@ -255,11 +255,10 @@ def summary(row: dict[str, Any], side: str = "ours") -> dict[str, Any]:
 def markdown(value: dict[str, Any]) -> str:
     """The rows as a table of ratios."""
     m = value["machine"]
-    commits = ", ".join(sorted({row["commit"] for row in value["rows"].values()}))
     out = [
         "# deepcalm beside llama.cpp and transformers, CPU",
         "",
-        f"{m['processor']}, {m['cores']} cores, {m['memory_gb']} GB; deepcalm {m['version']}, commit {commits};",
+        f"{m['processor']}, {m['cores']} cores, {m['memory_gb']} GB; deepcalm {m['version']};",
         f"llama.cpp as in {LLAMA_CPP}, built natively without AMX (with it, it stops at these models), flash",
         "attention on; transformers in bf16, with AMX where the processor has it and without. DeepSeek-V2-Lite",
         "geometry of 8, 14 or 27 layers, random weights, every matrix in one format on both sides, output included.",
@@ -269,10 +268,12 @@ def markdown(value: dict[str, Any]) -> str:
         "A pair is probe, ours, peer, ours, probe; ratios are of pairs whose probes agree within 15 % (all pairs where",
         "none do); median (lowest - highest). Share: of the read bandwidth that our decoding reaches. lite27-q8: one",
         "engine at a time. llama.cpp computes one row of the last feed-forward layer in prefill, deepcalm all of them.",
-        "Others: cores that other processes used beside our runs, or the hypervisor took, where more than 0.05.",
+        "Others: cores that other processes used beside our runs, or the hypervisor took, where more than 0.05. Commit:",
+        "of deepcalm, when the row was measured.",
         "",
-        "| case | threads | what | ours tok/s | peer | peer tok/s | ratio | share, % | read GB/s | agree | others |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| case | threads | what | ours tok/s | peer | peer tok/s | ratio | share, % | read GB/s | agree | others | "
+        "commit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines = [(row, side) for row in value["rows"].values() for side in ("ours", "bf16")]
     for row, side in lines:
@@ -287,7 +288,7 @@ def markdown(value: dict[str, Any]) -> str:
         out.append(
             f"| {row['case']} | {row['threads']} | {what} | {s['ours']:.2f} | {row['peer']} | {s['peer']:.2f} | "
             f"**{s['ratio']:.2f}** ({s['low']:.2f} - {s['high']:.2f}) | {share} | {read} | "
-            f"{s['agree']} of {s['of']} | {others} |"
+            f"{s['agree']} of {s['of']} | {others} | {row['commit'][:7]} |"
         )
     return "\n".join(out) + "\n"
 
