@@ -268,8 +268,8 @@ def markdown(value: dict[str, Any]) -> str:
         "A pair is probe, ours, peer, ours, probe; ratios are of pairs whose probes agree within 15 % (all pairs where",
         "none do); median (lowest - highest). Share: of the read bandwidth that our decoding reaches. lite27-q8: one",
         "engine at a time. llama.cpp computes one row of the last feed-forward layer in prefill, deepcalm all of them.",
-        "Others: cores that other processes used beside our runs, or the hypervisor took, where more than 0.05. Commit:",
-        "of deepcalm, when the row was measured.",
+        "Others: cores that other processes used beside our runs, or the hypervisor took, where more than 0.05.",
+        "Commit: deepcalm's, when the row was measured.",
         "",
         "| case | threads | what | ours tok/s | peer | peer tok/s | ratio | share, % | read GB/s | agree | others | "
         "commit |",
