@@ -46,8 +46,8 @@ struct MatmulArgs {
 // values, so a row's bits do not depend on the other rows of the call. Type bf16: q and the exponentials are rounded to
 // bf16 (l sums the rounded ones), everything else is f32. Rows with row_end[i] <= pos_begin get m = -inf,
 // l = 0, o = 0. Cache positions >= row_end[i] are not used for row i (they may hold anything, NaN included).
-inline constexpr int kChunkLen = 64;      // positions that share one cache tile
-inline constexpr int kPartialLen = 1024;  // positions per partial (16 chunks)
+inline constexpr int kChunkLen = 64;     // positions that share one cache tile
+inline constexpr int kPartialLen = 512;  // positions per partial (8 chunks)
 
 struct MlaPartialArgs {
     CacheType type = CacheType::kF16;

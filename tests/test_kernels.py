@@ -15,6 +15,7 @@ from ref import rounding
 
 T = _core.testing
 ISAS = [str(i["name"]) for i in _core.isas() if i["supported"]]
+PARTIAL = 512  # cache positions of a partial result: kPartialLen
 CACHE_TYPES = ["f32", "f16", "bf16", "q8"]
 Array = np.ndarray[Any, Any]
 pytestmark = pytest.mark.sanitize
@@ -302,9 +303,9 @@ def attention_f64(q: Array, cache: Array, c_pad: int, row_end: Array, scale: flo
 
 def attend(isa: str, kind: str, rows: Array, c_pad: int, r_pad: int, q: Array, row_end: Array, scale: float) -> Array:
     """All partials of every row and head, combined: [n, heads, c_pad]."""
-    begins = range(0, int(row_end.max()), 1024)
+    begins = range(0, int(row_end.max()), PARTIAL)
     parts = [
-        T.mla_partial(isa, kind, rows, c_pad, r_pad, q, b, np.minimum(row_end, b + 1024).astype(np.int32), scale)
+        T.mla_partial(isa, kind, rows, c_pad, r_pad, q, b, np.minimum(row_end, b + PARTIAL).astype(np.int32), scale)
         for b in begins
     ]
     out = np.empty((*q.shape[:2], c_pad), np.float32)
@@ -351,7 +352,7 @@ def test_mla_oracle(
     tol = 2.0**-8 if kind == "bf16" else 1e-5  # rounding every probability to bf16 costs up to 2^-9 of each
     assert np.abs(got - want).max() <= tol * np.abs(cache).max()
     if kind == "bf16":  # the exact definition: rounded probabilities, relative to the running maximum of each chunk
-        ends_in_first = row_end <= 1024  # the reference has one partial
+        ends_in_first = row_end <= PARTIAL  # the reference has one partial
         if ends_in_first.any():
             mask = np.arange(len(cache)) < row_end[:, None]
             exact = rounding.RuntimeArithmetic("bf16").attend(q, cache, cache[:, :c_pad], mask, scale)
@@ -391,9 +392,9 @@ def test_mla_never_uses_later_positions(isa: str, kind: str, rng: np.random.Gene
 
 @every_isa
 def test_mla_rows_without_positions(isa: str, rng: np.random.Generator) -> None:
-    row_end = np.array([1030, 1024, 7], np.int32)
+    row_end = np.array([2 * PARTIAL + 6, 2 * PARTIAL, 7], np.int32)
     rows, _, c_pad, r_pad, q, scale = attention_case(rng, "f32", isa, 32, 16, 2, row_end)
-    m, l, o = T.mla_partial(isa, "f32", rows, c_pad, r_pad, q, 1024, row_end, scale)
+    m, l, o = T.mla_partial(isa, "f32", rows, c_pad, r_pad, q, 2 * PARTIAL, row_end, scale)
     assert np.isfinite(m[0]).all()
     assert (m[1:] == -np.inf).all()
     assert not l[1:].any()

@@ -166,13 +166,15 @@ DC_INLINE void transpose(const float* const (&rows)[16], float* out) {
     __builtin_memcpy(out, v, sizeof v);
 }
 
-// Memory that the next chunk needs, asked for a few bytes at a time: bursts wait for each other.
+// Memory that the next chunk and the next dims need, asked for a few bytes at a time: bursts wait for each other.
 struct Ahead {
-    const std::byte* next;
-    int64_t step;
+    const std::byte *next, *dims;
+    int64_t step, dims_step;
     DC_INLINE void ask() {
         prefetch_far(next);
         next += step;
+        prefetch(dims);
+        dims += dims_step;
     }
 };
 
@@ -315,12 +317,14 @@ void mla_partial(const MlaPartialArgs& a) noexcept {
     for (int begin = a.pos_begin; begin < end; begin += kChunkLen) {
         const std::byte* rows = a.cache + begin * a.row_bytes;
         const int filled = end - begin < kChunkLen ? end - begin : kChunkLen;
-        Ahead ahead{rows + kChunkLen * a.row_bytes, kChunkLen * a.row_bytes / pairs};
-        if (begin + kChunkLen >= end) ahead = {rows, 0};
+        Ahead ahead{rows + kChunkLen * a.row_bytes, rows, kChunkLen * a.row_bytes / pairs, 0};
+        if (begin + kChunkLen >= end) ahead = {rows, rows, 0, 0};
         for (int d0 = 0; d0 < width; d0 += kSlice) {
             const int n = width - d0 < kSlice ? width - d0 : kSlice;
             read_rows(a.type, rows, a.row_bytes, filled, a.c_pad, d0, n, dims);
             const auto score = [&]<int NV, int kPos>(int v) {
+                ahead.dims = rows + (d0 + kSlice) * a.row_bytes / width;
+                ahead.dims_step = v == 0 ? a.row_bytes * kPos / (kSlice / 2) : 0;
                 for (int p = 0; p < filled; p += kPos) {
                     score_block<NV, kPos>(q + (int64_t{v} * width + d0) * kLanes, int64_t{width} * kLanes,
                                           dims + p * kSlice, n, d0 == 0, scores + (v * kChunkLen + p) * kLanes, ahead);

@@ -26,7 +26,7 @@ inline constexpr int kBlockRows = 8;       // activation rows of one mma column 
 inline constexpr int kPrefillBlocks = 4;   // NB of passes with more than kBlockRows rows
 inline constexpr int kSegment = 512;       // columns of one partial sum
 inline constexpr int kChunk = 64;          // cache positions of one attention chunk
-inline constexpr int kPartialChunks = 16;  // chunks merged in order into a partial; partials are merged in order
+inline constexpr int kPartialChunks = 8;   // chunks merged in order into a partial; partials are merged in order
 inline constexpr int kMaxPassRows = 512;   // rows of one pass
 
 // A packed matrix on the device: PackedTensor with what a kernel would have to look up in the table of formats.

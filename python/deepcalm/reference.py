@@ -461,7 +461,7 @@ class SourceWeights:
 
 # ---- cache ----------------------------------------------------------------------------------------------------------
 
-CACHE_CHUNK, CACHE_PARTIAL = 64, 1024  # positions that share a running maximum; after which it starts anew
+CACHE_CHUNK, CACHE_PARTIAL = 64, 512  # positions that share a running maximum; after which it starts anew
 
 
 def cache_round(kv: str, c: Array, k_rope: Array) -> tuple[Array, Array]:
