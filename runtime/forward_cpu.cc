@@ -488,19 +488,19 @@ class Pass {
             const int cols = 16 * (tiles.end - tiles.begin);
             for (int i = 0; i < n_; ++i) std::fill_n(s_.out + i * d_stride() + col, cols, 0.0F);
             for (const ExpertRows& e : s_.touched) {
-                matmul(w.experts_down, e.expert, tiles, s_.expert_h, e.end - e.begin, s_.down_tmp + col, d_stride(),
+                matmul(w.experts_down, e.expert, tiles, s_.expert_h, e.end - e.begin, s_.expert_out + col, d_stride(),
                        e.begin);
                 for (int slot = e.begin; slot < e.end; ++slot) {
-                    k_.axpy(s_.slot_weight[slot], s_.down_tmp + (slot - e.begin) * d_stride() + col,
+                    k_.axpy(s_.slot_weight[slot], s_.expert_out + (slot - e.begin) * d_stride() + col,
                             s_.out + s_.slot_row[slot] * d_stride() + col, cols);
                 }
             }
         };
         const auto shared = [&](Range tiles) {
             if (shared_pairs > 0) {
-                float* y = s_.shared_out + 16 * int64_t{tiles.begin};
+                float* y = s_.expert_out + 16 * int64_t{tiles.begin};
                 matmul(w.shared_down, 0, tiles, s_.shared_h, n_, y, d_stride());
-                for (int i = 0; i < n_; ++i) add_tiles(s_.shared_out + i * d_stride(), s_.out + i * d_stride(), tiles);
+                for (int i = 0; i < n_; ++i) add_tiles(s_.expert_out + i * d_stride(), s_.out + i * d_stride(), tiles);
             }
             add_residual(tiles);
         };
@@ -516,7 +516,7 @@ class Pass {
             });
         }
         end(Stage::kExpertsDown);
-        if (shared_pairs > 0) tap("shared_out", s_.shared_out, {d_}, d_stride());
+        if (shared_pairs > 0) tap("shared_out", s_.expert_out, {d_}, d_stride());
     }
 
     // Counting sort of the pass's (row, expert) pairs by expert; rows stay in order inside an expert. Thread 0 only.

@@ -53,8 +53,7 @@ struct State {
     float* uv_tmp = nullptr;              // [n_heads, b, pad16(v_head_dim)] W_UV output before it is laid side by side
     ActSite attn_v;                       // [n, n_heads * v_head_dim]
     float* out = nullptr;                 // [n, d_pad] output of a block before the residual
-    float* shared_out = nullptr;          // [n, d_pad]
-    float* down_tmp = nullptr;            // [n, d_pad] one expert's output rows
+    float* expert_out = nullptr;          // [n, d_pad] rows of one routed expert, then of the shared ones
     std::vector<float*> gate_up;   // one per thread: [n * 32 * kPairsAtOnce] gate and up tiles before silu(gate) * up
     ActSite ffn_h;                 // [n, intermediate_size]; dense FFN hidden rows
     ActSite shared_h;              // [n, n_shared_experts * moe_intermediate_size]
