@@ -21,13 +21,13 @@ namespace deepcalm::gpu {
 
 // Kernels: DC_KERNEL(kThreads, NB == 1 ? 2 : 1), so that two decode blocks fit the registers of an SM; args as
 // `const __grid_constant__`, because stages take pointers into them.
-inline constexpr int kThreads = 256;       // threads per block the stages are tuned for; any multiple of 32 is correct
-inline constexpr int kBlockRows = 8;       // activation rows of one mma column block
-inline constexpr int kPrefillBlocks = 4;   // NB of passes with more than kBlockRows rows
-inline constexpr int kSegment = 512;       // columns of one partial sum
-inline constexpr int kChunk = 64;          // cache positions of one attention chunk
-inline constexpr int kPartialChunks = 8;   // chunks merged in order into a partial; partials are merged in order
-inline constexpr int kMaxPassRows = 512;   // rows of one pass
+inline constexpr int kThreads = 256;      // threads per block the stages are tuned for; any multiple of 32 is correct
+inline constexpr int kBlockRows = 8;      // activation rows of one mma column block
+inline constexpr int kPrefillBlocks = 4;  // NB of passes with more than kBlockRows rows
+inline constexpr int kSegment = 512;      // columns of one partial sum
+inline constexpr int kChunk = 64;         // cache positions of one attention chunk
+inline constexpr int kPartialChunks = 8;  // chunks merged in order into a partial; partials are merged in order
+inline constexpr int kMaxPassRows = 512;  // rows of one pass
 
 // A packed matrix on the device: PackedTensor with what a kernel would have to look up in the table of formats.
 struct Matrix {
