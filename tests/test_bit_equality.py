@@ -283,7 +283,7 @@ def test_sessions_in_parallel(case: Case, isa: str) -> None:
 
 @pytest.mark.parametrize("isa", [rc.ISAS[0], rc.ISAS[-1]])
 def test_across_attention_partials(isa: str) -> None:
-    """Positions 512 and 1024 start a partial; rows around it must not care how they got there."""
+    """Positions 512 and 1024 start a partial; rows around them must not care how they got there."""
     file = rc.pack(rc.checkpoint("v2_lite", "bf16"), dtype="q8")
     ids = tiny.token_ids(file.config["vocab_size"], 1100, 4)
     truth = rc.Run(rc.open_model(file, isa), ids, "f16", 256)

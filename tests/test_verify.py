@@ -91,6 +91,18 @@ def test_every_cache_type_passes_and_only_with_its_own_rounding(kv: str, monkeyp
     assert [d.where for d in r.divergences[:1]] == ["layers.0.attn_latent"], str(r.first_divergence)
 
 
+def test_a_bf16_cache_rounds_relative_to_its_own_partial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Position 512 starts a partial, whose running maximum the probabilities are rounded against."""
+    folder = checkpoint("gigachat3", "fp8")
+    file = pack(folder, dtype="source")
+    text = "".join(np.random.default_rng(1).choice(list("abcdefghij klmnop"), 3000))
+    r = verify(file, folder, kv="bf16", prompt=text, tokens=600, legs=("arithmetic",))
+    assert r.ok, str(r.first_divergence)
+    monkeypatch.setattr(reference, "CACHE_PARTIAL", 1024)
+    r = verify(file, folder, kv="bf16", prompt=text, tokens=600, legs=("arithmetic",))
+    assert not r.ok and str(r.first_divergence).startswith("arithmetic: layers.0.attn_latent")
+
+
 @pytest.mark.reference
 @pytest.mark.parametrize(("preset", "source"), [("v3", "bf16"), ("v3", "fp8"), ("kimi_k2", "int4"), ("v2_lite", "f32")])
 def test_transformers_is_asked_too(preset: str, source: str) -> None:
