@@ -18,6 +18,11 @@ template <class T> T unwrap(deepcalm::Result<T> result) {
 inline void unwrap(deepcalm::Status status) {
     if (!status.ok()) throw_error(status.error());
 }
+// fn() while other Python threads run; it must not touch Python's objects.
+template <class Fn> decltype(auto) without_gil(Fn&& fn) {
+    const py::gil_scoped_release release;
+    return fn();
+}
 
 // The normalised configuration (keys = fields of ModelConfig, enums as strings), validated. Missing, mistyped and unknown
 // keys are ConfigErrors that name the key; the Python-only keys rope_layout, bos_token_id, eos_token_ids and

@@ -441,11 +441,7 @@ py::object pack_rows(const Bytes& out, int64_t out_offset, int64_t tile_stride, 
         call.scale_rows = scale_rows;
         call.scale_cols = scale_cols;
     }
-    bool ok;
-    {
-        const py::gil_scoped_release release;
-        ok = call.run();
-    }
+    const bool ok = without_gil([&] { return call.run(); });
     return bad_at(ok, call.bad_row, call.bad_col);
 }
 
@@ -520,10 +516,7 @@ Floats unpack_slice(const Bytes& data, const py::object& scales, const std::stri
     }
     Floats out({rows, cols});
     float* dst = out.mutable_data();
-    {
-        const py::gil_scoped_release release;
-        dc::unpack_tiles(w, slice, dst, cols);
-    }
+    without_gil([&] { dc::unpack_tiles(w, slice, dst, cols); });
     return out;
 }
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "python/bind_common.h"
 #include "runtime/probe.h"
 
 namespace py = pybind11;
@@ -170,10 +171,7 @@ py::array_t<float> matmul(const std::string& isa, const std::string& format, con
     Guarded<float> y(a.n, width);
     a.y = y.row(0);
     a.y_stride = y.stride();
-    {
-        const py::gil_scoped_release release;
-        k.matmul[static_cast<int>(t.format)](a);
-    }
+    without_gil([&] { k.matmul[static_cast<int>(t.format)](a); });
     return y.take({a.n, width});
 }
 
@@ -326,11 +324,8 @@ void init_probes(py::module_& m) {
             constexpr const char* kNames[] = {"f32", "bf16", "int8"};  // in the order of ActKind
             py::dict out;
             for (int kind = 0; kind < kNumActKinds; ++kind) {
-                double rate = 0;
-                {
-                    const py::gil_scoped_release release;
-                    rate = compute_ceiling(table(isa), static_cast<ActKind>(kind), threads);
-                }
+                const double rate =
+                    without_gil([&] { return compute_ceiling(table(isa), static_cast<ActKind>(kind), threads); });
                 if (rate > 0) out[kNames[kind]] = rate;
             }
             return out;

@@ -146,10 +146,7 @@ class PySession {
         const auto span = as_span(ids);
         F32Array out({logit_rows(want, ids.size()), vocab_});
         float* data = out.mutable_data();
-        unwrap([&] {
-            py::gil_scoped_release release;
-            return s_->forward(span, want, data);
-        }());
+        unwrap(without_gil([&] { return s_->forward(span, want, data); }));
         return out;
     }
 
@@ -162,10 +159,7 @@ class PySession {
         }
         F32Array out({logit_rows(want, ids.size()), vocab_}), g({ids.size(), d_});
         float *out_data = out.mutable_data(), *g_data = g.mutable_data();
-        unwrap([&] {
-            py::gil_scoped_release release;
-            return s_->mtp_forward(span, hidden.data(), want, out_data, g_data);
-        }());
+        unwrap(without_gil([&] { return s_->mtp_forward(span, hidden.data(), want, out_data, g_data); }));
         return py::make_tuple(out, g);
     }
 
@@ -182,10 +176,7 @@ class PySession {
         }
         F32Array logits({want_logits ? py::ssize_t{k} + 1 : py::ssize_t{0}, vocab_});
         float* data = want_logits ? logits.mutable_data() : nullptr;
-        const Round r = unwrap([&] {
-            py::gil_scoped_release release;
-            return Speculator::round(*s_, token, p, data);
-        }());
+        const Round r = unwrap(without_gil([&] { return Speculator::round(*s_, token, p, data); }));
         py::dict d;
         d["tokens"] = r.tokens;
         d["drafted"] = r.n_drafted;
@@ -225,17 +216,11 @@ class PySession {
         unwrap(s_->decode_start(token, p, n_valid, max_tokens, ids));
     }
     void decode_step(int k) {
-        unwrap([&] {
-            py::gil_scoped_release release;
-            return s_->decode_step(k);
-        }());
+        unwrap(without_gil([&] { return s_->decode_step(k); }));
     }
     py::list decode_poll() {
         static constexpr const char* kStops[] = {"", "eos", "length", "context", "not finite"};
-        const std::vector<DeviceRound> rounds = unwrap([&] {
-            py::gil_scoped_release release;
-            return s_->decode_poll();
-        }());
+        const std::vector<DeviceRound> rounds = unwrap(without_gil([&] { return s_->decode_poll(); }));
         py::list out;
         for (const DeviceRound& r : rounds) {
             py::dict d;
@@ -251,10 +236,7 @@ class PySession {
         return out;
     }
     void decode_finish() {
-        unwrap([&] {
-            py::gil_scoped_release release;
-            return s_->decode_finish();
-        }());
+        unwrap(without_gil([&] { return s_->decode_finish(); }));
     }
     // (address, shape, type string) of a device buffer; for the oracles
     py::tuple device_view(const std::string& name) {
@@ -269,14 +251,13 @@ class PySession {
     std::string device_report(const std::string& what) {
         if (s_->device() == nullptr) throw_error(session_error("device report: this session runs on the CPU"));
         std::string text(1 << 20, '\0');
-        unwrap([&]() -> Status {
-            const py::gil_scoped_release release;
+        unwrap(without_gil([&]() -> Status {
             const std::lock_guard lock(s_->model().pass_mutex());
             DeviceError error;
             if (!s_->model().device().api->report(s_->device(), what.c_str(), text.data(), text.size(), error))
                 return to_error(error);
             return {};
-        }());
+        }));
         return text.c_str();
     }
 
@@ -384,11 +365,10 @@ std::unique_ptr<Model> open_model(const std::string& path, const py::dict& cfg, 
     for (const auto& t : tensors) entries.push_back(entry_from_dict(t.cast<py::dict>()));
     if (device) {
         const ModelConfig c = config_from_dict(cfg);
-        return unwrap([&]() -> Result<std::unique_ptr<Model>> {
-            const py::gil_scoped_release release;
+        return unwrap(without_gil([&]() -> Result<std::unique_ptr<Model>> {
             DC_TRY(Device d, open_device(*device));
             return Model::open_on(std::move(d), path, c, entries, fill_seed);
-        }());
+        }));
     }
     return unwrap(Model::open(path, config_from_dict(cfg), entries, isa ? isa->c_str() : nullptr, threads));
 }
@@ -419,10 +399,7 @@ PYBIND11_MODULE(_core, m) {
     m.def(
         "read_bandwidth",
         [](int threads, int mib, int repeats) {
-            return unwrap([&] {
-                py::gil_scoped_release release;
-                return read_bandwidth(threads, int64_t{mib} << 20, repeats);
-            }());
+            return unwrap(without_gil([&] { return read_bandwidth(threads, int64_t{mib} << 20, repeats); }));
         },
         py::arg("threads"), py::arg("mib") = 512, py::arg("repeats") = 3,
         "Measured read bandwidth in GB/s (1e9 bytes) of `threads` threads over a buffer of `mib` MiB, best of "
@@ -454,13 +431,7 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("n_threads", [](Model& s) { return s.pool().size(); })
         .def_property_readonly("file_bytes", &Model::file_bytes)
         .def(
-            "lock",
-            [](const Model& m, const std::string& path) {
-                unwrap([&] {
-                    py::gil_scoped_release release;
-                    return m.lock(path);
-                }());
-            },
+            "lock", [](const Model& m, const std::string& path) { unwrap(without_gil([&] { return m.lock(path); })); },
             py::arg("path"), "Reads the packed file and keeps it in memory; `path` names it in the error.")
         .def_property_readonly(
             "weight_bytes",
