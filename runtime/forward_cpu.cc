@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 
 namespace deepcalm {
 namespace {
@@ -253,9 +254,7 @@ class Pass {
             end(Stage::kQB);
         }
 
-        std::vector<float> taps[2];
-        for (int i = 0; i < n_; i += s_.head_rows) head_block(w, layer_idx, {i, std::min(i + s_.head_rows, n_)}, taps);
-        tap("q", s_.q, {heads_, dqk}, s_.q_stride);
+        for (int i = 0; i < n_; i += s_.head_rows) head_block(w, layer_idx, {i, std::min(i + s_.head_rows, n_)});
 
         product(w.wo, s_.attn_v, s_.out, d_stride(), [&](Range tiles) { add_residual(tiles); });
         end(Stage::kWo);
@@ -263,7 +262,7 @@ class Pass {
     }
 
     // From queries to values, for a block of rows: what all heads have of a row are the widest buffers.
-    void head_block(const LayerWeights& w, int layer_idx, Range block, std::vector<float> (&taps)[2]) {
+    void head_block(const LayerWeights& w, int layer_idx, Range block) {
         const int n = block.end - block.begin, r = c_.kv_lora_rank, dv = c_.v_head_dim;
         const int dn = c_.qk_nope_head_dim, dr = c_.qk_rope_head_dim, dqk = dn + dr;
         const int64_t v_pad = round_up(dv, kTileRows);
@@ -281,14 +280,16 @@ class Pass {
             std::copy(q + dn, q + dqk, s_.q_full + u * s_.q_width + a_.cache.c_pad());
         }
         done(Stage::kQRope);
+        tap_heads("q", s_.q + block.begin * s_.q_stride, s_.q_stride, dqk, n, dqk);
 
         product_of_heads(w.w_uk, s_.q_nope, block, s_.q_full, s_.q_width, heads_ * s_.q_width);
         done(Stage::kWUk);
-        if (a_.trace.on()) tap_heads("q_absorbed", s_.q_full, s_.q_width, n, r, taps[0]);
+        tap_heads("q_absorbed", s_.q_full, heads_ * s_.q_width, s_.q_width, n, r);
 
         latent_attention(w, layer_idx, block);
         done(Stage::kAttention);
-        if (a_.trace.on()) tap_heads("attn_latent", s_.attn_latent.f32, s_.attn_latent.stride(), n, r, taps[1]);
+        const int64_t stride = s_.attn_latent.stride();
+        tap_heads("attn_latent", s_.attn_latent.f32, heads_ * stride, stride, n, r);
 
         product_of_heads(w.w_uv, s_.attn_latent, block, s_.uv_tmp, s_.head_rows * v_pad, v_pad);
         meet(Stage::kWUv);
@@ -303,13 +304,18 @@ class Pass {
         done(Stage::kWUv);
     }
 
-    // One vector of r per (row, head) of n rows, `stride` apart, behind those in v; all blocks' make [n_, heads, r].
-    void tap_heads(const char* name, const float* src, int64_t stride, int n, int r, std::vector<float>& v) {
+    // One vector of r per head of a block's n rows; all blocks' make [n_, heads, r].
+    void tap_heads(const char* name, const float* src, int64_t row_stride, int64_t head_stride, int n, int r) {
+        if (!a_.trace.on()) return;
         pool_.barrier();
-        if (tid_ == 0) {
-            for (int64_t u = 0; u < int64_t{n} * heads_; ++u) v.insert(v.end(), src + u * stride, src + u * stride + r);
-            if (v.size() == static_cast<size_t>(n_) * heads_ * r)
-                a_.trace.record(prefix_ + name, v.data(), n_, {heads_, r}, int64_t{heads_} * r);
+        std::vector<float>& v = taps_[name];
+        for (int64_t u = 0; u < int64_t{n} * heads_ && tid_ == 0; ++u) {
+            const float* p = src + u / heads_ * row_stride + u % heads_ * head_stride;
+            v.insert(v.end(), p, p + r);
+        }
+        if (v.size() == static_cast<size_t>(n_) * heads_ * r) {
+            a_.trace.record(prefix_ + name, v.data(), n_, {heads_, r}, int64_t{heads_} * r);
+            v.clear();
         }
         pool_.barrier();
     }
@@ -599,6 +605,7 @@ class Pass {
     std::vector<float> cos_ = std::vector<float>(static_cast<size_t>(c_.qk_rope_head_dim / 2)), sin_ = cos_;
     std::vector<int32_t> ends_ = std::vector<int32_t>(static_cast<size_t>(std::max(kSplitRows, kAttnRowBlock)));
     mutable std::vector<int> expert_count_;
+    std::map<std::string, std::vector<float>> taps_;  // of the blocks so far
 };
 
 }  // namespace

@@ -14,11 +14,12 @@ class Arena {
         used_ += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
         return p;
     }
-    void site(ActSite& s, int64_t rows, int cols) {
+    // With f32_stride the f32 form has no place of its own but lies in `f32`.
+    void site(ActSite& s, int64_t rows, int cols, float* f32 = nullptr, int64_t f32_stride = 0) {
         const int64_t stride = round_up(cols, kTileCols), n = rows * stride;
         s.cols = cols;
-        s.f32 = take<float>(n);
-        s.kind[static_cast<int>(ActKind::kF32)] = {s.f32, nullptr, nullptr, stride};
+        s.f32 = f32_stride > 0 ? f32 : take<float>(n);
+        s.kind[static_cast<int>(ActKind::kF32)] = {s.f32, nullptr, nullptr, f32_stride > 0 ? f32_stride : stride};
         s.kind[static_cast<int>(ActKind::kBF16)] = {take<uint16_t>(n), nullptr, nullptr, stride};
         s.kind[static_cast<int>(ActKind::kI8)] = {take<int8_t>(n), take<float>(n / kTileCols),
                                                   take<int32_t>(n / kTileCols), stride};
@@ -33,42 +34,49 @@ class Arena {
 
 void lay_out(State& s, Arena& a, const ModelConfig& c, int n_threads) {
     const int64_t n = s.max_rows, heads = c.num_attention_heads, q_rows = heads * c.qk_head_dim();
-    const int64_t d_pad = round_up(c.hidden_size, kTileCols);
+    const int64_t d_pad = round_up(c.hidden_size, kTileCols), v_pad = round_up(c.v_head_dim, kTileCols);
     const int64_t c_pad = round_up(c.kv_lora_rank, 32), r_pad = round_up(c.qk_rope_head_dim, 16);
-    s.x = a.take<float>(n * d_pad);
-    s.out = a.take<float>(n * d_pad);
-    a.site(s.h, n, c.hidden_size);
-    a.site(s.final_h, n, c.hidden_size);
-    if (c.num_nextn_predict_layers > 0) a.site(s.eh, n, 2 * c.hidden_size);
-    // Attention and FFN take turns, so do dense and MoE layers: they share memory unless columns past a width must stay zero.
-    const auto widths = {c.q_lora_rank, c.kv_lora_rank,      c.qk_nope_head_dim,     2 * c.qk_rope_head_dim,
-                         c.v_head_dim,  c.intermediate_size, c.moe_intermediate_size};
-    const bool padded = std::any_of(widths.begin(), widths.end(), [](int w) { return w % kTileCols != 0; });
+    // Buffers that take turns share memory unless columns past a width must stay zero.
+    const auto widths = {c.hidden_size,          c.q_lora_rank, c.kv_lora_rank,      c.qk_nope_head_dim,
+                         2 * c.qk_rope_head_dim, c.v_head_dim,  c.intermediate_size, c.moe_intermediate_size};
+    const bool shared = std::all_of(widths.begin(), widths.end(), [](int w) { return w % kTileCols == 0; });
     int64_t end = 0;
     const auto instead_of = [&](int64_t begin) {
         end = std::max(end, a.used());
-        if (!padded) a.go_to(begin);
+        if (shared) a.go_to(begin);
     };
-    const int64_t attention = a.used();
+    s.x = a.take<float>(n * d_pad);
+    const int64_t normed = a.used();
+    a.site(s.h, n, c.hidden_size);
+    a.site(s.final_h, n, c.hidden_size);
+    s.out = shared ? s.final_h.f32 : a.take<float>(n * d_pad);
+    const int64_t block = a.used();
+    if (c.num_nextn_predict_layers > 0) a.site(s.eh, n, 2 * c.hidden_size);
+
+    // What all heads have of a block of rows: h has been read by then, out is not yet written.
+    instead_of(normed);
+    // As many rows at a time as keep every thread busy, and a matrix's tiles in use for 64 of them or 4096 heads.
+    const int64_t b = std::min(n, std::max<int64_t>(8 * n_threads, std::min<int64_t>(64, 4096 / heads)));
+    const int64_t nope_pad = round_up(c.qk_nope_head_dim, kTileCols);
+    s.head_rows = static_cast<int>(b);
+    s.uv_tmp = a.take<float>(b * heads * std::max(nope_pad, v_pad));
+    a.site(s.q_nope, b * heads, c.qk_nope_head_dim, s.uv_tmp, shared ? nope_pad : 0);
+    s.q_width = c_pad + r_pad;
+    s.q_full = a.take<float>(b * heads * s.q_width);
+    a.site(s.attn_latent, b * heads, c.kv_lora_rank, s.q_full, shared ? s.q_width : 0);
+    a.go_to(std::max(a.used(), block));
+
     s.qkv_a_stride = round_up(c.q_lora_rank > 0 ? c.q_lora_rank : q_rows, kTileRows) +
                      round_up(c.kv_lora_rank + c.qk_rope_head_dim, kTileRows);
     s.qkv_a = a.take<float>(n * s.qkv_a_stride);
-    if (c.q_lora_rank > 0) {
-        a.site(s.q_a, n, c.q_lora_rank);
-        s.q_stride = round_up(q_rows, kTileRows);
-        s.q = a.take<float>(n * s.q_stride);
-    } else {
-        s.q_stride = s.qkv_a_stride;
-        s.q = s.qkv_a;
-    }
-    // Heads of as many rows at a time as keep every thread busy, and a matrix's tiles in use for 64 of them.
-    const int64_t b = std::min(n, std::max<int64_t>(64, 8 * n_threads));
-    s.head_rows = static_cast<int>(b);
-    a.site(s.q_nope, b * heads, c.qk_nope_head_dim);
+    s.q_stride = c.q_lora_rank > 0 ? round_up(q_rows, kTileRows) : s.qkv_a_stride;
+    s.q = c.q_lora_rank > 0 ? a.take<float>(n * s.q_stride) : s.qkv_a;
+    if (c.q_lora_rank > 0) a.site(s.q_a, n, c.q_lora_rank);
+    // A row's values come after the last reader of its queries.
+    a.site(s.attn_v, n, c.num_attention_heads * c.v_head_dim, s.q,
+           shared && heads * v_pad <= s.q_stride ? s.q_stride : 0);
     s.c_kv = a.take<float>(n * c.kv_lora_rank);
     s.k_rope = a.take<float>(n * c.qk_rope_head_dim);
-    s.q_width = c_pad + r_pad;
-    s.q_full = a.take<float>(b * heads * s.q_width);
     s.row_end = a.take<int32_t>(n);
 
     // Split passes: every (row, partial) of up to kSplitRows rows; long passes: one row block x head block per thread.
@@ -81,10 +89,7 @@ void lay_out(State& s, Arena& a, const ModelConfig& c, int n_threads) {
         mla_scratch_bytes(static_cast<int>(c_pad), static_cast<int>(r_pad), kSplitRows, static_cast<int>(heads));
     s.mla_scratch.resize(static_cast<size_t>(n_threads));
     for (auto& p : s.mla_scratch) p = a.take<std::byte>(scratch);
-    a.site(s.attn_latent, b * heads, c.kv_lora_rank);
-    s.uv_tmp = a.take<float>(heads * b * round_up(c.v_head_dim, kTileRows));
-    a.site(s.attn_v, n, c.num_attention_heads * c.v_head_dim);
-    instead_of(attention);
+    instead_of(block);
     s.expert_out = a.take<float>(n * d_pad);
     const int64_t k = c.n_routed_experts > 0 ? c.num_experts_per_tok : 0;
     s.gate_up.resize(static_cast<size_t>(n_threads));

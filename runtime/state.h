@@ -39,7 +39,7 @@ struct State {
     float* q = nullptr;  // [n, q_stride] per head nope | rope; aliases qkv_a without q_lora
     int64_t q_stride = 0;
     int head_rows = 0;           // rows b of the pass whose heads are computed at a time: at most max_rows
-    ActSite q_nope;              // [b * n_heads, qk_nope_head_dim]
+    ActSite q_nope;              // [b * n_heads, qk_nope_head_dim], may share with uv_tmp
     float* c_kv = nullptr;       // [n, kv_lora_rank] after kv_a_layernorm
     float* k_rope = nullptr;     // [n, qk_rope_head_dim] rotated
     float* q_full = nullptr;     // [b, n_heads, c_pad + r_pad] q_absorbed | rotated q_rope
@@ -49,10 +49,10 @@ struct State {
     float* part_o = nullptr;                     // [partial_slots, part_heads, c_pad]
     int max_partials = 0;
     std::vector<std::byte*> mla_scratch;  // one per thread
-    ActSite attn_latent;                  // [b * n_heads, kv_lora_rank]
+    ActSite attn_latent;                  // [b * n_heads, kv_lora_rank], may lie in q_full
     float* uv_tmp = nullptr;              // [n_heads, b, pad16(v_head_dim)] W_UV output before it is laid side by side
-    ActSite attn_v;                       // [n, n_heads * v_head_dim]
-    float* out = nullptr;                 // [n, d_pad] output of a block before the residual
+    ActSite attn_v;                       // [n, n_heads * v_head_dim], may lie in q
+    float* out = nullptr;                 // [n, d_pad] output of a block before the residual, may be final_h
     float* expert_out = nullptr;          // [n, d_pad] rows of one routed expert, then of the shared ones
     std::vector<float*> gate_up;   // one per thread: [n * 32 * kPairsAtOnce] gate and up tiles before silu(gate) * up
     ActSite ffn_h;                 // [n, intermediate_size]; dense FFN hidden rows
