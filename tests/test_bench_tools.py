@@ -107,6 +107,19 @@ def test_peers_keep_pairs_whose_probes_agree() -> None:
     assert (s["ratio"], s["agree"], s["of"]) == (4, 1, 3)
 
 
+def test_the_goal_of_a_pair_follows_from_its_probes() -> None:
+    pair = a_round(10, 4, (20, 30)) | {"bf16": [{"rate": 9.0, "gb_s": 8.0}]}
+    for p, f32 in zip(pair["probes"], (90.0, 110.0), strict=True):
+        p |= {"f32": f32, "bf16": 50.0}
+    row = {"what": "decode", "layers": 2, "context": 4000, "rounds": [pair]}
+    weights, operations = 0.9 - 8000 * 1152e-9, 8000 * 34816e-9  # GB, 1e9 of a step
+    aim = 1 / (weights / (0.9 * 25) + operations / 65)
+    assert bench_peers.summary(row)["goal"] == pytest.approx(aim / 4)
+    aim = 1 / (weights / (0.9 * 25) + operations / 30)
+    assert bench_peers.summary(row, "bf16")["goal"] == pytest.approx(aim / 4)
+    assert bench_peers.summary(row | {"what": "prefill"})["goal"] == 0
+
+
 def test_a_row_is_measured_until_enough_pairs_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     probes = iter([(10, 20), (10, 11), (20, 10), (10, 10), *[(10, 20)] * 9])
     monkeypatch.setattr(bench_peers, "measure", lambda *_: a_round(2, 1, next(probes)))

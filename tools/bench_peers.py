@@ -47,6 +47,8 @@ from deepcalm.bench import Others, fill, machine
 from deepcalm.generate import Sampling
 
 AGREE = 0.15  # largest difference of the probes around a pair, relative
+# V2-Lite's attention in a layer, of one step: operations and bytes of a 16-bit cache per position.
+POSITION_OPERATIONS, POSITION_BYTES = 2 * 16 * (2 * 512 + 64), 2 * (512 + 64)
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 PREFILL = 512
 Run = Callable[[], dict[str, Any]]
@@ -203,8 +205,10 @@ class Transformers:
 
 
 def probe(threads: int) -> dict[str, float]:
-    """GB/s of a plain read, by as many threads and by one."""
-    return {"all": _core.read_bandwidth(threads, 1024, 3), "one": _core.read_bandwidth(1, 1024, 3)}
+    """GB/s of a plain read, by as many threads and by one; 1e9 operations per second of the instructions."""
+    top = _core.compute_ceilings(next(i["name"] for i in _core.isas() if i["supported"]), threads)
+    return {"all": _core.read_bandwidth(threads, 1024, 3), "one": _core.read_bandwidth(1, 1024, 3),
+            "f32": top["f32"], "bf16": top.get("bf16", top["f32"])}  # fmt: skip
 
 
 def measure(ours: Run | None, peer: Run | None, bf16: Run | None, threads: int) -> dict[str, Any]:
@@ -230,13 +234,27 @@ def agrees(rounds: list[dict[str, Any]]) -> bool:
     return bool(max(seen) / min(seen) - 1 <= AGREE)
 
 
+def goal(row: dict[str, Any], ours: dict[str, Any], side: str) -> float:
+    """Tokens per second at 90 % of the read for weights and 65 % of the f32 instruction for attention.
+
+    With a bf16 cache at 60 % of bf16's. 0 where a row is a prefill or older than what this needs.
+    """
+    if row.get("what") != "decode" or "layers" not in row or "f32" not in ours["probes"][0]:
+        return 0.0
+    read, f32, bf16 = (statistics.mean(p[k] for p in ours["probes"]) for k in ("all", "f32", "bf16"))
+    positions = row["layers"] * row["context"]
+    weights = statistics.mean(o["gb_s"] / o["rate"] for o in ours["ours"]) - 1e-9 * POSITION_BYTES * positions
+    ceiling = 0.60 * bf16 if side == "bf16" else 0.65 * f32
+    return float(1 / (weights / (0.90 * read) + 1e-9 * POSITION_OPERATIONS * positions / ceiling))
+
+
 def summary(row: dict[str, Any], side: str = "ours") -> dict[str, Any]:
     """Rates and ratio of a row, from the rounds whose probes agree (all of them where none do). side: ours | bf16."""
     pairs = [[o, p] for o in row["rounds"] for p in row["peer_rounds"]] if "peer_rounds" in row else [
         [r] for r in row["rounds"]
     ]  # fmt: skip
     good = [p for p in pairs if agrees(p)]
-    ours, peers, ratios, shares = [], [], [], []
+    ours, peers, ratios, shares, goals = [], [], [], [], []
     for pair in good or pairs:
         mine = statistics.mean(o["rate"] for r in pair for o in r.get(side, ()))
         theirs = statistics.mean(p["rate"] for r in pair for p in r.get("peer", ()))
@@ -245,11 +263,13 @@ def summary(row: dict[str, Any], side: str = "ours") -> dict[str, Any]:
         peers.append(theirs)
         ratios.append(mine / theirs)
         shares.append(moved / statistics.mean(p["all"] for p in pair[0]["probes"]))
+        goals.append(goal(row, pair[0], side) / theirs)
     read = [p["all"] for pair in pairs for r in pair for p in r["probes"]]
     others = max(r["others"] + r["stolen"] for pair in good or pairs for r in pair)
     return {"ours": statistics.median(ours), "peer": statistics.median(peers), "ratio": statistics.median(ratios),
             "low": min(ratios), "high": max(ratios), "share": statistics.median(shares), "agree": len(good),
-            "of": len(pairs), "read": (min(read), max(read)), "others": others}  # fmt: skip
+            "of": len(pairs), "read": (min(read), max(read)), "others": others,
+            "goal": statistics.median(goals)}  # fmt: skip
 
 
 def markdown(value: dict[str, Any]) -> str:
@@ -269,11 +289,12 @@ def markdown(value: dict[str, Any]) -> str:
         "none do); median (lowest - highest). Share: of the read bandwidth that our decoding reaches. lite27-q8: one",
         "engine at a time. llama.cpp computes one row of the last feed-forward layer in prefill, deepcalm all of them.",
         "Others: cores that other processes used beside our runs, or the hypervisor took, where more than 0.05.",
-        "Commit: deepcalm's, when the row was measured.",
+        "Goal: the ratio at which weights take 1/0.90 of the probes' read and attention 1/0.65 of the f32 instruction",
+        "measured with them (our cache bf16: 1/0.60 of bf16's). Commit: deepcalm's, when the row was measured.",
         "",
-        "| case | threads | what | ours tok/s | peer | peer tok/s | ratio | share, % | read GB/s | agree | others | "
-        "commit |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| case | threads | what | ours tok/s | peer | peer tok/s | ratio | goal | share, % | read GB/s | agree | "
+        "others | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines = [(row, side) for row in value["rows"].values() for side in ("ours", "bf16")]
     for row, side in lines:
@@ -283,11 +304,12 @@ def markdown(value: dict[str, Any]) -> str:
         what = f"prefill {PREFILL}" if row["what"] == "prefill" else f"decode at {row['context']}"
         share = "" if row["what"] == "prefill" else f"{100 * s['share']:.0f}"
         what += ", our cache bf16" if side == "bf16" else ""
+        aim = f"{s['goal']:.2f}" if s["goal"] else ""
         others = f"{s['others']:.2f}" if s["others"] > 0.05 else ""
         read = f"{s['read'][0]:.1f} - {s['read'][1]:.1f}"
         out.append(
             f"| {row['case']} | {row['threads']} | {what} | {s['ours']:.2f} | {row['peer']} | {s['peer']:.2f} | "
-            f"**{s['ratio']:.2f}** ({s['low']:.2f} - {s['high']:.2f}) | {share} | {read} | "
+            f"**{s['ratio']:.2f}** ({s['low']:.2f} - {s['high']:.2f}) | {aim} | {share} | {read} | "
             f"{s['agree']} of {s['of']} | {others} | {row['commit'][:7]} |"
         )
     return "\n".join(out) + "\n"
@@ -382,7 +404,7 @@ def run_case(case: Case, rows: list[Row], binary: Path, args: argparse.Namespace
                     half[row.key] = rounds
                     continue
                 value = {"case": case.name, "threads": row.threads, "what": row.what, "context": row.context,
-                         "peer": row.peer, "commit": results.value["machine"]["commit"],
+                         "peer": row.peer, "layers": row.case.layers, "commit": results.value["machine"]["commit"],
                          "time": time.strftime("%Y-%m-%d %H:%M")}  # fmt: skip
                 value |= {"rounds": half[row.key], "peer_rounds": rounds} if case.apart else {"rounds": rounds}
                 results.add(row.key, value)
