@@ -72,17 +72,21 @@ def test_ctrl_c_in_a_long_prefill_keeps_whole_passes() -> None:
 
 
 def test_more_threads_than_cores_do_not_collapse() -> None:
-    """Waiting threads sleep. Where they spun or yielded, a pass of 200 barriers took a time slice for each of them."""
+    """Waiting threads sleep. Where they spun or yielded, a pass of 200 barriers took a time slice for each of them.
+
+    Their processor time is what tells: the clock's is also what other processes leave, one second here.
+    """
     ids = np.random.default_rng(2).integers(10, 2000, 256).tolist()
-    best = {}
+    clock, processor = [], []
     for threads in (1, 4 * _core.default_threads() + 1):
         s = deepcalm.Model(deepcalm.demo_path(), threads=threads).session(ctx=256)
         times = []
         for _ in range(5):
             s.truncate(0)
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             s.prefill(ids)
-            times.append(time.perf_counter() - start)
-        best[threads] = min(times)
-    one, many = best.values()
-    assert many < 4 * one + 0.1, best
+            times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        clock.append(min(t[0] for t in times))
+        processor.append(min(t[1] for t in times))
+    assert processor[1] < 4 * processor[0] + 0.1, processor
+    assert clock[1] < 4 * clock[0] + 1, clock
