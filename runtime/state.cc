@@ -55,8 +55,9 @@ void lay_out(State& s, Arena& a, const ModelConfig& c, int n_threads) {
 
     // What all heads have of a block of rows: h has been read by then, out is not yet written.
     instead_of(normed);
-    // As many rows at a time as keep every thread busy, and a matrix's tiles in use for 64 of them or 4096 heads.
-    const int64_t b = std::min(n, std::max<int64_t>(8 * n_threads, std::min<int64_t>(64, 4096 / heads)));
+    // As many rows at a time as keep every thread busy, and a matrix's tiles in use for 64 of them or 4096 heads; a split
+    // pass is one block.
+    const int64_t b = std::min(n, std::max<int64_t>(kSplitRows * n_threads, std::min<int64_t>(64, 4096 / heads)));
     const int64_t nope_pad = round_up(c.qk_nope_head_dim, kTileCols);
     s.head_rows = static_cast<int>(b);
     s.uv_tmp = a.take<float>(b * heads * std::max(nope_pad, v_pad));
