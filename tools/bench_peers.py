@@ -244,8 +244,8 @@ def goal(row: dict[str, Any], ours: dict[str, Any], side: str) -> float:
     read, f32, bf16 = (statistics.mean(p[k] for p in ours["probes"]) for k in ("all", "f32", "bf16"))
     positions = row["layers"] * row["context"]
     weights = statistics.mean(o["gb_s"] / o["rate"] for o in ours["ours"]) - 1e-9 * POSITION_BYTES * positions
-    ceiling = 0.60 * bf16 if side == "bf16" else 0.65 * f32
-    return float(1 / (weights / (0.90 * read) + 1e-9 * POSITION_OPERATIONS * positions / ceiling))
+    ceiling = bf16 if side == "bf16" else f32
+    return 1 / bench_rows.goal_seconds(weights, read, 1e-9 * POSITION_OPERATIONS * positions, ceiling, side)
 
 
 def summary(row: dict[str, Any], side: str = "ours") -> dict[str, Any]:

@@ -172,15 +172,19 @@ def estimate(m: Model, threads: int, contexts: list[int], repeats: int, tokens: 
     return (repeats + 1) * (decode + prefill + 1.5 * (len(contexts) + 1)) + 6
 
 
+def goal_seconds(gigabytes: float, read: float, operations: float, ceiling: float, kv: str) -> float:
+    """Of a step at 90 % of the read (GB/s), attention (1e9 operations) at 65 % of f32's ceiling, or 60 % of bf16's."""
+    return gigabytes / (0.90 * read) + operations / (ceiling * (0.60 if kv == "bf16" else 0.65))
+
+
 def of_goal(d: dict[str, Any], kv: str) -> float:
     """Speed of a decode row over the goal's."""
     steps = next(s["calls"] for s in d["stages"] if s["stage"] == "head")
     attention = next(s for s in d["stages"] if s["stage"] == "attention")
     weights = d["bytes_per_token"] - attention["bytes"] / steps
     operations = d["attention_rate"] * attention["seconds"] / steps  # 1e9 of a step
-    ceiling = d["attention_ceiling"] * (0.60 if kv == "bf16" else 0.65)
-    goal = weights / (0.90e9 * d["read_bandwidth"]["median"]) + operations / ceiling
-    return float(goal * d["rate"]["median"])
+    read = d["read_bandwidth"]["median"]
+    return float(goal_seconds(1e-9 * weights, read, operations, d["attention_ceiling"], kv) * d["rate"]["median"])
 
 
 def markdown(value: dict[str, Any]) -> str:
