@@ -65,7 +65,9 @@ struct MlaPartialArgs {
     int64_t ml_row_stride = 0;
     float* o = nullptr;  // [n_rows, o_row_stride]: [n_heads, c_pad] unnormalised sum of exp * c_kv
     int64_t o_row_stride = 0;
-    void* scratch = nullptr;  // mla_scratch_bytes(), private to the calling thread
+    void* scratch = nullptr;          // mla_scratch_bytes(), private to the calling thread
+    const std::byte* next = nullptr;  // kChunkLen cache rows that the caller will walk next, to be asked for; or null
+    bool same_q = false;              // scratch comes from a call with the same q, n_rows, n_heads, widths and type
 };
 constexpr int64_t mla_scratch_bytes(int c_pad, int r_pad, int n_rows, int n_heads) {
     // in f32: 32 dims of a chunk; of every 16 (row, head) pairs their queries, scores, ends and running sums

@@ -333,13 +333,18 @@ class Pass {
                          .softmax_scale = a_.model.rope().softmax_scale,
                          .scratch = s_.mla_scratch[static_cast<size_t>(tid_)]};
         // Rows [i0, i1) x heads [h0, h1) x partial p; (row, head) goes to slot + (row - i0) * row_stride + (head - h0).
-        const auto partial = [&](int i0, int i1, int h0, int h1, int p, int64_t slot, int64_t row_stride) {
+        // Meanwhile rows of partial `next` are asked for, which this thread is likely to come to then.
+        const auto partial = [&](int i0, int i1, int h0, int h1, int p, int next, int64_t slot, int64_t row_stride) {
             for (int i = i0; i < i1; ++i)
                 ends_[static_cast<size_t>(i - i0)] = std::min(s_.row_end[i], (p + 1) * kPartialLen);
+            const float* q = s_.q_full + (int64_t{i0 - block.begin} * heads_ + h0) * s_.q_width;
+            m.same_q = q == m.q && i1 - i0 == m.n_rows && h1 - h0 == m.n_heads;
             m.n_rows = i1 - i0;
             m.n_heads = h1 - h0;
-            m.q = s_.q_full + (int64_t{i0 - block.begin} * heads_ + h0) * s_.q_width;
+            m.q = q;
             m.pos_begin = p * kPartialLen;
+            const int next_pos = next * kPartialLen;
+            m.next = next_pos + kChunkLen <= s_.row_end[i0] ? m.cache + next_pos * m.row_bytes : nullptr;
             m.row_end = ends_.data();
             m.m = s_.part_m + slot;
             m.l = s_.part_l + slot;
@@ -367,7 +372,8 @@ class Pass {
                 for (int u = range.begin; u < range.end; ++u) {
                     const int v = u - whole, p = v < 0 ? u : whole + v / head_blocks;
                     const Range h = v < 0 ? Range{0, heads_} : split(heads_, v % head_blocks, head_blocks);
-                    partial(0, n_, h.begin, h.end, p, int64_t{p} * n_ * heads_ + h.begin, heads_);
+                    const int next = p + (u + 1 < range.end ? 1 : threads_);
+                    partial(0, n_, h.begin, h.end, p, next, int64_t{p} * n_ * heads_ + h.begin, heads_);
                 }
             });
             meet(Stage::kAttention);
@@ -386,7 +392,8 @@ class Pass {
                           i1 = std::min(i0 + kAttnRowBlock, block.end);
                 const int h0 = u % head_blocks * kAttnHeadBlock, h1 = std::min(h0 + kAttnHeadBlock, heads_);
                 const int n_partials = static_cast<int>(ceil_div(s_.row_end[i1 - 1], kPartialLen));
-                for (int p = 0; p < n_partials; ++p) partial(i0, i1, h0, h1, p, base + p * kBlock, kAttnHeadBlock);
+                for (int p = 0; p < n_partials; ++p)
+                    partial(i0, i1, h0, h1, p, p + 1, base + p * kBlock, kAttnHeadBlock);
                 for (int i = i0; i < i1; ++i) {
                     for (int h = h0; h < h1; ++h) combine(i, h, base + (i - i0) * kAttnHeadBlock + (h - h0), kBlock);
                 }

@@ -165,6 +165,7 @@ Result<double> attention_rate(const CpuKernels& k, CacheType kv, int heads, int 
                 a.q = q + i * row_q + int64_t{h} * (kC + kR);
                 for (a.pos_begin = 0; a.pos_begin < positions; a.pos_begin += kPartialLen) {
                     std::fill(ends.begin(), ends.end(), std::min(positions, a.pos_begin + kPartialLen));
+                    a.same_q = a.pos_begin > 0;
                     k.mla_partial(a);
                 }
             }

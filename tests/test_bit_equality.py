@@ -288,7 +288,9 @@ def test_across_attention_partials(isa: str) -> None:
     ids = tiny.token_ids(file.config["vocab_size"], 1100, 4)
     truth = rc.Run(rc.open_model(file, isa), ids, "f16", 256)
     assert np.isfinite(truth.logits).all()
-    for threads, tail in ((1, [1, 1, 1, 2, 8, 9, 64]), (3, [5, 3, 1, 1, 1, 11, 64]), (2, [86])):
+    tails = ((1, [1, 1, 1, 2, 8, 9, 64]), (3, [5, 3, 1, 1, 1, 11, 64]), (2, [86]))
+    heads_of_rest_split = (2, [10, 3, 3, 3, 3, 64])  # after two whole partials, with several rows
+    for threads, tail in (*tails, heads_of_rest_split):
         sizes = [507, 507, *tail]
         same_run(f"{threads} threads", rc.Run(rc.open_model(file, isa, threads), ids, "f16", sizes), truth)
 

@@ -4,7 +4,8 @@
 // converted stays in the first-level cache: for the scores, which multiply a vector of queries with one key element, and
 // for the values, which multiply a vector of dims with one probability. The next chunk is asked for meanwhile. Order of a
 // row's arithmetic, per chunk: scores (chains over 32 dims, added in order), times softmax_scale; maximum; probabilities
-// exp(s - m); l = l * alpha + sum(p); o = o * alpha, then o = fma(p_j, c_j, o) in position order.
+// exp(s - m); l = l * alpha + sum(p); o = o * alpha (0 in a partial's first chunk), then o = fma(p_j, c_j, o) in position
+// order.
 // Cache type bf16: queries and probabilities are rounded to bf16 first (l sums the rounded ones), the rest is f32.
 #pragma once
 
@@ -211,15 +212,20 @@ DC_INLINE void score_block(const float* q, int64_t q_stride, const float* k, int
         }
 }
 
-// o[h, 16 ND dims] += sum_j p[j, h] * c[j, d ..], j in order; p: lanes of a vector, c: n_pos rows.
+// Running softmax of a vector: maximum, sum of exponentials, and what the last chunk multiplies older sums by.
+struct LaneSums {
+    float m[kLanes], l[kLanes], alpha[kLanes];
+};
+// o[h, 16 ND dims] = o alpha[h] (alpha null: 0) + sum_j p[j, h] * c[j, d ..], j in order; alpha, p: lanes of a vector, c:
+// n_pos rows.
 template <CacheType kType, int NH, int ND>
-DC_INLINE void value_block(const float* p, const std::byte* c, int64_t row_bytes, int d, int n_pos, float* o,
-                           int c_pad) {
+DC_INLINE void value_block(const float* alpha, const float* p, const std::byte* c, int64_t row_bytes, int d, int n_pos,
+                           float* o, int c_pad) {
     F acc[NH][ND];
 #pragma GCC unroll 16
     for (int h = 0; h < NH; ++h)
 #pragma GCC unroll 16
-        for (int v = 0; v < ND; ++v) acc[h][v] = load(o + h * c_pad + 16 * v);
+        for (int v = 0; v < ND; ++v) acc[h][v] = alpha ? load(o + h * c_pad + 16 * v) * set1(alpha[h]) : set1(0);
     for (int j = 0; j < n_pos; ++j) {
         F cv[ND];
 #pragma GCC unroll 16
@@ -237,27 +243,27 @@ DC_INLINE void value_block(const float* p, const std::byte* c, int64_t row_bytes
         for (int v = 0; v < ND; ++v) store(o + h * c_pad + 16 * v, acc[h][v]);
 }
 // Two vectors of dims for n_heads lanes from `lane` on, which are one row's: in blocks of heads that stay inside a vector.
+// sums: what older chunks have summed up to, null if there are none.
 template <CacheType kType, int NH = kValueHeads>
-DC_INLINE int value_heads(const float* scores, int lane, int n_heads, const std::byte* c, int64_t row_bytes, int d,
-                          int n_pos, float* o, int c_pad) {
+DC_INLINE int value_heads(const LaneSums* sums, const float* scores, int lane, int n_heads, const std::byte* c,
+                          int64_t row_bytes, int d, int n_pos, float* o, int c_pad) {
     if constexpr (NH > 1) {
         if (lane % NH != 0 || n_heads < NH)
-            return value_heads<kType, NH == 4 ? 1 : NH / 2>(scores, lane, n_heads, c, row_bytes, d, n_pos, o, c_pad);
+            return value_heads<kType, NH == 4 ? 1 : NH / 2>(sums, scores, lane, n_heads, c, row_bytes, d, n_pos, o,
+                                                            c_pad);
     }
     constexpr int ND = NH > kValueAccs / 2 ? 1 : 2;
+    const float* alpha = sums ? sums[lane / kLanes].alpha + lane % kLanes : nullptr;
     const float* p = scores + lane / kLanes * kVectorScores + lane % kLanes;
 #pragma GCC unroll 2
-    for (int v = 0; v < 2; v += ND) value_block<kType, NH, ND>(p, c, row_bytes, d + 16 * v, n_pos, o + 16 * v, c_pad);
+    for (int v = 0; v < 2; v += ND)
+        value_block<kType, NH, ND>(alpha, p, c, row_bytes, d + 16 * v, n_pos, o + 16 * v, c_pad);
     return NH;
 }
 
-// Running softmax of a vector: maximum, sum of exponentials, and what the last chunk multiplies older sums by.
-struct LaneSums {
-    float m[kLanes], l[kLanes], alpha[kLanes];
-};
-// Scores s of the first n positions become probabilities; 0 from lane_end [16] on.
-DC_INLINE void softmax_step(bool bf16, int n, const float* lane_end, float scale, float* s, LaneSums& sums) {
-    const F end = load(lane_end), none = set1(kMinusInf);
+// Scores s of n positions from `begin` on become probabilities; 0 from lane_end [16] on.
+DC_INLINE void softmax_step(bool bf16, int begin, int n, const float* lane_end, float scale, float* s, LaneSums& sums) {
+    const F end = load(lane_end) - set1(static_cast<float>(begin)), none = set1(kMinusInf);
     F top = load(sums.m);
     for (int j = 0; j < n; ++j) {
         const F v = select_lt(set1(static_cast<float>(j)), end, load(s + j * kLanes) * set1(scale), none);
@@ -285,18 +291,18 @@ void mla_partial(const MlaPartialArgs& a) noexcept {
     float* dims = reinterpret_cast<float*>(address);                      // [kChunkLen, kSlice]
     float* q = dims + kChunkLen * kSlice;                                 // [n_vectors, width, 16]
     float* scores = q + int64_t{n_vectors} * width * kLanes;              // [n_vectors, kChunkLen, 16]
-    float* ends = scores + int64_t{n_vectors} * kVectorScores;            // [n_vectors, 16] of the chunk
+    float* ends = scores + int64_t{n_vectors} * kVectorScores;            // [n_vectors, 16] after pos_begin
     auto* sums = reinterpret_cast<LaneSums*>(ends + n_vectors * kLanes);  // [n_vectors]
-    const auto o_row = [&](int i) { return a.o + i * a.o_row_stride; };
 
     int end = a.pos_begin;
-    for (int i = 0; i < a.n_rows; ++i) {
-        end = a.row_end[i] > end ? a.row_end[i] : end;
-        for (int d = 0; d < a.n_heads * a.c_pad; d += 16) store(o_row(i) + d, set1(0));
-    }
+    for (int i = 0; i < a.n_rows; ++i) end = a.row_end[i] > end ? a.row_end[i] : end;
+    for (int u = 0; u < n_vectors * kLanes; ++u)
+        ends[u] = u < n_lanes ? static_cast<float>(a.row_end[u / a.n_heads] - a.pos_begin) : 0.0F;
     for (int v = 0; v < n_vectors; ++v) {
         store(sums[v].m, set1(kMinusInf));
         store(sums[v].l, set1(0));
+    }
+    for (int v = 0; v < n_vectors && !a.same_q; ++v) {
         const float* row[kLanes];
         for (int u = 0; u < kLanes; ++u) {
             const int lane = v * kLanes + u < n_lanes ? v * kLanes + u : n_lanes - 1;  // the rest repeat the last
@@ -314,11 +320,11 @@ void mla_partial(const MlaPartialArgs& a) noexcept {
     // pairs of dims that score blocks walk through in a chunk
     const int64_t pairs =
         int64_t{width} / 2 * (kChunkLen / kScoreAccs) * (n_vectors / kScoreVecs * kScoreVecs + n_vectors % kScoreVecs);
-    for (int begin = a.pos_begin; begin < end; begin += kChunkLen) {
+    for (int begin = a.pos_begin; begin < end || begin == a.pos_begin; begin += kChunkLen) {
         const std::byte* rows = a.cache + begin * a.row_bytes;
         const int filled = end - begin < kChunkLen ? end - begin : kChunkLen;
-        Ahead ahead{rows + kChunkLen * a.row_bytes, rows, kChunkLen * a.row_bytes / pairs, 0};
-        if (begin + kChunkLen >= end) ahead = {rows, rows, 0, 0};
+        const std::byte* next = begin + kChunkLen < end ? rows + kChunkLen * a.row_bytes : a.next;
+        Ahead ahead{next ? next : rows, rows, next ? kChunkLen * a.row_bytes / pairs : 0, 0};
         for (int d0 = 0; d0 < width; d0 += kSlice) {
             const int n = width - d0 < kSlice ? width - d0 : kSlice;
             read_rows(a.type, rows, a.row_bytes, filled, a.c_pad, d0, n, dims);
@@ -335,21 +341,16 @@ void mla_partial(const MlaPartialArgs& a) noexcept {
                 score.template operator()<kScoreVecs, kScoreAccs / kScoreVecs>(v);
             for (; v < n_vectors; ++v) score.template operator()<1, kScoreAccs>(v);
         }
-        for (int u = 0; u < n_vectors * kLanes; ++u)
-            ends[u] = u < n_lanes ? static_cast<float>(a.row_end[u / a.n_heads] - begin) : 0.0F;
         for (int v = 0; v < n_vectors; ++v)
-            softmax_step(bf16, filled, ends + v * kLanes, a.softmax_scale, scores + v * kVectorScores, sums[v]);
-        for (int u = 0; u < n_lanes; ++u) {
-            const float alpha = sums[u / kLanes].alpha[u % kLanes];
-            float* o = o_row(u / a.n_heads) + int64_t{u % a.n_heads} * a.c_pad;
-            for (int d = 0; alpha != 1.0F && d < a.c_pad; d += 16) store(o + d, load(o + d) * set1(alpha));
-        }
+            softmax_step(bf16, begin - a.pos_begin, filled, ends + v * kLanes, a.softmax_scale,
+                         scores + v * kVectorScores, sums[v]);
         const auto values = [&]<CacheType kType>(const std::byte* c, int64_t row_bytes, int d, int out) {
             for (int i = 0; i < a.n_rows; ++i) {
                 const int n_pos = a.row_end[i] - begin < filled ? a.row_end[i] - begin : filled;
                 for (int h = 0; h < a.n_heads;)
-                    h += value_heads<kType>(scores, i * a.n_heads + h, a.n_heads - h, c, row_bytes, d, n_pos,
-                                            o_row(i) + int64_t{h} * a.c_pad + out, a.c_pad);
+                    h += value_heads<kType>(begin > a.pos_begin ? sums : nullptr, scores, i * a.n_heads + h,
+                                            a.n_heads - h, c, row_bytes, d, n_pos,
+                                            a.o + i * a.o_row_stride + int64_t{h} * a.c_pad + out, a.c_pad);
             }
         };
         for (int d = 0; d < a.c_pad; d += kSlice) {
