@@ -44,7 +44,7 @@ struct MatmulArgs {
 // pos_begin <= j < row_end[i] of the cache. pos_begin is a multiple of kPartialLen and row_end[i] <= pos_begin + kPartialLen.
 // Positions are walked in chunks of kChunkLen aligned to 0; inside a chunk: scores, running maximum, exponentials, then
 // values, so a row's bits do not depend on the other rows of the call. Type bf16: q and the exponentials are rounded to
-// bf16 (l sums the rounded ones), everything else is f32. Rows with row_end[i] <= pos_begin get m = -inf,
+// bf16 (l sums the rounded ones), everything else is f32, with or without the dot instruction. Rows with row_end[i] <= pos_begin get m = -inf,
 // l = 0, o = 0. Cache positions >= row_end[i] are not used for row i (they may hold anything, NaN included).
 inline constexpr int kChunkLen = 64;     // positions that share one cache tile
 inline constexpr int kPartialLen = 512;  // positions per partial (8 chunks)
@@ -67,7 +67,8 @@ struct MlaPartialArgs {
     int64_t o_row_stride = 0;
     void* scratch = nullptr;          // mla_scratch_bytes(), private to the calling thread
     const std::byte* next = nullptr;  // kChunkLen cache rows that the caller will walk next, to be asked for; or null
-    bool same_q = false;              // scratch comes from a call with the same q, n_rows, n_heads, widths and type
+    bool same_q = false;    // scratch comes from a call with the same q, n_rows, n_heads, widths, type and bf16_dot
+    bool bf16_dot = false;  // type kBF16: use the set's dot instruction, if it has one
 };
 constexpr int64_t mla_scratch_bytes(int c_pad, int r_pad, int n_rows, int n_heads) {
     // in f32: 32 dims of a chunk; of every 16 (row, head) pairs their queries, scores, ends and running sums
@@ -117,6 +118,7 @@ enum CpuFeature : uint32_t {
     kCpuAvx512X = 1U << 2,  // VNNI VBMI BF16 (and the above)
 };
 uint32_t cpu_features() noexcept;                     // CPUID and XCR0
+bool fast_bf16_dot() noexcept;                        // vdpbf16ps has twice the rate of f32's multiply-add: AMD
 const CpuKernels* const* all_cpu_kernels() noexcept;  // null-terminated, best first; only those compiled in
 // The first supported table, or the one called `name`; null if unknown or unsupported by this processor.
 const CpuKernels* select_cpu_kernels(const char* name /* may be null */) noexcept;

@@ -238,7 +238,8 @@ py::array_t<float> cache_read(const std::string& isa, const std::string& type, c
 }
 
 py::tuple mla_partial(const std::string& isa, const std::string& type, const Array<uint8_t>& cache, int c_pad,
-                      int r_pad, const Floats& q, int pos_begin, const Array<int32_t>& row_end, float softmax_scale) {
+                      int r_pad, const Floats& q, int pos_begin, const Array<int32_t>& row_end, float softmax_scale,
+                      bool bf16_dot) {
     const CpuKernels& k = table(isa);
     const CacheType t = cache_of(type);
     require_cache(cache, t, c_pad, r_pad);
@@ -270,7 +271,8 @@ py::tuple mla_partial(const std::string& isa, const std::string& type, const Arr
                            .ml_row_stride = m.stride(),
                            .o = o.row(0),
                            .o_row_stride = o.stride(),
-                           .scratch = scratch.row(0)};
+                           .scratch = scratch.row(0),
+                           .bf16_dot = bf16_dot};
     k.mla_partial(a);
     scratch.take({mla_scratch_bytes(c_pad, r_pad, n, heads)});
     return py::make_tuple(m.take({n, heads}), l.take({n, heads}), o.take({n, heads, c_pad}));
@@ -376,7 +378,8 @@ void init_testing(py::module_& m) {
     m.def("cache_write", &cache_write, "isa"_a, "type"_a, "c_kv"_a, "k_rope"_a, "Cache rows, uint8 [n, row_bytes].");
     m.def("cache_read", &cache_read, "isa"_a, "type"_a, "rows"_a, "c_pad"_a, "r_pad"_a, "f32 [n, c_pad + r_pad].");
     m.def("mla_partial", &mla_partial, "isa"_a, "type"_a, "cache"_a, "c_pad"_a, "r_pad"_a, "q"_a, "pos_begin"_a,
-          "row_end"_a, "softmax_scale"_a, "(m [n, heads], l [n, heads], o [n, heads, c_pad]) of one partial.");
+          "row_end"_a, "softmax_scale"_a, "bf16_dot"_a = true,
+          "(m [n, heads], l [n, heads], o [n, heads, c_pad]) of one partial.");
     m.def("mla_combine", &mla_combine, "isa"_a, "m"_a, "l"_a, "o"_a, "One head's partials -> f32 [c_pad].");
     m.def("route", &route_rows, "gate_logits"_a, "bias"_a, "k"_a, "n_group"_a, "topk_group"_a, "scoring"_a, "method"_a,
           "norm_topk_prob"_a, "scale"_a, "(topk_idx int32 [n, k], topk_weight f32 [n, k]).");

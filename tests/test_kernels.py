@@ -377,6 +377,19 @@ def test_mla_bits_do_not_depend_on_the_call(isa: str, kind: str, rng: np.random.
 
 
 @every_isa
+def test_mla_dot_instruction_gives_the_bits_of_multiply_adds(isa: str, rng: np.random.Generator) -> None:
+    """bf16 cache, odd and even numbers of positions, blocks of heads of every size; trivially so in sets without it."""
+    for c, dr, heads in [(512, 64, 16), (64, 16, 5), (96, 48, 33), (40, 20, 1)]:
+        row_end = np.array([*rng.integers(1, PARTIAL + 1, 3), 1, 64], np.int32)
+        rows, _, c_pad, r_pad, q, scale = attention_case(rng, "bf16", isa, c, dr, heads, row_end)
+        with_dot, without = (
+            T.mla_partial(isa, "bf16", rows, c_pad, r_pad, q, 0, row_end, scale, dot) for dot in (True, False)
+        )
+        for a, b in zip(with_dot, without, strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+@every_isa
 @pytest.mark.parametrize("kind", CACHE_TYPES)
 def test_mla_never_uses_later_positions(isa: str, kind: str, rng: np.random.Generator) -> None:
     row_end = np.array([70, 5, 64, 130], np.int32)

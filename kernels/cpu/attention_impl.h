@@ -3,10 +3,12 @@
 // A vector holds 16 (row, head) pairs. A chunk of 64 positions is walked twice, a few dims at a time, so that what is
 // converted stays in the first-level cache: for the scores, which multiply a vector of queries with one key element, and
 // for the values, which multiply a vector of dims with one probability. The next chunk is asked for meanwhile. Order of a
-// row's arithmetic, per chunk: scores (chains over 32 dims, added in order), times softmax_scale; maximum; probabilities
-// exp(s - m); l = l * alpha + sum(p); o = o * alpha (0 in a partial's first chunk), then o = fma(p_j, c_j, o) in position
-// order.
-// Cache type bf16: queries and probabilities are rounded to bf16 first (l sums the rounded ones), the rest is f32.
+// row's arithmetic, per chunk: scores (one chain over all dims), times softmax_scale; maximum; probabilities exp(s - m);
+// l = l * alpha + sum(p); o = o * alpha (0 in a partial's first chunk), then o = fma(p_j, c_j, o). Dims 2i and 2i + 1 of a
+// score, positions 2j and 2j + 1 of a value: the odd one is added first, as vdpbf16ps does.
+// Cache type bf16: queries and probabilities are rounded to bf16 first (l sums the rounded ones), the rest is f32; or
+// (bf16_dot) both products go two dims, or positions, at a time through that instruction. The bits are the same but for
+// products and sums below 2^-126, which it takes for 0.
 #pragma once
 
 #include <utility>
@@ -143,6 +145,15 @@ void cache_read(CacheType type, const std::byte* row, int c_pad, int r_pad, floa
     }
 }
 
+// n words of each of n_rows rows -> out [n_rows, kSlice]
+DC_INLINE void copy_words(const std::byte* rows, int64_t row_bytes, int n_rows, int n, float* out) {
+    for (int j = 0; j < n_rows; ++j, rows += row_bytes, out += kSlice) {
+        const float* row = reinterpret_cast<const float*>(rows);
+        store(out, load_padded(row, 0, n));
+        store(out + 16, load_padded(row, 16, n));
+    }
+}
+
 typedef float Vector __attribute__((vector_size(64)));
 template <int kStep, int... kLane>
 DC_INLINE void swap_blocks(Vector& a, Vector& b, std::integer_sequence<int, kLane...>) {
@@ -171,27 +182,41 @@ DC_INLINE void transpose(const float* const (&rows)[16], float* out) {
 struct Ahead {
     const std::byte *next, *dims;
     int64_t step, dims_step;
-    DC_INLINE void ask() {
-        prefetch_far(next);
-        next += step;
-        prefetch(dims);
+    template <bool kPairs> DC_INLINE void ask() {
+        for (int line = 0; line < (kPairs ? 2 : 1); ++line, next += step) {  // pairs come in half as many steps
+            prefetch_far(next);
+            prefetch(dims + 64 * line);
+        }
         dims += dims_step;
     }
 };
 
-// Sums of n dims, added to s unless it is the first: s[v, p, lane] of NV vectors of q [n, 16] and kPos positions of k [n].
-template <int NV, int kPos>
+// acc + a * b; with kPairs, of the two bf16 in every lane of a and of b.
+template <bool kPairs, class Op = PeakBF16> DC_INLINE F multiply_add(F a, F b, F acc) {
+    if constexpr (kPairs) {
+        return Op::dot(acc, as_i(a), as_i(b));
+    } else {
+        return fma(a, b, acc);
+    }
+}
+// Words with a bf16 in each half, of f32 that are bf16 already.
+DC_INLINE F pair_up(F low, F high) { return as_f(shr<16>(as_i(low)) | as_i(high)); }
+
+// Sums of n dims (pairs), on top of s unless they are the first: s[v, p, lane] of NV vectors of q [n, 16] and kPos positions
+// of k [n].
+template <bool kPairs, int NV, int kPos>
 DC_INLINE void score_block(const float* q, int64_t q_stride, const float* k, int n, bool first, float* s,
                            Ahead& ahead) {
     F acc[NV][kPos];
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v)
 #pragma GCC unroll 16
-        for (int p = 0; p < kPos; ++p) acc[v][p] = set1(0);
+        for (int p = 0; p < kPos; ++p) acc[v][p] = first ? set1(0) : load(s + v * kVectorScores + p * kLanes);
     for (int d0 = 0; d0 < n; d0 += 2) {
-        ahead.ask();
+        ahead.template ask<kPairs>();
 #pragma GCC unroll 2
-        for (int d = d0; d < d0 + 2; ++d) {
+        for (int i = 0; i < 2; ++i) {
+            const int d = kPairs ? d0 + i : d0 + 1 - i;
             F qv[NV];
 #pragma GCC unroll 16
             for (int v = 0; v < NV; ++v) qv[v] = load(q + v * q_stride + d * kLanes);
@@ -199,17 +224,14 @@ DC_INLINE void score_block(const float* q, int64_t q_stride, const float* k, int
             for (int p = 0; p < kPos; ++p) {
                 const F kv = set1(k[p * kSlice + d]);
 #pragma GCC unroll 16
-                for (int v = 0; v < NV; ++v) acc[v][p] = fma(qv[v], kv, acc[v][p]);
+                for (int v = 0; v < NV; ++v) acc[v][p] = multiply_add<kPairs>(qv[v], kv, acc[v][p]);
             }
         }
     }
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v)
 #pragma GCC unroll 16
-        for (int p = 0; p < kPos; ++p) {
-            float* to = s + v * kVectorScores + p * kLanes;
-            store(to, first ? acc[v][p] : load(to) + acc[v][p]);
-        }
+        for (int p = 0; p < kPos; ++p) store(s + v * kVectorScores + p * kLanes, acc[v][p]);
 }
 
 // Running softmax of a vector: maximum, sum of exponentials, and what the last chunk multiplies older sums by.
@@ -217,8 +239,8 @@ struct LaneSums {
     float m[kLanes], l[kLanes], alpha[kLanes];
 };
 // o[h, 16 ND dims] = o alpha[h] (alpha null: 0) + sum_j p[j, h] * c[j, d ..], j in order; alpha, p: lanes of a vector, c:
-// n_pos rows.
-template <CacheType kType, int NH, int ND>
+// n_pos rows. With kPairs p and c hold two positions in a row; of an odd n_pos the last one is not used.
+template <bool kPairs, CacheType kType, int NH, int ND>
 DC_INLINE void value_block(const float* alpha, const float* p, const std::byte* c, int64_t row_bytes, int d, int n_pos,
                            float* o, int c_pad) {
     F acc[NH][ND];
@@ -226,16 +248,31 @@ DC_INLINE void value_block(const float* alpha, const float* p, const std::byte* 
     for (int h = 0; h < NH; ++h)
 #pragma GCC unroll 16
         for (int v = 0; v < ND; ++v) acc[h][v] = alpha ? load(o + h * c_pad + 16 * v) * set1(alpha[h]) : set1(0);
-    for (int j = 0; j < n_pos; ++j) {
+    const auto add = [&](int j, I used) __attribute__((always_inline)) {
         F cv[ND];
 #pragma GCC unroll 16
-        for (int v = 0; v < ND; ++v) cv[v] = read_dims<kType>(c + j * row_bytes, d + 16 * v);
+        for (int v = 0; v < ND; ++v) {
+            cv[v] = read_dims<kType>(c + j * row_bytes, d + 16 * v);
+            if (kPairs) cv[v] = as_f(as_i(cv[v]) & used);
+        }
 #pragma GCC unroll 16
         for (int h = 0; h < NH; ++h) {
             const F pv = set1(p[j * kLanes + h]);
 #pragma GCC unroll 16
-            for (int v = 0; v < ND; ++v) acc[h][v] = fma(pv, cv[v], acc[h][v]);
+            for (int v = 0; v < ND; ++v) acc[h][v] = multiply_add<kPairs>(pv, cv[v], acc[h][v]);
         }
+    };
+    const I all = iset1(-1);
+    int j = 0;
+    if constexpr (kPairs) {
+        for (; 2 * j + 1 < n_pos; ++j) add(j, all);
+        if (2 * j < n_pos) add(j, iset1(0xffff));
+    } else {
+        for (; j + 1 < n_pos; j += 2) {
+            add(j + 1, all);
+            add(j, all);
+        }
+        if (j < n_pos) add(j, all);
     }
 #pragma GCC unroll 16
     for (int h = 0; h < NH; ++h)
@@ -244,24 +281,25 @@ DC_INLINE void value_block(const float* alpha, const float* p, const std::byte* 
 }
 // Two vectors of dims for n_heads lanes from `lane` on, which are one row's: in blocks of heads that stay inside a vector.
 // sums: what older chunks have summed up to, null if there are none.
-template <CacheType kType, int NH = kValueHeads>
+template <bool kPairs, CacheType kType, int NH = kPairs ? kValueHeads / 2 : kValueHeads>
 DC_INLINE int value_heads(const LaneSums* sums, const float* scores, int lane, int n_heads, const std::byte* c,
                           int64_t row_bytes, int d, int n_pos, float* o, int c_pad) {
     if constexpr (NH > 1) {
         if (lane % NH != 0 || n_heads < NH)
-            return value_heads<kType, NH == 4 ? 1 : NH / 2>(sums, scores, lane, n_heads, c, row_bytes, d, n_pos, o,
-                                                            c_pad);
+            return value_heads<kPairs, kType, NH == 4 ? 1 : NH / 2>(sums, scores, lane, n_heads, c, row_bytes, d, n_pos,
+                                                                    o, c_pad);
     }
     constexpr int ND = NH > kValueAccs / 2 ? 1 : 2;
     const float* alpha = sums ? sums[lane / kLanes].alpha + lane % kLanes : nullptr;
     const float* p = scores + lane / kLanes * kVectorScores + lane % kLanes;
 #pragma GCC unroll 2
     for (int v = 0; v < 2; v += ND)
-        value_block<kType, NH, ND>(alpha, p, c, row_bytes, d + 16 * v, n_pos, o + 16 * v, c_pad);
+        value_block<kPairs, kType, NH, ND>(alpha, p, c, row_bytes, d + 16 * v, n_pos, o + 16 * v, c_pad);
     return NH;
 }
 
-// Scores s of n positions from `begin` on become probabilities; 0 from lane_end [16] on.
+// Scores s of n positions from `begin` on become probabilities (with kPairs two in a word); 0 from lane_end [16] on.
+template <bool kPairs>
 DC_INLINE void softmax_step(bool bf16, int begin, int n, const float* lane_end, float scale, float* s, LaneSums& sums) {
     const F end = load(lane_end) - set1(static_cast<float>(begin)), none = set1(kMinusInf);
     F top = load(sums.m);
@@ -279,14 +317,16 @@ DC_INLINE void softmax_step(bool bf16, int begin, int n, const float* lane_end, 
         store(s + j * kLanes, p);
         total = total + p;
     }
+    for (int j = 0; kPairs && j < n; j += 2)
+        store(s + j / 2 * kLanes, pair_up(load(s + j * kLanes), j + 1 < n ? load(s + (j + 1) * kLanes) : set1(0)));
     store(sums.m, top);
     store(sums.l, fma(load(sums.l), alpha, total));
     store(sums.alpha, alpha);
 }
 
-void mla_partial(const MlaPartialArgs& a) noexcept {
+template <bool kPairs, class Op = PeakBF16> void partial(const MlaPartialArgs& a) noexcept {
     const int width = a.c_pad + a.r_pad, n_lanes = a.n_rows * a.n_heads, n_vectors = (n_lanes + kLanes - 1) / kLanes;
-    const bool bf16 = a.type == CacheType::kBF16, direct = kDirectValues && a.type != CacheType::kQ8;
+    const bool bf16 = a.type == CacheType::kBF16, direct = !kPairs && kDirectValues && a.type != CacheType::kQ8;
     const auto address = (reinterpret_cast<uintptr_t>(a.scratch) + 63) & ~uintptr_t{63};
     float* dims = reinterpret_cast<float*>(address);                      // [kChunkLen, kSlice]
     float* q = dims + kChunkLen * kSlice;                                 // [n_vectors, width, 16]
@@ -315,25 +355,33 @@ void mla_partial(const MlaPartialArgs& a) noexcept {
                 row[u] += 16;
                 if (bf16) store(to + u * kLanes, bf16_round(load(to + u * kLanes)));
             }
+            for (int u = 0; kPairs && u < 16; u += 2)
+                store(to + (u - d) / 2 * kLanes, pair_up(load(to + u * kLanes), load(to + (u + 1) * kLanes)));
         }
     }
-    // pairs of dims that score blocks walk through in a chunk
-    const int64_t pairs =
-        int64_t{width} / 2 * (kChunkLen / kScoreAccs) * (n_vectors / kScoreVecs * kScoreVecs + n_vectors % kScoreVecs);
+    const int words = kPairs ? width / 2 : width;
+    // what score blocks ask for in a chunk: something for every two words of a query
+    const int64_t asked =
+        int64_t{words} / 2 * (kChunkLen / kScoreAccs) * (n_vectors / kScoreVecs * kScoreVecs + n_vectors % kScoreVecs);
     for (int begin = a.pos_begin; begin < end || begin == a.pos_begin; begin += kChunkLen) {
         const std::byte* rows = a.cache + begin * a.row_bytes;
         const int filled = end - begin < kChunkLen ? end - begin : kChunkLen;
         const std::byte* next = begin + kChunkLen < end ? rows + kChunkLen * a.row_bytes : a.next;
-        Ahead ahead{next ? next : rows, rows, next ? kChunkLen * a.row_bytes / pairs : 0, 0};
-        for (int d0 = 0; d0 < width; d0 += kSlice) {
-            const int n = width - d0 < kSlice ? width - d0 : kSlice;
-            read_rows(a.type, rows, a.row_bytes, filled, a.c_pad, d0, n, dims);
+        Ahead ahead{next ? next : rows, rows, next ? kChunkLen * a.row_bytes / (kPairs ? 2 * asked : asked) : 0, 0};
+        for (int d0 = 0; d0 < words; d0 += kSlice) {
+            const int n = words - d0 < kSlice ? words - d0 : kSlice;
+            if constexpr (kPairs) {
+                copy_words(rows + 4 * d0, a.row_bytes, filled, n, dims);
+            } else {
+                read_rows(a.type, rows, a.row_bytes, filled, a.c_pad, d0, n, dims);
+            }
             const auto score = [&]<int NV, int kPos>(int v) {
-                ahead.dims = rows + (d0 + kSlice) * a.row_bytes / width;
+                ahead.dims = rows + (d0 + kSlice) * a.row_bytes / words;
                 ahead.dims_step = v == 0 ? a.row_bytes * kPos / (kSlice / 2) : 0;
                 for (int p = 0; p < filled; p += kPos) {
-                    score_block<NV, kPos>(q + (int64_t{v} * width + d0) * kLanes, int64_t{width} * kLanes,
-                                          dims + p * kSlice, n, d0 == 0, scores + (v * kChunkLen + p) * kLanes, ahead);
+                    score_block<kPairs, NV, kPos>(q + (int64_t{v} * width + d0) * kLanes, int64_t{width} * kLanes,
+                                                  dims + p * kSlice, n, d0 == 0, scores + (v * kChunkLen + p) * kLanes,
+                                                  ahead);
                 }
             };
             int v = 0;
@@ -342,15 +390,15 @@ void mla_partial(const MlaPartialArgs& a) noexcept {
             for (; v < n_vectors; ++v) score.template operator()<1, kScoreAccs>(v);
         }
         for (int v = 0; v < n_vectors; ++v)
-            softmax_step(bf16, begin - a.pos_begin, filled, ends + v * kLanes, a.softmax_scale,
-                         scores + v * kVectorScores, sums[v]);
+            softmax_step<kPairs>(bf16, begin - a.pos_begin, filled, ends + v * kLanes, a.softmax_scale,
+                                 scores + v * kVectorScores, sums[v]);
         const auto values = [&]<CacheType kType>(const std::byte* c, int64_t row_bytes, int d, int out) {
             for (int i = 0; i < a.n_rows; ++i) {
                 const int n_pos = a.row_end[i] - begin < filled ? a.row_end[i] - begin : filled;
                 for (int h = 0; h < a.n_heads;)
-                    h += value_heads<kType>(begin > a.pos_begin ? sums : nullptr, scores, i * a.n_heads + h,
-                                            a.n_heads - h, c, row_bytes, d, n_pos,
-                                            a.o + i * a.o_row_stride + int64_t{h} * a.c_pad + out, a.c_pad);
+                    h += value_heads<kPairs, kType>(begin > a.pos_begin ? sums : nullptr, scores, i * a.n_heads + h,
+                                                    a.n_heads - h, c, row_bytes, d, n_pos,
+                                                    a.o + i * a.o_row_stride + int64_t{h} * a.c_pad + out, a.c_pad);
             }
         };
         for (int d = 0; d < a.c_pad; d += kSlice) {
@@ -359,7 +407,14 @@ void mla_partial(const MlaPartialArgs& a) noexcept {
                     if constexpr (kType != CacheType::kQ8) values.template operator()<kType>(rows, a.row_bytes, d, d);
                 });
             } else {
-                read_rows(a.type, rows, a.row_bytes, filled, a.c_pad, d, kSlice, dims);
+                if constexpr (kPairs) {
+                    for (int j = 0; j < filled; j += 2) {
+                        const std::byte* row = rows + j * a.row_bytes + 2 * d;
+                        Op::zip(row, j + 1 < filled ? row + a.row_bytes : row, dims + j / 2 * kSlice);
+                    }
+                } else {
+                    read_rows(a.type, rows, a.row_bytes, filled, a.c_pad, d, kSlice, dims);
+                }
                 values.template operator()<CacheType::kF32>(reinterpret_cast<std::byte*>(dims), kSlice * 4, 0, d);
             }
         }
@@ -368,6 +423,12 @@ void mla_partial(const MlaPartialArgs& a) noexcept {
         a.m[u / a.n_heads * a.ml_row_stride + u % a.n_heads] = sums[u / kLanes].m[u % kLanes];
         a.l[u / a.n_heads * a.ml_row_stride + u % a.n_heads] = sums[u / kLanes].l[u % kLanes];
     }
+}
+
+template <class Op> void mla_partial(const MlaPartialArgs& a) noexcept {
+    constexpr bool kDot = requires { Op::kOps; };
+    if (kDot && a.bf16_dot && a.type == CacheType::kBF16) return partial<kDot>(a);
+    partial<false>(a);
 }
 
 void mla_combine(const float* m, const float* l, int64_t ml_stride, const float* o, int64_t o_stride, int n_partials,

@@ -50,6 +50,14 @@ uint32_t cpu_features() noexcept {
     return features;
 }
 
+bool fast_bf16_dot() noexcept {
+#if defined(__x86_64__)
+    return __builtin_cpu_is("amd");
+#else
+    return false;
+#endif
+}
+
 const CpuKernels* select_cpu_kernels(const char* name) noexcept {
     const uint32_t features = cpu_features();
     for (const CpuKernels* const* t = kTables; *t; ++t) {

@@ -8,7 +8,8 @@
 //   load_u16 load_i8 (widening to I)  store_u16 store_i8 (low bits)  load_f16 store_f16 f16_pair
 //   first, max_lane of I, sum (a fixed tree), prefetch, prefetch_far (second level)
 //   DotQ8, DotQ4: exact integer dots of a tile; register block sizes kBlockRows .. kValueAccs;
-//   WeightBF16, WeightF8: either formats.h's plain ones or its own; PeakBF16, PeakI8: its dot instructions or NoDot.
+//   WeightBF16, WeightF8: either formats.h's plain ones or its own; PeakBF16, PeakI8: its dot instructions or NoDot (bf16: dot of F and
+//   two I of bf16 pairs, zip of two rows into pairs).
 #pragma once
 
 #include "kernels/cpu/attention_impl.h"
@@ -134,7 +135,7 @@ constexpr CpuKernels make_table(const char* isa, uint32_t required) {
         .axpy = axpy,
         .cache_write = cache_write,
         .cache_read = cache_read,
-        .mla_partial = mla_partial,
+        .mla_partial = mla_partial<PeakBF16>,
         .mla_combine = mla_combine,
     };
 }
