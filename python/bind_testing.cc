@@ -147,6 +147,7 @@ py::array_t<float> matmul(const std::string& isa, const std::string& format, con
                 x.shape(1) >= round_up(cols, kTileCols),
             "x must be a prepared activation [m, stride] of the format's kind");
     MatmulArgs a;
+    a.prefetch_far = amd_core();
     a.w = &t;
     a.slice = slice;
     a.tile_begin = tile_begin;

@@ -50,7 +50,7 @@ uint32_t cpu_features() noexcept {
     return features;
 }
 
-bool fast_bf16_dot() noexcept {
+bool amd_core() noexcept {
 #if defined(__x86_64__)
     return __builtin_cpu_is("amd");
 #else

@@ -25,21 +25,26 @@ DC_INLINE void fetch(const std::byte* p, int64_t bytes) {
 }
 
 // Weights of row tiles where they lie, `step` bytes apart, from memory: prefetches `ahead` bytes onward, and where a row tile
-// ends there, as far into the row tile that follows in its stream, `next` bytes away.
+// ends there, as far into the row tile that follows in its stream, `next` bytes away; far: into the second level only.
 template <class W> struct Streamed {
     const std::byte* w;  // first row tile, column 0
     int64_t step, ahead, next;
+    bool far;
 
     // 64-byte unit u of row tile s, counted from column c, a multiple of 32 (q8, q4: inside its tile)
     DC_INLINE typename W::Unit unit(int s, int c, int u) const {
         const std::byte* p = w + s * step + column_bytes<W>(c) + int64_t{u} * 64;
-        prefetch(p + ahead);
+        if (far) {
+            prefetch_far(p + ahead);
+        } else {
+            prefetch(p + ahead);
+        }
         return W::load(p);
     }
     DC_INLINE F scale(int s, int c) const { return W::scale(w + s * step + column_bytes<W>(c) + W::kScaleAt); }
     // the weights to use for the sum block of column c
     template <int T> DC_INLINE Streamed at(int c) const {
-        return {w, step, column_bytes<W>(c) + ahead < step ? ahead : ahead + next - step, next};
+        return {w, step, column_bytes<W>(c) + ahead < step ? ahead : ahead + next - step, next, far};
     }
 };
 // The same from a cache. Blocks of many rows ask for what lies `ahead` meanwhile: chained formats with every unit, q8 and q4
@@ -71,7 +76,7 @@ template <class W> struct Unpacked {
     int first;
 
     void fill(const std::byte* w, int64_t step, int begin, int end) {
-        const Streamed<W> from{w, step, 1024, step};
+        const Streamed<W> from{w, step, 1024, step, false};
         first = begin;
         for (int c = begin; c < end; c += kTileCols)
             for (int s = 0; s < kWideTiles; ++s)
@@ -265,10 +270,11 @@ DC_INLINE void whole_rows(const MatmulArgs& a, const Src& src, int cols_end, int
 // Row tiles t .. t+T-1, w the first: few rows, or the tiles that no block of many rows takes.
 template <class W, int T> void few_rows(const MatmulArgs& a, const std::byte* w, int64_t w_step, int t) {
     // Prefetch distance: best of 1 to 4 KiB measured, 5 to 20 % over none with 4 streams.
-    const int64_t best = T == 1 || W::kTileBytes == sizeof(TileQ8) ? 4096 : 2048, ahead = best < w_step ? best : w_step;
+    const int64_t near = T == 1 || W::kTileBytes == sizeof(TileQ8) ? 4096 : 2048, best = a.prefetch_far ? 1024 : near;
+    const int64_t ahead = best < w_step ? best : w_step;
     const int64_t next = t + 2 * T <= a.tile_end ? T * w_step : w_step - ahead;  // the last row tiles: nothing new
     row_blocks<1, kFewRows>(a.n, [&]<int R>(int i, int, int) {
-        whole_rows<W, R, T>(a, Streamed<W>{w, w_step, ahead, next}, a.w->col_tiles() * kTileCols, t, i);
+        whole_rows<W, R, T>(a, Streamed<W>{w, w_step, ahead, next, a.prefetch_far}, a.w->col_tiles() * kTileCols, t, i);
     });
 }
 // Row tiles t .. t+kWideTiles-1.
