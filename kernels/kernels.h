@@ -38,7 +38,7 @@ struct MatmulArgs {
     int n = 0;                       // activation rows, >= 1
     float* y = nullptr;              // [n, y_stride] f32, 64-byte aligned rows not required
     int64_t y_stride = 0;
-    bool prefetch_far = false;  // few rows ask for weights into the second level of cache, not the first
+    bool one_stream = false;  // one row walks one row tile at a time; few rows prefetch into the second level of cache
 };
 
 // One partial of absorbed attention (docs/model.md 4.1): queries of n_rows tokens x n_heads heads against positions
@@ -119,8 +119,9 @@ enum CpuFeature : uint32_t {
     kCpuAvx512X = 1U << 2,  // VNNI VBMI BF16 (and the above)
 };
 uint32_t cpu_features() noexcept;  // CPUID and XCR0
-// AMD (measured on Zen 4): vdpbf16ps has twice the rate of f32's multiply-add, and asking the first-level cache for what is in
-// memory costs a quarter to a third of the read bandwidth, the second level nothing. On Intel neither holds.
+// AMD (measured on Zen 4): vdpbf16ps has twice the rate of f32's multiply-add; asking the first-level cache for what is in
+// memory costs a quarter to a third of the read bandwidth, the second level nothing; one stream of a thread reads faster
+// than four. On Intel none of this holds.
 bool amd_core() noexcept;
 const CpuKernels* const* all_cpu_kernels() noexcept;  // null-terminated, best first; only those compiled in
 // The first supported table, or the one called `name`; null if unknown or unsupported by this processor.

@@ -119,7 +119,7 @@ py::array_t<float> matmul(const std::string& isa, const std::string& format, con
                           int cols, const py::array& x, const std::optional<Floats>& d,
                           const std::optional<Array<int32_t>>& sum, const std::optional<Floats>& scales,
                           std::pair<int, int> scale_block, int slice, int tile_begin, int tile_end,
-                          const std::optional<Array<int32_t>>& x_row) {
+                          const std::optional<Array<int32_t>>& x_row, std::optional<bool> one_stream) {
     const CpuKernels& k = table(isa);
     PackedTensor t{.data = reinterpret_cast<const std::byte*>(w.data()),
                    .format = format_of(format),
@@ -147,7 +147,7 @@ py::array_t<float> matmul(const std::string& isa, const std::string& format, con
                 x.shape(1) >= round_up(cols, kTileCols),
             "x must be a prepared activation [m, stride] of the format's kind");
     MatmulArgs a;
-    a.prefetch_far = amd_core();
+    a.one_stream = one_stream.value_or(amd_core());
     a.w = &t;
     a.slice = slice;
     a.tile_begin = tile_begin;
@@ -370,7 +370,7 @@ void init_testing(py::module_& m) {
           "Rounds x f32 [n, cols] for kind f32|bf16|i8: (x [n, round_up(cols, 32)], d, sum); d, sum only for i8.");
     m.def("matmul", &matmul, "isa"_a, "format"_a, "w"_a, "rows"_a, "cols"_a, "x"_a, "d"_a = py::none(),
           "sum"_a = py::none(), "scales"_a = py::none(), "scale_block"_a = std::pair<int, int>(128, 128), "slice"_a = 0,
-          "tile_begin"_a = 0, "tile_end"_a = -1, "x_row"_a = py::none(),
+          "tile_begin"_a = 0, "tile_end"_a = -1, "x_row"_a = py::none(), "one_stream"_a = py::none(),
           "y f32 [n, 16 * tiles] = x (prepared) times one slice of w (uint8 tiles), padding rows included.");
     m.def("rmsnorm", &rmsnorm, "isa"_a, "x"_a, "w"_a, "eps"_a, "in_place"_a = false, "w * x / rms(x), f32 [n].");
     m.def("rope", &rope, "isa"_a, "v"_a, "cos"_a, "sin"_a, "Half-split rotation of v f32 [2 half].");

@@ -139,7 +139,7 @@ class Pass {
                                                .n = n,
                                                .y = y,
                                                .y_stride = y_stride,
-                                               .prefetch_far = amd_core()});
+                                               .one_stream = amd_core()});
     }
     // A plain product over all rows of the pass; then(tiles) where row tiles of y are done.
     template <class Fn>

@@ -67,16 +67,18 @@ def test_matmul_bits_do_not_depend_on_the_call(isa: str, fmt: str, rng: np.rando
     for rows, cols, block in [(72, 1504, (16, 160)), (40, 672, (128, 128)), (16, 96, (16, 64))]:
         p = F.random_packed(fmt, rng, rows, cols, n_slices=3, scale_block=block)
         x = activations(rng, 33, cols)
-        one = np.concatenate([run(isa, p, x[i : i + 1], slice=2) for i in range(33)])
+        one = np.concatenate([run(isa, p, x[i : i + 1], slice=2, one_stream=i % 2 == 0) for i in range(33)])
         for n in [*range(2, 10), 16, 33]:
-            assert run(isa, p, x[:n], slice=2).tobytes() == one[:n].tobytes(), n
+            for walk in (False, True):
+                assert run(isa, p, x[:n], slice=2, one_stream=walk).tobytes() == one[:n].tobytes(), n
         order = rng.integers(0, 33, 21).astype(np.int32)
         assert run(isa, p, x, slice=2, x_row=order).tobytes() == one[order].tobytes()
         tiles = one.shape[1] // 16
         for begin in range(tiles):
             end = int(rng.integers(begin, tiles)) + 1
-            part = run(isa, p, x[:3], slice=2, tile_begin=begin, tile_end=end)
-            assert part.tobytes() == one[:3, 16 * begin : 16 * end].tobytes()
+            for n, walk in [(3, False), (1, True), (1, False)]:
+                part = run(isa, p, x[:n], slice=2, tile_begin=begin, tile_end=end, one_stream=walk)
+                assert part.tobytes() == one[:n, 16 * begin : 16 * end].tobytes()
 
 
 @isa_and_format

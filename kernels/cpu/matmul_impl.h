@@ -2,10 +2,11 @@
 // operations behind an output element and their order do not depend on R, T or the path (L1).
 //
 // Weights that come from memory are read 4 row tiles at a time, because 4 streams in different pages read 1.5 times as fast
-// as one (measured on a Sapphire Rapids VM: 16 against 10.5 GB/s per core). Many rows of a chained format: 4 row tiles x a
-// panel of columns stay in the first-level cache for kChunkRows rows, unpacked once where the register form of a unit is not
-// its bytes. (q8 and q4 gain nothing from panels: 7 of 8 register operations are arithmetic, the second-level cache keeps
-// up, and unpacked q4 is twice the traffic.)
+// as one (measured on a Sapphire Rapids VM: 16 against 10.5 GB/s per core). On Zen 4 one stream is the faster, and one row
+// reads one row tile at a time (MatmulArgs::one_stream); more rows need 4 for their arithmetic. Many rows of a chained
+// format: 4 row tiles x a panel of columns stay in the first-level cache for kChunkRows rows, unpacked once where the
+// register form of a unit is not its bytes. (q8 and q4 gain nothing from panels: 7 of 8 register operations are arithmetic,
+// the second-level cache keeps up, and unpacked q4 is twice the traffic.)
 #pragma once
 
 namespace deepcalm {
@@ -269,12 +270,13 @@ DC_INLINE void whole_rows(const MatmulArgs& a, const Src& src, int cols_end, int
 
 // Row tiles t .. t+T-1, w the first: few rows, or the tiles that no block of many rows takes.
 template <class W, int T> void few_rows(const MatmulArgs& a, const std::byte* w, int64_t w_step, int t) {
-    // Prefetch distance: best of 1 to 4 KiB measured, 5 to 20 % over none with 4 streams.
-    const int64_t near = T == 1 || W::kTileBytes == sizeof(TileQ8) ? 4096 : 2048, best = a.prefetch_far ? 1024 : near;
+    // Prefetch distance, measured: 5 to 20 % over none with 4 streams. Of one stream on Zen 4, 2 KiB and more halve the rate.
+    const int64_t near = T == 1 || W::kTileBytes == sizeof(TileQ8) ? 4096 : 2048;
+    const int64_t best = !a.one_stream ? near : T == 1 ? 512 : 1024;
     const int64_t ahead = best < w_step ? best : w_step;
     const int64_t next = t + 2 * T <= a.tile_end ? T * w_step : w_step - ahead;  // the last row tiles: nothing new
     row_blocks<1, kFewRows>(a.n, [&]<int R>(int i, int, int) {
-        whole_rows<W, R, T>(a, Streamed<W>{w, w_step, ahead, next, a.prefetch_far}, a.w->col_tiles() * kTileCols, t, i);
+        whole_rows<W, R, T>(a, Streamed<W>{w, w_step, ahead, next, a.one_stream}, a.w->col_tiles() * kTileCols, t, i);
     });
 }
 // Row tiles t .. t+kWideTiles-1.
@@ -342,7 +344,8 @@ template <class W> void matmul(const MatmulArgs& a) noexcept {
     const int64_t w_step = int64_t{a.w->col_tiles()} * W::kTileBytes;  // bytes of one row tile
     const std::byte* w = a.w->data + int64_t{a.slice} * a.w->row_tiles() * w_step;
     int t = a.tile_begin;
-    for (; t + kWideTiles <= a.tile_end; t += kWideTiles) {
+    const int wide_end = a.one_stream && a.n == 1 ? t : a.tile_end;
+    for (; t + kWideTiles <= wide_end; t += kWideTiles) {
         if (a.n <= kFewRows) {
             few_rows<W, kWideTiles>(a, w + t * w_step, w_step, t);
             continue;
@@ -355,8 +358,7 @@ template <class W> void matmul(const MatmulArgs& a) noexcept {
         }
         many_rows<W>(a, w + t * w_step, w_step, t);
     }
-    if constexpr (kWideTiles > 1)
-        for (; t < a.tile_end; ++t) few_rows<W, 1>(a, w + t * w_step, w_step, t);
+    for (; t < a.tile_end; ++t) few_rows<W, 1>(a, w + t * w_step, w_step, t);
 }
 
 }  // namespace
