@@ -76,6 +76,7 @@ class Results:
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         self.value["rows"][key] = row
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.value, indent=1) + "\n")
         temporary.replace(self.path)
