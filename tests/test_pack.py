@@ -398,6 +398,39 @@ def test_slab_size_does_not_change_the_bytes(
         assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
+def test_a_tensor_is_written_in_whole_large_pages(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(checkpoints["v3"], tmp_path / "x", "q8")
+    inside: list[tuple[int, int]] = []
+    put = PACK._Writer.put
+
+    def watched(self: Any, buffer: Any, offset: int, job: Any, last: bool) -> None:
+        if not last:
+            inside.append((offset, len(buffer)))
+        put(self, buffer, offset, job, last)
+
+    monkeypatch.setattr(PACK, "SLAB_BYTES", 9000)
+    monkeypatch.setattr(PACK, "LARGE_PAGE", 512)
+    monkeypatch.setattr(PACK._Writer, "put", watched)
+    pack(checkpoints["v3"], tmp_path / "y", "q8")
+    assert len(inside) > 20
+    assert all((offset + n) % 512 == 0 for offset, n in inside)
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+
+
+def test_slabs_end_on_boundaries_of_the_file(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PACK, "SLAB_BYTES", 64)
+    for _ in range(50):
+        pieces = [rng.integers(0, 256, n, np.uint8) for n in rng.integers(0, 200, rng.integers(0, 6))]
+        begin = at = int(rng.integers(0, 1000))
+        got = list(PACK.slabs(pieces, begin))
+        for i, slab in enumerate(got):
+            at += len(slab)
+            assert len(slab) and (at % 64 == 0 or i == len(got) - 1)
+        assert b"".join(map(bytes, got)) == b"".join(map(bytes, pieces))
+
+
 # --- resuming -------------------------------------------------------------------------------------------------------
 
 CHILD = """

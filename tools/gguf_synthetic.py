@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import os
 import struct
 import sys
@@ -25,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deepcalm import synthetic
+from deepcalm.pack import slabs, write_at
 
 U8 = npt.NDArray[np.uint8]
 Keys = dict[str, "int | float | bool | str"]
@@ -175,16 +177,16 @@ class Values:
                 self.made[key] = (t.mean + np.float32(t.deviation) * x).astype(kind).view(np.uint8)
         return self.made[key]
 
-    def write(self, fd: int, t: Tensor) -> None:
+    def pieces(self, t: Tensor) -> Iterator[U8]:
+        """Its bytes and what pads them."""
         block = self.blocks(t)
         digest = hashlib.blake2b(f"{self.seed}/{t.name}".encode(), digest_size=8).digest()
         begin, left = int.from_bytes(digest, "little") % N_BLOCKS * block.shape[1], t.n_bytes
         while left:
-            part = block.reshape(-1)[begin : begin + left].data
+            part = block.reshape(-1)[begin : begin + left]
             left, begin = left - len(part), 0
-            while part:
-                part = part[os.write(fd, part) :]
-        os.write(fd, b"\0" * (-t.n_bytes % ALIGN))
+            yield part
+        yield np.zeros(-t.n_bytes % ALIGN, np.uint8)
 
 
 def write(path: Path, spec: str, kind: str, overrides: tuple[str, ...] = (), seed: int = 0) -> int:
@@ -194,9 +196,11 @@ def write(path: Path, spec: str, kind: str, overrides: tuple[str, ...] = (), see
     values, temporary = Values(seed), path.with_name(f".{path.name}.tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        os.write(fd, header(metadata(config), plan))
-        for t in plan:
-            values.write(fd, t)
+        head = np.frombuffer(header(metadata(config), plan), np.uint8)
+        at = 0
+        for slab in slabs(itertools.chain([head], *map(values.pieces, plan)), 0):
+            write_at(fd, slab.data, at)
+            at += len(slab)
         os.fsync(fd)
         temporary.replace(path)
     finally:

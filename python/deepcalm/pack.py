@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from deepcalm.plan import DTYPES, Dropped, Part, Plan, PlannedTensor, make_plan
 __all__ = ["DTYPES", "Dropped", "Plan", "PlannedTensor", "pack", "plan"]
 
 SLAB_BYTES = 8 << 20  # bytes of output, and of source, of one step
+LARGE_PAGE = 2 << 20  # the system keeps a file in such pages where one write covers all of one; decoding is faster then
 Progress = Callable[[int, int], object]
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -125,6 +126,21 @@ def write_at(fd: int, data: memoryview | bytes, offset: int) -> None:
     while view.nbytes:
         n = os.pwrite(fd, view, offset)
         view, offset = view[n:], offset + n
+
+
+def slabs(pieces: Iterable[Bytes], offset: int) -> Iterator[Bytes]:
+    """The bytes of ``pieces``, for ``offset`` of a file on, in arrays that end where SLAB_BYTES divides the offset."""
+    parts: list[Bytes] = []
+    for piece in pieces:
+        taken = 0
+        while taken < len(piece):
+            parts.append(piece[taken : taken + SLAB_BYTES - offset % SLAB_BYTES])
+            taken, offset = taken + len(parts[-1]), offset + len(parts[-1])
+            if offset % SLAB_BYTES == 0:
+                yield np.concatenate(parts)
+                parts.clear()
+    if parts:
+        yield np.concatenate(parts)
 
 
 class _Partial:
@@ -308,11 +324,15 @@ class _Packer:
         for s, begin, end in _units(t):
             size = (end - begin) * t.row_bytes
             if fill + size > len(buffer):
-                if fill:
-                    self.writer.put(buffer[:fill], offset, job, False)
-                offset, fill = offset + fill, 0
+                rest = (offset + fill) % LARGE_PAGE  # of a large page: waits for the next write
+                done, rest = (fill - rest, rest) if rest < fill else (fill, 0)
+                left = buffer[done:fill]
+                if done:
+                    self.writer.put(buffer[:done], offset, job, False)
+                offset, fill = offset + done, rest
                 yield offset
-                buffer = self.writer.buffer(size)
+                buffer = self.writer.buffer(rest + size)
+                buffer[:rest] = left
             view = buffer[fill : fill + size]
             if t.kind == "plain":
                 self._plain(t, begin, end, view)

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from . import _core, hf_config
 from .errors import ResourceError, UnsupportedError
-from .pack import Job, file_header, write_at
+from .pack import Job, file_header, slabs, write_at
 from .packed import TILE_BYTES, TILE_COLS, TILE_ROWS, Stored, spec_shape, stored_file
 from .plan import Plan, draft_head_key
 from .plan import dtypes as plan_dtypes
@@ -286,7 +286,7 @@ def write_model(
                     pieces: Iterable[U8] = [np.frombuffer(job.blob, np.uint8)] if job.blob else []
                     if not job.blob and not sparse:
                         pieces = values.pieces(s, deviations[s.name])
-                    for piece in pieces:
+                    for piece in slabs(pieces, at):
                         pending.append(writer.submit(write_at, out.fileno(), piece.data, at))
                         sha.update(piece.data)  # beside the write
                         at += len(piece)
