@@ -20,9 +20,10 @@ template <class W>
 concept Chained = requires { typename W::X; };
 template <class W> constexpr int64_t column_bytes(int64_t c) { return c / kTileCols * W::kTileBytes; }
 
-// Asks for bytes that come from memory long before their use.
+// Asks for bytes that come from memory long before their use: into the second level. A line on its way to the first holds one of
+// its few miss buffers meanwhile, and loads that hit the second level wait for one (Zen 4: a fifth of bf16's prefill).
 DC_INLINE void fetch(const std::byte* p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) prefetch(p + i);
+    for (int64_t i = 0; i < bytes; i += 64) prefetch_far(p + i);
 }
 
 // Weights of row tiles where they lie, `step` bytes apart, from memory: prefetches `ahead` bytes onward, and where a row tile
@@ -57,7 +58,7 @@ template <class W> struct Cached {
 
     DC_INLINE typename W::Unit unit(int s, int c, int u) const {
         const std::byte* p = w + s * step + column_bytes<W>(c) + int64_t{u} * 64;
-        if constexpr (Chained<W>) prefetch(p + ahead);
+        if constexpr (Chained<W>) prefetch_far(p + ahead);
         return W::load(p);
     }
     DC_INLINE F scale(int s, int c) const { return W::scale(w + s * step + column_bytes<W>(c) + W::kScaleAt); }
@@ -302,6 +303,7 @@ template <class W> void by_panels(const MatmulArgs& a, const std::byte* w, int64
         const int i0 = a.n * chunk / chunks, n = a.n * (chunk + 1) / chunks - i0;
         for (int begin = 0; begin < blocks.cols;) {
             const int end = blocks.end(begin);
+            const std::byte* here = w + column_bytes<W>(begin);
             const std::byte* next = end == blocks.cols ? w + kWideTiles * w_step : w + column_bytes<W>(end);
             const auto part = [&]<int R>(const auto& src, int i, int j) {
                 F acc[R][kBlockTiles];
@@ -321,19 +323,25 @@ template <class W> void by_panels(const MatmulArgs& a, const std::byte* w, int64
 #pragma GCC unroll 16
                     for (int s = 0; s < kBlockTiles; ++s) store(to + r * stride + kTileRows * s, acc[r][s]);
             };
-            const auto all_rows = [&](auto source) {  // source(j): the weights of row tile j and on
-                row_blocks<kFewRows, kBlockRows>(n, [&]<int R>(int i, int b, int n_blocks) {
-                    const int64_t share = round_up(column_bytes<W>(kSumCols) / n_blocks, 64);  // of the next panel
-                    for (int s = 0; chunk == 0 && s < kWideTiles; ++s) fetch(next + s * w_step + b * share, share);
-                    for (int j = 0; j < kWideTiles; j += kBlockTiles) part.template operator()<R>(source(j), i, j);
-                });
-            };
+            const auto all_rows =
+                [&](auto source) {  // source(j, ask): row tile j and on; ask for the next panel meanwhile
+                    row_blocks<kFewRows, kBlockRows>(n, [&]<int R>(int i, int b, int n_blocks) {
+                        for (int j = 0; j < kWideTiles; j += kBlockTiles) {
+                            const bool ask = chunk == 0 && j / kBlockTiles % n_blocks == b;
+                            part.template operator()<R>(source(j, ask), i, j);
+                        }
+                    });
+                };
             if constexpr (kUnpack<W>) {
                 Unpacked<W> panel;
                 panel.fill(w, w_step, begin, end);
-                all_rows([&](int j) { return InPanel<W>{&panel, j}; });
+                all_rows([&](int j, bool ask) {
+                    for (int s = j; ask && s < j + kBlockTiles; ++s)
+                        fetch(next + s * w_step, column_bytes<W>(kSumCols));
+                    return InPanel<W>{&panel, j};
+                });
             } else {
-                all_rows([&](int j) { return Cached<W>{w + j * w_step, w_step}; });
+                all_rows([&](int j, bool ask) { return Cached<W>{w + j * w_step, w_step, ask ? next - here : 0}; });
             }
             begin = end;
         }
