@@ -133,12 +133,9 @@ py::capsule dlpack(py::object owner, uintptr_t address, std::vector<int64_t> sha
 
 class PySession {
   public:
-    PySession(Model& model, int ctx, const std::string& kv, int max_rows, bool mtp, const std::string& driver)
+    PySession(Model& model, int ctx, const std::string& kv, int max_rows, bool mtp)
         : vocab_(model.cfg().vocab_size), d_(model.cfg().hidden_size) {
-        if (driver != "graph" && driver != "persistent")
-            throw_error(session_error("driver: '" + driver + "', expected graph or persistent"));
-        s_ = unwrap(Session::make(model, ctx, cache_type(kv), max_rows, mtp,
-                                  driver == "graph" ? kDriverGraph : kDriverPersistent));
+        s_ = unwrap(Session::make(model, ctx, cache_type(kv), max_rows, mtp));
     }
 
     F32Array forward(const I32Array& ids, const std::string& logits) {
@@ -458,9 +455,8 @@ PYBIND11_MODULE(_core, m) {
             py::arg("ctx_pos"), py::arg("kv"), "Bytes that decoding one token at this cache length reads.");
 
     py::class_<PySession>(m, "Session")
-        .def(py::init<Model&, int, const std::string&, int, bool, const std::string&>(), py::arg("model"),
-             py::arg("ctx"), py::arg("kv"), py::arg("max_rows"), py::arg("mtp") = false, py::arg("driver") = "graph",
-             py::keep_alive<1, 2>())
+        .def(py::init<Model&, int, const std::string&, int, bool>(), py::arg("model"), py::arg("ctx"), py::arg("kv"),
+             py::arg("max_rows"), py::arg("mtp") = false, py::keep_alive<1, 2>())
         .def_property_readonly("pos", [](PySession& s) { return s.cache(false).len; })
         .def_property_readonly("mtp_pos", [](PySession& s) { return s.cache(true).len; })
         .def_property_readonly("ctx", [](PySession& s) { return s.cache(false).ctx(); })

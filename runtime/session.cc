@@ -15,8 +15,7 @@ int n_logits_of(WantLogits want, size_t n) {
 
 }  // namespace
 
-Result<std::unique_ptr<Session>> Session::make(Model& model, int ctx, CacheType kv, int max_rows, bool keep_mtp,
-                                               int driver) {
+Result<std::unique_ptr<Session>> Session::make(Model& model, int ctx, CacheType kv, int max_rows, bool keep_mtp) {
     const ModelConfig& c = model.cfg();
     if (ctx < 1 || ctx > c.max_position_embeddings) {
         return Error{ErrorCode::kSession, "ctx: " + std::to_string(ctx) + ", expected 1.." +
@@ -38,8 +37,7 @@ Result<std::unique_ptr<Session>> Session::make(Model& model, int ctx, CacheType 
     if (model.on_device()) {
         DeviceError error;
         const DeviceApi* api = model.device().api;
-        const DeviceSessionArgs args{
-            .ctx = ctx, .kv = kv, .max_rows = max_rows, .mtp = c.num_nextn_predict_layers > 0, .driver = driver};
+        const DeviceSessionArgs args{.ctx = ctx, .kv = kv, .max_rows = max_rows, .mtp = c.num_nextn_predict_layers > 0};
         s->device_ = {api->open_session(model.device_model(), args, error), {api}};
         if (s->device_ == nullptr) return to_error(error);
     }

@@ -46,9 +46,7 @@ class Session {
     static constexpr int kMaxPending = deepcalm::kMaxPending;
 
     // keep_mtp: maintain the MTP cache and pending hidden states (drafting); refused for a model without an MTP layer.
-    // driver: how a device runs a pass (DeviceDriver); of no meaning on the CPU.
-    static Result<std::unique_ptr<Session>> make(Model& model, int ctx, CacheType kv, int max_rows, bool keep_mtp,
-                                                 int driver = kDriverGraph);
+    static Result<std::unique_ptr<Session>> make(Model& model, int ctx, CacheType kv, int max_rows, bool keep_mtp);
 
     // Appends ids (n <= max_rows, pos + n <= ctx) to the main cache. Logits rows (0, 1 or n) of [vocab_size] go to `logits`,
     // row stride vocab_size; final hidden rows (post-norm) stay in hidden().

@@ -16,7 +16,6 @@ from deepcalm.errors import ResourceError, UnsupportedError
 from ref import packed
 
 DEVICES = ("sim", "cuda")
-DRIVERS = ("graph", "persistent")
 
 NO_CUDA = r"this build has no libdeepcalm_cuda\.so|the CUDA driver: .+|no CUDA device: .+"
 

@@ -46,13 +46,6 @@ def test_device_library_that_is_none_is_refused(tmp_path: Path) -> None:
             open_with(path)
 
 
-def test_device_driver_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="driver: 'fast', expected one of graph, persistent"):
-        deepcalm.Model(surface_cases.packed(), driver="fast")
-    monkeypatch.setenv("DEEPCALM_CUDA_DRIVER", "persistent")
-    assert deepcalm.Model(surface_cases.packed()).driver == "persistent"
-
-
 @pytest.mark.parametrize("device", ["cuda", "sim"])
 def test_device_library_exports_its_entries_alone(device: str) -> None:
     path = device_cases.library(device)

@@ -50,8 +50,8 @@ def packed_case(preset: str, source: str, options: dict[str, str]) -> Any:
     return rc.pack(rc.checkpoint(preset, source), **options)
 
 
-def session(core: Any, kv: str, driver: str = "graph", ctx: int = 128, mtp: bool = False) -> Any:
-    return _core.Session(core, ctx, kv, 96, mtp, driver)
+def session(core: Any, kv: str, ctx: int = 128, mtp: bool = False) -> Any:
+    return _core.Session(core, ctx, kv, 96, mtp)
 
 
 # ---- passes
@@ -67,18 +67,17 @@ def test_device_stages_equal_oracle(
 
 
 @pytest.mark.parametrize(("preset", "source", "options", "kv"), CASES, ids=IDS)
-def test_device_bits_do_not_depend_on_grouping_or_driver(
+def test_device_bits_do_not_depend_on_grouping(
     preset: str, source: str, options: dict[str, str], kv: str, device: str
 ) -> None:
     file = packed_case(preset, source, options)
     core = device_cases.open_core(file, device)
     ids = tiny.token_ids(file.config["vocab_size"], 72, 3)
     truth = rc.Run(core, ids, kv, 72)
-    groupings = [("graph", [40, 16, 1, 3, 8, 4]), ("persistent", [56, 2, 7, 7])]
-    for driver, sizes in groupings:
-        other = rc.Run(core, ids, kv, sizes, session=session(core, kv, driver))
+    for sizes in ([40, 16, 1, 3, 8, 4], [56, 2, 7, 7]):
+        other = rc.Run(core, ids, kv, sizes, session=session(core, kv))
         for name in ("logits", "hidden", "cache"):
-            assert_same_bits(f"{driver} {sizes} {name}", getattr(other, name), getattr(truth, name))
+            assert_same_bits(f"{sizes} {name}", getattr(other, name), getattr(truth, name))
     traced = rc.Run(core, ids, kv, [66, 6], taps=["final_norm"], session=session(core, kv))
     assert_same_bits("traced", traced.logits, truth.logits)
     if file.config["num_nextn_predict_layers"]:
@@ -100,12 +99,12 @@ def test_device_agrees_with_the_cpu_in_f32(device: str) -> None:
 
 
 def decode(
-    core: Any, ks: list[int], prompt: rc.Array, driver: str, kv: str = "f16", n: int = 12, **options: Any
+    core: Any, ks: list[int], prompt: rc.Array, kv: str = "f16", n: int = 12, **options: Any
 ) -> tuple[list[int], Any, list[dict[str, Any]]]:
     """A device text of n tokens after the argmax of the prompt's logits: (tokens, session at rest, rounds)."""
     o: dict[str, Any] = {"temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "eos": [], "ctx": 128}
     o |= {"mtp": any(ks)} | options
-    s = session(core, kv, driver, o["ctx"], o["mtp"])
+    s = session(core, kv, o["ctx"], o["mtp"])
     logits = s.forward(prompt)[0]
     token = _core.sample(logits, o["temp"], o["top_k"], o["top_p"], o["min_p"], o["seed"], s.pos, len(logits))
     s.decode_start(token, o["temp"], o["top_k"], o["top_p"], o["min_p"], o["seed"], len(logits), n - 1, o["eos"])
@@ -143,11 +142,11 @@ SAMPLINGS = [
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "plain", "top_k-top_p", "top_p-min_p"])
-def test_device_decodes_the_same_text_with_any_drafts_and_driver(sampling: dict[str, Any], device: str) -> None:
+def test_device_decodes_the_same_text_with_any_drafts(sampling: dict[str, Any], device: str) -> None:
     file = rc.pack(rc.checkpoint("v3", "bf16"), dtype="q8")
     core = device_cases.open_core(file, device)
     prompt = tiny.token_ids(file.config["vocab_size"], PROMPT, 4)
-    plain, s, _ = decode(core, [0], prompt, "graph", **sampling)
+    plain, s, _ = decode(core, [0], prompt, **sampling)
     assert_same_session(core, s, "f16")
     # the same from the host, one pass and one choice at a time
     host = session(core, "f16")
@@ -158,10 +157,9 @@ def test_device_decodes_the_same_text_with_any_drafts_and_driver(sampling: dict[
         tokens.append(_core.sample(logits, *args, host.pos, len(logits)))
         logits = host.forward([tokens[-1]])[0]
     assert plain == tokens
-    ways = [([3], "graph"), ([0, 7, 1], "persistent")] if not sampling else [([2], "graph")]
-    for ks, driver in ways:
-        text, s, rounds = decode(core, ks, prompt, driver, **sampling)
-        assert text == plain, (ks, driver)
+    for ks in ([3], [0, 7, 1]) if not sampling else ([2],):
+        text, s, rounds = decode(core, ks, prompt, **sampling)
+        assert text == plain, ks
         assert sum(r["drafted"] for r in rounds) > 0
         assert_same_session(core, s, "f16")
 

@@ -140,13 +140,13 @@ class Check:
             yield core, config
 
     @staticmethod
-    def session(core: Any, ctx: int, driver: str = "graph", mtp: bool = False, rows: int = 512) -> Any:
+    def session(core: Any, ctx: int, mtp: bool = False, rows: int = 512) -> Any:
         from deepcalm import _core
 
-        return _core.Session(core, ctx, "f16", min(rows, ctx), mtp, driver)
+        return _core.Session(core, ctx, "f16", min(rows, ctx), mtp)
 
     def bits(self) -> Json:
-        """Law L1 on real shapes: replays, groupings, drivers, drafts."""
+        """Law L1 on real shapes: replays, groupings, drafts."""
         import numpy as np
 
         found: Json = {"ok": True}
@@ -156,53 +156,46 @@ class Check:
                 ids = np.random.default_rng(3).integers(0, config["vocab_size"], n).astype(np.int32)
                 wrong: list[str] = []
 
-                def run(sizes: list[int], driver: str, core: Any = core, ids: Any = ids) -> Any:
-                    s = self.session(core, n + 64, driver)
+                def run(sizes: list[int], core: Any = core, ids: Any = ids) -> Any:
+                    s = self.session(core, n + 64)
                     at, out = 0, None
                     for size in sizes:
                         out = s.forward(ids[at : at + size])[0]
                         at += size
                     return out, s.read_cache(False)
 
-                truth = run([min(512, n), *([n - 512] if n > 512 else [])], "graph")
+                truth = run([min(512, n), *([n - 512] if n > 512 else [])])
                 for size in (16, 64):
-                    other = run([size] * (n // size) + [n % size] * (n % size > 0), "graph")
+                    other = run([size] * (n // size) + [n % size] * (n % size > 0))
                     if not all(np.array_equal(a, b) for a, b in zip(truth, other, strict=True)):
                         wrong.append(f"chunks of {size}")
                 for rows in range(1, 9):
-                    for driver in ("graph", "persistent"):
-                        tail = 8 if self.toy else 24 // rows * rows
-                        tail = tail // rows * rows
-                        other = run([n - tail, *[rows] * (tail // rows)], driver)
-                        if not all(np.array_equal(a, b) for a, b in zip(truth, other, strict=True)):
-                            wrong.append(f"{rows} rows, {driver}")
-                for driver in ("graph", "persistent"):
-                    s = self.session(core, n + 64, driver)
-                    s.forward(ids[: n - 1])
-                    first = None
-                    for i in range(20 if self.toy else 200):
-                        s.truncate(n - 1)
-                        again = s.forward(ids[n - 1 :])
-                        first = again if first is None else first
-                        if not np.array_equal(first, again):
-                            wrong.append(f"replay {i}, {driver}")
-                            break
-                texts = {}
+                    tail = (8 if self.toy else 24) // rows * rows
+                    other = run([n - tail, *[rows] * (tail // rows)])
+                    if not all(np.array_equal(a, b) for a, b in zip(truth, other, strict=True)):
+                        wrong.append(f"{rows} rows")
+                s = self.session(core, n + 64)
+                s.forward(ids[: n - 1])
+                first = None
+                for i in range(20 if self.toy else 200):
+                    s.truncate(n - 1)
+                    again = s.forward(ids[n - 1 :])
+                    first = again if first is None else first
+                    if not np.array_equal(first, again):
+                        wrong.append(f"replay {i}")
+                        break
                 ks = (0, 1, 3, 7) if config["num_nextn_predict_layers"] else (0,)
-                for driver in ("graph", "persistent"):
-                    for k in ks:
-                        texts[driver, k] = self.decode(core, config, ids[:64], 24, k, driver)[0]
-                if any(t != texts["graph", 0] for t in texts.values()):
-                    wrong.append(f"texts differ with drafts or driver: {sorted(texts)}")
+                texts = [self.decode(core, config, ids[:64], 24, k)[0] for k in ks]
+                wrong += [f"the text differs with {k} drafts" for k, t in zip(ks, texts, strict=True) if t != texts[0]]
                 found[f"{spec} {dtype}"] = wrong or "same bits"
                 found["ok"] &= not wrong
         return found
 
     def decode(
-        self, core: Any, config: Json, prompt: Any, tokens: int, k: int, driver: str, ctx: int = 0
+        self, core: Any, config: Json, prompt: Any, tokens: int, k: int, ctx: int = 0
     ) -> tuple[list[int], float, list[Json]]:
         """A device text of rounds with k drafts: (tokens, seconds by the device's clock, rounds)."""
-        s = self.session(core, ctx or len(prompt) + tokens + 16, driver, mtp=k > 0)
+        s = self.session(core, ctx or len(prompt) + tokens + 16, mtp=k > 0)
         for i in range(0, len(prompt), s.max_rows):
             s.forward(prompt[i : i + s.max_rows], "last")
         s.decode_start(int(prompt[-1]), 0.0, 0, 1.0, 0.0, 0, config["vocab_size"], tokens, [])
@@ -220,7 +213,7 @@ class Check:
     # ---- speed
 
     def speed(self, phase: str) -> Json:
-        """Bandwidth, then a model: whole steps under both drivers, stages, prefill, drafting."""
+        """Bandwidth, then a model: whole steps, stages, prefill, drafting."""
         import numpy as np
 
         name, spec, dtype, goal = MODELS[phase]
@@ -229,31 +222,23 @@ class Check:
         with self.model(spec, dtype) as (core, config):
             contexts = (32, 96) if self.toy else CONTEXTS
             ctx = contexts[-1] + 64
-            sessions = {d: self.session(core, ctx, d) for d in ("graph", "persistent")}
-            graph = sessions["graph"]
-            found["gpu"] = json.loads(graph.device_report("device"))
-            found["bandwidth"] = json.loads(graph.device_report(f"bandwidth:{1 << (20 if self.toy else 32)}"))
+            s = self.session(core, ctx)
+            found["gpu"] = json.loads(s.device_report("device"))
+            found["bandwidth"] = json.loads(s.device_report(f"bandwidth:{1 << (20 if self.toy else 32)}"))
             ids = np.random.default_rng(5).integers(0, config["vocab_size"], contexts[-1]).astype(np.int32)
             for at in contexts:
-                cell: Json = {}
-                row["contexts"][at] = cell
-                for driver, s in sessions.items():
-                    while s.pos < at:
-                        s.forward(ids[s.pos : min(at, s.pos + s.max_rows)], "last")
-                    report = json.loads(s.device_report(f"stages:1:{at}"))
-                    read = core.active_bytes_per_token(at, "f16")
-                    share = read / report["seconds"] / 1e9 / found["bandwidth"]["gbps"]
-                    cell[driver] = {"seconds": report["seconds"], "bytes": read, "share": share}
-                    if driver == "graph":
-                        cell["stages"] = report["stages"]
-                        cell["rows"] = {
-                            n: json.loads(s.device_report(f"stages:{n}:{at}"))["seconds"] for n in (2, 4, 8)
-                        }
-            row["decode"] = {}
+                while s.pos < at:
+                    s.forward(ids[s.pos : min(at, s.pos + s.max_rows)], "last")
+                report = json.loads(s.device_report(f"stages:1:{at}"))
+                read = core.active_bytes_per_token(at, "f16")
+                share = read / report["seconds"] / 1e9 / found["bandwidth"]["gbps"]
+                row["contexts"][at] = {
+                    **{"seconds": report["seconds"], "bytes": read, "share": share, "stages": report["stages"]},
+                    "rows": {n: json.loads(s.device_report(f"stages:{n}:{at}"))["seconds"] for n in (2, 4, 8)},
+                }
             short = ids[:128] if not self.toy else ids[:16]
-            for driver in sessions:
-                text, seconds, _ = self.decode(core, config, short, 16 if self.toy else 128, 0, driver)
-                row["decode"][driver] = (len(text) - 1) / max(seconds, 1e-9)
+            text, seconds, _ = self.decode(core, config, short, 16 if self.toy else 128, 0)
+            row["decode"] = (len(text) - 1) / max(seconds, 1e-9)
             n = len(ids) if self.toy else 1024
             times = []
             for _ in range(3):
@@ -289,7 +274,7 @@ class Check:
         """Seconds of a round with k drafts; random weights accept nothing: gains at an acceptance follow from them."""
         cost = {}
         for k in (0, 1, 2, 3):
-            _, seconds, rounds = self.decode(core, config, prompt, 8 if self.toy else 96, k, "graph")
+            _, seconds, rounds = self.decode(core, config, prompt, 8 if self.toy else 96, k)
             cost[k] = seconds / max(len(rounds) - 1, 1)
         gains = {
             str(a): {k: sum(a**j for j in range(k + 1)) * cost[0] / cost[k] for k in (1, 2, 3)} for a in (0.7, 0.85)
@@ -327,14 +312,13 @@ class Check:
             out.append(f"- {name}: {'ok' if phase.get('ok') else 'FAILED'} ({phase['wall']:.0f} s) {note}".rstrip())
         speeds = [p for n, p in self.result["phases"].items() if n in MODELS and "model" in p]
         if speeds:
-            out += ["", "| model | read bandwidth | context | graph: tok/s, share | persistent: tok/s, share | goal |",
-                    "|---|---|---|---|---|---|"]  # fmt: skip
+            out += ["", "| model | read bandwidth | context | tok/s, share | goal |", "|---|---|---|---|---|"]
         for p in speeds:
             for at, cell in p["model"]["contexts"].items():
-                cells = [f"{1 / cell[d]['seconds']:.0f}, {cell[d]['share']:.0%}" for d in ("graph", "persistent")]
+                speed = f"{1 / cell['seconds']:.0f}, {cell['share']:.0%}"
                 goal = f"{p['model']['goal']:.0%}" if int(at) <= 4096 else ""
                 gbps = f"{p['bandwidth']['gbps']:.0f} GB/s"
-                out.append(f"| {p['name']} | {gbps} | {at} | {cells[0]} | {cells[1]} | {goal} |")
+                out.append(f"| {p['name']} | {gbps} | {at} | {speed} | {goal} |")
         if speeds:
             out += ["", "| model | stage | calls | bytes | us | share of the bandwidth |", "|---|---|---|---|---|---|"]
         for p in speeds:
@@ -345,9 +329,8 @@ class Check:
         for p in speeds:
             row = p["model"]
             share = f", {row['prefill_share']:.0%} of the matrix rate" if "prefill_share" in row else ""
-            out += ["", f"{p['name']} on {p['gpu']['name']}: decoding on the device {row['decode']['graph']:.0f} tok/s "
-                    f"(graph), {row['decode']['persistent']:.0f} (persistent); prefill {row['prefill_rate']:.0f} tok/s"
-                    f"{share}"]  # fmt: skip
+            out += ["", f"{p['name']} on {p['gpu']['name']}: decoding on the device {row['decode']:.0f} tok/s; "
+                    f"prefill {row['prefill_rate']:.0f} tok/s{share}"]  # fmt: skip
             if "drafting" in row:
                 out.append(f"  drafting: {json.dumps(row['drafting'])}")
         return "\n".join(out)

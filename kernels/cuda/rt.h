@@ -2,8 +2,8 @@
 // two worlds. Every inline PTX line stands in a function here, with its meaning in C++ in the other branch (sim.h).
 //
 // House rules for code above the seam: no <<<>>> (rt::launch), no __shared__ variables (rt::dynamic_smem), no cooperative
-// groups, no implicit warp synchrony (rt::sync_warp), no early return of a lane before a warp operation, spin loops call
-// rt::spin_pause, threads per block a multiple of 32 and never a constant.
+// groups, no implicit warp synchrony (rt::sync_warp), no early return of a lane before a warp operation, no loop that waits
+// for another block, threads per block a multiple of 32 and never a constant.
 #pragma once
 
 #include "kernels/format.h"
@@ -35,7 +35,6 @@ DC_DEVICE unsigned char* dynamic_smem() {
 }
 DC_DEVICE void sync_block() { __syncthreads(); }
 DC_DEVICE void sync_warp() { __syncwarp(); }
-DC_DEVICE void spin_pause() { __nanosleep(20); }
 template <class T> DC_DEVICE T shfl(T v, int src) { return __shfl_sync(~0U, v, src); }
 template <class T> DC_DEVICE T shfl_xor(T v, int mask) { return __shfl_xor_sync(~0U, v, mask); }
 DC_DEVICE unsigned ballot(bool p) { return __ballot_sync(~0U, p); }
@@ -108,11 +107,6 @@ DC_DEVICE unsigned atomic_add_acq_rel(unsigned* p, unsigned v) {
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
     return old;
 }
-DC_DEVICE unsigned load_acquire(const unsigned* p) {
-    unsigned v;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
 DC_DEVICE void store_release(unsigned* p, unsigned v) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
@@ -177,7 +171,7 @@ inline const char* error_string(Error e) { return cudaGetErrorString(static_cast
 struct LaunchConfig {
     int grid = 1, block = 32;
     int64_t smem = 0;
-    bool cooperative = false, dependent = false;  // dependent: its prologue may overlap the kernel before it
+    bool dependent = false;  // its prologue may overlap the kernel before it
     Stream stream = nullptr;
 };
 // Once per kernel and device, before its first launch with more than 48 KB of dynamic shared memory.
@@ -190,15 +184,12 @@ template <class... P, class... A> Error launch(const LaunchConfig& c, void (*ker
     cfg.blockDim = dim3(static_cast<unsigned>(c.block));
     cfg.dynamicSmemBytes = static_cast<size_t>(c.smem);
     cfg.stream = c.stream;
-    cudaLaunchAttribute attr[2];
-    cfg.attrs = attr;
-    if (c.cooperative) {
-        attr[cfg.numAttrs].id = cudaLaunchAttributeCooperative;
-        attr[cfg.numAttrs++].val.cooperative = 1;
-    }
+    cudaLaunchAttribute attr;
+    cfg.attrs = &attr;
     if (c.dependent) {
-        attr[cfg.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attr[cfg.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+        cfg.numAttrs = 1;
+        attr.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attr.val.programmaticStreamSerializationAllowed = 1;
     }
     return cudaLaunchKernelEx(&cfg, kernel, P(args)...);
 }
@@ -233,7 +224,6 @@ inline void sync_block(std::source_location at = std::source_location::current()
     sim::sync_block(at.file_name(), at.line());
 }
 inline void sync_warp() { sim::sync_warp(); }
-inline void spin_pause() { sim::spin_pause(); }
 template <class T> T shfl(T v, int src) {
     T r;
     std::memcpy(&r, sim::meet(sim::WarpOp::kShfl, &v, sizeof v, nullptr, nullptr)[src & 31], sizeof r);
@@ -306,7 +296,6 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
 inline void dependency_wait() { sim::dependency_wait(); }
 inline void dependency_trigger() {}
 inline unsigned atomic_add_acq_rel(unsigned* p, unsigned v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
-inline unsigned load_acquire(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 inline void store_release(unsigned* p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 inline void store_release_system(unsigned* p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 inline int64_t clock_ns() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
@@ -331,14 +320,13 @@ inline const char* error_string(Error) { return "simulator error"; }
 struct LaunchConfig {
     int grid = 1, block = 32;
     int64_t smem = 0;
-    bool cooperative = false, dependent = false;
+    bool dependent = false;
     Stream stream = nullptr;
 };
 template <class... P> Error allow_smem(void (*)(P...), int64_t) { return 0; }
 // Queued; runs at synchronize(). Arguments are copied, as a real launch does.
 template <class... P, class... A> Error launch(const LaunchConfig& c, void (*kernel)(P...), A... args) {
-    c.stream->queue.push_back(
-        {{c.grid, c.block, c.smem, c.cooperative, c.dependent}, [=] { kernel(static_cast<P>(args)...); }});
+    c.stream->queue.push_back({{c.grid, c.block, c.smem, c.dependent}, [=] { kernel(static_cast<P>(args)...); }});
     return 0;
 }
 inline Error synchronize(Stream s) {

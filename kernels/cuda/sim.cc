@@ -111,8 +111,6 @@ struct Grid {
     std::condition_variable cv;
     bool released = true;          // dependent launches: the predecessor has finished
     int parked = 0, finished = 0;  // blocks
-    int arrived = 0;               // grid barrier
-    unsigned generation = 0;
     std::atomic<int> next{0};
     int workers_left = 0;
 };
@@ -337,7 +335,7 @@ DC_SIM_NOSAN void run_block(Block& block, int index) {
     b = nullptr;
 }
 
-// Workers are created on demand and kept: a cooperative or dependent grid needs one per block at the same time.
+// Workers are created on demand and kept: a dependent grid needs one per block at the same time.
 class Pool {
   public:
     static Pool& get() {
@@ -390,10 +388,9 @@ class GridRun {
         const Launch& l = job.launch;
         if (l.block < kWarp || l.block > kMaxThreads || l.block % kWarp != 0)
             die("threads per block must be a multiple of 32");
-        const bool resident = l.cooperative || early;
         const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-        const int n = resident ? l.grid : std::min(l.grid, cores);
-        if (n > 256) die("cooperative and dependent launches are limited to 256 blocks");
+        const int n = early ? l.grid : std::min(l.grid, cores);
+        if (n > 256) die("dependent launches are limited to 256 blocks");
         grid_.released = !early;
         grid_.workers_left = n;
         for (int i = 0; i < n; ++i) Pool::get().submit([this](Block& block) { work(block); });
@@ -600,26 +597,6 @@ DC_SIM_NOSAN void sync_warp() {
     acquire(&w);
 }
 
-DC_SIM_NOSAN void grid_sync() {
-    if (!b->launch.cooperative) die("grid barrier in a launch that is not cooperative");
-    sync_block("grid", 1);
-    if (b->current == 0) {
-        Grid& grid = *b->grid;
-        release(&grid);
-        std::unique_lock lock(grid.m);
-        const unsigned g = grid.generation;
-        if (++grid.arrived == b->place.blocks) {
-            grid.arrived = 0;
-            ++grid.generation;
-            grid.cv.notify_all();
-        } else {
-            grid.cv.wait(lock, [&] { return grid.generation != g; });
-        }
-        acquire(&grid);
-    }
-    sync_block("grid", 2);
-}
-
 DC_SIM_NOSAN void dependency_wait() {
     if (b->launch.dependent) {
         ++b->progress;
@@ -634,12 +611,6 @@ DC_SIM_NOSAN void dependency_wait() {
         ++b->progress;
         acquire(b->grid);
     }
-}
-
-DC_SIM_NOSAN void spin_pause() {
-    ++b->progress;
-    yield();
-    std::this_thread::yield();
 }
 
 void cp_async(void* dst, const void* src, int bytes) {

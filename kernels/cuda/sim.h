@@ -30,9 +30,7 @@ unsigned char* dynamic_smem();
 
 void sync_block(const char* file, unsigned line);
 void sync_warp();
-void grid_sync();        // cooperative launches
 void dependency_wait();  // the end of the prologue of a dependent launch
-void spin_pause();       // body of every hand-written spin loop
 
 enum class WarpOp : uint8_t { kNone, kSync, kShfl, kShflXor, kBallot, kMmaBF16, kMmaF16, kMmaS8, kLdmatrix };
 inline constexpr int kIn = 48, kOut = 16;  // bytes that a lane gives to and takes from a warp operation
@@ -60,7 +58,7 @@ void ldmatrix_x4_trans(const unsigned char (*in)[kIn], unsigned char (*out)[kOut
 struct Launch {
     int grid = 1, block = 32;
     int64_t smem = 0;
-    bool cooperative = false, dependent = false;
+    bool dependent = false;
 };
 struct Job {
     Launch launch;

@@ -15,12 +15,6 @@ DC_DEVICE Range deal(int n, int block, int n_blocks) {
     return {static_cast<int>(int64_t{n} * block / n_blocks), static_cast<int>(int64_t{n} * (block + 1) / n_blocks)};
 }
 DC_DEVICE int live_rows(const Rows& r) { return r.n_live ? min_int(r.n, *r.n_live) : r.n; }
-// A driver that runs no longer passes says so in the type of its wait: the code of longer ones is left out.
-template <class Wait> DC_DEVICE bool short_pass(const Rows& r) {
-    int n = r.n;
-    if constexpr (requires { Wait::kMaxRows; }) n = min_int(n, Wait::kMaxRows);
-    return n <= kBlockRows;
-}
 struct NoWait {
     DC_DEVICE void operator()() const {}
 };
@@ -456,7 +450,7 @@ template <int NB, class Wait>
 DC_DEVICE void stage_experts(const ExpertsArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
     const ProductSmem s = carve<NB>(smem);
     const Routing& r = a.routing;
-    const bool route_here = short_pass<Wait>(a.rows);
+    const bool route_here = a.rows.n <= kBlockRows;
     wait();
     const int n = live_rows(a.rows);
     const int32_t* idx = r.topk_idx;
@@ -600,7 +594,7 @@ DC_DEVICE void stage_down(const DownArgs& a, int block, int n_blocks, unsigned c
         build_lists(l, a.routing.topk_idx, live_rows(a.rows), a.routing.topk, a.routing.n_experts);
         return l;
     };
-    if (short_pass<Wait>(a.rows)) {
+    if (a.rows.n <= kBlockRows) {
         DownPlan plan;
         plan.a = &a;
         plan.pass = a.rows;

@@ -1,13 +1,12 @@
 // The stages of the CUDA pass: argument structs, launch geometry, the list of kernels. No CUDA construct appears here, so
-// plain C++ (the device model, the drivers' host side, tests) includes it too. What runs is in product.cuh, attention.cuh,
+// plain C++ (the device model, the host's side, tests) includes it too. What runs is in product.cuh, attention.cuh,
 // moe.cuh and stages.cuh behind the seam rt.h.
 //
 // A stage is the work between two grid-wide dependencies:
 //     template <int NB, class Wait> __device__ void stage_<name>(const <Name>Args&, int block, int n_blocks, unsigned char* smem, Wait wait)
 // Every block of the grid calls it with all its threads. It starts its weight copies, calls wait() exactly once and touches
 // nothing that another stage writes before that (so neither pos, nor ids, nor activations); weights and args are constants.
-// wait() is rt::dependency_wait() in the graph of kernels and a grid barrier in the persistent kernel. NB is the number of
-// 8-row column blocks that share a weight: 1 decodes and verifies (n <= 8), kPrefillBlocks runs longer passes; rows beyond
+// wait() is rt::dependency_wait(). NB is the number of 8-row column blocks that share a weight: 1 decodes and verifies (n <= 8), kPrefillBlocks runs longer passes; rows beyond
 // 8 * NB are walked in blocks, for any n. Law L1: an output's bits depend on its own row alone: not on n, NB, n_blocks,
 // threads per block or unit_chunks; all sums are ordered sums of 512-column segments (docs/model.md 7.2).
 //
@@ -257,8 +256,8 @@ struct HeadArgs {
     unsigned* arrived = nullptr;
 };
 
-// Every stage, in the order of a layer: X(name, Args). stage_<name><NB>(args, block, n_blocks, smem, wait); kernels,
-// persistent loop and tests are generated from this list.
+// Every stage, in the order of a layer: X(name, Args). stage_<name><NB>(args, block, n_blocks, smem, wait); kernels and their
+// launches are generated from this list.
 #define DEEPCALM_CUDA_STAGES(X)                                                                                        \
     X(embed, EmbedArgs)                                                                                                \
     X(product, ProductArgs)                                                                                            \

@@ -110,7 +110,7 @@ class Model:
 
 class Session:
     def __init__(
-        self, model: Model, ctx: int, kv: str, max_rows: int, mtp: bool = False, driver: str = "graph"
+        self, model: Model, ctx: int, kv: str, max_rows: int, mtp: bool = False
     ) -> None: ...
     @property
     def pos(self) -> int: ...

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 DEFAULT_CTX = 4096
 MAX_THREADS = 1024
 DEVICES = ("cpu", "cuda", "auto", "sim")
-DRIVERS = ("graph", "persistent")
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -63,8 +62,6 @@ class Model:
             ("sim" is the CUDA code on a simulated GPU, for the tests: slow.)
         threads: worker threads; None: DEEPCALM_THREADS, else one per core.
         isa: instruction set by name; None: DEEPCALM_ISA, else the best one this processor has.
-        driver: how a GPU runs a pass, "graph" (a kernel per stage) or "persistent" (one kernel); the same bits. None:
-            DEEPCALM_CUDA_DRIVER, else "graph".
 
     Raises:
         PackedFileError: the file is missing, damaged or of an unknown version.
@@ -78,16 +75,12 @@ class Model:
         device: str = "cpu",
         threads: int | None = None,
         isa: str | None = None,
-        driver: str | None = None,
     ) -> None:
         if device not in DEVICES:
             raise ValueError(f"device: {device!r}, expected one of {', '.join(DEVICES)}")
         self.path = Path(path)
         #: What was turned off or replaced, one line each.
         self.notes: tuple[str, ...] = ()
-        self.driver = driver or os.environ.get("DEEPCALM_CUDA_DRIVER") or DRIVERS[0]
-        if self.driver not in DRIVERS:
-            raise ValueError(f"driver: {one_line(self.driver, 40)!r}, expected one of {', '.join(DRIVERS)}")
         isa = isa or os.environ.get("DEEPCALM_ISA") or None
         if threads is None:
             text = os.environ.get("DEEPCALM_THREADS", "")

@@ -127,7 +127,7 @@ class Session:
             raise ValueError(f"kv: {kv!r}, expected one of {', '.join(KV_TYPES)}")
         self.model = model
         self.kv = kv
-        self._core = _core.Session(model.core, ctx, kv, max_rows, mtp, model.driver)
+        self._core = _core.Session(model.core, ctx, kv, max_rows, mtp)
         available = available_memory() if model.device == "cpu" else None  # a device has refused by itself
         if available is not None and self._core.cache_bytes > available:  # reserved, not touched yet
             raise ResourceError(

@@ -42,10 +42,7 @@ struct DeviceSessionArgs {
     CacheType kv = CacheType::kF16;
     int max_rows = 0;  // rows of the largest pass
     bool mtp = false;  // an MTP cache is kept
-    int driver = 0;    // DeviceDriver
 };
-
-enum DeviceDriver : int { kDriverGraph = 0, kDriverPersistent = 1 };
 
 // Receives taps and says which are wanted; data is host memory, valid during the call. Layout as Trace::record.
 // take() gives the n f32 values that replace a tap once it is recorded (Trace::feed), or null; valid during the pass.

@@ -1,12 +1,11 @@
-// A device library: weights and sessions in device memory, the two drivers, decoding, and the table of functions that the
-// core calls. Compiled by nvcc into libdeepcalm_cuda.so and, through backend_sim.cc, by g++ into libdeepcalm_sim.so.
-// Driver (i), a graph of kernels, is here; driver (ii) in persistent.cu.
+// A device library: weights and sessions in device memory, passes as graphs of kernels, decoding, and the table of
+// functions that the core calls. Compiled by nvcc into libdeepcalm_cuda.so and, through backend_sim.cc, by g++ into
+// libdeepcalm_sim.so.
 #include "kernels/cuda/stages.cuh"
 #include "runtime/cuda/decode.cuh"
 #include "runtime/cuda/fill.cuh"
 #include "runtime/cuda/forward.h"
 #include "runtime/cuda/host.h"
-#include "runtime/cuda/persistent.h"
 
 #include <cerrno>
 #include <map>
@@ -28,6 +27,23 @@ namespace {
     }
 DEEPCALM_CUDA_ALL_STAGES(X)
 #undef X
+
+}  // namespace
+
+#define X(name, Args)                                                                                                  \
+    rt::Error launch_stage(const rt::LaunchConfig& c, [[maybe_unused]] int nb, const Args& args) {                     \
+        return rt::launch(c, nb == 1 ? kernel_##name<1> : kernel_##name<kPrefillBlocks>, args);                        \
+    }
+DEEPCALM_CUDA_STAGES(X)
+#undef X
+#define X(name, Args)                                                                                                  \
+    rt::Error launch_stage(const rt::LaunchConfig& c, int, const Args& args) {                                         \
+        return rt::launch(c, kernel_##name<1>, args);                                                                  \
+    }
+DEEPCALM_CUDA_DECODE_STAGES(X)
+#undef X
+
+namespace {
 
 // --- errors ---------------------------------------------------------------------------------------------------------
 
@@ -102,14 +118,10 @@ struct DeviceModel {
 
 // --- session --------------------------------------------------------------------------------------------------------
 
-// A pass or a round that is run many times: its list of stages, and how a driver replays it.
+// A pass or a round that is run many times.
 struct Replay {
     Program program;
     rt::Graph graph;
-    void* ops = nullptr;  // persistent: the list in device memory
-    ~Replay() {
-        if (ops != nullptr) rt::release(ops);
-    }
 };
 
 struct DeviceSession {
@@ -122,7 +134,6 @@ struct DeviceSession {
     std::map<std::string, DeviceView> kept_taps;
     Buffers b;
     TokenRing* ring = nullptr;
-    unsigned* barrier = nullptr;
     int threads = kThreads, blocks = 1;
     // (mtp, n, n_logits, long context) of passes from the host; (k, parts, long context, sampled) of rounds
     std::map<std::tuple<int, int, int, bool, bool>, std::unique_ptr<Replay>> replays;
@@ -196,7 +207,6 @@ struct DeviceSession {
         take(b.best_value, kLogitRows * int64_t{blocks});
         take(b.best_id, kLogitRows * int64_t{blocks});
         take(b.arrived, 1);
-        take(barrier, 1);
         take(b.cos, ctx * c.qk_rope_head_dim / 2);
         take(b.sin, ctx * c.qk_rope_head_dim / 2);
         take(b.cache, c.num_hidden_layers * ctx * b.row_stride);
@@ -256,7 +266,6 @@ struct DeviceSession {
 #define X(name, Args) DC_RT(rt::allow_smem(kernel_##name<kPrefillBlocks>, m.info.smem));
         DEEPCALM_CUDA_STAGES(X)
 #undef X
-        DC_RT(persistent_allow_smem(m.info.smem));
         DC_RT(rt::synchronize(stream));
         for (const int n : {1, kBlockRows, std::min(args.max_rows, kMaxPassRows)}) {
             Program p;
@@ -288,57 +297,22 @@ struct DeviceSession {
                 .trace = trace};
     }
 
-    // ---- drivers ---------------------------------------------------------------------------------------------------
+    // ---- running a list of stages ----------------------------------------------------------------------------------
 
     rt::Error launch(const Op& op, bool dependent, rt::Stream s) const {
-        const rt::LaunchConfig c{.grid = op.blocks,
-                                 .block = threads,
-                                 .smem = op.smem,
-                                 .cooperative = false,
-                                 .dependent = dependent && m.info.dependent,
-                                 .stream = s};
-        const bool one = op.nb == 1;
-        switch (op.kind) {
-#define X(name, Args)                                                                                                  \
-    case Kind::k_##name: return rt::launch(c, one ? kernel_##name<1> : kernel_##name<kPrefillBlocks>, op.as<Args>());
-            DEEPCALM_CUDA_STAGES(X)
-#undef X
-#define X(name, Args)                                                                                                  \
-    case Kind::k_##name: return rt::launch(c, kernel_##name<1>, op.as<Args>());
-            DEEPCALM_CUDA_DECODE_STAGES(X)
-#undef X
-        }
-        return 1;
+        return op.launch({.grid = op.blocks,
+                          .block = threads,
+                          .smem = op.smem,
+                          .dependent = dependent && m.info.dependent,
+                          .stream = s});
     }
     rt::Error launch_all(const Program& p, rt::Stream s) const {
         rt::Error e = 0;
         for (size_t i = 0; i < p.ops.size() && e == 0; ++i) e = launch(p.ops[i], i > 0, s);
         return e;
     }
-    bool prepare(Replay& r, DeviceError& error) {
-        if (args.driver == kDriverGraph) {
-            DC_RT(r.graph.record(stream, [this, &r](rt::Stream s) { return launch_all(r.program, s); }));
-            return true;
-        }
-        const auto bytes = static_cast<int64_t>(r.program.ops.size() * sizeof(Op));
-        DC_RT(rt::allocate(&r.ops, bytes));
-        DC_RT(rt::copy(r.ops, r.program.ops.data(), bytes, stream));
-        return true;
-    }
-    bool replay(const Replay& r, DeviceError& error) const {
-        if (args.driver == kDriverGraph) {
-            DC_RT(r.graph.launch(stream));
-            return true;
-        }
-        DC_RT(rt::zero(barrier, 4, stream));
-        const rt::LaunchConfig c{.grid = blocks,
-                                 .block = threads,
-                                 .smem = r.program.smem,
-                                 .cooperative = true,
-                                 .dependent = false,
-                                 .stream = stream};
-        DC_RT(persistent_launch(c, static_cast<const Op*>(r.ops), static_cast<int>(r.program.ops.size()), barrier));
-        return true;
+    rt::Error prepare(Replay& r) const {
+        return r.graph.record(stream, [&](rt::Stream s) { return launch_all(r.program, s); });
     }
 
     // ---- passes from the host --------------------------------------------------------------------------------------
@@ -382,9 +356,9 @@ struct DeviceSession {
             if (r == nullptr) {
                 r = std::make_unique<Replay>();
                 writer(r->program).pass(s);
-                if (!prepare(*r, error)) return false;
+                DC_RT(prepare(*r));
             }
-            if (!replay(*r, error)) return false;
+            DC_RT(r->graph.launch(stream));
         }
         const auto take_logits = [&](int rows, int64_t to) {
             return rt::copy_rows(p.logits + to * p.logits_stride, 4 * p.logits_stride, b.logits, 4 * b.logits_stride,
@@ -621,9 +595,9 @@ struct DeviceSession {
         if (r == nullptr) {
             r = std::make_unique<Replay>();
             write_round(r->program, parts > 0 ? k : 0, parts, long_context, run.temp > 0);
-            if (!prepare(*r, error)) return false;
+            DC_RT(prepare(*r));
         }
-        if (!replay(*r, error)) return false;
+        DC_RT(r->graph.launch(stream));
         ++queued;
         pend_bound = !keeps_mtp ? 0 : catch_up ? k + 1 : pend_bound + 1;
         pos_bound += k + 1;
@@ -787,7 +761,6 @@ extern "C" __attribute__((visibility("default"))) int deepcalm_stage(const char*
     rt::LaunchConfig c{.grid = l->blocks,
                        .block = l->threads,
                        .smem = 0,
-                       .cooperative = false,
                        .dependent = l->dependent != 0 && info.dependent,
                        .stream = stream};
 #define X(stage, Args)                                                                                                 \

@@ -1,3 +1,2 @@
 // The device library on the simulator: the same sources, compiled by g++.
 #include "runtime/cuda/backend.cu"
-#include "runtime/cuda/persistent.cu"

@@ -64,16 +64,14 @@ inline rt::Error fill_weights(const ModelWeights& w, const std::byte* base, std:
     const auto run = [&](const void* at, int64_t bytes, Format format, float a, bool tiled, bool constant) {
         if (at == nullptr || bytes == 0 || error != 0) return;
         const int64_t offset = static_cast<const std::byte*>(at) - base;
-        error = rt::launch(
-            {.grid = sms, .block = 256, .smem = 0, .cooperative = false, .dependent = false, .stream = stream},
-            kernel_fill,
-            FillArgs{.data = reinterpret_cast<uint32_t*>(device + offset),
-                     .words = bytes / 4,
-                     .format = format,
-                     .tiled = tiled,
-                     .constant = constant,
-                     .a = a,
-                     .seed = seed * 0x9E3779B97F4A7C15U + static_cast<uint64_t>(offset)});
+        error = rt::launch({.grid = sms, .block = 256, .smem = 0, .dependent = false, .stream = stream}, kernel_fill,
+                           FillArgs{.data = reinterpret_cast<uint32_t*>(device + offset),
+                                    .words = bytes / 4,
+                                    .format = format,
+                                    .tiled = tiled,
+                                    .constant = constant,
+                                    .a = a,
+                                    .seed = seed * 0x9E3779B97F4A7C15U + static_cast<uint64_t>(offset)});
     };
     const auto matrix = [&](const PackedTensor& t) {
         if (t.rows == 0) return;

@@ -1,12 +1,13 @@
 // The forward pass, CUDA transcription: which stages run on which buffers, in order. Same sections and taps as
-// runtime/forward_cpu.cc and tests/ref/model.py. Here a pass is only written down, as a list of stage calls; the drivers in
-// backend.cu run it as a graph of kernels or inside one persistent kernel.
+// runtime/forward_cpu.cc and tests/ref/model.py. Here a pass is only written down, as a list of stage calls that backend.cu
+// runs as a graph of kernels.
 #pragma once
 
 #include "kernels/cuda/stages.h"
 #include "runtime/cuda/decode.cuh"
 
 #include <algorithm>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -14,31 +15,21 @@ namespace deepcalm::gpu {
 
 #define DEEPCALM_CUDA_ALL_STAGES(X) DEEPCALM_CUDA_STAGES(X) DEEPCALM_CUDA_DECODE_STAGES(X)
 
-#define X(name, Args) k_##name,
-enum class Kind : int32_t { DEEPCALM_CUDA_ALL_STAGES(X) };
-#undef X
-#define X(name, Args) #name,
-inline constexpr const char* kKindNames[] = {DEEPCALM_CUDA_ALL_STAGES(X)};
-#undef X
-
-// One stage call: what the host launches, or what the persistent kernel reads from device memory.
-struct Op {
-    Kind kind = Kind::k_embed;
-    int32_t nb = 1;
-    int32_t blocks = 1;
-    int32_t layer = -1;  // -2: MTP; for reports
-    int64_t smem = 0;
-    int64_t bytes = 0;  // weights read by one row (of the chosen experts: by all rows, counted as if none were shared)
-    alignas(16) unsigned char args[640] = {};
-
-    template <class A> const A& as() const { return *reinterpret_cast<const A*>(args); }
-};
-inline Kind kind_of(...) = delete;
 #define X(name, Args)                                                                                                  \
-    static_assert(sizeof(Args) <= sizeof(Op::args));                                                                   \
-    constexpr Kind kind_of(const Args&) { return Kind::k_##name; }
+    constexpr const char* stage_name(const Args&) { return #name; }                                                    \
+    rt::Error launch_stage(const rt::LaunchConfig& config, int nb, const Args& args);
 DEEPCALM_CUDA_ALL_STAGES(X)
 #undef X
+
+// One stage call.
+struct Op {
+    std::string name;  // of the stage; products with their shape, of which a layer has four
+    int blocks = 1;
+    int64_t smem = 0;
+    int64_t bytes = 0;  // weights read by one row (of the chosen experts: by all rows, counted as if none were shared)
+    int64_t row_bytes = 0;  // of the cache, read at every position
+    std::function<rt::Error(const rt::LaunchConfig&)> launch;
+};
 
 // An intermediate to copy out after `op`: `vectors` vectors of `width`, `stride` apart, shape [rows, dims...].
 struct TapOut {
@@ -212,17 +203,17 @@ class PassWriter {
 
     template <class A> void add(const A& args, int nb = 1) {
         if (smem_bytes(args, nb, threads_) > smem_) nb = 1;  // sm_80: fewer rows share a weight, with the same bits
-        Op op;
-        op.kind = kind_of(args);
-        op.nb = nb;
-        op.layer = layer_;
-        op.smem = smem_bytes(args, nb, threads_);
-        op.blocks = std::max(1, std::min(stage_units(args), sms_));
-        op.bytes = bytes_;
+        Op op{.name = stage_name(args),
+              .blocks = std::max(1, std::min(stage_units(args), sms_)),
+              .smem = smem_bytes(args, nb, threads_),
+              .bytes = bytes_,
+              .launch = [args, nb](const rt::LaunchConfig& c) { return launch_stage(c, nb, args); }};
+        if constexpr (std::is_same_v<A, ProductArgs>)
+            op.name += " " + std::to_string(args.w.rows) + "x" + std::to_string(args.w.cols);
+        if constexpr (std::is_same_v<A, AttendArgs>) op.row_bytes = args.row_bytes;
         bytes_ = 0;
-        std::memcpy(op.args, &args, sizeof args);
         p_.smem = std::max(p_.smem, op.smem);
-        p_.ops.push_back(op);
+        p_.ops.push_back(std::move(op));
     }
 
     // Rows of a long pass whose attention shares the partial buffer: as many as it has room for.

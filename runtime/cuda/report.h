@@ -33,9 +33,9 @@ class JsonText {
 
 }  // namespace
 
-// "device"; "bandwidth:BYTES"; "stages:N:POS", a main pass of N <= 8 rows at position POS: seconds of the whole pass under the
-// session's driver and, for the graph driver, of every kind of stage by itself (all layers' stages of that kind in a row, so
-// that weights come from memory and not from the L2 cache).
+// "device"; "bandwidth:BYTES"; "stages:N:POS", a main pass of N <= 8 rows at position POS: seconds of the whole pass and of every
+// kind of stage by itself (all layers' stages of that kind in a row, so that weights come from memory and not from the L2
+// cache).
 bool DeviceSession::report(const char* what, char* text, size_t size, DeviceError& error) {
     DC_RT(rt::set_device(m.index));
     JsonText out(text, size);
@@ -66,13 +66,8 @@ bool DeviceSession::report(const char* what, char* text, size_t size, DeviceErro
         DC_RT(rt::allocate(&buffer, bytes));
         DC_RT(rt::zero(buffer, bytes, stream));
         const double t = seconds(7, [&] {
-            return rt::launch({.grid = 3 * m.info.sms,
-                               .block = 512,
-                               .smem = 0,
-                               .cooperative = false,
-                               .dependent = false,
-                               .stream = stream},
-                              kernel_read, static_cast<const Words*>(buffer), bytes / 16, barrier);
+            return rt::launch({.grid = 3 * m.info.sms, .block = 512, .smem = 0, .dependent = false, .stream = stream},
+                              kernel_read, static_cast<const Words*>(buffer), bytes / 16, b.arrived);
         });
         rt::release(buffer);
         if (t < 0) return false;
@@ -87,34 +82,22 @@ bool DeviceSession::report(const char* what, char* text, size_t size, DeviceErro
     DC_RT(rt::copy(b.pos, at.data(), 4, stream));
     Replay whole;
     writer(whole.program).pass(shape(n, false, n, pos + n > kShortContext, false));
-    if (!prepare(whole, error)) return false;
-    const double pass = seconds(20, [&]() -> rt::Error { return replay(whole, error) ? 0 : 1; });
+    DC_RT(prepare(whole));
+    const double pass = seconds(20, [&] { return whole.graph.launch(stream); });
     if (pass < 0) return false;
     out.add("{\"rows\": %d, \"pos\": %d, \"seconds\": %.9g, \"stages\": [", n, pos, pass);
-    if (args.driver == kDriverGraph) {
-        std::map<std::string, Replay> kinds;
-        for (const Op& op : whole.program.ops) {
-            std::string key = kKindNames[static_cast<int>(op.kind)];
-            if (op.kind == Kind::k_product) {  // four different shapes
-                const auto& a = op.as<ProductArgs>();
-                key += " " + std::to_string(a.w.rows) + "x" + std::to_string(a.w.cols);
-            }
-            kinds[key].program.ops.push_back(op);
-        }
-        const char* comma = "";
-        for (auto& [key, r] : kinds) {
-            if (!prepare(r, error)) return false;
-            int64_t bytes = 0;
-            for (const Op& op : r.program.ops) {
-                bytes += op.bytes;
-                if (op.kind == Kind::k_attend) bytes += int64_t{pos + n} * op.as<AttendArgs>().row_bytes;
-            }
-            const double t = seconds(20, [&]() -> rt::Error { return replay(r, error) ? 0 : 1; });
-            if (t < 0) return false;
-            out.add("%s{\"stage\": \"%s\", \"calls\": %zu, \"bytes\": %lld, \"seconds\": %.9g}", comma, key.c_str(),
-                    r.program.ops.size(), static_cast<long long>(bytes), t);
-            comma = ", ";
-        }
+    std::map<std::string, Replay> kinds;
+    for (const Op& op : whole.program.ops) kinds[op.name].program.ops.push_back(op);
+    const char* comma = "";
+    for (auto& [name_of, r] : kinds) {
+        DC_RT(prepare(r));
+        int64_t bytes = 0;
+        for (const Op& op : r.program.ops) bytes += op.bytes + int64_t{pos + n} * op.row_bytes;
+        const double t = seconds(20, [&] { return r.graph.launch(stream); });
+        if (t < 0) return false;
+        out.add("%s{\"stage\": \"%s\", \"calls\": %zu, \"bytes\": %lld, \"seconds\": %.9g}", comma, name_of.c_str(),
+                r.program.ops.size(), static_cast<long long>(bytes), t);
+        comma = ", ";
     }
     out.add("]}");
     return true;
