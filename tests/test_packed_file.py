@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import tiny
 from deepcalm import _core, inspect, packed
+from deepcalm.container import parse_json
 from deepcalm.errors import ConfigError, Error, PackedFileError
 from deepcalm.pack import pack
 from ref import checkpoint as ref_checkpoint
@@ -199,6 +200,7 @@ def edited(src: Path, dst: Path, change: Callable[[dict[str, Any], dict[str, Any
         ("source", None, "__metadata__ has no source"),
         ("source", "[]", "metadata source: expected a JSON object"),
         ("source", "{", "metadata source: not valid JSON"),
+        ("source", '{"a": 1e999}', "metadata source: not valid JSON: 1e999 is not JSON"),
         ("dropped", "{}", "metadata dropped: expected a JSON list"),
         ("dropped", "[1]", "metadata dropped: expected objects with name, why and bytes"),
         ("dropped", '[{"name": "a", "why": "b", "bytes": "c"}]', "metadata dropped: expected objects"),
@@ -305,6 +307,7 @@ def test_container_refusals(files: dict[str, Path], tmp_path: Path) -> None:
             "data start at byte .*, expected a multiple of 64",
         ),
         (blob[:8] + b"[" + blob[9:], "header starts with"),
+        (b"GGUF" + blob, "a GGUF file, which is not read; pack the Hugging Face checkpoint"),
     ]:
         path.write_bytes(data)
         refused(path, message)
@@ -313,6 +316,18 @@ def test_container_refusals(files: dict[str, Path], tmp_path: Path) -> None:
     os.mkfifo(path)
     refused(path, "not a regular file")
     refused(tmp_path, "not a regular file")
+
+
+def test_json_from_files() -> None:
+    """Strict where a packed file is read; what Python writes and transformers reads in a checkpoint."""
+    for text in (b"NaN", b"-Infinity", b"1e999", b"[-1e400]", b"\xef\xbb\xbf1"):
+        with pytest.raises(PackedFileError, match=r"^f: not valid JSON"):
+            parse_json(text, "f", PackedFileError)
+        json.dumps(parse_json(text, "f", PackedFileError, lenient=True))
+    assert parse_json(b"[1.5, 1e300, 12345678901234567890]", "f", PackedFileError)[2] == 12345678901234567890
+    keys = ",".join(f'"k{i}":0' for i in range(200_000))  # quadratic, this takes minutes
+    with pytest.raises(PackedFileError, match="key 'k199999' appears twice"):
+        parse_json(f'{{{keys},"k199999":1}}'.encode(), "f", PackedFileError, lenient=True)
 
 
 @given(data=st.data())

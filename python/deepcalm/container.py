@@ -7,8 +7,10 @@ number is checked against the real file size before anything is allocated.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,21 +56,27 @@ def show(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-def parse_json(data: bytes, what: str, error: type[Error]) -> Any:
-    """JSON without duplicate keys, NaN, Infinity, lone surrogates, nesting bombs or endless numbers; else ``error``."""
+def parse_json(data: bytes, what: str, error: type[Error], lenient: bool = False) -> Any:
+    """JSON without duplicate keys, NaN, Infinity, lone surrogates, nesting bombs or endless numbers; else ``error``.
+
+    lenient: what Python writes and transformers reads is read, NaN and Infinity, and a byte order mark.
+    """
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
         if len(out) != len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"key {show(next(key for key in keys if keys.count(key) > 1))} appears twice")
+            raise ValueError(f"key {show(Counter(key for key, _ in pairs).most_common(1)[0][0])} appears twice")
         return out
 
-    def no_constant(text: str) -> Any:
-        raise ValueError(f"{text} is not JSON")
+    def number(text: str) -> float:
+        value = float(text)
+        if not (lenient or math.isfinite(value)):  # 1e999 too: written out again it would be Infinity
+            raise ValueError(f"{text[:40]} is not JSON")
+        return value
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        text = data.decode("utf-8-sig" if lenient else "utf-8")
+        value = json.loads(text, object_pairs_hook=no_duplicates, parse_float=number, parse_constant=number)
         if b"\\ud" in data or b"\\uD" in data:
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone surrogate is not text: UnicodeEncodeError
         return value
@@ -76,6 +84,15 @@ def parse_json(data: bytes, what: str, error: type[Error]) -> Any:
         raise error(f"{what}: JSON nested too deeply") from None
     except (ValueError, MemoryError) as e:
         raise error(f"{what}: not valid JSON: {str(e)[:160] or type(e).__name__}") from None
+
+
+def _refuse_foreign(f: File) -> None:
+    """A file that stands for another one, or is of another kind, is called by its name."""
+    head = f.read(0, min(f.size, 40))
+    if head.startswith(b"version https://git-lfs.github.com/"):
+        raise f.error(f"{f.path}: a git-LFS pointer, not the file itself; fetch it with: git lfs pull")
+    if head.startswith(b"GGUF"):
+        raise f.error(f"{f.path}: a GGUF file, which is not read; pack the Hugging Face checkpoint it was made from")
 
 
 class File:
@@ -134,6 +151,7 @@ def read_file(path: Path, limit: int, error: type[Error]) -> bytes:
     with File(path, error) as f:
         if f.size > limit:
             raise error(f"{path}: {f.size} bytes, expected at most {limit}")
+        _refuse_foreign(f)
         return f.read(0, f.size)
 
 
@@ -168,6 +186,7 @@ def _tensor(path: Path, name: str, entry: object, data_offset: int, file_size: i
 def read_header(f: File) -> Header:
     """Reads and checks the header of an open file (limits: 100 MB of header, 2 million tensors)."""
     path, error = f.path, f.error
+    _refuse_foreign(f)
     n = int.from_bytes(f.read(0, 8), "little") if f.size >= 8 else -1
     if n < 2 or n > MAX_HEADER_BYTES or 8 + n > f.size:
         found = f"{f.size} bytes" if n < 0 else f"header of {n} bytes in a file of {f.size}"
