@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from deepcalm import _core
 from deepcalm.checkpoint import Checkpoint
 from deepcalm.container import File, read_header
 from deepcalm.errors import CheckpointError, ConfigError, Error
+from deepcalm.pack import plan
 from ref import checkpoint as ref_checkpoint
 from ref import model as ref_model
 
@@ -251,8 +253,8 @@ def test_compressed_tensors_formats_and_groups(copy: Callable[[str], Path]) -> N
 
 JSON_TEXTS = [
     (b'{"model_type": "deepseek_v3", "model_type": "kimi_k2"}', "key 'model_type' appears twice"),
-    (b'{"model_type": "deepseek_v3", "x": NaN}', "NaN is not JSON"),
-    (b'{"model_type": Infinity}', "Infinity is not JSON"),
+    (b'{"model_type": "deepseek_v3", "hidden_size": NaN}', "hidden_size is nan, expected an integer"),
+    (b'{"model_type": Infinity}', "model_type is inf"),
     (b"[" * 100_000, "nested too deeply"),
     (b'{"a":' * 50_000, "nested too deeply"),
     (b'{"x": 1' + b"0" * 5000 + b"}", "not valid JSON"),
@@ -270,10 +272,28 @@ def test_hostile_json(text: bytes, message: str, copy: Callable[[str], Path]) ->
     refused(folder, message)
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "generation_config.json"])
+def test_a_git_lfs_pointer_is_called_one(file: str, copy: Callable[[str], Path]) -> None:
+    folder = copy("moonlight")
+    (folder / file).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 7\n")
+    refused(folder, f"{file}: a git-LFS pointer, not the file itself; fetch it with: git lfs pull")
+
+
 def test_missing_and_odd_files(copy: Callable[[str], Path], tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "no such folder")
+    refused(tmp_path / "no\0where", "cannot open: embedded null byte")
+    for name, message in [
+        ("x.gguf", "x.gguf: is a GGUF file, which is not read; pack the Hugging Face checkpoint"),
+        ("x y.dcalm", r"is packed already; run it: deepcalm generate -m '.*/x y.dcalm'$"),
+        ("x.safetensors", "is one file of a checkpoint; give its folder: "),
+        ("x.txt", "is a file, expected the folder of a Hugging Face checkpoint"),
+    ]:
+        (tmp_path / name).write_bytes(b"")
+        refused(tmp_path / name, message)
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no config.json in it")
+    refused(tmp_path / "empty", "no config.json in it, expected a Hugging Face checkpoint")
+    (tmp_path / "empty" / "x.gguf").write_bytes(b"")
+    refused(tmp_path / "empty", r"no config.json in it, only \['x.gguf'\], expected")
     folder = copy("moonlight")
     model = folder / "model.safetensors"
     model.rename(folder / "pytorch_model.bin")
@@ -319,19 +339,94 @@ def test_index_must_agree_with_the_shards(copy: Callable[[str], Path]) -> None:
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     names = sorted(set(index["weight_map"].values()))
-    tensor = next(t for t, shard in index["weight_map"].items() if shard == names[0])
-    for weight_map, message in [
-        ({tensor: names[1]}, rf"{names[1]}: tensor '{tensor}' is missing, .*index.json lists it there"),
-        ({"model.ghost": names[1]}, "tensor 'model.ghost' is missing"),
-        ({"model.ghost": "gone.safetensors"}, "gone.safetensors: cannot open: No such file"),
-    ]:
-        path.write_text(json.dumps(index | {"weight_map": index["weight_map"] | weight_map}))
-        refused(folder, message)
     path.write_text('{"weight_map": []}')
     refused(folder, "weight_map is missing or empty")
     path.write_text(json.dumps(index))
     shutil.copy(folder / names[0], folder / names[1])
     refused(folder, "is also in " + names[0])
+
+
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_what_an_index_lists_must_be_there_if_it_is_needed(copy: Callable[[str], Path]) -> None:
+    folder = copy("v3")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    a, b = sorted(set(index.values()))
+    ghosts = {"model.ghost": "gone.safetensors", "lm_head.weight_scale_inv": a}
+    write_index(folder, index | ghosts | {"lm_head.weight": b})
+    assert plan(folder).notes == [
+        f"model.safetensors.index.json lists tensors that no file holds and nothing needs: {', '.join(ghosts)}",
+        "model.safetensors.index.json lists tensors in other files than they are in: lm_head.weight",
+    ]
+    norm, eh_proj = "model.layers.1.input_layernorm.weight", "model.layers.3.eh_proj.weight"
+    for shard in (a, b):
+        with_tensors(folder, lambda t: [t.pop(name, None) for name in (norm, eh_proj)], shard)
+    for file, message in [(index[norm], index[norm]), ("gone.safetensors", "gone.safetensors, which does not exist")]:
+        write_index(folder, index | {norm: file})
+        with pytest.raises(CheckpointError, match=f"tensor {norm} is missing, the index lists it in {message}, expected shape"):
+            plan(folder)
+    with Checkpoint(folder) as ckpt:
+        assert ckpt.mtp_dropped == f"{eh_proj} is missing, the index lists it in {index[eh_proj]}"
+
+
+PLACES = {  # what lies beside model.safetensors -> what is read, what is not
+    "pickles": ("model.safetensors", ["pytorch_model-00001-of-00001.bin"]),
+    "consolidated": ("model.safetensors", ["consolidated.safetensors", "x\udcff.pth"]),
+    "index": ("model.safetensors", ["model.safetensors.index.json"]),
+    "index and shards": ("model.safetensors", ["model-00001-of-00001.safetensors", "model.safetensors.index.json"]),
+    "transformers_weights": ("other.safetensors", ["model.safetensors"]),
+}
+
+
+def in_two_places(folder: Path, beside: str) -> Path:
+    """The checkpoint v2_lite with a final norm of ones in model.safetensors, and other files beside it."""
+    tiny.write(folder, "v2_lite")
+    _, unread = PLACES[beside]
+    for name in unread:
+        if not name.startswith("model."):
+            shutil.copy(folder / "model.safetensors", folder / name)
+    if "index" in beside:
+        with Checkpoint(folder) as ckpt:
+            write_index(folder, dict.fromkeys(ckpt.tensors, "model-00001-of-00001.safetensors"))
+    if beside == "transformers_weights":
+        shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+        edit_config(folder, transformers_weights="other.safetensors")
+    return with_tensors(folder, lambda t: t.update({"model.norm.weight": ("BF16", (78,), b"\x80\x3f" * 78)}))
+
+
+@pytest.mark.parametrize("beside", PLACES)
+def test_the_weights_are_in_the_files_that_transformers_reads(beside: str, tmp_path: Path) -> None:
+    read, unread = PLACES[beside]
+    with Checkpoint(in_two_places(tmp_path, beside)) as ckpt:
+        norm = ckpt.load_f32(ckpt.weight("model.norm.weight", (78,)))
+        assert (norm == 1).all() == (read == "model.safetensors")
+        names = ", ".join(n if n.isprintable() else repr(n) for n in unread)
+        assert ckpt.notes == [f"not read: {names}; the weights are those of {read}"]
+        assert list(ckpt.identity()["files"]) == [read]
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("beside", PLACES)
+def test_transformers_reads_the_same_files(beside: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed (extra `reference`)")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `reference`)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_pretrained(in_two_places(tmp_path, beside))
+    assert (model.model.norm.weight == 1).all() == (PLACES[beside][0] == "model.safetensors")
+
+
+def test_transformers_weights_names_a_file_of_the_folder(copy: Callable[[str], Path]) -> None:
+    folder = copy("moonlight")
+    for name, message in [
+        ("../x.safetensors", "transformers_weights is '../x.safetensors', expected the name of a .safetensors file"),
+        (["x"], r"transformers_weights is \['x'\], expected the name"),
+        ("x.safetensors", "neither x.safetensors nor"),
+        ("../x.safetensors.index.json", "x.safetensors.index.json: no such file, config.json names it"),
+    ]:
+        refused(edit_config(folder, transformers_weights=name), message)
 
 
 def build(header: bytes, data: bytes = b"") -> bytes:
@@ -464,8 +559,8 @@ def test_load_f32_agrees_with_the_independent_reader(preset: str, base: dict[str
                 np.testing.assert_array_equal(part, value[1:3])
 
 
-def with_tensors(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    path = folder / "model.safetensors"
+def with_tensors(folder: Path, change: Callable[[dict[str, Any]], Any], file: str = "model.safetensors") -> Path:
+    path = folder / file
     blob = path.read_bytes()
     n = 8 + int.from_bytes(blob[:8], "little")
     header = json.loads(blob[8:n])

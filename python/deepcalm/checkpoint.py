@@ -6,6 +6,7 @@ Nothing is mapped and nothing is read before it is asked for; sizes are checked 
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from deepcalm.errors import CheckpointError
 
 MAX_CONFIG_BYTES = 16 << 20
 MAX_TOKENIZER_BYTES = 256 << 20
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".gguf")  # the first three are pickles
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 KINDS = {"F32": "f32", "BF16": "bf16", "F16": "f16", "F8_E4M3": "f8"}
@@ -78,7 +80,8 @@ class Checkpoint:
 
     ``raw_config``: config.json (of the text model); ``generation``: generation_config.json or {}; ``config``: the
     normalised configuration; ``prefix`` of the text model's tensors; ``tensors``: name -> TensorInfo; ``mtp_dropped``:
-    why an MTP layer in the files is not used, or "". Raises CheckpointError or its subclass ConfigError.
+    why an MTP layer in the files is not used, or ""; ``notes``: sentences about what is not read. Raises
+    CheckpointError or its subclass ConfigError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -86,6 +89,8 @@ class Checkpoint:
         self._files: dict[str, File] = {}
         self._headers: dict[str, Header] = {}
         self._file_of: dict[str, str] = {}
+        self._listed: dict[str, str] = {}  # tensor -> file, as the index says it
+        self.notes: list[str] = []
         self.tensors: dict[str, TensorInfo] = {}
         try:
             self._open()
@@ -108,24 +113,27 @@ class Checkpoint:
 
     def _object(self, name: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
         path = self.path / name
-        value = parse_json(read_file(path, limit, CheckpointError), str(path), CheckpointError)
+        value = parse_json(read_file(path, limit, CheckpointError), str(path), CheckpointError, lenient=True)
         if not isinstance(value, dict):
             raise CheckpointError(f"{path}: expected a JSON object")
         return value
 
     def _open(self) -> None:
-        if not (self.path / "config.json").exists():
-            what = "no config.json in it" if self.path.is_dir() else "no such folder"
-            raise CheckpointError(f"{self.path}: {what}, expected a Hugging Face checkpoint")
+        self._names = _names_in(self.path)
         where = str(self.path / "config.json")
-        self.raw_config, self.prefix = hf_config.unwrap(self._object("config.json"), where)
+        if "config.json" not in self._names:
+            found = [name for name in self._names if name.endswith(WEIGHT_SUFFIXES)]
+            what = "no config.json in it" + (f", only {show(found)}" if found else "")
+            raise CheckpointError(f"{self.path}: {what}, expected a Hugging Face checkpoint")
+        config = self._object("config.json")
+        self.raw_config, self.prefix = hf_config.unwrap(config, where)
         self.quantisation = hf_config.quantisation(self.raw_config, where)
-        has_generation = (self.path / "generation_config.json").exists()
-        self.generation = self._object("generation_config.json") if has_generation else {}
+        self.generation = self._object("generation_config.json") if "generation_config.json" in self._names else {}
         self.config = self._normalised(0)
-        self._open_shards()
+        self._open_shards(config.get("transformers_weights"))
         self.mtp_prefix = f"{self.prefix}model.layers.{self.config['num_hidden_layers']}."
-        self.has_mtp = self.has_weight(self.mtp_prefix + "eh_proj.weight")
+        eh_proj = self.mtp_prefix + "eh_proj.weight"
+        self.has_mtp = self.has_weight(eh_proj) or eh_proj in self._listed
         self.mtp_dropped = self._mtp_missing() if self.has_mtp else ""
         if self.has_mtp and not self.mtp_dropped:
             self.config = self._normalised(1)
@@ -133,26 +141,23 @@ class Checkpoint:
     def _normalised(self, n_mtp: int) -> dict[str, Any]:
         return hf_config.normalise(self.raw_config, self.generation, n_mtp, str(self.path / "config.json"))
 
-    def _open_shards(self) -> None:
-        weight_map: dict[str, Any] = {}
-        shards = ["model.safetensors"]
-        if (self.path / INDEX).exists():
-            weight_map = self._object(INDEX, MAX_HEADER_BYTES).get("weight_map") or {}
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{self.path / INDEX}: weight_map is missing or empty")
-            for name, shard in weight_map.items():
-                plain = isinstance(shard, str) and shard.endswith(".safetensors") and shard.isprintable()
-                if not plain or "/" in shard or "\\" in shard or shard.startswith("."):
-                    expected = "the name of a .safetensors file in the same folder"
-                    raise CheckpointError(f"{self.path / INDEX}: {show(name)} is in {show(shard)}, expected {expected}")
-            shards = sorted(set(weight_map.values()))
-        elif not (self.path / shards[0]).exists():
-            weights = (".bin", ".pt", ".pth", ".safetensors", ".gguf")
-            found = sorted(p.name for p in self.path.glob("*") if p.suffix in weights)
-            pickled = any(name.endswith(weights[:3]) for name in found)
+    def _open_shards(self, chosen: Any) -> None:
+        """Opens the files that transformers reads: the ``chosen`` one, else model.safetensors, else the index's."""
+        single = (self.path / SINGLE).is_file() or INDEX not in self._names
+        source = chosen or (SINGLE if single else INDEX)
+        shards = [source]
+        if str(source).endswith(".index.json"):
+            shards = self._read_index(source)
+        elif not _is_shard(source):
+            raise CheckpointError(f"{self.path / 'config.json'}: transformers_weights is {show(source)}, {_SHARD}")
+        elif source not in self._names:
+            found = [name for name in self._names if name.endswith(WEIGHT_SUFFIXES)]
+            pickled = any(name.endswith(WEIGHT_SUFFIXES[:3]) for name in found)
             hint = " (pickle files are not read: convert to safetensors)" if pickled else ""
-            raise CheckpointError(f"{self.path}: neither {shards[0]} nor {INDEX}; found {show(found)}{hint}")
+            raise CheckpointError(f"{self.path}: neither {source} nor {INDEX}; found {show(found)}{hint}")
         for shard in shards:
+            if self._listed and shard not in self._names:
+                continue  # refused when one of its tensors is needed
             f = self._files[shard] = File(self.path / shard, CheckpointError)
             self._headers[shard] = read_header(f)
             for name, info in self._headers[shard].tensors.items():
@@ -160,16 +165,39 @@ class Checkpoint:
                     raise CheckpointError(f"{f.path}: tensor {show(name)} is also in {self._file_of[name]}")
                 self.tensors[name] = info
                 self._file_of[name] = shard
-        for name, shard in weight_map.items():
-            if self._file_of.get(name) != shard:
-                raise CheckpointError(f"{self.path / shard}: tensor {show(name)} is missing, {INDEX} lists it there")
+        unread = [n for n in self._names if (n.endswith(WEIGHT_SUFFIXES) or n == INDEX) and n not in (*shards, source)]
+        if unread:
+            self.notes.append(f"not read: {_some(unread)}; the weights are those of {source}")
+        if absent := [name for name in self._listed if name not in self.tensors]:
+            self.notes.append(f"{source} lists tensors that no file holds and nothing needs: {_some(absent)}")
+        if moved := [name for name, shard in self._listed.items() if self._file_of.get(name, shard) != shard]:
+            self.notes.append(f"{source} lists tensors in other files than they are in: {_some(moved)}")
+
+    def _read_index(self, name: str) -> list[str]:
+        """File names of an index, sorted."""
+        if name not in self._names:
+            raise CheckpointError(f"{self.path / name}: no such file, config.json names it in transformers_weights")
+        weight_map = self._object(name, MAX_HEADER_BYTES).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{self.path / name}: weight_map is missing or empty")
+        for tensor, shard in weight_map.items():
+            if not _is_shard(shard):
+                raise CheckpointError(f"{self.path / name}: {show(tensor)} is in {show(shard)}, {_SHARD}")
+        self._listed = weight_map
+        return sorted(set(weight_map.values()))
+
+    def _lists(self, name: str) -> str:
+        """What the index says of a tensor that no file holds, to follow "is missing"."""
+        shard = self._listed.get(name) or self._listed.get(name.removesuffix("weight") + "weight_packed")
+        where = f", the index lists it in {shard}" if shard else ""
+        return where + (", which does not exist" if shard and shard not in self._files else "")
 
     def _mtp_missing(self) -> str:
         for spec in _core.expected_tensors(self._normalised(1)):
             if spec["name"].startswith("mtp."):
                 for name in source_names(spec["name"], spec["n_slices"], self):
                     if not self.has_weight(name):
-                        return f"{name} is missing"
+                        return f"{name} is missing{self._lists(name)}"
         return ""
 
     # ---- weights ----------------------------------------------------------------------------------------------------
@@ -192,7 +220,8 @@ class Checkpoint:
         if base + "weight_packed" in self.tensors:
             return self._int4(name, base, shape)
         if name not in self.tensors:
-            raise CheckpointError(f"{self.path}: tensor {name} is missing, expected shape {list(shape)}")
+            found = f"tensor {name} is missing{self._lists(name)}"
+            raise CheckpointError(f"{self.path}: {found}, expected shape {list(shape)}")
         info = self._checked(name, tuple(KINDS), shape, "")
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
         scale, other = name + "_scale_inv", base + "weight_scale"
@@ -202,7 +231,7 @@ class Checkpoint:
             return Weight(name, KINDS[info.dtype], rows, cols, info)
         if scale not in self.tensors:
             found = f"only {other}" if other in self.tensors else "none"
-            raise CheckpointError(f"{self.where(name)}: F8_E4M3 needs {scale}, found {found}")
+            raise CheckpointError(f"{self.where(name)}: F8_E4M3 needs {scale}, found {found}{self._lists(scale)}")
         block = self.quantisation.get("fp8_block")
         if block is None:
             raise CheckpointError(f"{self.where(name)}: F8_E4M3, but config.json has no weight_block_size")
@@ -216,7 +245,7 @@ class Checkpoint:
         if group is None or len(shape) != 2 or name in self.tensors:
             raise CheckpointError(f"{self.where(packed)}: expected a plain tensor: config.json announces no int4 here")
         if scale not in self.tensors:
-            raise CheckpointError(f"{self.where(packed)}: {scale} is missing")
+            raise CheckpointError(f"{self.where(packed)}: {scale} is missing{self._lists(scale)}")
         rows, cols = shape
         data = self._checked(packed, ("I32",), (rows, -(-cols // 8)), f" for {list(shape)}")
         why = f" for {list(shape)} in groups of {group}"
@@ -337,6 +366,37 @@ class Checkpoint:
     def mtimes(self) -> dict[str, int]:
         """Modification time of every shard, ns: a resumed pack starts over when one has changed."""
         return {shard: f.mtime_ns for shard, f in self._files.items()}
+
+
+_SHARD = "expected the name of a .safetensors file in the same folder"
+
+
+def _is_shard(name: object) -> bool:
+    plain = isinstance(name, str) and name.endswith(".safetensors") and name.isprintable()
+    return plain and "/" not in str(name) and "\\" not in str(name) and not str(name).startswith(".")
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    """A list of names for a message; a stranger's are escaped."""
+    shown = ", ".join(n if n.isprintable() else repr(n) for n in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _names_in(path: Path) -> list[str]:
+    """Names in a checkpoint folder, sorted. What is no folder is refused, with what to do instead."""
+    try:
+        return sorted(p.name for p in path.iterdir())
+    except NotADirectoryError:
+        what = {
+            ".dcalm": f"packed already; run it: deepcalm generate -m {shlex.quote(str(path))}",
+            ".gguf": "a GGUF file, which is not read; pack the Hugging Face checkpoint that it was made from",
+            ".safetensors": f"one file of a checkpoint; give its folder: {shlex.quote(str(path.parent))}",
+        }.get(path.suffix, "a file, expected the folder of a Hugging Face checkpoint")
+        raise CheckpointError(f"{path}: is {what}") from None
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such folder, expected a Hugging Face checkpoint") from None
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path}: cannot open: {getattr(e, 'strerror', None) or e}") from None
 
 
 # ---- packed tensor -> checkpoint weights ----------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def make_plan(
                           spec_shape(spec), tuple(spec["parts"]), spec["interleaved"], block, "+".join(kinds),
                           exact, note, slices)
         )  # fmt: skip
-    notes: list[str] = []
+    notes = list(ckpt.notes)
     dropped = _dropped(ckpt, {n for t in tensors for s in t.slices for p in s for n in p.weight.tensors}, notes)
     if ckpt.mtp_dropped:
         notes.append(f"the MTP layer is dropped: {ckpt.mtp_dropped}; drafting will not be available")
