@@ -176,7 +176,7 @@ DC_INLINE int encode_q8(const Tile& s, TileQ8& t) {
     Bits h = to_f16<Floats, Bits>(amax / 127.0F);
     // Where f16 is coarse (subnormal scales) the nearest one may be too small for the largest element: next one up.
     const Floats nearest = from_f16<Floats, Bits>(h);
-    h = (h != 0U) & (amax > 127.5F * nearest) ? h + 1U : h;
+    h = ((h != 0U) & (amax > 127.5F * nearest)) ? h + 1U : h;
     const int bad = first_row((h >= 0x7C00U) | ((h == 0U) & (s.amax != 0U)));
     if (bad >= 0) return bad;
     store_scales(h, t.scale);
@@ -301,9 +301,7 @@ DC_INLINE bool pack_any(PackArgs& a) {
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))) bool pack_avx512(PackArgs& a) {
-    return pack_any(a);
-}
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) bool pack_avx512(PackArgs& a) { return pack_any(a); }
 __attribute__((target("avx2"))) bool pack_avx2(PackArgs& a) { return pack_any(a); }
 #endif
 bool pack_baseline(PackArgs& a) { return pack_any(a); }

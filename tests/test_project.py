@@ -97,6 +97,11 @@ def test_project_versions_agree() -> None:
     assert version and newest and version.group(1) == newest.group(1)
 
 
+def test_project_readme_names_the_compilers_that_the_build_accepts() -> None:
+    oldest = dict(re.findall(r"^set\(oldest_(\w+) (\d+)\)", (ROOT / "CMakeLists.txt").read_text(), re.M))
+    assert f"g++ {oldest['GNU']} or clang {oldest['Clang']}, or newer" in README
+
+
 def test_project_package_stays_small() -> None:
     sizes = {p: (ROOT / p).stat().st_size for p in tracked() if p.parts[:2] == ("python", "deepcalm")}
     assert sum(sizes.values()) < 24 << 20, "the wheel holds this, plus the extension module"

@@ -220,8 +220,9 @@ inline int threads() { return sim::place().threads; }
 inline int block() { return sim::place().block; }
 inline int blocks() { return sim::place().blocks; }
 inline unsigned char* dynamic_smem() { return sim::dynamic_smem(); }
-inline void sync_block(std::source_location at = std::source_location::current()) {
-    sim::sync_block(at.file_name(), at.line());
+// The caller's line; clang has no std::source_location before version 16.
+inline void sync_block(const char* file = __builtin_FILE(), unsigned line = __builtin_LINE()) {
+    sim::sync_block(file, line);
 }
 inline void sync_warp() { sim::sync_warp(); }
 template <class T> T shfl(T v, int src) {

@@ -93,12 +93,12 @@ bool DeviceSession::report(const char* what, char* text, size_t size, DeviceErro
         DC_RT(prepare(r));
         int64_t bytes = 0;
         for (const Op& op : r.program.ops) bytes += op.bytes + int64_t{pos + n} * op.row_bytes;
-        const double t = seconds(20, [&] { return r.graph.launch(stream); });
+        const double t = seconds(20, [&, &r = r] { return r.graph.launch(stream); });
         if (t < 0) return false;
         out.add("%s{\"stage\": \"%s\", \"calls\": %zu, \"bytes\": %lld, \"seconds\": %.9g}", comma, name_of.c_str(),
                 r.program.ops.size(), static_cast<long long>(bytes), t);
         comma = ", ";
     }
-    out.add("]}");
+    out.add("%s", "]}");
     return true;
 }
