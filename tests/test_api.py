@@ -384,6 +384,13 @@ def test_text_generation_stops_at_strings_and_flushes(model: deepcalm.Model) -> 
     assert text([*the, *b" th", *b"at"], ("e th",)) == ("th", "stop")
     assert text([*b"abc\xf0\x9f"]) == ("abc\ufffd", "length")
     assert text([*b"abc\xf0\x9f"], ("c\ufffd",)) == ("ab", "stop")
+    # the text of a special token: at that token, where it shows as nothing, or where it is spelled out
+    user = model.tokenizer.token_to_id("<|user|>")
+    assert text([*b"ab", user, *b"cd"], ("<|user|>", "x")) == ("ab", "stop")
+    assert text([*b"ab x", user, *b"y"], ("xy", "<|user|>")) == ("ab x", "stop")
+    assert text([*b"ab<|user|>c"], ("<|user|>",)) == ("ab", "stop")
+    with pytest.raises(ValueError, match=r"'<\|user\|>' is a special token"):
+        text([*b"ab"], ("\n<|user|>",))
     assert text([*b"xST\xc3"], ("STOP",)) == ("xST\ufffd", "length")
     assert text([*b"aSTx"], ("STOP",), interrupt=True) == ("a", "interrupted")
 

@@ -105,6 +105,20 @@ def test_generate_ends_before_a_stop_string(run: Run, path: Path) -> None:
     assert "ended by stop" in err
 
 
+def test_stop_strings_understand_escapes(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stops: list[tuple[str, ...]] = []
+    monkeypatch.setattr(cli, "start", lambda *_, stop, **__: stops.append(stop) or 1 / 0)
+    typed = ("\\n", "a\\tb\\r", "\\\\n", "C:\\dir", "\\")
+    with pytest.raises(ZeroDivisionError):
+        run("generate", "-m", path, "the", *(x for s in typed for x in ("--stop", s)))
+    assert stops == [("\n", "a\tb\r", "\\n", "C:\\dir", "\\")]
+
+
+def test_stop_that_can_never_match_is_a_usage_error(run: Run, path: Path) -> None:
+    code, _, err = run("generate", "-m", path, "--stop", "\\n<|user|>", "the")
+    assert code == 2 and "'<|user|>' is a special token" in err
+
+
 def test_generate_with_chat_template(run: Run, path: Path) -> None:
     m = surface_cases.model()
     ids = m.encode("<bos>SYS<|user|>Hi<|assistant|>", bos=False)

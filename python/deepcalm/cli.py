@@ -103,7 +103,7 @@ def generate(
     if as_chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
-        ids = model.encode(model.apply_chat_template(messages), bos=False)
+        ids = model.encode_chat(messages)
     else:
         ids = model.encode(text)
     session = open_session(model, ctx, kv, sampling["draft"], quiet)
@@ -148,9 +148,9 @@ def start(
         seed = int.from_bytes(os.urandom(4), "little")
     try:
         generation = session.generate(ids, max_tokens=max_tokens, seed=seed or 0, **options)
+        return TextGeneration(generation, stop), seed
     except ValueError as e:
         raise click.UsageError(str(e)) from None
-    return TextGeneration(generation, stop), seed
 
 
 def stream(answer: TextGeneration, show: bool = True) -> None:
@@ -254,7 +254,7 @@ def chat(
             continue
         messages.append({"role": "user", "content": line})
         try:
-            ids = model.encode(model.apply_chat_template(messages), bos=False)
+            ids = model.encode_chat(messages)
             check_room(len(ids), session)
         except Error as e:
             say(f"deepcalm: error: {e}; /reset starts over")

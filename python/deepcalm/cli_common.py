@@ -32,10 +32,11 @@ POSITIVE = click.IntRange(min=1)
 FILE = click.Path(path_type=Path)
 
 
-def _no_empty_stop(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+def _stop(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
     if not all(value):
         raise click.BadParameter("must not be empty")
-    return value
+    escapes = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return tuple(re.sub(r"\\([nrt\\])", lambda m: escapes[m[1]], s) for s in value)
 
 
 def _draft(_ctx: click.Context, _param: click.Parameter, value: str) -> str | int:
@@ -59,8 +60,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
                 "help": "Only tokens at least P times as probable as the best one."},
     "--seed": {"type": click.IntRange(0, 2**64 - 1), "metavar": "S",
                "help": "Same seed, same text (default: a random one, which is reported)."},
-    "--stop": {"multiple": True, "metavar": "STR", "callback": _no_empty_stop,
-               "help": "End before this text; may be given several times."},
+    "--stop": {"multiple": True, "metavar": "STR", "callback": _stop,
+               "help": "End before this text or special token; \\n, \\r, \\t, \\\\ are understood; repeatable."},
     "--draft": {"default": "auto", "show_default": True, "metavar": "off|auto|K", "callback": _draft,
                 "help": "Drafts of the MTP layer per pass, auto: as many as pay. The text is the same with any."},
     "--system": {"metavar": "TEXT", "help": "System message of the chat template."},

@@ -259,26 +259,32 @@ class TextGeneration(Iterator[str]):
     """A ``Generation`` as pieces of text: complete characters, ended by stop strings too.
 
     ``reason`` is as there, or "stop" (a stop string was completed; only the text before it is returned), or
-    "interrupted" after ``interrupt``. ``text`` is all text returned so far.
+    "interrupted" after ``interrupt``. ``text`` is all text returned so far. A special token shows as no text: a stop
+    string that is the text of one ends at that token.
+
+    Raises:
+        ValueError: a stop string is empty, or holds the text of a special token beside other text.
     """
 
     def __init__(self, generation: Generation, stop: Sequence[str] = ()) -> None:
         self.generation = generation
         self.reason: str | None = None
         self.text = ""
-        self._decoder = generation.session.model.vocabulary.decoder()
+        vocabulary = generation.session.model.vocabulary
+        self._decoder = vocabulary.decoder()
+        self._stop_ids = vocabulary.stop_ids(stop)
         self._stops = StopMatcher(stop)
 
     def __next__(self) -> str:
         while self.reason is None:
             token = next(self.generation, None)
-            if token is None:
-                self.reason = self.generation.reason
+            if token is None or token in self._stop_ids:
+                self.reason = self.generation.reason or "stop"
                 piece = self._flush()
             else:
                 piece = self._stops.feed(self._decoder.feed(token))
-            if self._stops.stopped:
-                self.reason = "stop"
+            self.reason = "stop" if self._stops.stopped else self.reason
+            if self.reason == "stop":
                 self.generation.close()
             if piece:
                 self.text += piece

@@ -194,7 +194,7 @@ class Model:
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids of ``text``; with ``bos``, exactly one bos in front where the tokenizer adds one (raw prompts).
 
-        Use ``bos=False`` for rendered chat templates, which write it themselves.
+        Special tokens written out in it count. For conversations use ``encode_chat``, whose templates write the bos.
         """
         return self.vocabulary.encode_prompt(text) if bos else self.vocabulary.encode(text)
 
@@ -210,15 +210,25 @@ class Model:
         return ChatTemplate.from_files(self.tokenizer_config, self._text_file("chat_template.jinja"))
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """The conversation as a prompt, special tokens written out; see ``ChatTemplate.render`` for the options.
+        """The conversation as text, special tokens written out; see ``ChatTemplate.render`` for the options.
 
         Raises:
             UnsupportedError: the checkpoint has no chat template.
             Error: the template refuses the conversation or fails.
         """
+        return self._template().render(messages, **options)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """The conversation as token ids, in which only the template writes control tokens (``ChatTemplate.encode``).
+
+        Options and errors are those of ``apply_chat_template``.
+        """
+        return self._template().encode(self.vocabulary, messages, **options)
+
+    def _template(self) -> ChatTemplate:
         if self.chat_template is None:
             raise UnsupportedError(f"{self.path}: has no chat template; use a raw prompt")
-        return self.chat_template.render(messages, **options)
+        return self.chat_template
 
     # ---- sessions
 

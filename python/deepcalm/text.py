@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import Error, PackedFileError, SessionError, UnsupportedError
@@ -79,7 +80,7 @@ class Vocabulary:
         self._tokenizer = tokenizer
         self._byte_of = _byte_of_char()
         added = _guarded("tokenizer.json", tokenizer.get_added_tokens_decoder)
-        self._added = {i: t.content.encode("utf-8", "replace") for i, t in added.items()}
+        self._added = {i: t.content for i, t in added.items()}
         self._special = {i for i, t in added.items() if t.special}
         self._vocab_size = int(config["vocab_size"])
         size = max([tokenizer.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
@@ -100,8 +101,27 @@ class Vocabulary:
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._tokenizer.token_to_id(token)
 
-    def encode(self, text: str) -> list[int]:
-        """``text`` as token ids; special tokens written out in it count, none is added.
+    def control_tokens(self, literals: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The special tokens, and with them the added tokens that a template with this literal text writes itself."""
+        special = tuple(t for i, t in self._added.items() if t and i in self._special)
+        return special, special + tuple(
+            t for i, t in self._added.items() if i not in self._special and t.strip() and t in literals
+        )
+
+    def stop_ids(self, stops: Iterable[str]) -> frozenset[int]:
+        """The special tokens among stop strings: they show as no text, and would never match.
+
+        Raises:
+            ValueError: a stop string holds the text of a special token beside other text.
+        """
+        special = {t: i for i, t in self._added.items() if t and i in self._special}
+        for s in stops:
+            if s not in special and (inside := next((t for t in special if t in s), None)):
+                raise ValueError(f"stop {s!r}: {inside!r} is a special token, which shows as no text: name it alone")
+        return frozenset(special[s] for s in stops if s in special)
+
+    def encode(self, text: str, plain: bool = False) -> list[int]:
+        """``text`` as token ids; special tokens written out in it count (not if ``plain``), none is added.
 
         Raises:
             SessionError: the text holds lone surrogates, or the tokenizer gives an id that the model has no row for.
@@ -110,10 +130,22 @@ class Vocabulary:
             text.encode("utf-8")
         except UnicodeEncodeError as e:
             raise SessionError(f"the text is not valid Unicode: {one_line(e)}") from None
-        ids: list[int] = _guarded("tokenizer.json", lambda: self._tokenizer.encode(text, add_special_tokens=False).ids)
+        tokenizer = self._plain_tokenizer if plain else self._tokenizer
+        ids: list[int] = _guarded("tokenizer.json", lambda: tokenizer.encode(text, add_special_tokens=False).ids)
         if ids and max(ids) >= self._vocab_size:
             raise SessionError(f"the tokenizer gives id {max(ids)}, but the model has vocab_size {self._vocab_size}")
+        if plain and len(text) > 1 and not self._added.keys().isdisjoint(ids):  # the vocabulary holds it as a word too
+            return [i for c in text for i in self.encode(c, plain)]
         return ids
+
+    @cached_property
+    def _plain_tokenizer(self) -> Tokenizer:
+        """The tokenizer without its added tokens."""
+        plain = type(self._tokenizer)(self._tokenizer.model)
+        for part in ("normalizer", "pre_tokenizer"):
+            if (value := getattr(self._tokenizer, part)) is not None:
+                setattr(plain, part, value)
+        return plain
 
     def encode_prompt(self, text: str) -> list[int]:
         """A raw prompt: exactly one bos in front if the tokenizer adds one, and never an empty list.
@@ -134,7 +166,7 @@ class Vocabulary:
         if token in self._special:
             return b""
         if token in self._added:
-            return self._added[token]
+            return self._added[token].encode("utf-8", "replace")
         text = self._tokenizer.id_to_token(token) or ""
         try:
             return bytes([self._byte_of[c] for c in text])
