@@ -147,7 +147,8 @@ void route(const RouterArgs& args) noexcept;
 // kernels/pack.cc: the byte-level definition of every format, scalar and slow to read back, fast to write.
 // Quantises w [rows, cols] f32, row stride w_stride, into row tiles [0, ceil(rows/16)) of a zero-padded matrix.
 // f8: `scales` receives [ceil(rows/scale_rows), ceil(cols/scale_cols)] (amax / 448). Returns false, and says where in
-// *bad_row, *bad_col, when an element or a scale is not finite or does not fit the format.
+// *bad_row, *bad_col, when an element or a scale is not finite or too large for the format. Too small is no failure: a
+// scale is at least the smallest one (f16 2^-24, f32 2^-126), or 0 where half its step leaves nothing; near_zero counts.
 struct PackArgs {
     const float* w = nullptr;
     int64_t w_stride = 0;
@@ -157,6 +158,7 @@ struct PackArgs {
     float* scales = nullptr;
     int scale_rows = 128, scale_cols = 128;
     int bad_row = -1, bad_col = -1;
+    int64_t near_zero = 0;  // groups (f8: blocks) below the smallest scale; f16, bf16: 32 columns that become zeros
 };
 bool pack_tiles(PackArgs& args) noexcept;
 // Codes that already exist: e4m3 bytes [rows, cols] into f8 tiles (bytes unchanged). NaN codes (0x7F, 0xFF) are refused.

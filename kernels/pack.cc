@@ -24,8 +24,11 @@ using Floats = float __attribute__((vector_size(4 * kTileRows)));
 using Bits = uint32_t __attribute__((vector_size(4 * kTileRows)));
 using Ints = int32_t __attribute__((vector_size(4 * kTileRows)));
 
-constexpr uint32_t kInfBits = 0x7F800000U;
+constexpr uint32_t kInfBits = 0x7F800000U, kOneF32 = 0x3F800000U;
 constexpr uint32_t kOverflowF16 = 0x477FF000U, kOverflowBF16 = 0x7F7F8000U;  // from here on, rounds to infinity
+constexpr uint32_t kZeroF16 = 0x33000000U, kZeroBF16 = 0x8000U;              // 2^-25, 2^-134: up to here, to zero
+constexpr uint32_t kZeroF8 = 0x2000U;  // 2^-136: up to here, to zero under the smallest scale that f8 is given
+constexpr float kMinScaleF16 = 0x1p-24F, kMinScaleF8 = 0x1p-126F;
 
 template <class U> DC_INLINE U bits_of(const auto& f) { return std::bit_cast<U>(f); }
 DC_INLINE float to_float(uint32_t n) { return static_cast<float>(static_cast<int32_t>(n)); }
@@ -162,8 +165,9 @@ DC_INLINE void store_scales(const Bits& h, uint16_t* out) {
 
 DC_INLINE void encode_f32(const Tile& s, TileF32& t) { std::memcpy(t.v, s.v, sizeof t.v); }
 
-template <Format kFormat> DC_INLINE void encode_16(const Tile& s, Tile16& t) {
+template <Format kFormat> DC_INLINE void encode_16(const Tile& s, Tile16& t, Ints& near_zero) {
     constexpr auto convert = kFormat == Format::kBF16 ? to_bf16<Floats, Bits> : to_f16<Floats, Bits>;
+    near_zero -= (s.amax != 0U) & (s.amax <= (kFormat == Format::kBF16 ? kZeroBF16 : kZeroF16));
     for (int c = 0; c < kTileCols; c += 2) {
         const Bits pair = convert(s.v[c]) | convert(s.v[c + 1]) << 16;
         std::memcpy(t.v[c / 2], &pair, sizeof pair);
@@ -171,13 +175,15 @@ template <Format kFormat> DC_INLINE void encode_16(const Tile& s, Tile16& t) {
 }
 
 // Returns the first row whose scale does not fit f16, or -1.
-DC_INLINE int encode_q8(const Tile& s, TileQ8& t) {
+DC_INLINE int encode_q8(const Tile& s, TileQ8& t, Ints& near_zero) {
     const Floats amax = bits_of<Floats>(s.amax);
     Bits h = to_f16<Floats, Bits>(amax / 127.0F);
+    near_zero -= (h == 0U) & (s.amax != 0U);
     // Where f16 is coarse (subnormal scales) the nearest one may be too small for the largest element: next one up.
     const Floats nearest = from_f16<Floats, Bits>(h);
-    h = ((h != 0U) & (amax > 127.5F * nearest)) ? h + 1U : h;
-    const int bad = first_row((h >= 0x7C00U) | ((h == 0U) & (s.amax != 0U)));
+    h = (amax > 127.5F * nearest) ? h + 1U : h;
+    h = (s.amax <= kZeroF16) ? Bits{} : h;  // all codes would be 0
+    const int bad = first_row(h >= 0x7C00U);
     if (bad >= 0) return bad;
     store_scales(h, t.scale);
     const Floats scale = h == 0U ? Floats{} + 1.0F : from_f16<Floats, Bits>(h);
@@ -198,12 +204,12 @@ constexpr float kQ4Extremes[] = {-8.3F, -7.6F, -6.8F, -9.0F, 7.2F, 6.4F, 7.9F};
 
 // For each candidate: codes, least-squares scale rounded to f16, gain = sum w^2 - squared error; the best gain wins, ties
 // go to the earlier candidate; final codes are the nearest under the winning scale.
-DC_INLINE int encode_q4(const Tile& s, TileQ4& t) {
+DC_INLINE int encode_q4(const Tile& s, TileQ4& t, Ints& near_zero) {
     Floats extreme{}, best{}, best_gain = Floats{} - 1.0F;
     for (int c = kTileCols - 1; c >= 0; --c) {  // the first element of largest magnitude, with its sign
         extreme = (bits_of<Bits>(s.v[c]) & 0x7FFFFFFFU) == s.amax ? s.v[c] : extreme;
     }
-    const Floats safe = extreme == 0.0F ? Floats{} + 1.0F : extreme;
+    const Floats safe = s.amax <= kZeroF16 ? Floats{} + 1.0F : extreme;  // 1: all codes and scales become 0
     for (const float target : kQ4Extremes) {
         const Floats inverse = target / safe;
         Floats wq{}, qq{};
@@ -217,8 +223,11 @@ DC_INLINE int encode_q4(const Tile& s, TileQ4& t) {
         best = gain > best_gain ? scale : best;
         best_gain = gain > best_gain ? gain : best_gain;
     }
-    const Bits h = to_f16<Floats, Bits>(best), mag = h & 0x7FFFU;
-    const int bad = first_row((mag >= 0x7C00U) | ((mag == 0U) & (s.amax != 0U)));
+    const Ints small = (best == 0.0F) & (s.amax != 0U) & (s.amax < kOneF32);  // all scales became 0, none infinity
+    near_zero -= small;
+    best = (small & (s.amax > kZeroF16)) ? Floats{} + kMinScaleF16 : best;
+    const Bits h = to_f16<Floats, Bits>(best);
+    const int bad = first_row(((h & 0x7FFFU) >= 0x7C00U) | ((best == 0.0F) & (s.amax > kZeroF16)));
     if (bad >= 0) return bad;
     store_scales(h, t.scale);
     const Floats scale = best == 0.0F ? Floats{} + 1.0F : best;
@@ -251,12 +260,12 @@ DC_INLINE bool pack_f8(PackArgs& a) {
                 largest = row_max > amax ? r : largest;
                 amax = std::max(amax, row_max);
             }
-            const float scale = bits_of<float>(amax) / 448.0F;
-            if (amax >= kInfBits || (amax != 0 && scale < 0x1p-126F)) {
-                return fail(a, largest, bc, 0, std::min(amax, kInfBits));
-            }
+            if (amax >= kInfBits) return fail(a, largest, bc, 0, kInfBits);
+            const float nearest = bits_of<float>(amax) / 448.0F;
+            const float scale = amax <= kZeroF8 ? 0.0F : std::max(nearest, kMinScaleF8);
+            a.near_zero += amax != 0 && nearest < kMinScaleF8;
             a.scales[(br / a.scale_rows) * scales_per_row + bc / a.scale_cols] = scale;
-            const float divisor = amax == 0 ? 1.0F : scale;
+            const float divisor = scale == 0.0F ? 1.0F : scale;
             for (int row0 = br; row0 < row_end; row0 += kTileRows) {
                 auto* t = reinterpret_cast<TileF8*>(a.out + row0 / kTileRows * row_tile_bytes) + bc / kTileCols;
                 for (int col0 = bc; col0 < col_end; col0 += kTileCols, ++t) {
@@ -281,6 +290,7 @@ DC_INLINE bool pack_any(PackArgs& a) {
                                                        : kInfBits;
     std::byte* out = a.out;
     Tile s;
+    Ints near_zero{};  // by row of the tile
     for (int row0 = 0; row0 < a.rows; row0 += kTileRows) {
         for (int col0 = 0; col0 < a.cols; col0 += kTileCols, out += tile_bytes) {
             load_tile(a, row0, col0, s);
@@ -288,15 +298,16 @@ DC_INLINE bool pack_any(PackArgs& a) {
             if (r >= 0) return fail(a, row0, col0, r, limit);
             switch (a.format) {
             case Format::kF32: encode_f32(s, *reinterpret_cast<TileF32*>(out)); break;
-            case Format::kBF16: encode_16<Format::kBF16>(s, *reinterpret_cast<Tile16*>(out)); break;
-            case Format::kF16: encode_16<Format::kF16>(s, *reinterpret_cast<Tile16*>(out)); break;
-            case Format::kQ8: r = encode_q8(s, *reinterpret_cast<TileQ8*>(out)); break;
-            case Format::kQ4: r = encode_q4(s, *reinterpret_cast<TileQ4*>(out)); break;
+            case Format::kBF16: encode_16<Format::kBF16>(s, *reinterpret_cast<Tile16*>(out), near_zero); break;
+            case Format::kF16: encode_16<Format::kF16>(s, *reinterpret_cast<Tile16*>(out), near_zero); break;
+            case Format::kQ8: r = encode_q8(s, *reinterpret_cast<TileQ8*>(out), near_zero); break;
+            case Format::kQ4: r = encode_q4(s, *reinterpret_cast<TileQ4*>(out), near_zero); break;
             default: r = 0; break;  // f8 is above; q4b tiles only come from existing codes
             }
             if (r >= 0) return fail(a, row0, col0, r, s.amax[r]);
         }
     }
+    for (int r = 0; r < kTileRows; ++r) a.near_zero += near_zero[r];
     return true;
 }
 

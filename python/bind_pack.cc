@@ -4,6 +4,7 @@
 #include "runtime/manifest.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <limits>
 #include <set>
@@ -194,6 +195,7 @@ using Bytes = py::array_t<uint8_t, py::array::c_style>;
 using Rows = py::array_t<int32_t, py::array::c_style>;
 using Floats = py::array_t<float, py::array::c_style>;
 using Halves = py::array_t<uint16_t, py::array::c_style>;
+using Counter = py::array_t<int64_t, py::array::c_style>;  // [1], added to
 
 void require(bool ok, const char* what) {
     if (!ok) throw py::value_error(std::string("packing call: ") + what);
@@ -308,6 +310,10 @@ Source make_source(const std::string& kind, const Bytes& data, int cols, int fir
 // First source element that does not fit, (row of the source buffer, column), or none.
 py::object bad_at(bool ok, int row, int col) { return ok ? py::object(py::none()) : py::make_tuple(row, col); }
 
+void add_to(const py::object& counter, int64_t n) {
+    if (!counter.is_none()) *same_array<Counter>(counter).mutable_data() += n;
+}
+
 struct PackCall {
     Source src;
     std::span<const int32_t> index;  // source row of each packed row; transposed: of each packed column
@@ -320,6 +326,7 @@ struct PackCall {
     float* scales = nullptr;
     int scale_rows = 128, scale_cols = 128;
     int bad_row = 0, bad_col = 0;
+    int64_t near_zero = 0;
 
     bool fail(int packed_row, int packed_col) {
         bad_row = index[static_cast<size_t>(transpose ? packed_col : packed_row)];
@@ -358,6 +365,7 @@ struct PackCall {
                               .scale_rows = scale_rows,
                               .scale_cols = scale_cols};
             if (!dc::pack_tiles(args)) return fail(row0 + args.bad_row, args.bad_col);
+            near_zero += args.near_zero;
         }
         return true;
     }
@@ -408,7 +416,7 @@ py::object pack_rows(const Bytes& out, int64_t out_offset, int64_t tile_stride, 
                      const std::string& format_scale, int rows, int cols, const Rows& index, bool transpose, bool exact,
                      const std::string& kind, const Bytes& data, int first_row, const py::object& scale, int block_rows,
                      int block_cols, const std::string& scale_dtype, const py::object& out_scales, int scale_rows,
-                     int scale_cols) {
+                     int scale_cols, const py::object& near_zero) {
     PackCall call;
     require(rows >= 1 && cols >= 1 && index.ndim() == 1 && index.size() == (transpose ? cols : rows), "bad row index");
     call.src = make_source(kind, data, transpose ? rows : cols, first_row, scale, block_rows, block_cols, scale_dtype);
@@ -442,6 +450,7 @@ py::object pack_rows(const Bytes& out, int64_t out_offset, int64_t tile_stride, 
         call.scale_cols = scale_cols;
     }
     const bool ok = without_gil([&] { return call.run(); });
+    add_to(near_zero, call.near_zero);
     return bad_at(ok, call.bad_row, call.bad_col);
 }
 
@@ -461,7 +470,7 @@ template <class T> int first_not_finite(const std::byte* p, int n, T exponent) {
 
 py::object convert_rows(const py::array& out, const std::string& to, const std::string& kind, const Bytes& data,
                         int cols, int first_row, const py::object& scale, int block_rows, int block_cols,
-                        const std::string& scale_dtype) {
+                        const std::string& scale_dtype, const py::object& near_zero) {
     const Source src = make_source(kind, data, cols, first_row, scale, block_rows, block_cols, scale_dtype);
     const Kind target = kind_from_name(to);
     require(target == Kind::kF32 || target == Kind::kBF16 || target == Kind::kF16, "target must be f32, bf16 or f16");
@@ -470,6 +479,7 @@ py::object convert_rows(const py::array& out, const std::string& to, const std::
             "output has the wrong size");
     auto* dst = static_cast<std::byte*>(py::array(out).mutable_data());
     int row = 0, bad = -1;
+    int64_t n_near_zero = 0;
     {
         const py::gil_scoped_release release;
         std::vector<float> line(static_cast<size_t>(cols));
@@ -479,10 +489,16 @@ py::object convert_rows(const py::array& out, const std::string& to, const std::
                 const void* from = target == src.kind ? static_cast<const void*>(src.row(row)) : line.data();
                 std::memcpy(dst, from, static_cast<size_t>(elem * cols));
             } else {
-                for (int c = 0; c < cols; ++c) {
-                    const float f = line[static_cast<size_t>(c)];
-                    const uint16_t h = target == Kind::kBF16 ? dc::f32_to_bf16(f) : dc::f32_to_f16(f);
-                    std::memcpy(dst + 2 * c, &h, 2);
+                for (int c = 0; c < cols;) {
+                    uint32_t given = 0, kept = 0;  // bits of the magnitudes of 32 columns
+                    for (const int end = std::min(cols, c + dc::kTileCols); c < end; ++c) {
+                        const float f = line[static_cast<size_t>(c)];
+                        const uint16_t h = target == Kind::kBF16 ? dc::f32_to_bf16(f) : dc::f32_to_f16(f);
+                        std::memcpy(dst + 2 * c, &h, 2);
+                        given |= std::bit_cast<uint32_t>(f) << 1;
+                        kept |= h & 0x7FFFU;
+                    }
+                    n_near_zero += given != 0 && kept == 0;
                 }
             }
             bad = target == Kind::kF32    ? first_not_finite<uint32_t>(dst, cols, 0x7F800000U)
@@ -490,6 +506,7 @@ py::object convert_rows(const py::array& out, const std::string& to, const std::
                                           : first_not_finite<uint16_t>(dst, cols, 0x7C00);
         }
     }
+    add_to(near_zero, n_near_zero);
     return bad_at(bad < 0, row - 1, bad);
 }
 
@@ -581,15 +598,16 @@ void init_pack(py::module_& m) {
           py::arg("transpose"), py::arg("exact"), py::arg("kind"), py::arg("data").noconvert(),
           py::arg("first_row") = 0, py::arg("scale") = py::none(), py::arg("block_rows") = 1,
           py::arg("block_cols") = 32, py::arg("scale_dtype") = "", py::arg("out_scales") = py::none(),
-          py::arg("scale_rows") = 128, py::arg("scale_cols") = 128,
+          py::arg("scale_rows") = 128, py::arg("scale_cols") = 128, py::arg("near_zero") = py::none(),
           "Packs rows of one source tensor into row tiles of `out` (uint8). index: int32 source row of each packed row "
           "(transpose: of each packed column). kind: f32|bf16|f16|f8|i4; scale: f32 grid (f8) or uint16 [rows, groups] "
-          "(i4). "
+          "(i4). near_zero: int64 [1], added the number of groups that are too small for a scale of their own. "
           "Returns None, or (source row, source column) of the first value that does not fit.");
     m.def("convert_rows", &convert_rows, py::arg("out"), py::arg("to"), py::arg("kind"), py::arg("data").noconvert(),
           py::arg("cols"), py::arg("first_row") = 0, py::arg("scale") = py::none(), py::arg("block_rows") = 1,
-          py::arg("block_cols") = 32, py::arg("scale_dtype") = "",
-          "Converts source rows to plain f32|bf16|f16 in `out`. Returns None, or (row, column) of the first value that "
+          py::arg("block_cols") = 32, py::arg("scale_dtype") = "", py::arg("near_zero") = py::none(),
+          "Converts source rows to plain f32|bf16|f16 in `out`. near_zero: int64 [1], added the groups of 32 columns "
+          "that become zeros. Returns None, or (row, column) of the first value that "
           "does not fit.");
     m.def("unpack_slice", &unpack_slice, py::arg("data").noconvert(), py::arg("scales"), py::arg("format"),
           py::arg("format_scale"), py::arg("n_slices"), py::arg("rows"), py::arg("cols"), py::arg("scale_rows") = 128,

@@ -528,6 +528,79 @@ def test_other_options_or_sources_start_over_and_say_so(checkpoints: dict[str, P
     assert "started over" in pack(src, tmp_path / "z", "q8").notes[0]
 
 
+# --- near zero ------------------------------------------------------------------------------------------------------
+
+
+def near_zero_checkpoint(folder: Path, preset: str, dtype: str) -> Path:
+    """A checkpoint with rows, and a whole expert, whose values (or source scales) are next to nothing."""
+    d = tiny.write(folder, preset, dtype=dtype, n_shards=1)
+
+    def shrink(stored: tuple[str, tuple[int, ...], bytes], factor: float, rows: slice) -> tuple[Any, ...]:
+        kind, shape, data = stored
+        bits = np.frombuffer(data, "<f4" if kind == "F32" else "<u2").reshape(shape).copy()
+        values = (bits if kind == "F32" else F.bf16_value(bits))[rows] * np.float32(factor)
+        bits[rows] = values if kind == "F32" else F.bf16_bits(values)
+        return kind, shape, bits.tobytes()
+
+    def change(tensors: dict[str, Any]) -> None:
+        every = slice(None)
+        factors = {"lm_head.": (1e-6, slice(40, 45)), "experts.2.": (1e-38, every), "experts.3.": (0, every),
+                   "0.mlp.up_proj.": (1e-38, slice(0, 2)), "0.self_attn.kv_b_proj.": (1e-8, slice(0, 1)),
+                   "embed_tokens.": (1e-9, slice(7, 9))}  # fmt: skip
+        for name, (factor, rows) in ((n, f) for n in list(tensors) for key, f in factors.items() if key in n):
+            scaled = next(n for n in (name + "_scale_inv", name.removesuffix("packed") + "scale", name) if n in tensors)
+            if name.endswith(("weight", "packed")):
+                tensors[scaled] = shrink(tensors[scaled], factor, rows)
+
+    rewrite(d, change)
+    return d
+
+
+@pytest.mark.parametrize("dtype", ["f16", "f8", "q8", "q4"])
+@pytest.mark.parametrize("source", ["v3-f32", "v3-bf16", "gigachat3-fp8", "kimi_k2-int4"])
+def test_near_zero_groups_are_packed_and_counted(source: str, dtype: str, tmp_path: Path) -> None:
+    d = near_zero_checkpoint(tmp_path / "hf", *source.split("-"))
+    p = pack(d, tmp_path / "x", dtype)
+    notes = [note for note in p.notes if "near-zero" in note]
+    assert bool(notes) == ((source, dtype) != ("gigachat3-fp8", "f8")), notes  # codes and scales are kept
+    quantised = {t.format for t in p.tensors if not t.exact} - {"f32"}
+    formats = [note.rpartition(" are too small for ")[2].split(":")[0] for note in notes]
+    assert len(formats) == len(set(formats)) and set(formats) <= quantised
+    with packed.read(tmp_path / "x") as f:
+        assert f.check() == []
+    bound = {"bf16": 2.0**-8, "f16": 2.0**-11, "f8": 2.0**-4, "q8": 1 / 254, "q4": 1 / 5}.get(dtype, 6e-8)
+    for name, want, got in both(d, tmp_path / "x"):
+        limit = 1 / 5 if name == ".mtp.head" else bound
+        largest = np.abs(want).max() if "w_uk" in name or dtype == "f8" else np.abs(want).max(-1, keepdims=True)
+        assert (np.abs(got - want) <= 1.01 * limit * largest + 2.0**-24).all(), name
+
+
+def test_near_zero_groups_are_counted_by_format_and_tensor(tmp_path: Path) -> None:
+    d = tiny.write(tmp_path / "hf", "moonlight", dtype="f32")
+    down, values = "model.layers.1.mlp.shared_experts.down_proj.weight", np.full((70, 66), 0.5, "<f4")  # 3 groups a row
+    values[4] = 1e-10
+    values[5, :32] = -1e-7  # a few of the smallest steps
+    values[6] = 0
+    rewrite(d, lambda t: t.update({down: ("F32", values.shape, values.tobytes())}))
+    for fmt, n in (("q8", 4), ("f16", 3)):
+        note = f"{n} near-zero groups of layers.1.shared.w_down are too small for {fmt}: "
+        assert pack(d, tmp_path / fmt, fmt).notes == [note + "stored in its smallest steps or as zeros"]
+    assert pack(d, tmp_path / "f8", "f8").notes == pack(d, tmp_path / "f32", "f32").notes == []
+    with packed.read(tmp_path / "q8") as f:
+        got = f.unpack("layers.1.shared.w_down")
+        data = ref_packed.PackedFile(tmp_path / "q8")
+    bits = F.decode_scales("q8", data.raw("layers.1.shared.w_down"), 70, 66)
+    codes = F.decode_codes("q8", data.raw("layers.1.shared.w_down"), 70, 66)
+    assert not got[4].any() and not bits[4].any() and not codes[4].any()  # zero codes and zero scale
+    assert np.abs(got[5, :32] - values[5, :32]).max() <= 2.0**-25 and bits[5, 0] == 1
+    rewrite(d, lambda t: t.update({n: (k, s, (np.frombuffer(b, "<f4") * 1e-20).astype("<f4").tobytes())
+                                   for n, (k, s, b) in t.items() if ".up_proj" in n}))  # fmt: skip
+    notes = pack(d, tmp_path / "q8", "q8").notes
+    interrupted(d, tmp_path / "x", 25)  # a resumed pack counts what was packed before as well
+    assert pack(d, tmp_path / "x", "q8").notes[1:] == notes
+    assert len(notes) == 1 and " near-zero groups of 6 tensors (layers.0.w_gate_up, ...) are too small" in notes[0]
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -566,23 +639,6 @@ def test_values_that_do_not_fit_refuse_by_name(
     with pytest.raises(CheckpointError, match=f"model.safetensors: tensor {name}: {message}"):
         pack(d, tmp_path / "x", dtype)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]  # no target, nothing to resume
-
-
-def test_underflowing_scales_refuse_by_name(tmp_path: Path) -> None:
-    d = tiny.write(tmp_path / "hf", "moonlight")
-    name = "model.layers.1.mlp.shared_experts.down_proj.weight"  # [70, 66]
-    tiny_row = F.bf16_bits(np.full(66, 1e-10, np.float32)).tobytes()
-
-    def change(tensors: dict[str, Any]) -> None:
-        dtype, shape, data = tensors[name]
-        tensors[name] = (dtype, shape, data[: 132 * 4] + tiny_row + data[132 * 5 :])
-
-    rewrite(d, change)
-    for dtype in ("q8", "q4"):
-        message = rf"{name}: value at \[4, 0\] is 1.00044e-10, expected one whose {dtype} scale"
-        with pytest.raises(CheckpointError, match=message):
-            pack(d, tmp_path / "x", dtype)
-    pack(d, tmp_path / "x", "f8")  # f32 scales hold it
 
 
 def test_bad_fp8_codes_and_scales_refuse_by_name(checkpoints: dict[str, Path], tmp_path: Path) -> None:

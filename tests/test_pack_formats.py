@@ -33,6 +33,7 @@ def pack(
     scale_dtype: str = "f16",
     tile_scale: str | None = None,
     out_block: tuple[int, int] = (128, 128),
+    near_zero: Array | None = None,
 ) -> tuple[Array, Array, tuple[int, int] | None]:
     """pack_rows of one matrix: (tiles uint8 [row_tiles, col_tiles, bytes], f8 scales, first value that does not fit)"""
     n_rows, n_cols = w.shape[0], cols or w.shape[1]
@@ -46,7 +47,7 @@ def pack(
     data = np.ascontiguousarray(w).view(np.uint8).reshape(n_rows, -1)
     bad = _core.pack_rows(
         out, 0, col_tiles * n_bytes, fmt, tile_scale, rows, cols, index, transpose, exact, kind, data, first_row,
-        scale, *block, scale_dtype, scales, *out_block,
+        scale, *block, scale_dtype, scales, *out_block, near_zero,
     )  # fmt: skip
     return out.reshape(row_tiles, col_tiles, n_bytes), scales, bad
 
@@ -310,6 +311,68 @@ def test_int4_codes_and_scales_are_kept(tile_scale: str, group: int, cols: int, 
     assert pack("q4", nibbles, exact=True, tile_scale=tile_scale, **kw)[2] == (20, (cols - 1) // group * group)
 
 
+# --- near zero: nothing underflows into a refusal, or by more than half a step --------------------------------------
+
+HALF_STEP = {"q8": 2.0**-25, "q4": 2.0**-25, "f16": 2.0**-25, "bf16": 2.0**-134, "f8": 2.0**-136}  # of the smallest
+
+
+def small_weights(rng: np.random.Generator, rows: int, cols: int) -> Array:
+    """f32 [rows, cols], magnitudes from 1e-3 to the smallest f32 by 16 rows; some rows with a few values only."""
+    size = np.repeat(rng.permutation(np.linspace(np.log(1e-45), np.log(1e-3), -(-rows // 16))), 16)[:rows, None]
+    w = rng.standard_normal((rows, cols)) * np.exp(size + rng.uniform(-3, 3, (rows, 1)))
+    w *= rng.random((rows, cols)) < rng.choice([1.0, 0.05], (rows, 1))
+    edges = [s * np.float32(h) for h in HALF_STEP.values() for s in (0.999, 1, 1.001, 2, 64, 127, 128, 447, 449)]
+    w[: len(edges), 0] = edges
+    return w.astype(np.float32)
+
+
+@pytest.mark.parametrize("fmt", HALF_STEP)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_near_zero_groups_are_within_half_a_step(fmt: str, transpose: bool, rng: np.random.Generator) -> None:
+    w, block = small_weights(rng, 1200, 64), (16, 32)
+    near_zero = np.full(1, 5, np.int64)
+    source = np.ascontiguousarray(w.T) if transpose else w
+    tiles, scales, bad = pack(fmt, source, transpose=transpose, out_block=block, near_zero=near_zero)
+    assert bad is None
+    got, exact = F.decode_tiles(fmt, tiles, *w.shape, scales, block), w.astype(np.float64)
+    high, width = block if fmt == "f8" else (1, 32)
+    amax = np.abs(w).reshape(1200 // high, high, 64 // width, width).max((1, 3))
+    small = amax <= HALF_STEP[fmt]  # too small even for the smallest scale: zeros; others get a scale
+    if fmt in ("q8", "q4", "f8"):
+        scale = scales if fmt == "f8" else F.f16_value(F.decode_scales(fmt, tiles, *w.shape))
+        np.testing.assert_array_equal(scale == 0, small)
+        step = np.repeat(np.repeat(scale, high, 0), width, 1).astype(np.float64)
+    half = np.full(w.shape, HALF_STEP[fmt])
+    if fmt == "q8":
+        small = F.f16_bits(amax / np.float32(127)) == 0
+        half = np.maximum(half, step / 2)
+    elif fmt == "q4":
+        with np.errstate(all="ignore"):
+            small = (numpy_q4(w.reshape(-1, 32))[1] & 0x7FFF == 0).reshape(amax.shape)
+        half = np.maximum(half, np.abs(step) / 2)
+        ends = np.sort([-8 * step, 7 * step], 0)  # the search may clip the largest
+        exact = np.where(step == 0, exact, np.clip(exact, *ends))
+    elif fmt == "f8":
+        small = amax / np.float32(448) < 2.0**-126
+        half = np.maximum(np.maximum(half, step * 2.0**-10), np.abs(exact) * 2.0**-4)
+    else:
+        half = np.maximum(half, np.abs(exact) * 2.0 ** (-11 if fmt == "f16" else -8))
+    assert (np.abs(got - exact) <= half).all()
+    assert near_zero[0] == 5 + (small & (amax > 0)).sum() > 20
+
+
+@pytest.mark.parametrize("to", ["f16", "bf16"])
+def test_plain_near_zero_groups_are_counted(to: str, rng: np.random.Generator) -> None:
+    w = small_weights(rng, 1200, 70)
+    out, near_zero = np.zeros(w.shape, np.uint16), np.zeros(1, np.int64)
+    data = w.view(np.uint8).reshape(1200, -1)
+    assert _core.convert_rows(out, to, "f32", data, 70, near_zero=near_zero) is None
+    lost = 0
+    for c in range(0, 70, 32):
+        lost += int(((w[:, c : c + 32] != 0).any(1) & ((out[:, c : c + 32] & 0x7FFF) == 0).all(1)).sum())
+    assert near_zero[0] == lost > 20
+
+
 def test_transposed_and_gathered_rows(rng: np.random.Generator) -> None:
     w = weights(rng, 50, 37)
     index = rng.permutation(50)[:33]
@@ -330,11 +393,6 @@ def test_values_that_do_not_fit_are_located(fmt: str) -> None:
         w[17, 35] = value
         assert pack(fmt, w)[2] == (17, 35)
         assert pack(fmt, w, transpose=True)[2] == (17, 35)
-    if fmt in ("q8", "q4", "f8"):  # a scale that underflows: its type cannot hold max / 127
-        tiny = 1e-42 if fmt == "f8" else 1e-9
-        w = np.zeros((20, 40), np.float32)
-        w[18, 36] = -tiny
-        assert pack(fmt, w)[2] == (18, 36)
 
 
 @pytest.mark.parametrize(("fmt", "scale"), [(f["name"], f["scale"]) for f in _core.formats()])

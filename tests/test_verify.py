@@ -80,6 +80,19 @@ def test_right_models_pass(preset: str, source: str, options: dict[str, str]) ->
     assert 0 <= r.effect["kl"] < limit and 0 < r.effect["router_agreement"] <= 1
 
 
+@pytest.mark.parametrize("dtype", ["q8", "q4", "f8", "f16"])
+def test_near_zero_groups_are_right(dtype: str) -> None:
+    folder = checkpoint("v3", "f32", seed=7, n_shards=1)
+    tensors: Tensors = load_file(folder / "model.safetensors")
+    sizes = {"0.mlp.up_proj": 1e-6, "experts.3.": 1e-9, "experts.4.": 1e-38, "1.self_attn.o_proj": 1e-7}
+    for part, factor in sizes.items():
+        for name in (name for name in tensors if part in name):
+            tensors[name] = (tensors[name] / np.abs(tensors[name]).max() * np.float32(factor)).astype(np.float32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    r = verify(pack(folder, dtype=dtype), folder, legs=("weights", "arithmetic"))
+    assert r.ok, str(r.first_divergence)
+
+
 @pytest.mark.parametrize("kv", ["f32", "bf16", "q8"])
 def test_every_cache_type_passes_and_only_with_its_own_rounding(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint("v3", "bf16")

@@ -42,6 +42,7 @@ def pack_rows(
     out_scales: _F32 | None = None,
     scale_rows: int = 128,
     scale_cols: int = 128,
+    near_zero: npt.NDArray[np.int64] | None = None,
 ) -> tuple[int, int] | None: ...
 def convert_rows(
     out: npt.NDArray[Any],
@@ -54,6 +55,7 @@ def convert_rows(
     block_rows: int = 1,
     block_cols: int = 32,
     scale_dtype: str = "",
+    near_zero: npt.NDArray[np.int64] | None = None,
 ) -> tuple[int, int] | None: ...
 def unpack_slice(
     data: _U8,

@@ -35,6 +35,7 @@ LARGE_PAGE = 2 << 20  # the system keeps a file in such pages where one write co
 Progress = Callable[[int, int], object]
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Counter = npt.NDArray[np.int64]  # [1]
 
 
 def plan(
@@ -104,6 +105,7 @@ class Job:
     offsets: list[int] = field(default_factory=list)  # absolute
     blob: bytes = b""
     sha: list[str] = field(default_factory=list)  # filled when the bytes are written
+    near_zero: Counter = field(default_factory=lambda: np.zeros(1, np.int64))  # groups too small for the format
 
 
 def file_header(p: Plan, jobs: list[Job]) -> bytes:
@@ -146,8 +148,9 @@ def slabs(pieces: Iterable[Bytes], offset: int) -> Iterator[Bytes]:
 class _Partial:
     """DST.partial and its journal: exclusive, resumable, renamed to DST at the end.
 
-    The journal is JSON lines: the key of what is packed, then name and checksums of every finished job. What it claims
-    is read back and hashed before it is believed (it may have outlived data that a power loss took).
+    The journal is JSON lines: the key of what is packed, then name, checksums and near-zero groups of every finished
+    job. What it claims is read back and hashed before it is believed (it may have outlived data that a power loss
+    took).
     """
 
     def __init__(self, dst: Path, jobs: list[Job], total: int, key: str) -> None:
@@ -195,9 +198,11 @@ class _Partial:
         while right_size and not self.restarted and n < len(jobs) and n + 1 < len(lines):
             job = jobs[n]
             sha = [self._checksum(at, stored.nbytes) for at, stored in zip(job.offsets, job.stored, strict=True)]
-            if lines[n + 1] != {"name": job.stored[0].name, "sha256": sha}:
+            line = lines[n + 1]
+            near_zero = line.pop("near_zero", -1) if isinstance(line, dict) else -1
+            if line != {"name": job.stored[0].name, "sha256": sha} or near_zero not in range(1 << 62):
                 break
-            job.sha = sha
+            job.sha, job.near_zero[0] = sha, near_zero
             n += 1
         return n
 
@@ -213,7 +218,7 @@ class _Partial:
 
     def done(self, job: Job) -> None:
         """Notes that a job's bytes are written."""
-        self._note({"name": job.stored[0].name, "sha256": job.sha})
+        self._note({"name": job.stored[0].name, "sha256": job.sha, "near_zero": int(job.near_zero[0])})
 
     def commit(self) -> None:
         """Makes the file durable and gives it its name."""
@@ -250,6 +255,7 @@ def _write(ckpt: Checkpoint, p: Plan, jobs: list[Job], out: _Partial, total: int
                         progress(done, total)
         write_at(out.fd, file_header(p, jobs), 0)
         out.commit()
+        p.notes.extend(_near_zero_notes(jobs))
         if progress:
             progress(total, total)
     except CheckpointError:
@@ -257,6 +263,18 @@ def _write(ckpt: Checkpoint, p: Plan, jobs: list[Job], out: _Partial, total: int
         raise
     finally:
         out.close()
+
+
+def _near_zero_notes(jobs: list[Job]) -> Iterator[str]:
+    """How many groups were too small for their format: one sentence a format."""
+    found: dict[str, list[Job]] = {}
+    for job in jobs:
+        if job.near_zero[0]:
+            found.setdefault(job.stored[0].format, []).append(job)
+    for fmt, hit in found.items():
+        names, n = [job.stored[0].name for job in hit], sum(int(job.near_zero[0]) for job in hit)
+        where = " and ".join(names) if len(names) < 3 else f"{len(names)} tensors ({names[0]}, ...)"
+        yield f"{n} near-zero groups of {where} are too small for {fmt}: stored in its smallest steps or as zeros"
 
 
 class _Writer:
@@ -310,6 +328,7 @@ class _Packer:
         self.writer = writer
         self.rows = np.empty(SLAB_BYTES, np.uint8)  # stored source rows
         self.grid: tuple[str, npt.NDArray[Any] | None] = ("", None)  # f8 scales of the last weight
+        self.near_zero: Counter  # of the running job
 
     def run(self, job: Job) -> Iterator[int]:
         """Queues all bytes of one job; yields the file offset reached."""
@@ -317,6 +336,7 @@ class _Packer:
         if t is None:
             self.writer.put(np.frombuffer(job.blob, np.uint8), job.offsets[0], job, True)
             return
+        self.near_zero = job.near_zero
         own = t.scale_block is not None and not t.exact
         grid = np.zeros(t.scales.shape if t.scales else 0, np.float32)
         offset, fill = job.offsets[0], 0
@@ -361,7 +381,8 @@ class _Packer:
         """Rows begin..end-1 of a plain tensor."""
         w = t.slices[0][0].weight
         data, scale = self._source(w, begin, end)
-        bad = _core.convert_rows(out, t.format, w.kind, data, w.cols, begin, scale, *w.block, w.scale_dtype)
+        bad = _core.convert_rows(out, t.format, w.kind, data, w.cols, begin, scale, *w.block, w.scale_dtype,
+                                 self.near_zero)  # fmt: skip
         if bad is not None:
             raise self.ckpt.bad_value(w, begin + bad[0], bad[1], t.format)
 
@@ -390,7 +411,7 @@ class _Packer:
         scales = np.empty((-(-(r1 - r0) // block[0]), -(-part.cols // block[1])), np.float32)
         bad = _core.pack_rows(
             out, at * t.row_bytes, step * t.row_bytes, t.format, t.scale, r1 - r0, part.cols, index - lo,
-            part.transpose, t.exact, w.kind, data, lo, scale, *w.block, w.scale_dtype, scales, *block,
+            part.transpose, t.exact, w.kind, data, lo, scale, *w.block, w.scale_dtype, scales, *block, self.near_zero,
         )  # fmt: skip
         if bad is not None:
             raise self.ckpt.bad_value(w, lo + bad[0], bad[1], t.format)
