@@ -90,7 +90,7 @@ def test_operations_are_those_of_the_configuration(preset: str) -> None:
 @pytest.mark.parametrize("kv", ["f16", "bf16", "f32", "q8"])
 def test_fill_makes_a_context_of_random_rows(kv: str) -> None:
     model = surface_cases.model()
-    session = model.session(128, kv)
+    session = model.session(128, kv, mtp=False)
     bench.fill(session, 70)
     assert session.pos == 70 and session.last_logits is None
     taps: dict[str, Any]

@@ -203,13 +203,16 @@ def test_device_session_goes_on_after_decoding(device: str, tmp_path: Path) -> N
     text = [next(generation) for _ in range(5)]
     with pytest.raises(SessionError, match="decoding on the device is not finished"):
         s.core.forward([1])
-    s.save(tmp_path / "s")  # ends the text first
-    assert generation.reason == "closed" and s.tokens.tolist() == prompt + text[:-1]
+    s.save(tmp_path / "s")
+    assert generation.reason is None and s.tokens.tolist() == prompt + text
+    text.append(next(generation))  # goes on, in rounds of its own
     fresh = model.session(64, mtp=True)
-    fresh.prefill(prompt + text[:-1])
+    fresh.prefill(prompt + text)
     again = model.session(64, mtp=True)
     again.restore(tmp_path / "s")
-    results = [x.decode(text[-1]) for x in (s, fresh, again)]
+    again.prefill(text[5:])
+    results = [x.decode(7) for x in (s, fresh, again)]
+    assert generation.reason == "taken"
     assert_same_bits("after decoding", results[0], results[1])
     assert_same_bits("after restore", results[2], results[1])
     s.truncate(PROMPT + 1)

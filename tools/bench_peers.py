@@ -98,8 +98,8 @@ class Ours:
         Weights that nobody read while another engine ran are slower at first, 10 to 20 % over 16 tokens, with as many
         page faults as later: all experts are walked once. The peers get the same.
         """
-        self.model.session(64).prefill(self.ids[:64])
-        session = self.model.session(max(PREFILL, context + 64), kv)
+        self.model.session(64, mtp=False).prefill(self.ids[:64])
+        session = self.model.session(max(PREFILL, context + 64), kv, mtp=False)
         n = PREFILL if what == "prefill" else tokens
         for warm in (True, False):
             fill(session, context)

@@ -326,7 +326,7 @@ def bench(
             f"the model has {limit}; choose smaller ones"
         )
     others = Others()
-    session, greedy, n_valid = model.session(ctx, kv), Sampling(), model.n_valid
+    session, greedy, n_valid = model.session(ctx, kv, mtp=False), Sampling(), model.n_valid
     ids = np.random.default_rng(0).integers(0, n_valid, prompt_tokens + decode_tokens).tolist()
     work = operations(model, prompt_tokens, 0)
     kernels: dict[str, float] = {}

@@ -261,13 +261,15 @@ def chat(
             messages.pop()
             continue
         kept, before = session.reuse(ids), session.stats
+        cached = session.core.pos
         answer, seed = start(session, ids[kept:], max_tokens, **sampling)
         stream(answer)
         if answer.text:
             messages.append({"role": "assistant", "content": answer.text})
         else:
             messages.pop()
-        say(summary(answer, session.stats - before, seed) + f"; {kept} of {len(ids)} prompt tokens were cached", quiet)
+        line = summary(answer, session.stats - before, seed)
+        say(f"{line}; {cached} of {len(ids)} prompt tokens were cached", quiet)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import time
 from collections import deque
@@ -13,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core
+from .arguments import integer, token_ids
 from .draft import MAX_DRAFT, Controller, CostModel
 from .errors import SessionError
-from .text import StopMatcher
+from .text import StopMatcher, one_line
 
 if TYPE_CHECKING:
     from .model import Model
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 MAX_EOS = 32  # of a device; more end the text on the host, round by round
 AHEAD = 4  # rounds queued on a device beyond the one whose tokens are awaited
-REASONS = ("eos", "stop", "length", "context", "interrupted")
+MAX_F32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +44,19 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks = (
-            ("temp", 0 <= self.temp < float("inf"), "a finite number >= 0"),
-            ("top_k", 0 <= self.top_k < 1 << 31, "a number in 0..2^31-1"),
-            ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "a number in [0, 1]"),
-            ("seed", 0 <= self.seed < 1 << 64, "a number in 0..2^64-1"),
-        )
-        for name, ok, want in checks:
+        t, p, m = self.temp, self.top_p, self.min_p
+        for name, value in (("temp", t), ("top_p", p), ("min_p", m)):
+            if not isinstance(value, numbers.Real):
+                raise TypeError(f"{name}: {one_line(repr(value), 40)}, expected a number")
+        for name, value, ok, want in (
+            ("temp", t, 0 <= t <= MAX_F32, "a finite number >= 0"),
+            ("top_p", p, 0 < p <= 1, "a number in (0, 1]"),
+            ("min_p", m, 0 <= m <= 1, "a number in [0, 1]"),
+        ):
             if not ok:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected {want}")
+                raise ValueError(f"{name}: {value}, expected {want}")
+        integer("top_k", self.top_k, 0, 2**31 - 1)
+        integer("seed", self.seed, 0, 2**64 - 1)
 
     def choose(self, logits: npt.NDArray[np.float32], pos: int, n_valid: int) -> int:
         """The token at position ``pos`` for logits [vocab_size] f32; ids from ``n_valid`` on are never chosen.
@@ -64,28 +69,35 @@ class Sampling:
 
 def check_draft(draft: str | int) -> None:
     """Raises ValueError unless ``draft`` is "auto", "off" or a number of drafts 0..7."""
-    if draft not in ("auto", "off") and not (isinstance(draft, int) and 0 <= draft <= MAX_DRAFT):
+    number = isinstance(draft, numbers.Integral) and not isinstance(draft, bool)
+    if draft not in ("auto", "off") and not (number and 0 <= int(draft) <= MAX_DRAFT):
         raise ValueError(f"draft: {draft!r}, expected auto, off or a number 0..{MAX_DRAFT}")
 
 
 class Generation(Iterator[int]):
     """New token ids after ``ids``, made one per step; the work starts with the first.
 
-    ``reason`` is None while it runs, then "eos", "length" (``max_tokens``) or "context" (the context is full); an eos
-    token is not returned. ``tokens`` are the ids returned so far; the last of them is not in the cache yet. While it
-    drafts, the cache may be ahead of them: ``close`` it before using the session if you stop taking tokens early.
+    Every token returned belongs to the session's sequence at once: whoever goes on (``prefill``, ``decode``, another
+    ``generate``, ``save``) does so after the last one, however this ended.
+
+    ``reason`` is None while it runs, then "eos" (that token is not returned), "length" (``max_tokens``), "context" (it
+    is full), "closed" (``close``), "interrupted" (Ctrl-C), "failed" (another exception), or "taken": a call changed the
+    session's sequence meanwhile. Asked for a token after that it raises SessionError, after the others StopIteration.
 
     Args:
-        ids: the prompt, appended to what the session holds; None: go on from the logits of its last call.
-        max_tokens: at most this many; None: until something else ends it.
+        ids: the prompt, appended to what the session holds; None: go on after its last token.
+        max_tokens: at most this many, 1 or more; None: until something else ends it.
         temp, top_k, top_p, min_p, seed: see ``Sampling``.
         eos_ids: ids that end it; None: the model's own.
-        draft: MTP drafts per round, "off", or "auto": as many as pay. The tokens are the same with any of them.
+        draft: MTP drafts per round, "off", or "auto": as many as pay, none in a session without MTP state. The tokens
+            are the same with any of them.
 
     ``drafts`` has the counts (``draft.DraftStats``) and the controller's predictions.
 
     Raises:
-        SessionError: drafts asked for in a session without MTP state (``Model.session(mtp=True)``).
+        SessionError: nothing to go on from, ids that are none or do not fit, or drafts asked for in a session without
+            MTP state (``Model.session(mtp=True)``).
+        TypeError, ValueError: another argument that is wrong.
     """
 
     def __init__(
@@ -107,108 +119,129 @@ class Generation(Iterator[int]):
                 raise SessionError(f"draft {draft}: the session keeps no MTP state; make it with session(mtp=True)")
             draft = "off"
         self.session = session
+        self.sampling = Sampling(temp, top_k, top_p, min_p, seed)
+        self.max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
+        self._prompt = None if ids is None else session.checked(ids)
+        if ids is None and not session.pos:
+            raise SessionError("nothing to go on from: prefill some tokens first, or pass ids")
+        vocab = int(session.model.config["vocab_size"])
+        self._eos = session.model.eos_ids if eos_ids is None else frozenset(token_ids(eos_ids, vocab).tolist())
         core = session.model.core
         cost = CostModel.of(core.weight_bytes, session.model.config) if session.keeps_mtp else None
         self.drafts = Controller(cost, draft)
-        self.sampling = Sampling(temp, top_k, top_p, min_p, seed)
-        self.max_tokens = max_tokens
         self.reason: str | None = None
-        self.tokens: list[int] = []
-        self._prompt = ids
-        self._eos = session.model.eos_ids if eos_ids is None else frozenset(eos_ids)
+        self.stepping = False  # inside __next__: the session's calls are its own
         self._n_valid = session.model.n_valid
-        self._ready: deque[int] = deque()  # chosen, not returned yet
+        self._base: int | None = None  # tokens of the sequence before the first new one; None: not started
+        self._tokens: list[int] = []  # of a generation that has ended
+        self.ready: deque[int] = deque()  # chosen, not returned yet
         self._device: DeviceRounds | None = None
 
+    @property
+    def tokens(self) -> list[int]:
+        """The ids returned so far, a copy."""
+        with self.session.lock:
+            running = self.reason is None and self._base is not None
+            return self.session.since(self._base or 0) if running else [*self._tokens]
+
     def __next__(self) -> int:
-        if self.reason is not None:
+        with self.session.lock:
+            if self.reason == "taken":
+                raise SessionError("the session was used for something else meanwhile, which ended this generation; "
+                                   "session.generate() goes on from where it is")  # fmt: skip
+            if self.reason is not None:
+                raise StopIteration
+            self.stepping = True
+            try:
+                token = self._step()
+                if isinstance(token, int):
+                    self.session.returned(token)
+                    return token
+                self.end(token)
+            except BaseException as e:  # whatever is half done, the sequence is what was returned
+                self.end("interrupted" if isinstance(e, KeyboardInterrupt) else "failed")
+                raise
+            finally:
+                self.stepping = False
             raise StopIteration
-        if self.max_tokens is not None and len(self.tokens) >= self.max_tokens:
-            return self._end("length")
-        if not self.tokens:
-            logits = self._first_logits()
-            if self.session.pos == self.session.ctx:
-                return self._end("context")
-            self._ready.append(self.sampling.choose(logits, self.session.pos, self._n_valid))
-        elif not self._ready:
-            if self._device is None and self.session.pos + 1 == self.session.ctx:
-                return self._end("context")  # the last token returned takes the last position
-            if self.session.model.device != "cpu" and not self.session.tracing and len(self._eos) <= MAX_EOS:
-                self._device = self._device or DeviceRounds(self)
-                self._ready.extend(self._device.next())
-                if not self._ready:
-                    return self._end(self._device.stop)
+
+    def _step(self) -> int | str:
+        """The next token, or why there is none."""
+        session = self.session
+        if self._base is None:
+            if self._prompt is not None:
+                session.prefill(self._prompt)
+            session.attach(self)
+            self._base = session.pos
+            if session.last_logits is not None and session.pos < session.ctx:
+                self.ready.append(self.sampling.choose(session.last_logits, session.pos, self._n_valid))
+        if self.max_tokens is not None and session.pos - self._base >= self.max_tokens:
+            return "length"
+        if not self.ready:
+            if session.pos == session.ctx:
+                return "context"
+            if session.model.device != "cpu" and not session.tracing and len(self._eos) <= MAX_EOS:
+                if self._device is None or not session.decoding:
+                    self._device = DeviceRounds(self, self._left())
+                self.ready.extend(self._device.next())
+                if not self.ready:
+                    return self._device.stop
             else:
-                self._ready.extend(self._round())
-        token = self._ready.popleft()
-        if token in self._eos:
-            return self._end("eos")
-        self.tokens.append(token)
-        return token
+                self.ready.extend(self._round())
+        token = self.ready.popleft()
+        return "eos" if token in self._eos else token
+
+    def _left(self) -> int:
+        """Tokens that may still come."""
+        assert self._base is not None
+        return 2**62 if self.max_tokens is None else self.max_tokens - (self.session.pos - self._base)
 
     def _round(self) -> list[int]:
         """Drafts, verifies, and returns the tokens that are certain now."""
-        control, counted = self.drafts, self.session.expert_union
-        k = control.next_k(counted, self.session.mtp_pending)
+        control, session = self.drafts, self.session
+        counted = session.expert_union
         # No row is verified for a token that plain decoding would not return.
-        k = min(k, self.session.ctx - self.session.pos - 2)
-        if self.max_tokens is not None:
-            k = min(k, self.max_tokens - len(self.tokens) - 1)
-        r = self.session.draft_round(
-            self.tokens[-1], k, self.sampling, self._n_valid, control.min_confidence(counted) if k else 0.0
+        k = min(control.next_k(counted, session.mtp_pending), session.ctx - session.pos - 1, self._left() - 1)
+        r = session.draft_round(
+            session.since(session.pos - 1)[0],
+            k,
+            self.sampling,
+            self._n_valid,
+            control.min_confidence(counted) if k else 0.0,
         )
         control.observe(r)
         return list(r["tokens"])
 
-    def _first_logits(self) -> npt.NDArray[np.float32]:
-        if self._prompt is not None:
-            return self.session.prefill(self._prompt)
-        if self.session.last_logits is None:
-            raise SessionError("nothing to go on from: prefill some tokens first, or pass ids")
-        return self.session.last_logits
-
     def close(self) -> None:
-        """Ends it from outside; drafts accepted beyond the last token returned leave the cache again."""
-        self.reason = self.reason or "closed"
-        if self._device is not None:
-            self._device.finish(len(self.tokens) + (self.reason == "eos"))
-            self._device = None
-            self._ready.clear()
-        if self._ready:
-            self.session.truncate(self.session.pos - len(self._ready))
-            self._ready.clear()
+        """Ends it; the session's sequence stays what was returned."""
+        with self.session.lock:
+            self.end("closed")
 
-    def _end(self, reason: str) -> int:
-        self.reason = reason
-        self.close()
-        raise StopIteration
+    def end(self, reason: str) -> None:
+        """Ends it for ``reason``, once; the session comes to rest."""
+        if self.reason is None:
+            self._tokens, self.reason = self.tokens, reason
+            self.ready.clear()
+            if self._base is not None:
+                self.session.detach()
 
 
 class DeviceRounds:
-    """The rounds of one text on a device, which chooses and verifies tokens by itself.
+    """Rounds on a device, which chooses and verifies tokens by itself.
 
-    Here rounds are only queued, a few ahead of the reader, and their results taken.
+    Here rounds are only queued, a few ahead of the reader, and their results taken, until the session comes to rest.
 
-    ``stop``: why no more tokens come, "" while they do. Whoever owns the session waits for ``finish`` before using it.
+    ``stop``: why no more tokens come, "" while they do.
     """
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(self, generation: Generation, limit: int) -> None:
         self.generation = generation
         self.session = session = generation.session
         self.stop = ""
-        self._base = session.pos + 1 - len(generation.tokens)  # rows of the cache before the first token
         self._cost = CostModel.of(session.model.core.weight_bytes, session.model.config)
         self._in_flight: deque[int] = deque()  # drafts of each queued round
         self._last_ns, self._start = 0, time.perf_counter()
-        limit = generation.max_tokens
-        session.decode_start(
-            self,
-            generation.tokens[-1],
-            generation.sampling,
-            generation.session.model.n_valid,
-            2**62 if limit is None else limit - len(generation.tokens),
-            sorted(generation._eos),
-        )
+        session.decode_start(generation.sampling, generation.session.model.n_valid, limit, sorted(generation._eos))
 
     def next(self) -> list[int]:
         """Tokens of the rounds that have ended, at least one unless ``stop`` is set."""
@@ -224,6 +257,7 @@ class DeviceRounds:
                 tokens += r["tokens"]
                 self.stop = self.stop or r["stop"]
                 if r["tokens"]:
+                    self.session.count_drafts(r)
                     control.observe(r | self._price(k, r))
         if self.stop == "not finite" and not tokens:
             what = "no finite maximum" if r["bad_id"] < 0 else f"token {r['bad_id']} is NaN"
@@ -245,28 +279,23 @@ class DeviceRounds:
             "verify_seconds": 1e-9 * ns * (1 - share),
         }
 
-    def finish(self, n_tokens: int) -> None:
-        """Waits, and leaves the first ``n_tokens`` tokens of the text in the cache but the last."""
-        self.session.decode_finish()
-        self.session.truncate(min(self.session.pos, self._base + n_tokens - 1))
-
-    def close(self) -> None:
-        """Ends the generation: the session is wanted for something else."""
-        self.generation.close()
-
 
 class TextGeneration(Iterator[str]):
     """A ``Generation`` as pieces of text: complete characters, ended by stop strings too.
 
     ``reason`` is as there, or "stop" (a stop string was completed; only the text before it is returned), or
     "interrupted" after ``interrupt``. ``text`` is all text returned so far. A special token shows as no text: a stop
-    string that is the text of one ends at that token.
+    string that is the text of one ends at that token. The tokens of a stop string belong to the session's sequence as all
+    others do.
+
+    Args:
+        stop: a string, or several.
 
     Raises:
         ValueError: a stop string is empty, or holds the text of a special token beside other text.
     """
 
-    def __init__(self, generation: Generation, stop: Sequence[str] = ()) -> None:
+    def __init__(self, generation: Generation, stop: str | Sequence[str] = ()) -> None:
         self.generation = generation
         self.reason: str | None = None
         self.text = ""
@@ -310,7 +339,7 @@ def generate(
     model: Model | str | os.PathLike[str] | None = None,
     *,
     max_tokens: int | None = 256,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     ctx: int | None = None,
     kv: str = "f16",
     temp: float = 0.0,
@@ -318,25 +347,36 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int = 0,
+    draft: str | int = "auto",
 ) -> str:
     """The text that a model writes after a raw prompt (without the prompt).
 
     Args:
         model: a ``Model`` or the path of a packed file; None: the embedded demo model.
-        max_tokens: at most this many; None: until the model ends or the context is full.
-        stop: strings that end the text; they are not part of it.
+        max_tokens: at most this many, 1 or more; None: until the model ends or the context is full.
+        stop: a string, or several, that end the text; they are not part of it.
         ctx, kv: see ``Model.session``.
         temp, top_k, top_p, min_p, seed: see ``Sampling``; greedy by default.
+        draft: see ``Generation``; the text is the same with any.
 
     Raises:
         SessionError: the prompt is empty without a bos token to start from, or longer than the context.
+        TypeError, ValueError: another argument that is wrong.
     """
     from .model import Model, demo_path
 
     if not isinstance(model, Model):
         model = Model(demo_path() if model is None else model)
-    ids = model.encode(prompt)
-    tokens = model.session(ctx, kv).generate(
-        ids, max_tokens=max_tokens, temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+    check_draft(draft)
+    mtp = None if draft == "auto" else draft not in ("off", 0)
+    tokens = model.session(ctx, kv, mtp=mtp).generate(
+        model.encode(prompt),
+        max_tokens=max_tokens,
+        temp=temp,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        draft=draft,
     )
     return "".join(TextGeneration(tokens, stop))

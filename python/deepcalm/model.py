@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _core, packed
+from .arguments import integer
 from .container import parse_json
 from .errors import Error, PackedFileError, ResourceError, SessionError, UnsupportedError
 from .session import MAX_ROWS, Session
@@ -233,25 +234,31 @@ class Model:
     # ---- sessions
 
     def session(
-        self, ctx: int | None = None, kv: str = "f16", max_rows: int | None = None, mtp: bool = False
+        self, ctx: int | None = None, kv: str = "f16", max_rows: int | None = None, mtp: bool | None = None
     ) -> Session:
         """A new sequence with its own cache.
 
         Args:
             ctx: positions; None: the model's maximum, at most 4096.
             kv: cache type, "f16" | "bf16" | "f32" | "q8".
-            max_rows: tokens per pass.
-            mtp: keep the MTP layer's state up to date (for drafting).
+            max_rows: tokens per pass; None: 256, or ctx where that is less.
+            mtp: keep the MTP layer's state up to date, which drafting needs and costs an MTP row per token of a prompt;
+                None: where the model has such a layer, so that ``generate`` drafts as the command line does.
 
         Raises:
-            SessionError: ctx below 1 or above max_position_embeddings.
+            SessionError: ctx or max_rows out of range.
+            UnsupportedError: mtp=True, and the model has no MTP layer.
             ResourceError: the cache does not fit into the available memory.
         """
         limit = int(self.config["max_position_embeddings"])
-        ctx = min(DEFAULT_CTX, limit) if ctx is None else ctx
-        if not 1 <= ctx <= limit:
-            raise SessionError(f"ctx: {ctx}, expected 1..{limit} (max_position_embeddings)")
-        return Session(self, ctx, kv, min(MAX_ROWS, ctx) if max_rows is None else max_rows, mtp)
+        try:
+            ctx = min(DEFAULT_CTX, limit) if ctx is None else integer("ctx", ctx, 1, limit, SessionError)
+        except SessionError as e:
+            raise SessionError(f"{e} (max_position_embeddings)") from None
+        max_rows = min(MAX_ROWS, ctx) if max_rows is None else integer("max_rows", max_rows, 1, 4096, SessionError)
+        if mtp not in (None, True, False):
+            raise TypeError(f"mtp: {one_line(repr(mtp), 40)}, expected True, False or None")
+        return Session(self, ctx, kv, max_rows, bool(self.config["num_nextn_predict_layers"]) if mtp is None else mtp)
 
 
 def demo_path() -> Path:

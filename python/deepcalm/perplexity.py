@@ -82,11 +82,11 @@ def perplexity(
     ids = model.encode(text, bos=False)
     bos = model.vocabulary.bos_id
     start = [bos] if bos is not None and model.vocabulary.adds_bos else []
-    sessions = [model.session(ctx, kv)]
+    sessions = [model.session(ctx, kv, mtp=False)]
     if against is not None:
         if against.tokenizer.to_str() != model.tokenizer.to_str():
             raise Error(f"{against.path} has another tokenizer than {model.path}: their logits cannot be compared")
-        sessions.append(against.session(sessions[0].ctx, kv))
+        sessions.append(against.session(sessions[0].ctx, kv, mtp=False))
     width = sessions[0].ctx - len(start)
     windows = [start + ids[i : i + width] for i in range(0, len(ids), max(width, 1))] if width > 0 else []
     windows = [w for w in windows if len(w) > 1]

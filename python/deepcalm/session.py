@@ -1,7 +1,10 @@
 """One sequence on a model: passes over tokens, truncation, taps, saving and restoring.
 
-The C++ session owns the state (tokens, cache rows, with ``mtp`` also MTP rows and hidden rows not yet used; see
-runtime/session.h). A call that fails or is interrupted leaves it as it was after the last complete pass.
+``Session`` owns the sequence: every token that was passed or returned. The C++ session owns what passes left of it
+(cache rows, with ``mtp`` also MTP rows and hidden rows not yet used; see runtime/session.h). The cache may lack the
+sequence's last tokens, which are passed before whatever comes next, and may be ahead of it while drafts are verified or
+after an interrupt, which is cut off first: logits follow from the sequence alone. A call that fails or is interrupted
+leaves the sequence as it was after the last complete pass.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +24,13 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core
+from .arguments import integer, token_ids
+from .draft import MAX_DRAFT
 from .errors import ResourceError, SessionError
 from .text import one_line
 
 if TYPE_CHECKING:
-    from .generate import DeviceRounds, Generation, Sampling
+    from .generate import Generation, Sampling
     from .model import Model
 
 F32 = npt.NDArray[np.float32]
@@ -66,7 +72,8 @@ class StageStats:
 class Stats:
     """Sums over a session's calls. Bytes are counted by the passes from what they touched, not estimated.
 
-    ``prefill_*``: rows of ``prefill``; ``decode_*``: rows of ``decode`` and ``decode_many``. ``passes`` and ``rows``
+    ``prefill_*``: rows of ``prefill``; ``decode_*``: rows of ``decode``, ``decode_many`` and of drafting rounds;
+    ``drafts_*``: drafts that rounds verified, and those of them that counted. ``passes`` and ``rows``
     include MTP passes; ``experts_touched`` sums distinct (layer, expert) pairs over passes. ``stages``: the stages of
     the passes in their order, "mtp." before those of MTP passes; their bytes and seconds add up to those of all passes,
     ``weight_bytes`` + ``cache_bytes`` and ``pass_seconds``.
@@ -78,6 +85,8 @@ class Stats:
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     decode_bytes: int = 0
+    drafts_offered: int = 0
+    drafts_accepted: int = 0
     passes: int = 0
     rows: int = 0
     weight_bytes: int = 0
@@ -110,6 +119,11 @@ class Stats:
         return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
+    def acceptance(self) -> float:
+        """Accepted over offered drafts; 0 before the first."""
+        return self.drafts_accepted / self.drafts_offered if self.drafts_offered else 0.0
+
+    @property
     def decode_bandwidth(self) -> float:
         """GB/s (1e9 bytes) that ``decode`` read; 0 before the first."""
         return self.decode_bytes / self.decode_seconds / 1e9 if self.decode_seconds else 0.0
@@ -117,6 +131,10 @@ class Stats:
 
 class Session:
     """A sequence with its cache. Made by ``Model.session``.
+
+    The sequence is every token given and every token that ``generate`` returned: ``tokens``, ``pos`` of them. Any call
+    goes on after the last one. One generation runs at a time: a call that changes the sequence ends it
+    (``Generation.reason`` "taken"); ``save``, ``trace`` and what only reads do not.
 
     Calls from several threads are serialised. ``prefill`` runs in passes of ``max_rows`` tokens, between which Ctrl-C
     is served; the logits do not depend on how the rows are grouped.
@@ -135,12 +153,15 @@ class Session:
                 f"{available / 1e9:.2f} GB of memory are available; use a smaller ctx or another kv type"
             )
         self._mtp = mtp
+        self._vocab = int(model.config["vocab_size"])
         self._empty = self._core.state()  # shapes for restore()
         self._taps: dict[str, npt.NDArray[Any]] | None = None
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # held by every call, and for each token of a generation
         self._sums: dict[str, float] = {}
+        self._tokens: list[int] = []  # the sequence
         self._last_logits: F32 | None = None
-        self._decoder: DeviceRounds | None = None  # rounds are running on the device
+        self._running: weakref.ref[Generation] | None = None
+        self._decoding = False  # rounds are running on the device
         self._before: tuple[float, int, int] = (0.0, 0, 0)
 
     @property
@@ -153,13 +174,59 @@ class Session:
         """Whether taps are being recorded."""
         return self._taps is not None
 
+    # ---- the sequence and the cache
+
     @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """The session for one call: a text that is being made on the device ends first."""
-        with self._lock:
-            if self._decoder is not None:
-                self._decoder.close()
+    def _changing(self) -> Iterator[None]:
+        """The session at rest, for a call that changes the sequence: a generation ends, unless the call is its own."""
+        with self.lock:
+            running = self._running and self._running()
+            if not (running and running.stepping):
+                self._running = None
+                if running:
+                    running.end("taken")
+            self._rest()
             yield
+
+    def _rest(self, n: int | None = None) -> None:
+        """Ends rounds on the device; leaves at most the first ``n`` tokens (None: the sequence) in the cache."""
+        if self._decoding:
+            self._decode_finish()
+        n = len(self._tokens) if n is None else n
+        if self._core.pos > n:
+            self._last_logits = None
+            self._core.truncate(n)
+
+    def _pause(self) -> None:
+        """The session at rest for a call that only reads; a generation goes on from what it has returned."""
+        if running := self._running and self._running():
+            running.ready.clear()
+        self._rest()
+
+    def _catch_up(self, n: int | None = None) -> None:
+        """Brings exactly the first ``n`` tokens (None: the sequence) into the cache."""
+        self._rest(n)
+        if missing := self._tokens[self._core.pos : n]:
+            self._feed("decode", missing, 0)
+
+    def attach(self, generation: Generation) -> None:
+        """``generation`` makes the next tokens of the sequence."""
+        with self._changing():
+            self._running = weakref.ref(generation)
+
+    def detach(self) -> None:
+        """No generation runs; the session is at rest."""
+        with self.lock:
+            self._running = None
+            self._rest()
+
+    def since(self, n: int) -> list[int]:
+        """The sequence from position ``n`` on, a copy."""
+        return self._tokens[n:]
+
+    def returned(self, token: int) -> None:
+        """``token`` was handed to the caller: it belongs to the sequence, whether in the cache or not."""
+        self._tokens.append(token)
 
     # ---- passes
 
@@ -175,12 +242,13 @@ class Session:
 
         Raises:
             SessionError: no tokens, an id outside the vocabulary, or more tokens than the context has room for.
+            TypeError: not a flat sequence of integers.
         """
         return self._run("prefill", ids, all_logits)
 
     def decode(self, token: int) -> F32:
         """Appends one token; returns the logits after it, [vocab_size] f32. Raises as ``prefill``."""
-        return self._run("decode", [token], False)
+        return self._run("decode", [integer("token id", token, 0, self._vocab - 1, SessionError)], False)
 
     def decode_many(self, tokens: Sequence[int]) -> F32:
         """Appends k tokens in as few passes as possible; returns [k, vocab_size] f32. Raises as ``prefill``."""
@@ -189,70 +257,81 @@ class Session:
     def draft_round(
         self, token: int, k: int, sampling: Sampling, n_valid: int, min_confidence: float = 0.0, **options: Any
     ) -> dict[str, Any]:
-        """One round of drafting after ``token``, which is known but not in the cache yet (k = 0: a plain step).
+        """One round of drafting after ``token``, which becomes part of the sequence (k = 0: a plain step).
 
         Args:
+            token: its id.
             k: MTP drafts, 0..7; fewer near the end of the context.
             sampling, n_valid: how tokens, and drafts likewise, are chosen.
             min_confidence: a draft less probable than this under its own distribution ends the chain unverified.
             options: want_logits=True adds "logits"; forced=[k] ids replaces the drafts (for measurements).
 
         Returns:
-            dict: tokens (accepted drafts and the next token), drafted, accepted, experts_verify, draft_bytes,
-            verify_bytes, draft_seconds, verify_seconds; logits [len(tokens), vocab_size] f32 if wanted.
+            dict: tokens (accepted drafts, part of the sequence, and the next token, which is not: it is what the next
+            round is given), drafted, accepted, experts_verify, draft_bytes, verify_bytes, draft_seconds,
+            verify_seconds; logits [len(tokens), vocab_size] f32 if wanted.
 
         Raises:
             SessionError: the context is full, or k > 0 in a session that keeps no MTP state.
         """
-        p = sampling
-        with self._exclusive():
+        token = integer("token id", token, 0, self._vocab - 1, SessionError)
+        k, p = integer("draft", k, 0, MAX_DRAFT, SessionError), sampling
+        with self._changing():
+            own = self._running is not None  # a generation's own round: it has returned ``token``
+            self._catch_up(len(self._tokens) - own)
             self._last_logits = None
             r = self._core.draft_round(
                 token, k, p.temp, p.top_k, p.top_p, p.min_p, p.seed, n_valid, min_confidence, **options
             )
+            if not own:
+                self._tokens += [token, *r["tokens"][:-1]]
             seconds, read = r["draft_seconds"] + r["verify_seconds"], r["draft_bytes"] + r["verify_bytes"]
-            for key, value in (("tokens", len(r["tokens"])), ("seconds", seconds), ("bytes", read)):
-                self._sums[f"decode_{key}"] = self._sums.get(f"decode_{key}", 0) + value
+            self._count("decode", len(r["tokens"]), seconds, read)
+            self.count_drafts(r)
             self._collect_taps()
             return r
 
-    def _run(self, kind: str, ids: Sequence[int] | npt.NDArray[np.integer[Any]], all_logits: bool) -> F32:
-        rows = np.asarray(ids)
-        if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
-            raise TypeError(f"token ids: expected a flat sequence of integers, found {rows.dtype} {list(rows.shape)}")
-        vocab = int(self.model.config["vocab_size"])
-        if rows.size and not 0 <= int(rows.min()) <= int(rows.max()) < vocab:
-            bad = next(int(i) for i in rows if not 0 <= i < vocab)
-            raise SessionError(f"token id {bad}, expected 0..{vocab - 1}")
-        with self._exclusive():
-            if not rows.size:
-                raise SessionError("no tokens to process")
-            if self.pos + len(rows) > self.ctx:
-                raise SessionError(
-                    f"{len(rows)} tokens after {self.pos} do not fit the context of {self.ctx}; the model allows up to "
-                    f"{self.model.config['max_position_embeddings']}"
-                )
-            rows = np.ascontiguousarray(rows, np.int32)
-            out = np.empty((len(rows) if all_logits else 0, vocab), np.float32)
-            last = out
-            for i in range(0, len(rows), self._core.max_rows):
-                chunk = rows[i : i + self._core.max_rows]
-                final = i + len(chunk) == len(rows)
-                last = self._pass(kind, chunk, "all" if all_logits else "last" if final else "none")
-                if all_logits:
-                    out[i : i + len(chunk)] = last
-            self._last_logits = last[-1]
-            return out if all_logits else last[0]
+    def checked(self, ids: Any) -> I32:
+        """``ids`` [n >= 1] that fit behind the sequence."""
+        rows = token_ids(ids, self._vocab)
+        if not rows.size:
+            raise SessionError("no tokens to process")
+        if self.pos + len(rows) > self.ctx:
+            raise SessionError(
+                f"{len(rows)} tokens after {self.pos} do not fit the context of {self.ctx}; the model allows up to "
+                f"{self.model.config['max_position_embeddings']}"
+            )
+        return rows
+
+    def _run(self, kind: str, ids: Any, all_logits: bool) -> F32:
+        with self._changing():
+            rows = self.checked(ids)
+            logits = self._feed(kind, self._tokens[self._core.pos :] + rows.tolist(), len(rows) if all_logits else 1)
+            self._last_logits = logits[-1]
+            return logits if all_logits else logits[0]
+
+    def _feed(self, kind: str, rows: list[int], n_logits: int) -> F32:
+        """Passes ``rows``, which follow what is in the cache; logits [n_logits, vocab_size] of the last of them."""
+        out = np.empty((n_logits, self._vocab), np.float32)
+        skip, step = len(rows) - n_logits, self._core.max_rows
+        for i in range(0, len(rows), step):
+            chunk = np.array(rows[i : i + step], np.int32)
+            end = i + len(chunk)
+            want = "none" if end <= skip else "last" if n_logits == 1 else "all"
+            logits = self._pass(kind, chunk, want)
+            if end > skip:
+                out[max(i - skip, 0) : end - skip] = logits[-(end - max(i, skip)) :]
+        return out
 
     def _pass(self, kind: str, ids: I32, logits: str) -> F32:
         """One forward pass, counted under ``kind``; its taps are collected."""
         self._last_logits = None
-        before, start = self._core.stats(), time.perf_counter()
+        before, start, pos = self._core.stats(), time.perf_counter(), self._core.pos
         out = self._core.forward(ids, logits)
+        self._tokens[pos : pos + len(ids)] = ids.tolist()
         seconds, after = time.perf_counter() - start, self._core.stats()
         read = sum(after[k] - before[k] for k in ("weight_bytes", "cache_bytes"))
-        for key, value in (("tokens", len(ids)), ("seconds", seconds), ("bytes", read)):
-            self._sums[f"{kind}_{key}"] = self._sums.get(f"{kind}_{key}", 0) + value
+        self._count(kind, len(ids), seconds, read)
         self._collect_taps()
         return out
 
@@ -264,29 +343,41 @@ class Session:
 
     # ---- decoding on a device
 
-    def decode_start(
-        self, owner: DeviceRounds, token: int, p: Sampling, n_valid: int, max_tokens: int, eos: Sequence[int]
-    ) -> None:
-        """Starts rounds after ``token`` on the device; ``owner`` is closed when the session is wanted otherwise.
+    def decode_start(self, p: Sampling, n_valid: int, max_tokens: int, eos: Sequence[int]) -> None:
+        """Starts a generation's rounds on the device, after the sequence's last token; they end when the session rests.
 
         Raises:
             UnsupportedError: the session runs on the CPU.
         """
-        with self._exclusive():
+        with self._changing():
+            self._catch_up(len(self._tokens) - 1)
             self._last_logits = None
-            self._before = (time.perf_counter(), self.pos, self._read_bytes())
-            self._core.decode_start(token, p.temp, p.top_k, p.top_p, p.min_p, p.seed, n_valid, max_tokens, eos)
-            self._decoder = owner
+            self._before = (time.perf_counter(), self._core.pos, self._read_bytes())
+            self._core.decode_start(
+                self._tokens[-1], p.temp, p.top_k, p.top_p, p.min_p, p.seed, n_valid, max_tokens, eos
+            )
+            self._decoding = True
 
-    def decode_finish(self) -> None:
-        """Waits for the rounds that are queued; the session is at rest again."""
-        with self._lock:
-            self._decoder = None
-            self._core.decode_finish()
-            start, pos, read = self._before
-            seconds = time.perf_counter() - start
-            for key, value in (("tokens", self.pos - pos), ("seconds", seconds), ("bytes", self._read_bytes() - read)):
-                self._sums[f"decode_{key}"] = self._sums.get(f"decode_{key}", 0) + value
+    @property
+    def decoding(self) -> bool:
+        """Whether rounds are running on the device."""
+        return self._decoding
+
+    def _decode_finish(self) -> None:
+        """Waits for the rounds that are queued."""
+        self._decoding = False
+        self._core.decode_finish()
+        start, pos, read = self._before
+        self._count("decode", self._core.pos - pos, time.perf_counter() - start, self._read_bytes() - read)
+
+    def _count(self, kind: str, tokens: int, seconds: float, n_bytes: int) -> None:
+        for key, value in (("tokens", tokens), ("seconds", seconds), ("bytes", n_bytes)):
+            self._sums[f"{kind}_{key}"] = self._sums.get(f"{kind}_{key}", 0) + value
+
+    def count_drafts(self, r: Mapping[str, Any]) -> None:
+        """Adds the drafts of a round."""
+        for key, value in (("offered", r["drafted"]), ("accepted", r["accepted"])):
+            self._sums[f"drafts_{key}"] = self._sums.get(f"drafts_{key}", 0) + value
 
     def _read_bytes(self) -> int:
         stats = self._core.stats()
@@ -296,8 +387,8 @@ class Session:
 
     @property
     def pos(self) -> int:
-        """Tokens in the cache."""
-        return self._core.pos
+        """Tokens of the sequence: the position of the next one."""
+        return len(self._tokens)
 
     @property
     def ctx(self) -> int:
@@ -326,18 +417,19 @@ class Session:
 
     @property
     def tokens(self) -> I32:
-        """The token ids in the cache, [pos] int32, a copy."""
-        return self._core.tokens
+        """The sequence: every token id given or returned, [pos] int32, a copy."""
+        return np.array(self._tokens, np.int32)
 
     @property
     def last_logits(self) -> F32 | None:
-        """Logits after the last token, [vocab_size] f32; None before the first pass and after truncate or restore."""
+        """Logits after the last token, [vocab_size] f32; None where the last call did not compute them: before the
+        first pass, and after generate, draft_round, truncate and restore. ``generate()`` goes on all the same."""
         return self._last_logits
 
     @property
     def stats(self) -> Stats:
         """What the session has done so far."""
-        with self._lock:
+        with self.lock:
             core = self._core.stats()
             counted = {k: v for k, v in core.items() if k in Stats.__dataclass_fields__}
             stages = {row[0]: StageStats(*row[1:]) for row in self._core.stage_stats()}
@@ -345,21 +437,28 @@ class Session:
 
     def truncate(self, n_tokens: int) -> None:
         """Forgets all but the first ``n_tokens`` tokens. Raises SessionError if there are fewer."""
-        with self._exclusive():
-            if not 0 <= n_tokens <= self.pos:
-                raise SessionError(f"cannot truncate to {n_tokens} tokens: the session holds {self.pos}")
-            self._core.truncate(n_tokens)
-            self._last_logits = None
+        with self._changing():
+            try:
+                n = integer("n_tokens", n_tokens, 0, self.pos)
+            except ValueError:
+                raise SessionError(f"cannot truncate to {n_tokens} tokens: the session holds {self.pos}") from None
+            if n < self.pos:
+                del self._tokens[n:]
+                self._last_logits = None
+                self._rest()
 
     def reuse(self, ids: Sequence[int]) -> int:
         """Truncates to the longest common prefix with ``ids``, less than all of them; returns its length.
 
-        One token at least is left to process, because its logits are wanted.
+        One token at least is left to process, because its logits are wanted. Raises as ``prefill`` for ids that are
+        none.
         """
-        with self._exclusive():
-            old = self._core.tokens
-            n = min(len(old), len(ids) - 1)
-            differ = np.flatnonzero(old[:n] != np.asarray(ids[:n]))
+        wanted = token_ids(ids, self._vocab)
+        if not wanted.size:
+            raise SessionError("no tokens to process")
+        with self._changing():
+            n = min(self.pos, len(wanted) - 1)
+            differ = np.flatnonzero(self.tokens[:n] != wanted[:n])
             n = int(differ[0]) if len(differ) else n
             self.truncate(n)
             return n
@@ -370,14 +469,21 @@ class Session:
         For measurements: rows that no pass has written. Raises SessionError if they do not fit, or the session keeps
         MTP state.
         """
-        with self._lock:
-            self._core.load_state(tokens, rows, self._empty["mtp_cache"], self._empty["hidden"])
-            self._last_logits = None
+        self._load({**self._empty, "tokens": tokens, "cache": rows})
+
+    def _load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        with self._changing():
+            before, self._tokens = self._tokens, []  # if interrupted: nothing rather than other rows for these tokens
+            try:
+                self._core.load_state(**state)
+                self._tokens, self._last_logits = self._core.tokens.tolist(), None
+            except SessionError:
+                self._tokens = before
+                raise
 
     # ---- taps
 
-    @contextlib.contextmanager
-    def trace(self, *names: str) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    def trace(self, *names: str) -> contextlib.AbstractContextManager[dict[str, npt.NDArray[Any]]]:
         """Records intermediates while the block runs; the logits are the same bits with and without.
 
             with session.trace("layers.3.c_kv", "topk_idx") as taps:
@@ -388,33 +494,43 @@ class Session:
             names: "layers.3.c_kv"; a stage alone ("c_kv") means every layer; "mtp.c_kv"; "embed", "final_norm",
                 "logits"; none at all means everything.
 
-        Yields:
-            name -> array [rows, ...], f32 (topk_idx: int32), copies; rows of consecutive passes are joined, those of
-            rejected drafts too.
+        Returns:
+            A context manager that yields name -> array [rows, ...], f32 (topk_idx: int32), copies; rows of consecutive
+            passes are joined, those of rejected drafts too. One recording at a time.
 
         Raises:
             ValueError: an unknown name.
+            SessionError: on entering, while another recording runs.
         """
         for name in names:
             match = re.fullmatch(r"(?:mtp\.|layers\.(\d+)\.)?(\w+)", name)
             layers = self.model.config["num_hidden_layers"]
             if match is None or match[2] not in STAGES or int(match[1] or 0) >= layers:
                 raise ValueError(f"no tap {name!r}; after 'layers.N.' or 'mtp.' come {', '.join(STAGES)}")
-        with self._exclusive():
+            if name.startswith("mtp.") and not self.model.config["num_nextn_predict_layers"]:
+                raise ValueError(f"no tap {name!r}: the model has no MTP layer")
+        return self._recording(list(names) or ["*"])
+
+    @contextlib.contextmanager
+    def _recording(self, names: list[str]) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        with self.lock:
+            if self._taps is not None:
+                raise SessionError("trace: a recording is running already; leave its block first")
+            self._pause()
+            self._core.trace(names)
             taps: dict[str, npt.NDArray[Any]] = {}
             self._taps = taps
-            self._core.trace(list(names) or ["*"])
         try:
             yield taps
         finally:
-            with self._exclusive():
+            with self.lock:
                 self._core.trace(None)
                 self._taps = None
 
     # ---- generation
 
     def generate(self, ids: Sequence[int] | None = None, **options: Any) -> Generation:
-        """An iterator over new token ids after ``ids`` (None: after what was prefilled); options: ``Generation``."""
+        """An iterator over new token ids after ``ids`` (None: after the sequence as it is); options: ``Generation``."""
         from .generate import Generation
 
         return Generation(self, ids, **options)
@@ -433,7 +549,9 @@ class Session:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the session to ``path`` (a safetensors file), through a temporary file and a rename.
+        """Writes the sequence and its cache to ``path`` (a safetensors file), through a temporary file and a rename.
+
+        A token that no pass has seen yet is passed first. A running generation goes on afterwards.
 
         Raises:
             ResourceError: the file cannot be written.
@@ -443,7 +561,9 @@ class Session:
 
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with self._exclusive():
+        with self.lock:
+            self._pause()
+            self._catch_up()
             state = self._core.state()
         try:
             save_file(state, temporary, self._identity())
@@ -470,14 +590,12 @@ class Session:
         path = Path(path)
         try:
             with safetensors.safe_open(path, framework="numpy") as f:
-                state = self._checked(path, f, force)
+                state = self._fitting(path, f, force)
         except (OSError, safetensors.SafetensorError) as e:
             raise SessionError(f"{path}: cannot be read as a saved session: {one_line(e)}") from None
-        with self._exclusive():
-            self._core.load_state(**state)
-            self._last_logits = None
+        self._load(state)
 
-    def _checked(self, path: Path, f: Any, force: bool) -> dict[str, npt.NDArray[Any]]:
+    def _fitting(self, path: Path, f: Any, force: bool) -> dict[str, npt.NDArray[Any]]:
         """The tensors of an open saved session that fits this one."""
         found, wanted = f.metadata() or {}, self._identity()
         for key in ("format", "version", "kv") if force else wanted:

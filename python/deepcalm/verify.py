@@ -190,7 +190,8 @@ class _Verifier:
                 getattr(self, leg)()
             self.model = Model(self.file.path, threads=1, isa=self.isa)
             self.ids = self.tokens(prompt, tokens)
-            self.logits = self.model.session(len(self.ids) + NEW_TOKENS, self.kv).prefill(self.ids, all_logits=True)
+            session = self.model.session(len(self.ids) + NEW_TOKENS, self.kv, mtp=False)
+            self.logits = session.prefill(self.ids, all_logits=True)
             for leg in (leg for leg in LEGS[2:] if leg in self.legs):
                 getattr(self, leg)()
         else:
@@ -285,7 +286,7 @@ class _Verifier:
 
     def taps(self) -> Iterator[tuple[int, dict[str, Array]]]:
         """(layer, the runtime's taps of it, its input and what is outside the layers), layer after layer."""
-        s, session = self.settings, self.model.session(len(self.ids), self.kv)
+        s, session = self.settings, self.model.session(len(self.ids), self.kv, mtp=False)
         row = 4 * (s.heads * (s.dn + s.dr + 2 * s.r) + 8 * s.d)
         group = max(1, TAP_BYTES // (row * len(self.ids)))
         main = [i for i in self.layers if i < self.n_layers]
@@ -395,7 +396,7 @@ class _Verifier:
         for threads in (1, 2):
             model = self.model if threads == 1 else Model(self.file.path, threads=2, isa=self.isa)
             for rows in (*CHUNKS, len(self.ids)):
-                found = model.session(ctx, self.kv, max_rows=rows).prefill(self.ids, all_logits=True)
+                found = model.session(ctx, self.kv, max_rows=rows, mtp=False).prefill(self.ids, all_logits=True)
                 self.same(f"logits with {threads} threads, passes of {rows} tokens", found, self.logits)
                 n += 1
             if self.has_mtp:
@@ -443,7 +444,7 @@ class _Verifier:
                               f"{EFFECT_LIMIT / 1e9:.0f} G; see `deepcalm perplexity --kl-against`")  # fmt: skip
             return
         ref, same, chosen = reference.Reference(s, self.source), 0, 0
-        x, session = self.source.plain("embed", self.ids), self.model.session(len(self.ids), self.kv)
+        x, session = self.source.plain("embed", self.ids), self.model.session(len(self.ids), self.kv, mtp=False)
         with session.trace("topk_idx") as ours:
             session.prefill(self.ids, all_logits=True)
         for i in range(s.layers):
