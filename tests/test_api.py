@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 import threading
@@ -343,6 +344,59 @@ def test_generate_refuses(model: deepcalm.Model) -> None:
     for options in ({"temp": -1}, {"draft": 8}, {"draft": -1}, {"draft": "on"}):
         with pytest.raises(ValueError, match=next(iter(options))):
             s.generate(IDS[:2], **options)  # type: ignore[arg-type]
+
+
+ARGUMENTS: list[tuple[str, type[Exception], str]] = [
+    *((f"s.{call}([1.5])", TypeError, "integers") for call in ("generate", "prefill", "decode_many", "reuse")),
+    *((f"s.{call}('text')", TypeError, "model.encode") for call in ("generate", "prefill", "decode_many", "reuse")),
+    *((f"s.{call}([])", SessionError, "no tokens") for call in ("generate", "prefill", "decode_many", "reuse")),
+    *((f"s.{call}([-1])", SessionError, "token id -1") for call in ("generate", "prefill", "decode_many", "reuse")),
+    *((f"s.generate(max_tokens={n})", ValueError, f"max_tokens: {n}, expected a number >= 1") for n in (0, -1)),
+    *((f"s.generate(max_tokens={n})", TypeError, "max_tokens") for n in ("2.0", "'3'", "True")),
+    *((f"s.generate(temp={t})", ValueError, "temp") for t in ("float('nan')", -1, "1e39")),
+    *((f"s.generate(top_p={p})", ValueError, "top_p") for p in (0, 1.5, "float('nan')")),
+    *((f"s.generate({k}={v})", TypeError, k) for k in ("top_k", "seed", "temp") for v in ("'1'", "None")),
+    *((f"s.generate({k}=1.5)", TypeError, k) for k in ("top_k", "seed")),
+    ("s.generate(eos_ids=[311])", SessionError, "token id 311"),
+    ("s.generate(eos_ids='<eos>')", TypeError, "integers"),
+    ("s.generate(draft=True)", ValueError, "draft"),
+    *((f"s.decode({t})", TypeError, "token id") for t in ("1.5", "None", "[1]")),
+    *((f"s.decode({t})", SessionError, f"token id: {t}, expected 0..310") for t in (-1, 311, 2**70)),
+    ("s.draft_round(1, 8, deepcalm.Sampling(), 270)", SessionError, "draft: 8, expected 0..7"),
+    ("s.truncate(1.0)", TypeError, "n_tokens"),
+    ("surface_cases.model('moonlight').session(8).trace('mtp.c_kv')", ValueError, "no MTP layer"),
+    *((f"model.session({k}={v})", TypeError, k) for k in ("ctx", "max_rows") for v in ("8.0", "'8'")),
+    ("model.session(mtp='yes')", TypeError, "mtp"),
+    *((f"model.decode([{i}])", SessionError, f"token id {i}, expected 0..310") for i in (99999, -1)),
+    ("model.decode('ab')", TypeError, "integers"),
+    *((f"model.encode({t})", TypeError, "expected a str") for t in (5, "b'x'", "None")),
+    *((f"model.apply_chat_template({m})", TypeError, "messages") for m in ("'Hi'", "{'role': 'user'}", "['Hi']")),
+    ("model.apply_chat_template([{'content': 'x'}])", TypeError, "messages"),
+    ("model.active_bytes_per_token(-1)", ValueError, "pos: -1"),
+    ("deepcalm.Model(model.path, threads='2')", TypeError, "threads"),
+    ("deepcalm.generate('a', model, max_tokens=0)", ValueError, "max_tokens: 0"),
+    ("deepcalm.generate('a', model, stop=['', 'b'])", ValueError, "stop string"),
+    ("deepcalm.generate('a', model, stop=[5])", TypeError, "stop string"),
+    ("deepcalm.generate('a', model, draft='on')", ValueError, "draft"),
+    ("deepcalm.generate(b'a', model)", TypeError, "expected a str"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "says"), ARGUMENTS, ids=[a[0] for a in ARGUMENTS])
+def test_arguments_are_checked_by_the_call(model: deepcalm.Model, call: str, error: type[Exception], says: str) -> None:
+    s = model.session(16)
+    s.prefill([1, 2, 3])
+    with pytest.raises(error, match=re.escape(says)):
+        eval(call, {"s": s, "model": model, "deepcalm": deepcalm, "surface_cases": surface_cases})
+    assert s.tokens.tolist() == [1, 2, 3]
+
+
+def test_one_stop_string_is_not_its_letters(model: deepcalm.Model) -> None:
+    whole = deepcalm.generate("the", model, max_tokens=30)
+    stops = (whole[i : i + 3] for i in range(4, 20))
+    stop = next(s for s in stops if min(whole.index(c) for c in s) < whole.index(s))
+    for given in (stop, [stop]):
+        assert deepcalm.generate("the", model, max_tokens=30, stop=given) == whole[: whole.index(stop)]
 
 
 def test_sampled_text_depends_on_seed_and_position_only(model: deepcalm.Model) -> None:

@@ -285,8 +285,8 @@ class TextGeneration(Iterator[str]):
 
     ``reason`` is as there, or "stop" (a stop string was completed; only the text before it is returned), or
     "interrupted" after ``interrupt``. ``text`` is all text returned so far. A special token shows as no text: a stop
-    string that is the text of one ends at that token. The tokens of a stop string belong to the session's sequence as all
-    others do.
+    string that is the text of one ends at that token. The tokens of a stop string belong to the session's sequence as
+    all others do.
 
     Args:
         stop: a string, or several.
@@ -299,6 +299,9 @@ class TextGeneration(Iterator[str]):
         self.generation = generation
         self.reason: str | None = None
         self.text = ""
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(s, str) for s in stop):
+            raise TypeError("a stop string must be a str")
         vocabulary = generation.session.model.vocabulary
         self._decoder = vocabulary.decoder()
         self._stop_ids = vocabulary.stop_ids(stop)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _core, packed
-from .arguments import integer
+from .arguments import integer, token_ids
 from .container import parse_json
 from .errors import Error, PackedFileError, ResourceError, SessionError, UnsupportedError
 from .session import MAX_ROWS, Session
@@ -88,8 +88,8 @@ class Model:
             if text and not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_THREADS):
                 raise Error(f"DEEPCALM_THREADS: {one_line(text, 40)!r}, expected 1..{MAX_THREADS}")
             threads = int(text or 0)
-        elif not 1 <= threads <= MAX_THREADS:
-            raise ValueError(f"threads: {threads}, expected 1..{MAX_THREADS}")
+        else:
+            threads = integer("threads", threads, 1, MAX_THREADS)
         with packed.PackedFile(self.path) as file:
             self.config = Config(file.config)
             self.header_sha256 = file.header_sha256
@@ -147,7 +147,7 @@ class Model:
 
     def active_bytes_per_token(self, pos: int, kv: str = "f16") -> int:
         """Bytes that decoding one token after ``pos`` others reads: weights in use and cache rows."""
-        return self.core.active_bytes_per_token(pos, kv)
+        return self.core.active_bytes_per_token(integer("pos", pos, 0, 2**31 - 1), kv)
 
     # ---- text
 
@@ -200,8 +200,13 @@ class Model:
         return self.vocabulary.encode_prompt(text) if bos else self.vocabulary.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``, special tokens left out; bytes that are not UTF-8 become U+FFFD."""
-        return self.vocabulary.decode(ids)
+        """The text of ``ids``, special tokens left out; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            SessionError: an id outside the vocabulary.
+            TypeError: not a flat sequence of integers.
+        """
+        return self.vocabulary.decode(token_ids(ids, int(self.config["vocab_size"])).tolist())
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
@@ -217,18 +222,20 @@ class Model:
             UnsupportedError: the checkpoint has no chat template.
             Error: the template refuses the conversation or fails.
         """
-        return self._template().render(messages, **options)
+        return self._template(messages).render(messages, **options)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """The conversation as token ids, in which only the template writes control tokens (``ChatTemplate.encode``).
 
         Options and errors are those of ``apply_chat_template``.
         """
-        return self._template().encode(self.vocabulary, messages, **options)
+        return self._template(messages).encode(self.vocabulary, messages, **options)
 
-    def _template(self) -> ChatTemplate:
+    def _template(self, messages: Sequence[Mapping[str, Any]]) -> ChatTemplate:
         if self.chat_template is None:
             raise UnsupportedError(f"{self.path}: has no chat template; use a raw prompt")
+        if isinstance(messages, (str, Mapping)) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+            raise TypeError('messages: expected a sequence of {"role": ..., "content": ...}')
         return self.chat_template
 
     # ---- sessions

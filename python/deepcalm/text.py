@@ -126,6 +126,8 @@ class Vocabulary:
         Raises:
             SessionError: the text holds lone surrogates, or the tokenizer gives an id that the model has no row for.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"text: expected a str, found {type(text).__name__}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as e:
