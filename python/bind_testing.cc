@@ -316,6 +316,28 @@ py::tuple route_rows(const Floats& gate_logits, const std::optional<Floats>& bia
     return py::make_tuple(idx.take({n, k}), weight.take({n, k}));
 }
 
+// Runs `stages` stages of 64 dealt items twice on one pool; the first time thread fail_tid throws in stage fail_stage. What
+// the first run said, and the items that the second did.
+py::tuple pool_runs(int threads, int stages, int fail_tid, int fail_stage) {
+    const auto pool = unwrap(ThreadPool::make(threads));
+    const auto run = [&](int failing, std::atomic<int>& items) {
+        return pool->run([&](int tid) {
+            for (int stage = 0; stage < stages; ++stage) {
+                if (tid == failing && stage == fail_stage) throw std::bad_alloc();
+                pool->deal(64, 1, [&](Range r) { items += r.end - r.begin; });
+                pool->barrier();
+            }
+        });
+    };
+    std::atomic<int> before{0}, items{0};
+    const std::string error = without_gil([&] {
+        Status failed = run(fail_tid, before);
+        return failed.ok() ? std::string() : failed.error().message;
+    });
+    unwrap(without_gil([&] { return run(-1, items); }));
+    return py::make_tuple(error, items.load());
+}
+
 }  // namespace
 
 void init_probes(py::module_& m) {
@@ -327,8 +349,8 @@ void init_probes(py::module_& m) {
             constexpr const char* kNames[] = {"f32", "bf16", "int8"};  // in the order of ActKind
             py::dict out;
             for (int kind = 0; kind < kNumActKinds; ++kind) {
-                const double rate =
-                    without_gil([&] { return compute_ceiling(table(isa), static_cast<ActKind>(kind), threads); });
+                const double rate = unwrap(
+                    without_gil([&] { return compute_ceiling(table(isa), static_cast<ActKind>(kind), threads); }));
                 if (rate > 0) out[kNames[kind]] = rate;
             }
             return out;
@@ -342,8 +364,7 @@ void init_probes(py::module_& m) {
             require(threads > 0 && rows > 0, "threads and rows must be positive");
             const CpuKernels& k = table(isa);
             const Format f = format_of(format);
-            const py::gil_scoped_release release;
-            return inner_loop_rate(k, f, threads, rows);
+            return unwrap(without_gil([&] { return inner_loop_rate(k, f, threads, rows); }));
         },
         "isa"_a, "format"_a, "threads"_a, "rows"_a = 64,
         "1e9 operations per second of the matmul kernel on operands in the first-level cache: 64 outputs x 256 columns "
@@ -354,10 +375,7 @@ void init_probes(py::module_& m) {
             require(heads > 0 && rows > 0 && positions > 0, "heads, rows and positions must be positive");
             const CpuKernels& k = table(isa);
             const CacheType type = cache_of(kv);
-            const py::gil_scoped_release release;
-            const auto rate = attention_rate(k, type, heads, rows, positions);
-            if (!rate.ok()) throw std::bad_alloc();
-            return rate.value();
+            return unwrap(without_gil([&] { return attention_rate(k, type, heads, rows, positions); }));
         },
         "isa"_a, "kv"_a, "heads"_a, "rows"_a, "positions"_a,
         "1e9 operations per second of the attention kernel on one thread, latent 512 + rope 64, every row seeing all "
@@ -366,6 +384,9 @@ void init_probes(py::module_& m) {
 
 void init_testing(py::module_& m) {
     using namespace pybind11::literals;
+    m.def(
+        "pool_runs", &pool_runs, "threads"_a, "stages"_a, "fail_tid"_a, "fail_stage"_a,
+        "(error of a run in which a thread throws, items of the 64 * stages that the next run on the same pool did).");
     m.def("prepare", &prepare, "isa"_a, "kind"_a, "x"_a,
           "Rounds x f32 [n, cols] for kind f32|bf16|i8: (x [n, round_up(cols, 32)], d, sum); d, sum only for i8.");
     m.def("matmul", &matmul, "isa"_a, "format"_a, "w"_a, "rows"_a, "cols"_a, "x"_a, "d"_a = py::none(),

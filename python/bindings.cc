@@ -375,6 +375,13 @@ std::unique_ptr<Model> open_model(const std::string& path, const py::dict& cfg, 
 PYBIND11_MODULE(_core, m) {
     m.doc() = "The C++ runtime of deepcalm. Use the deepcalm package; this module has no stable interface of its own.";
     m.attr("__version__") = DEEPCALM_VERSION;
+    py::register_exception_translator([](std::exception_ptr p) {
+        try {
+            std::rethrow_exception(p);
+        } catch (const InUseAtFork& e) {
+            py::set_error(py::module_::import("deepcalm.errors").attr("SessionError"), e.what());
+        }
+    });
     init_pack(m);
     py::module_ testing = m.def_submodule("testing", "Single kernels, called by the test oracles.");
     init_testing(testing);

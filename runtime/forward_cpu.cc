@@ -20,7 +20,7 @@ class Pass {
   public:
     Pass(const PassArgs& a, int tid)
         : a_(a), s_(a.state), c_(a.model.cfg()), w_(a.model.weights()), k_(a.model.kernels()), pool_(a.model.pool()),
-          clock_(s_.clocks[static_cast<size_t>(tid)]), tid_(tid), threads_(pool_.size()),
+          clock_(s_.clocks[static_cast<size_t>(tid)]), tid_(tid), threads_(pool_.active()),
           n_(static_cast<int>(a.ids.size())), d_(c_.hidden_size), heads_(c_.num_attention_heads) {}
 
     void run_main() {
@@ -619,23 +619,30 @@ class Pass {
 
 }  // namespace
 
-void forward_cpu(const PassArgs& args) {
+Status forward_cpu(const PassArgs& args) {
     std::vector<StageClock>& clocks = args.state.clocks;
+    SessionStats& stats = *args.stats;
+    ThreadPool& pool = args.model.pool();
     if (!args.mtp) args.state.pass_experts.clear();
-    const int64_t begin = now_ns();
-    args.model.pool().run([&](int tid) {
+    const int64_t begin = now_ns(), experts_touched = stats.experts_touched;
+    Status ran = pool.run([&](int tid) {
         clocks[static_cast<size_t>(tid)] = {.mark = begin};
         Pass pass(args, tid);
         args.mtp ? pass.run_mtp() : pass.run_main();
     });
-    SessionStats& stats = *args.stats;
+    if (!ran.ok()) {  // as if it had not been: its rows are not counted, its taps of no use
+        stats.experts_touched = experts_touched;
+        args.trace.taps.clear();
+        return Error{ran.error().code,
+                     "a pass of " + std::to_string(args.ids.size()) + " tokens: " + ran.error().message};
+    }
     const int64_t end = now_ns();
     StageClock& first = clocks[0];
     first.stage[static_cast<int>(first.last)].ns += end - first.mark;  // until the pool has come to rest
     for (int i = 0; i < kNumStages; ++i) {
         StageStats& sum = stats.stages[args.mtp][i];
         int64_t bytes = 0, wait_sum = 0, wait_max = 0;
-        for (const StageClock& clock : clocks) {
+        for (const StageClock& clock : std::span(clocks).first(static_cast<size_t>(pool.active()))) {
             bytes += clock.stage[i].bytes;
             wait_sum += clock.stage[i].wait_ns;
             wait_max = std::max(wait_max, clock.stage[i].wait_ns);
@@ -655,6 +662,7 @@ void forward_cpu(const PassArgs& args) {
         stats.mtp_passes += 1;
         stats.mtp_rows += n;
     }
+    return {};
 }
 
 }  // namespace deepcalm

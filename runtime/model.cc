@@ -38,10 +38,6 @@ WeightBytes count_bytes(const ModelWeights& w, const ModelConfig& c) {
 
 Result<std::unique_ptr<Model>> Model::open(const std::string& path, const ModelConfig& cfg,
                                            const std::vector<TensorEntry>& entries, const char* isa, int n_threads) {
-    if (n_threads < 0 || n_threads > 1024) {
-        return Error{ErrorCode::kResource,
-                     "threads: " + std::to_string(n_threads) + ", expected 1..1024 (0 = one per core)"};
-    }
     auto m = std::make_unique<Model>();
     m->kernels_ = select_cpu_kernels(isa);
     if (m->kernels_ == nullptr) {
@@ -53,7 +49,7 @@ Result<std::unique_ptr<Model>> Model::open(const std::string& path, const ModelC
                      std::string("isa: '") + isa + "' is unknown or not supported here; this processor runs: " + have};
     }
     DC_TRY_STATUS(m->bind(path, cfg, entries));
-    m->pool_ = std::make_unique<ThreadPool>(n_threads == 0 ? default_threads() : n_threads);
+    DC_TRY(m->pool_, ThreadPool::make(n_threads == 0 ? default_threads() : n_threads));
     return m;
 }
 
@@ -76,7 +72,7 @@ Result<std::unique_ptr<Model>> Model::open_on(Device device, const std::string& 
                                         error),
                         {api}};
     if (m->device_model_ == nullptr) return to_error(error);
-    m->pool_ = std::make_unique<ThreadPool>(1);
+    DC_TRY(m->pool_, ThreadPool::make(1));
     return m;
 }
 

@@ -8,7 +8,7 @@
 #include "runtime/weights.h"
 
 #include <memory>
-#include <mutex>
+#include <mutex>  // the lock_guard of pass_mutex()
 
 namespace deepcalm {
 
@@ -45,7 +45,7 @@ class Model {
     int64_t file_bytes() const { return file_.size(); }
     Status lock(const std::string& path) const { return file_.lock(path); }
     ThreadPool& pool() { return *pool_; }
-    std::mutex& pass_mutex() { return pass_mutex_; }  // passes of all sessions are serialised
+    PassMutex& pass_mutex() { return pass_mutex_; }  // passes of all sessions are serialised
 
     // Bytes that decoding one token at cache length n_ctx reads: weights once, experts in use, cache rows.
     int64_t active_bytes(int n_ctx, int64_t cache_row_bytes) const;
@@ -60,7 +60,7 @@ class Model {
     Rope rope_;
     WeightBytes weight_bytes_;
     std::unique_ptr<ThreadPool> pool_;
-    std::mutex pass_mutex_;
+    PassMutex pass_mutex_;
     Device device_;
     DeviceModelPtr device_model_{nullptr, {}};
 };

@@ -14,6 +14,8 @@ namespace {
 constexpr int kMinSpins = 50;
 constexpr uint32_t kRetry = 32;  // every so many waits spin in full
 
+struct Abandoned {};  // thrown by barrier() where another thread has failed
+
 void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -22,43 +24,64 @@ void pause() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads < 1 ? 1 : n_threads) {
+ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads) {
     cpu_set_t mask;
     CPU_ZERO(&mask);
     // With more threads than processors the one that is waited for needs a waiting thread's place: always sleep soon.
     if (sched_getaffinity(0, sizeof mask, &mask) == 0 && n_threads_ > CPU_COUNT(&mask)) full_spins_ = kMinSpins;
-    start();
+}
+
+Result<std::unique_ptr<ThreadPool>> ThreadPool::make(int n_threads) {
+    if (n_threads < 1 || n_threads > kMaxThreads) {
+        return Error{ErrorCode::kResource,
+                     "threads: " + std::to_string(n_threads) + ", expected 1.." + std::to_string(kMaxThreads)};
+    }
+    std::unique_ptr<ThreadPool> pool(new ThreadPool(n_threads));
+    DC_TRY_STATUS(pool->start());
+    return pool;
 }
 
 ThreadPool::~ThreadPool() {
     if (owner_pid_ == getpid()) {
         stop();
     } else {
-        for (auto& w : workers_) w.detach();  // threads of the parent process: not ours to join
+        (void)workers_
+            .release();  // threads of the parent process: neither to join nor to detach, others may have their ids
     }
 }
 
-void ThreadPool::start() {
-    owner_pid_ = getpid();
+Status ThreadPool::start() {
     stop_ = false;
-    arrived_ = 0;
     const uint32_t seen = generation_.load();
-    for (int tid = 1; tid < n_threads_; ++tid) workers_.emplace_back([this, tid, seen] { worker(tid, seen); });
+    try {
+        workers_ = std::make_unique<std::vector<std::thread>>();
+        workers_->reserve(static_cast<size_t>(n_threads_ - 1));
+        for (int tid = 1; tid < n_threads_; ++tid) workers_->emplace_back([this, tid, seen] { worker(tid, seen); });
+    } catch (const std::exception& e) {
+        const std::string started = std::to_string(workers_ == nullptr ? 1 : workers_->size() + 1);
+        stop();
+        return Error{ErrorCode::kResource, "threads: " + std::to_string(n_threads_) + ", of which the system allows " +
+                                               started + " (" + e.what() + "); ask for fewer"};
+    }
+    owner_pid_ = getpid();
+    return {};
 }
 
 void ThreadPool::stop() {
     stop_ = true;
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
-    for (auto& w : workers_) w.join();
-    workers_.clear();
+    if (workers_ != nullptr) {
+        for (auto& w : *workers_) w.join();
+    }
+    workers_.reset();
 }
 
 void ThreadPool::worker(int tid, uint32_t seen) {
     for (;;) {
         int spins = 0;
         while (generation_.load(std::memory_order_acquire) == seen) {
-            if (++spins < full_spins_) {
+            if (++spins < spin_limit_.load(std::memory_order_relaxed)) {
                 pause();
             } else {
                 generation_.wait(seen, std::memory_order_acquire);  // idle: sleep until the next run
@@ -66,49 +89,99 @@ void ThreadPool::worker(int tid, uint32_t seen) {
         }
         ++seen;
         if (stop_) return;
-        call_(ctx_, tid);
-        barrier();
+        call(tid);
+        if (working_.fetch_sub(1, std::memory_order_acq_rel) == 1) working_.notify_one();
     }
 }
 
-void ThreadPool::dispatch() {
-    if (owner_pid_ != getpid()) {  // after fork()
-        for (auto& w : workers_) w.detach();
-        workers_.clear();
-        start();
+// fn(tid) of this run. A thread that fails counts as arrived wherever others wait for it: they see why and leave.
+void ThreadPool::call(int tid) {
+    try {
+        call_(ctx_, tid);
+    } catch (const Abandoned&) {
+    } catch (...) {
+        if (!failed_.exchange(true, std::memory_order_acq_rel)) error_ = std::current_exception();
+        phase_.fetch_add(1, std::memory_order_release);
+        phase_.notify_all();
     }
-    if (n_threads_ > 1) {
+}
+
+Status ThreadPool::dispatch(bool alone) {
+    if (!alone && owner_pid_ != getpid()) {  // after fork()
+        (void)workers_.release();
+        DC_TRY_STATUS(start());
+    }
+    active_ = alone ? 1 : n_threads_;
+    arrived_ = 0;
+    dealt_ = 0;
+    failed_ = false;
+    working_ = static_cast<uint32_t>(active_ - 1);
+    if (active_ > 1) {
         generation_.fetch_add(1, std::memory_order_release);
         generation_.notify_all();
     }
-    call_(ctx_, 0);
-    barrier();
+    call(0);
+    for (uint32_t n; (n = working_.load(std::memory_order_acquire)) != 0;) await(working_, n);
+    if (!failed_) return {};
+    try {
+        std::rethrow_exception(std::exchange(error_, nullptr));
+    } catch (const std::bad_alloc&) {
+        return Error{ErrorCode::kResource, "out of memory"};
+    } catch (const std::exception& e) {
+        return Error{ErrorCode::kResource, e.what()};
+    }
 }
 
 void ThreadPool::barrier() {
-    if (n_threads_ == 1) return;
-    const uint32_t phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == n_threads_ - 1) {
-        arrived_.store(0, std::memory_order_relaxed);
-        dealt_.store(0, std::memory_order_relaxed);
-        phase_.store(phase + 1, std::memory_order_release);
-        phase_.notify_all();  // a system call only if somebody sleeps
-        return;
+    if (active_ == 1) return;
+    const uint32_t phase = phase_.load(std::memory_order_acquire);
+    if (!failed_.load(std::memory_order_acquire)) {
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == active_ - 1) {
+            arrived_.store(0, std::memory_order_relaxed);
+            dealt_.store(0, std::memory_order_relaxed);
+            phase_.store(phase + 1, std::memory_order_release);
+            phase_.notify_all();  // a system call only if somebody sleeps
+            return;
+        }
+        await(phase_, phase);
     }
+    if (failed_.load(std::memory_order_acquire)) throw Abandoned{};
+}
+
+// Returns when `word` is no longer `seen`.
+void ThreadPool::await(std::atomic<uint32_t>& word, uint32_t seen) {
     // A wait that ends in sleep means that a core is missing: spin less next time, try in full again now and then.
     const int limit = waits_.fetch_add(1, std::memory_order_relaxed) % kRetry == 0
                           ? full_spins_
                           : spin_limit_.load(std::memory_order_relaxed);
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase;) {
+    for (int spins = 0; word.load(std::memory_order_acquire) == seen;) {
         if (++spins < limit) {
             pause();
         } else {
             spin_limit_.store(kMinSpins, std::memory_order_relaxed);
-            phase_.wait(phase, std::memory_order_acquire);
+            word.wait(seen, std::memory_order_acquire);
             return;
         }
     }
     if (limit == full_spins_) spin_limit_.store(full_spins_, std::memory_order_relaxed);
+}
+
+void PassMutex::lock() {
+    const pid_t self = getpid();
+    for (pid_t holder = 0; !holder_.compare_exchange_weak(holder, self, std::memory_order_acquire); holder = 0) {
+        if (holder == 0) continue;
+        if (holder != self) {
+            throw InUseAtFork(
+                "this process was forked while another thread was using the model: open it again here, or "
+                "fork between passes");
+        }
+        holder_.wait(holder, std::memory_order_relaxed);
+    }
+}
+
+void PassMutex::unlock() {
+    holder_.store(0, std::memory_order_release);
+    holder_.notify_one();
 }
 
 int default_threads() {

@@ -3,10 +3,14 @@
 // cache by arrival (deal()): two cores seldom read memory equally fast, and one may be busy with something else.
 #pragma once
 
+#include "runtime/result.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <memory>
+#include <stdexcept>
 #include <thread>
 #include <unistd.h>
 #include <vector>
@@ -21,20 +25,26 @@ constexpr Range split(int64_t n, int tid, int n_threads) {
     return {static_cast<int>(n * tid / n_threads), static_cast<int>(n * (tid + 1) / n_threads)};
 }
 
+inline constexpr int kMaxThreads = 1024;
+
 class ThreadPool {
   public:
-    explicit ThreadPool(int n_threads);
+    // Starts n_threads - 1 threads, or none: an error if n_threads is not 1..kMaxThreads or the system refuses one of them.
+    static Result<std::unique_ptr<ThreadPool>> make(int n_threads);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
 
     int size() const { return n_threads_; }
+    int active() const { return active_; }  // threads of the current run()
 
-    // Runs fn(tid) on every thread, the caller being thread 0; returns when all are done. One caller at a time.
-    template <class Fn> void run(Fn&& fn) {
+    // Runs fn(tid) on every thread, the caller being thread 0, or `alone` on the caller; returns when all are done. One caller
+    // at a time. What fn throws on a thread ends the run: the others
+    // leave at their next barrier, and the error is returned.
+    template <class Fn> Status run(Fn&& fn, bool alone = false) {
         call_ = [](void* ctx, int tid) { (*static_cast<std::remove_reference_t<Fn>*>(ctx))(tid); };
         ctx_ = &fn;
-        dispatch();
+        return dispatch(alone);
     }
 
     // Every thread of the current run() must call it the same number of times.
@@ -43,12 +53,12 @@ class ThreadPool {
     // fn(Range) for pieces of [0, n) until all are taken: large pieces first, at last `least` at a time. Every thread of
     // the current run() calls it with the same n; at most once between two barriers, which give back the count.
     template <class Fn> void deal(int n, int least, Fn&& fn) {
-        if (n_threads_ == 1) {
+        if (active_ == 1) {
             if (n > 0) fn(Range{0, n});
             return;
         }
         for (int begin = dealt_.load(std::memory_order_relaxed); begin < n;) {
-            const int end = std::min(n, begin + std::max(least, (n - begin) / (2 * n_threads_) / least * least));
+            const int end = std::min(n, begin + std::max(least, (n - begin) / (2 * active_) / least * least));
             if (dealt_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) {
                 fn(Range{begin, end});
                 begin = dealt_.load(std::memory_order_relaxed);
@@ -57,24 +67,45 @@ class ThreadPool {
     }
 
   private:
-    void start();
+    explicit ThreadPool(int n_threads);
+    Status start();
     void stop();
-    void dispatch();
+    Status dispatch(bool alone);
+    void call(int tid);
     void worker(int tid, uint32_t seen);
+    void await(std::atomic<uint32_t>& word, uint32_t seen);
 
-    int n_threads_;
+    const int n_threads_;
+    int active_ = 1;
     int full_spins_ = 4000;  // pauses before a waiting thread sleeps, while every thread has its core
     pid_t owner_pid_ = 0;    // workers do not survive fork(): the child starts its own
     void (*call_)(void*, int) = nullptr;
     void* ctx_ = nullptr;
-    std::vector<std::thread> workers_;
+    std::unique_ptr<std::vector<std::thread>> workers_;
     bool stop_ = false;
+    std::exception_ptr error_;                          // what ended the run first
+    std::atomic<bool> failed_{false};                   // then every barrier throws
     alignas(128) std::atomic<uint32_t> generation_{0};  // bumped to start a run
     alignas(128) std::atomic<int> arrived_{0};
     alignas(128) std::atomic<uint32_t> phase_{0};
-    alignas(128) std::atomic<int> dealt_{0};       // of the deal() of this stage
-    alignas(128) std::atomic<int> spin_limit_{1};  // the same as it turned out lately
+    alignas(128) std::atomic<uint32_t> working_{0};  // workers that have not ended the run
+    alignas(128) std::atomic<int> dealt_{0};         // of the deal() of this stage
+    alignas(128) std::atomic<int> spin_limit_{1};    // the same as it turned out lately
     std::atomic<uint32_t> waits_{0};
+};
+
+// A mutex that knows fork(). Held by another thread at that moment it would stay locked in the child for ever, and what it
+// guards be half done there: lock() throws InUseAtFork instead of waiting.
+class PassMutex {
+  public:
+    void lock();
+    void unlock();
+
+  private:
+    std::atomic<pid_t> holder_{0};  // process of the thread that holds it
+};
+struct InUseAtFork : std::runtime_error {
+    using std::runtime_error::runtime_error;
 };
 
 // Threads to use by default: distinct physical cores of the affinity mask.

@@ -20,12 +20,11 @@ double thread_seconds() {  // processor time: what else the machine runs does no
 }
 
 // 1e9 operations per second of call(tid), which returns the operations it did, summed over the threads.
-template <class Call> double best_rate(int n_threads, Call&& call) {
-    ThreadPool pool(n_threads);
-    std::vector<double> rate(static_cast<size_t>(n_threads));
+template <class Call> Result<double> best_rate(ThreadPool& pool, Call&& call) {
+    std::vector<double> rate(static_cast<size_t>(pool.size()));
     double best = 0;
     for (int run = 0; run < 5; ++run) {
-        pool.run([&](int tid) {
+        DC_TRY_STATUS(pool.run([&](int tid) {
             double seconds = 0, ops = 0;
             for (int64_t calls = 1; seconds < 0.01; calls *= 2) {
                 const double start = thread_seconds();
@@ -34,7 +33,7 @@ template <class Call> double best_rate(int n_threads, Call&& call) {
                 seconds = thread_seconds() - start;
             }
             rate[static_cast<size_t>(tid)] = ops / seconds / 1e9;
-        });
+        }));
         best = std::max(best, std::accumulate(rate.begin(), rate.end(), 0.0));
     }
     return best;
@@ -48,17 +47,17 @@ constexpr int kAnyByte = 0x3c;
 Result<double> read_bandwidth(int n_threads, int64_t bytes, int repeats) {
     DC_TRY(const ZeroedBuffer buffer, ZeroedBuffer::make(bytes, "bandwidth probe"));
     std::memset(buffer.data(), 1, static_cast<size_t>(buffer.size()));
-    ThreadPool pool(n_threads);
+    DC_TRY(const auto pool, ThreadPool::make(n_threads));
     double best = 0;
     // Eight pages at a time, line by line across them (Intel: a single stream does not fill a core's outstanding reads), or one
     // after the other (AMD: a third faster by one thread): the best of both.
     for (int i = 0; i < 2 * repeats; ++i) {
         std::atomic<uint64_t> sink{0};
         const auto start = std::chrono::steady_clock::now();
-        pool.run([&](int tid) {
+        DC_TRY_STATUS(pool->run([&](int tid) {
             constexpr int64_t kPage = 4096;
             const int64_t pages = i % 2 == 0 ? 8 : 1, blocks = bytes / (kPage * pages);
-            const int64_t begin = blocks * tid / pool.size(), end = blocks * (tid + 1) / pool.size();
+            const int64_t begin = blocks * tid / pool->size(), end = blocks * (tid + 1) / pool->size();
             uint64_t sum[8] = {};
             for (int64_t block = begin; block < end; ++block) {
                 const std::byte* base = buffer.data() + block * kPage * pages;
@@ -70,24 +69,25 @@ Result<double> read_bandwidth(int n_threads, int64_t bytes, int repeats) {
                 }
             }
             for (const uint64_t s : sum) sink += s;
-        });
+        }));
         const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
         best = std::max(best, static_cast<double>(bytes) / seconds / 1e9);
     }
     return best;
 }
 
-double compute_ceiling(const CpuKernels& k, ActKind kind, int n_threads) {
+Result<double> compute_ceiling(const CpuKernels& k, ActKind kind, int n_threads) {
     const auto peak = k.peak[static_cast<int>(kind)];
-    if (peak == nullptr) return 0;
-    return best_rate(n_threads, [&](int) {
+    if (peak == nullptr) return 0.0;
+    DC_TRY(const auto pool, ThreadPool::make(n_threads));
+    return best_rate(*pool, [&](int) {
         alignas(64) std::byte buf[kPeakBytes];
         std::memset(buf, kAnyByte, sizeof buf);
         return peak(10000, buf);
     });
 }
 
-double inner_loop_rate(const CpuKernels& k, Format format, int n_threads, int rows) {
+Result<double> inner_loop_rate(const CpuKernels& k, Format format, int n_threads, int rows) {
     struct Operands {
         std::vector<std::byte> bytes;
         PackedTensor w;
@@ -96,6 +96,7 @@ double inner_loop_rate(const CpuKernels& k, Format format, int n_threads, int ro
     constexpr int kTiles = 4, kCols[kNumActKinds] = {64, 128, 256}, kElem[kNumActKinds] = {4, 2, 1};
     const auto kind = static_cast<int>(info(format).act);
     const int cols = kCols[kind];
+    DC_TRY(const auto pool, ThreadPool::make(n_threads));
     std::vector<Operands> threads(static_cast<size_t>(n_threads));
     for (Operands& t : threads) {
         t.w = {.format = format, .rows = kTiles * kTileRows, .cols = cols};
@@ -118,7 +119,7 @@ double inner_loop_rate(const CpuKernels& k, Format format, int n_threads, int ro
                   .y = reinterpret_cast<float*>(p + x_bytes + 8 * groups),
                   .y_stride = t.w.rows};
     }
-    return best_rate(n_threads, [&](int tid) {
+    return best_rate(*pool, [&](int tid) {
         k.matmul[static_cast<int>(format)](threads[static_cast<size_t>(tid)].args);
         return 2 * int64_t{rows} * kTiles * kTileRows * cols;
     });
@@ -159,7 +160,8 @@ Result<double> attention_rate(const CpuKernels& k, CacheType kv, int heads, int 
     a.l = a.m + ml;
     a.ml_row_stride = head_block;
     a.scratch = a.l + ml;
-    return best_rate(1, [&](int) {
+    DC_TRY(const auto pool, ThreadPool::make(1));
+    return best_rate(*pool, [&](int) {
         for (int i = 0; i < rows; i += row_block) {
             a.n_rows = std::min(row_block, rows - i);
             for (int h = 0; h < heads; h += head_block) {

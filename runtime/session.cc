@@ -105,7 +105,7 @@ Status Session::run(std::span<const int32_t> ids, const float* hidden, int n_log
     if (device_ != nullptr) {
         DC_TRY_STATUS(forward_device(args));
     } else {
-        forward_cpu(args);
+        DC_TRY_STATUS(forward_cpu(args));
     }
     cache.len += n;
     last_rows_ = mtp ? 0 : n;

@@ -133,6 +133,7 @@ class Session {
 };
 
 // forward_cpu.cc: the pass, CPU transcription. Runs on the model's pool; writes cache rows pos..pos+n-1 (not cache.len).
+// An error (memory, threads after fork) leaves statistics and lengths as they were.
 struct PassArgs {
     Model& model;
     State& state;
@@ -146,6 +147,6 @@ struct PassArgs {
     float* logits = nullptr;  // [n_logits, pad16(vocab_size)]
     SessionStats* stats = nullptr;
 };
-void forward_cpu(const PassArgs& args);
+Status forward_cpu(const PassArgs& args);
 
 }  // namespace deepcalm

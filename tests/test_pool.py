@@ -1,7 +1,8 @@
-"""The thread pool where things go wrong: after fork, under Ctrl-C, with more threads than cores."""
+"""The thread pool where things go wrong: no threads, exceptions, fork, Ctrl-C, too few cores."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -41,16 +42,167 @@ os._exit(code) if generation else sys.exit(code)
 """
 
 
-def test_fork_starts_new_threads() -> None:
-    path = surface_cases.packed("v3", dtype="q8")
+def python(script: str, *args: str) -> None:
+    """Runs a script; what it finds wrong is an exception there."""
     done = subprocess.run(
-        [sys.executable, "-c", FORK, str(path)],
+        [sys.executable, "-c", script, *args],
         env=surface_cases.environment(),
         timeout=60,
         capture_output=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_fork_starts_new_threads() -> None:
+    python(FORK, str(surface_cases.packed("v3", dtype="q8")))
+
+
+FORK_IN_PASS = """
+import os, signal, sys, threading, warnings
+import deepcalm
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: fork in a process with threads
+model = deepcalm.Model(deepcalm.demo_path(), threads=2)
+busy, other = (model.session(max_rows=512) for _ in range(2))
+ids = [3 + i % 500 for i in range(500)]
+want = other.prefill(ids[:40]).tobytes()
+other.truncate(0)
+end = threading.Event()
+def passes():
+    while not end.is_set():
+        busy.truncate(0)
+        busy.prefill(ids)
+thread = threading.Thread(target=passes)
+thread.start()
+refused = 0
+try:
+    for i in range(12):
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)  # a child that hangs dies of it
+            session = (busy, other)[i % 2]
+            try:
+                session.truncate(0)
+                os._exit(0 if session.prefill(ids[:40]).tobytes() == want else 1)
+            except deepcalm.SessionError as e:
+                os._exit(7 if "forked" in str(e) else 2)
+            except BaseException:
+                os._exit(3)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code in (0, 7), code
+        refused += code == 7
+finally:
+    end.set()
+    thread.join()
+assert refused > 0, "no fork met a pass"
+assert other.prefill(ids[:40]).tobytes() == want
+"""
+
+
+def test_fork_beside_a_pass_is_refused_in_the_child() -> None:
+    """Locks that another thread held stay locked in a child, which hears of it; between passes it computes."""
+    python(FORK_IN_PASS)
+
+
+NO_THREADS = """
+import resource, sys
+import deepcalm
+from deepcalm import _core
+resource.setrlimit(resource.RLIMIT_AS, (3_000_000_000, 3_000_000_000))
+for start in (
+    lambda: deepcalm.Model(sys.argv[1], threads=1024),
+    lambda: _core.read_bandwidth(1024, 1),
+    lambda: _core.inner_loop_rate("scalar", "q8", 1024),
+    lambda: _core.compute_ceilings("scalar", 1024),
+    lambda: _core.read_bandwidth(1025, 1),
+    lambda: _core.inner_loop_rate("scalar", "q8", 2_000_000_000),
+):
+    try:
+        start()
+    except deepcalm.ResourceError as e:
+        assert str(e).startswith("threads: ") and len(str(e).splitlines()) == 1, e
+    else:
+        raise AssertionError("1024 threads in 3 GB")
+deepcalm.Model(sys.argv[1], threads=8).session().prefill([3, 4])
+"""
+
+
+def test_threads_that_cannot_start_are_an_error() -> None:
+    """8 MB of address space a thread is the system's default; those that did start have ended."""
+    python(NO_THREADS, str(surface_cases.packed()))
+
+
+FORK_WITHOUT_THREADS = """
+import os, resource, sys, threading, warnings
+import deepcalm
+warnings.simplefilter("ignore", DeprecationWarning)
+model = deepcalm.Model(sys.argv[1], threads=4)
+s = model.session(ctx=64)
+want = s.prefill([3, 4, 5]).tobytes()
+s.truncate(2)
+pid = os.fork()
+if pid == 0:
+    for _ in range(3):  # they take the stacks that the parent's threads left
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+    size = int(open("/proc/self/statm").read().split()[0]) * 4096
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (size + 4_000_000, hard))
+    try:
+        s.decode(5)
+    except deepcalm.ResourceError as e:
+        assert "threads: 4" in str(e) and s.pos == 2, e
+    else:
+        raise AssertionError("three more threads in 4 MB")
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    assert s.decode(5).tobytes() == want
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_a_child_without_room_for_threads_hears_of_it() -> None:
+    python(FORK_WITHOUT_THREADS, str(surface_cases.packed()))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_an_exception_on_any_thread_ends_the_run_and_the_pool_lives_on(threads: int) -> None:
+    stages = 4
+    for tid, stage in itertools.product(range(threads), range(stages)):
+        for _ in range(5):  # who arrives first is chance
+            assert _core.testing.pool_runs(threads, stages, tid, stage) == ("out of memory", 64 * stages)
+
+
+NO_MEMORY = """
+import resource, sys
+import deepcalm
+from deepcalm.session import STAGES
+model = deepcalm.Model(deepcalm.demo_path(), threads=int(sys.argv[1]))
+ids = [3 + i % 500 for i in range(300)]
+plain = model.session(ctx=512, max_rows=512)
+want, after = plain.prefill(ids).tobytes(), plain.decode(9).tobytes()
+s = model.session(ctx=512, max_rows=512)
+s.prefill(ids[:100])
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+size = int(open("/proc/self/statm").read().split()[0]) * 4096
+before, rows = s.tokens.tolist(), s.stats.prefill_tokens
+resource.setrlimit(resource.RLIMIT_AS, (size + 8_000_000, hard))  # the taps of 200 rows take more than 20 MB
+try:
+    with s.trace(*STAGES):
+        s.prefill(ids[100:])
+except deepcalm.ResourceError as e:
+    assert "200 tokens: out of memory" in str(e), e
+else:
+    raise AssertionError("20 MB in 8")
+finally:
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+assert s.tokens.tolist() == before and s.pos == 100 and s.stats.prefill_tokens == rows
+assert s.prefill(ids[100:]).tobytes() == want and s.decode(9).tobytes() == after
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_memory_that_ends_in_a_pass_leaves_the_session_as_it_was(threads: int) -> None:
+    python(NO_MEMORY, str(threads))
 
 
 def test_ctrl_c_in_a_long_prefill_keeps_whole_passes() -> None:

@@ -29,10 +29,10 @@ AREAS = (
         "C++",
         ("kernels/*.h", "kernels/*.cc", "kernels/cpu/*.h", "kernels/cpu/*.cc", "runtime/*.h", "runtime/*.cc",
          "python/*.cc", "python/*.h"),
-        7630,
+        7870,
     ),
     Area("CUDA and its simulator", ("kernels/cuda/*.*", "runtime/*.cu", "runtime/*.cuh", "runtime/cuda/*.*"), 6300),
-    Area("Python package", ("python/deepcalm/**/*.py",), 8700),
+    Area("Python package", ("python/deepcalm/**/*.py",), 8820),
     Area("tools", ("tools/**/*.py",), None),
     Area("tests", ("tests/**/*.py",), None),
 )

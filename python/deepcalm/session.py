@@ -45,6 +45,27 @@ STAGES = (
 )
 
 
+class SessionLock:
+    """A reentrant lock that knows ``os.fork()``: held by another thread then, it would stay locked in the child.
+
+    Raises:
+        SessionError: in such a child.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._pid = threading.RLock(), os.getpid()
+
+    def __enter__(self) -> None:
+        pid = os.getpid()
+        while not self._lock.acquire(blocking=self._pid == pid):
+            if self._pid != pid:
+                raise SessionError("this process was forked while another thread was using the session; make a new one")
+        self._pid = pid
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 @dataclass(frozen=True, slots=True)
 class StageStats:
     """Sums of one stage over passes: all threads together, every weight or cache byte of a pass counted once.
@@ -156,7 +177,7 @@ class Session:
         self._vocab = int(model.config["vocab_size"])
         self._empty = self._core.state()  # shapes for restore()
         self._taps: dict[str, npt.NDArray[Any]] | None = None
-        self.lock = threading.RLock()  # held by every call, and for each token of a generation
+        self.lock = SessionLock()  # held by every call, and for each token of a generation
         self._sums: dict[str, float] = {}
         self._tokens: list[int] = []  # the sequence
         self._last_logits: F32 | None = None
