@@ -2,6 +2,7 @@
 #pragma once
 
 #include "runtime/config.h"
+#include "runtime/float_mode.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -18,9 +19,10 @@ template <class T> T unwrap(deepcalm::Result<T> result) {
 inline void unwrap(deepcalm::Status status) {
     if (!status.ok()) throw_error(status.error());
 }
-// fn() while other Python threads run; it must not touch Python's objects.
+// fn() while other Python threads run, in the default floating-point mode; it must not touch Python's objects.
 template <class Fn> decltype(auto) without_gil(Fn&& fn) {
     const py::gil_scoped_release release;
+    const deepcalm::FloatMode mode;
     return fn();
 }
 

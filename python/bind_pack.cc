@@ -482,6 +482,7 @@ py::object convert_rows(const py::array& out, const std::string& to, const std::
     int64_t n_near_zero = 0;
     {
         const py::gil_scoped_release release;
+        const dc::FloatMode mode;
         std::vector<float> line(static_cast<size_t>(cols));
         for (; row < src.n_rows && bad < 0; ++row, dst += elem * cols) {
             if (target != src.kind) src.load(row, line.data());

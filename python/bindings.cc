@@ -401,6 +401,23 @@ PYBIND11_MODULE(_core, m) {
         "Instruction sets compiled in, best first: dicts of name and supported (by this processor).");
     m.def("default_threads", &default_threads, "Physical cores of the affinity mask.");
     m.def(
+        "swap_float_mode",
+        [](const std::optional<py::bytes>& mode) {
+            std::fenv_t before, after;
+            std::fegetenv(&before);
+            if (!mode) {
+                std::fesetenv(FE_DFL_ENV);
+            } else {
+                const std::string_view bytes = *mode;
+                if (bytes.size() != sizeof after) throw py::value_error("mode: expected what swap_float_mode returned");
+                std::memcpy(&after, bytes.data(), sizeof after);
+                std::fesetenv(&after);
+            }
+            return py::bytes(static_cast<const char*>(static_cast<const void*>(&before)), sizeof before);
+        },
+        py::arg("mode"),
+        "Sets this thread's floating-point mode (None: the default); returns what it was, opaque bytes.");
+    m.def(
         "read_bandwidth",
         [](int threads, int mib, int repeats) {
             return unwrap(without_gil([&] { return read_bandwidth(threads, int64_t{mib} << 20, repeats); }));
@@ -417,14 +434,15 @@ PYBIND11_MODULE(_core, m) {
                                  sample_params(temp, top_k, top_p, min_p, seed), pos));
         },
         py::arg("logits"), py::arg("temp"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("seed"),
-        py::arg("pos"), py::arg("n_valid"),
+        py::arg("pos"), py::arg("n_valid"), py::call_guard<FloatMode>(),
         "Token for position `pos` from logits [vocab_size]: argmax at temp 0 (ties to the lowest id), else keyed "
         "Gumbel noise "
         "over the filtered distribution. Ids >= n_valid are never chosen. Raises SessionError if the logits are not "
         "finite.");
     m.def("dlpack", &dlpack, py::arg("owner"), py::arg("address"), py::arg("shape"), py::arg("type"),
           py::arg("device_type"), py::arg("device_id"), "DLPack capsule over memory that `owner` keeps alive.");
-    m.def("gumbel", &gumbel, py::arg("seed"), py::arg("pos"), py::arg("v"), "The noise that sample() adds to token v.");
+    m.def("gumbel", &gumbel, py::arg("seed"), py::arg("pos"), py::arg("v"), py::call_guard<FloatMode>(),
+          "The noise that sample() adds to token v.");
 
     py::class_<Model>(m, "Model")
         .def(py::init(&open_model), py::arg("path"), py::arg("cfg"), py::arg("tensors"), py::arg("isa") = py::none(),
@@ -479,14 +497,14 @@ PYBIND11_MODULE(_core, m) {
              "hidden_size]).")
         .def("draft_round", &PySession::draft_round, py::arg("token"), py::arg("k"), py::arg("temp"), py::arg("top_k"),
              py::arg("top_p"), py::arg("min_p"), py::arg("seed"), py::arg("n_valid"), py::arg("min_confidence") = 0.0,
-             py::arg("want_logits") = false, py::arg("forced") = py::none(),
+             py::arg("want_logits") = false, py::arg("forced") = py::none(), py::call_guard<FloatMode>(),
              "One draft-verify-accept round after `token` (k = 0: a plain step). Returns tokens (accepted drafts and "
              "the next "
              "token), counts, bytes and seconds, and with want_logits the rows [len(tokens), vocab_size] they were "
              "chosen from.")
         .def("decode_start", &PySession::decode_start, py::arg("token"), py::arg("temp"), py::arg("top_k"),
              py::arg("top_p"), py::arg("min_p"), py::arg("seed"), py::arg("n_valid"), py::arg("max_tokens"),
-             py::arg("eos"),
+             py::arg("eos"), py::call_guard<FloatMode>(),
              "Decoding on the device after `token`: queue rounds with decode_step, take tokens with decode_poll.")
         .def("decode_step", &PySession::decode_step, py::arg("k"), "Queues a round of k drafts; returns at once.")
         .def("decode_poll", &PySession::decode_poll,

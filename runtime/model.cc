@@ -1,5 +1,7 @@
 #include "runtime/model.h"
 
+#include "runtime/float_mode.h"
+
 namespace deepcalm {
 namespace {
 
@@ -77,6 +79,7 @@ Result<std::unique_ptr<Model>> Model::open_on(Device device, const std::string& 
 }
 
 Status Model::bind(const std::string& path, const ModelConfig& cfg, const std::vector<TensorEntry>& entries) {
+    const FloatMode mode;
     DC_TRY_STATUS(validate(cfg));
     cfg_ = cfg;
     DC_TRY(file_, MappedFile::open(path));

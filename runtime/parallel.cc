@@ -1,5 +1,7 @@
 #include "runtime/parallel.h"
 
+#include "runtime/float_mode.h"
+
 #include <cstdio>
 #include <sched.h>
 #include <set>
@@ -78,6 +80,7 @@ void ThreadPool::stop() {
 }
 
 void ThreadPool::worker(int tid, uint32_t seen) {
+    const FloatMode mode;
     for (;;) {
         int spins = 0;
         while (generation_.load(std::memory_order_acquire) == seen) {
@@ -120,7 +123,10 @@ Status ThreadPool::dispatch(bool alone) {
         generation_.fetch_add(1, std::memory_order_release);
         generation_.notify_all();
     }
-    call(0);
+    {
+        const FloatMode mode;
+        call(0);
+    }
     for (uint32_t n; (n = working_.load(std::memory_order_acquire)) != 0;) await(working_, n);
     if (!failed_) return {};
     try {

@@ -39,7 +39,7 @@ class ThreadPool {
     int active() const { return active_; }  // threads of the current run()
 
     // Runs fn(tid) on every thread, the caller being thread 0, or `alone` on the caller; returns when all are done. One caller
-    // at a time. What fn throws on a thread ends the run: the others
+    // at a time. Every thread computes in the default floating-point mode. What fn throws on a thread ends the run: the others
     // leave at their next barrier, and the error is returned.
     template <class Fn> Status run(Fn&& fn, bool alone = false) {
         call_ = [](void* ctx, int tid) { (*static_cast<std::remove_reference_t<Fn>*>(ctx))(tid); };

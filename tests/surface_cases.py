@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import deepcalm
 import tiny
 
@@ -45,6 +47,18 @@ def packed(preset: str = "v3", seed: int = 0, dtype: str = "source") -> Path:
 def model(preset: str = "v3", threads: int = 1) -> deepcalm.Model:
     """The opened model."""
     return deepcalm.Model(packed(preset), threads=threads)
+
+
+@functools.cache
+def small_logits() -> Path:
+    """Folder of a tiny checkpoint in f32 whose logits are subnormal for every second id."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = tiny.write(root() / "small", "v3", dtype="f32", n_shards=1)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][::2] *= np.float32(1e-38)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 @functools.cache

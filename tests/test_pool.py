@@ -1,14 +1,18 @@
-"""The thread pool where things go wrong: no threads, exceptions, fork, Ctrl-C, too few cores."""
+"""The thread pool where things go wrong: no threads, exceptions, fork, Ctrl-C, too few cores, other rounding."""
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
+import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,6 +207,51 @@ assert s.prefill(ids[100:]).tobytes() == want and s.decode(9).tobytes() == after
 @pytest.mark.parametrize("threads", [1, 3])
 def test_memory_that_ends_in_a_pass_leaves_the_session_as_it_was(threads: int) -> None:
     python(NO_MEMORY, str(threads))
+
+
+def set_mxcsr(value: int | None) -> int:
+    """Sets this thread's control and status register of SSE, unless None; what it was."""
+    libm = ctypes.CDLL("libm.so.6")
+    environment = ctypes.create_string_buffer(64)
+    libm.fegetenv(environment)
+    before = int.from_bytes(environment.raw[28:32], "little")
+    if value is not None:
+        environment[28:32] = value.to_bytes(4, "little")
+        libm.fesetenv(environment)
+    return before
+
+
+def bits(threads: int) -> list[bytes]:
+    """What computes: packing, the model's tables, passes, drafts, samples."""
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = [Path(scratch, f"{dtype}.dcalm") for dtype in ("source", "q8", "q4", "f8")]
+        for path in paths:
+            folder = surface_cases.small_logits() if path.stem == "source" else surface_cases.checkpoint("moonlight")
+            deepcalm.pack(folder, path, dtype=path.stem)
+        model = deepcalm.Model(paths[0], threads=threads)
+        out = [path.read_bytes() for path in paths]
+    s = model.session(ctx=64, kv="f32", mtp=True)
+    out += [s.prefill(list(range(3, 30))).tobytes(), s.decode(5).tobytes()]
+    tokens = s.generate(max_tokens=8, temp=1.0, seed=3, draft=2)
+    return [*out, bytes(str(list(tokens)), "ascii"), *(a.tobytes() for a in s.core.state().values())]
+
+
+MXCSR = {"flush": 0x9FC0, "down": 0x3F80, "up": 0x5F80, "toward zero": 0x7F80}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the register of another architecture")
+@pytest.mark.parametrize("mode", MXCSR)
+def test_the_callers_floating_point_mode_changes_no_bit(mode: str) -> None:
+    """Only thread 0 has it, and who computes what is chance: where it counted, two calls with two threads differed."""
+    want = bits(1)
+    for threads in (1, 2, 3):
+        before = set_mxcsr(MXCSR[mode])
+        try:
+            found = bits(threads)
+            assert set_mxcsr(None) & ~0x3F == MXCSR[mode], "the caller's own again"
+        finally:
+            set_mxcsr(before)
+        assert [a == b for a, b in zip(found, want, strict=True)] == [True] * len(want)
 
 
 def test_ctrl_c_in_a_long_prefill_keeps_whole_passes() -> None:

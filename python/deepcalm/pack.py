@@ -25,7 +25,7 @@ from deepcalm import _core
 from deepcalm.checkpoint import Checkpoint, Weight
 from deepcalm.container import build_header
 from deepcalm.errors import CheckpointError, ResourceError
-from deepcalm.packed import FORMAT_VERSION, TILE_ROWS, Stored, stored_file
+from deepcalm.packed import FORMAT_VERSION, TILE_ROWS, Stored, default_floats, stored_file
 from deepcalm.plan import DTYPES, Dropped, Part, Plan, PlannedTensor, make_plan
 
 __all__ = ["DTYPES", "Dropped", "Plan", "PlannedTensor", "pack", "plan"]
@@ -38,6 +38,7 @@ Floats = npt.NDArray[np.float32]
 Counter = npt.NDArray[np.int64]  # [1]
 
 
+@default_floats()
 def plan(
     src: str | Path,
     dtype: str = "source",
@@ -57,6 +58,7 @@ def plan(
         return make_plan(ckpt, dtype, attn_dtype, head_dtype, draft_head_dtype)
 
 
+@default_floats()
 def pack(
     src: str | Path,
     dst: str | Path,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,16 @@ TILE_BYTES = {(f["name"], f["scale"]): int(f["tile_bytes"]) for f in _core.forma
 ELEMENT_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "u8": 1}
 MAX_SCALE_BLOCK = 1 << 20
 Floats = npt.NDArray[np.float32]
+
+
+@contextlib.contextmanager
+def default_floats() -> Iterator[None]:
+    """The default floating-point mode in this thread, then the caller's: Python's own float("1e-6") depends on it."""
+    mode = _core.swap_float_mode(None)
+    try:
+        yield
+    finally:
+        _core.swap_float_mode(mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +133,7 @@ class PackedFile:
     Raises PackedFileError or ConfigError.
     """
 
+    @default_floats()
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file = File(self.path, PackedFileError)
