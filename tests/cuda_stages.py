@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FORMAT = {"f32": 0, "bf16": 1, "f16": 2, "f8": 3, "q8": 4, "q4": 5, "q4b": 6}
 CACHE = {"f32": 0, "f16": 1, "bf16": 2, "q8": 3}
 PREFILL_BLOCKS = 4
+FIT = {PREFILL_BLOCKS: 0, 2: 1, 1: 3}  # the generous way of each number of column blocks in kFits, which has 8
+FITS = 8
 I32, I64 = c.c_int32, c.c_int64
 _TYPES: dict[str, Any] = {"p": c.c_void_p, "i": I32, "l": I64, "f": c.c_float, "u": c.c_uint8, "b": c.c_bool}
 
@@ -71,7 +73,7 @@ ARGS = {
 
 
 class LaunchSpec(c.Structure):
-    _fields_ = [("nb", I32), ("grid", I32), ("threads", I32), ("dependent", I32)]
+    _fields_ = [("fit", I32), ("grid", I32), ("threads", I32), ("dependent", I32)]
 
 
 class Mirror:
@@ -163,18 +165,28 @@ class Stages:
     """The single stages of a device library; ``xp``: cupy, on a GPU. Launches queue, :meth:`run` waits for them."""
 
     def __init__(self, path: Path, xp: Any = np) -> None:
-        self.call, self.xp, self.idle = c.CDLL(str(path)).deepcalm_stage, xp, True
+        library = c.CDLL(str(path))
+        self.call, self.how, self.xp, self.idle = library.deepcalm_stage, library.deepcalm_stage_fit, xp, True
         self.call.argtypes = (c.c_char_p, c.c_void_p, I64, c.c_void_p)
+        self.how.argtypes = (c.c_char_p, c.c_void_p, I64, I32, I64, c.POINTER(I64))
 
     def launch(
-        self, name: str, args: Any, nb: int = 1, grid: int = 3, threads: int = 64, dependent: bool = False
+        self,
+        name: str,
+        args: Any,
+        nb: int = 1,
+        grid: int = 3,
+        threads: int = 64,
+        dependent: bool = False,
+        fit: int | None = None,
     ) -> None:
+        """nb: column blocks; fit: index of kFits instead."""
         if self.idle and mirror:
             mirror.up()
         self.idle = False
         if self.xp is not np:  # its arrays are filled by another stream
             self.xp.cuda.Device().synchronize()
-        spec = LaunchSpec(nb, grid, threads, int(dependent))
+        spec = LaunchSpec(FIT[nb] if fit is None else fit, grid, threads, int(dependent))
         code = self.call(name.encode(), c.byref(args), c.sizeof(args), c.byref(spec))
         assert code == 0, f"{name}: error {code} (-2: its struct has another size in C++)"
 
@@ -183,6 +195,13 @@ class Stages:
         assert code == 0, f"error {code}"
         if mirror:
             mirror.down()
+
+    def fit(self, name: str, args: Any, long_pass: bool, smem: int) -> tuple[int, int]:
+        """(index of kFits, bytes of shared memory) of a stage on a device that gives a block ``smem`` bytes."""
+        need = I64()
+        index = self.how(name.encode(), c.byref(args), c.sizeof(args), int(long_pass), smem, c.byref(need))
+        assert index >= 0, f"{name}: error {index} (-2: its struct has another size in C++)"
+        return index, need.value
 
     def __call__(self, name: str, args: Any, **kw: Any) -> None:
         self.launch(name, args, **kw)

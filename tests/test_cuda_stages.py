@@ -653,6 +653,39 @@ def test_moe_bits_depend_on_the_row_alone(stages: cs.Stages, fmt: str) -> None:
             assert np.array_equal(o["x"][i, : m.d], one[i]["x"][0, : m.d]), (n, i)
 
 
+@pytest.mark.parametrize("fmt", cs.FORMAT)
+def test_bits_do_not_depend_on_how_shared_memory_is_used(stages: cs.Stages, fmt: str) -> None:
+    """Every way of kFits: smaller copies and panels, fewer rows to a weight, for short and long passes."""
+    rng = cs.generator(15)
+    p = formats.random_packed(fmt, rng, 37, 1060, scale_block=(32, 160))
+    x = rows_of(rng, 35, 1060)
+    m = Moe(fmt)
+    for n, first in ((35, 0), (6, 3)):
+        truth = product(stages, p, cs.to_aligned(x[:n]), fit=first)
+        for fit in range(first + 1, cs.FITS):
+            assert np.array_equal(product(stages, p, cs.to_aligned(x[:n]), fit=fit), truth), (n, fit)
+    for n, first in ((21, 0), (6, 3)):
+        whole = m.run(stages, 0, n, fit=first)
+        for fit in (*range(first + 1, 5),):  # those behind differ in the rows of `value` alone
+            o = m.run(stages, 0, n, fit=fit)
+            for name in ("h", "x"):
+                assert np.array_equal(o[name], whole[name], equal_nan=True), (n, fit, name)
+
+
+@pytest.mark.parametrize("kind", cs.CACHE)
+def test_attention_bits_do_not_depend_on_how_shared_memory_is_used(stages: cs.Stages, kind: str) -> None:
+    """Chunks whole or in halves of their columns (of which one is narrower), latents of eight rows or fewer at once."""
+    a = Attention(kind, n=11, past=130, heads=3, r=72, dn=16, dr=8, dv=16, fmt="q8")
+    a.absorb(stages, 0, 130, nb=cs.PREFILL_BLOCKS)
+    q_full = a.absorb(stages, 130, 11, nb=cs.PREFILL_BLOCKS)
+    truth = a.attend(stages, q_full, 130, tap=True)
+    latent = a.latent
+    for unit in (1, 8):
+        for fit in range(3, cs.FITS):
+            assert np.array_equal(a.attend(stages, q_full, 130, unit=unit, tap=True, fit=fit), truth), (unit, fit)
+            assert np.array_equal(a.latent, latent), (unit, fit)
+
+
 def test_down_of_a_dense_layer(stages: cs.Stages) -> None:
     rng = cs.generator(11)
     keep: list[Any] = []

@@ -53,7 +53,7 @@ def test_device_library_exports_its_entries_alone(device: str) -> None:
         pytest.skip(f"this build has no {path.name}")
     names = subprocess.run(["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
     strong = [line.split()[-1] for line in names.splitlines() if line.split()[-2] in "TDBR"]
-    assert sorted(strong) == ["deepcalm_backend", "deepcalm_stage"]
+    assert sorted(strong) == ["deepcalm_backend", "deepcalm_stage", "deepcalm_stage_fit"]
     needed = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
     libraries = set(re.findall(r"NEEDED.*\[(.+?)\.so", needed))
     assert not {n for n in libraries if "cuda" in n or "stdc++" in n}, libraries

@@ -87,19 +87,21 @@ constexpr int kProbStride = 2 * kChunk + 16;  // bytes
 
 struct AttendSmem {
     unsigned char *q_hi, *q_lo;      // [16][row16] f16 or bf16; f32 [16][width] at q_hi for the plain path
-    unsigned char* k;                // [64][row16]
+    unsigned char* k;                // [64][k_stride] columns [begin, begin + k_cols) of the chunk
+    int k_cols, k_stride;            // k_stride: bytes
     unsigned char *p_hi, *p_lo;      // [16][kProbStride]
     float* s;                        // [16][kScoreStride] scores, then probabilities
-    float* o;                        // [16][c_pad], units of several chunks
+    float* o;                        // [16][c_pad], units of several chunks; null: in part_o
     float *q_scale, *m, *l, *a, *b;  // [16] each
     uint64_t* bar;                   // [warps]
 };
-DC_DEVICE AttendSmem carve_attend(unsigned char* smem, const AttendArgs& a) {
+DC_DEVICE AttendSmem carve_attend(const Smem& smem, const AttendArgs& a) {
     AttendSmem s;
     const int width = a.c_pad + a.r_pad, row16 = 2 * width + 16;
-    const bool mma = a.type == CacheType::kF16 || a.type == CacheType::kBF16;
-    s.bar = reinterpret_cast<uint64_t*>(smem);
-    s.q_scale = reinterpret_cast<float*>(smem + align16(8 * int64_t{rt::warps()}));
+    s.k_cols = attend_columns(a, smem.fit);
+    s.k_stride = 2 * s.k_cols + 16;
+    s.bar = reinterpret_cast<uint64_t*>(smem.at);
+    s.q_scale = reinterpret_cast<float*>(smem.at + align16(8 * int64_t{rt::warps()}));
     s.m = s.q_scale + kHeadRows;
     s.l = s.m + kHeadRows;
     s.a = s.l + kHeadRows;
@@ -108,9 +110,10 @@ DC_DEVICE AttendSmem carve_attend(unsigned char* smem, const AttendArgs& a) {
     s.q_hi = reinterpret_cast<unsigned char*>(s.s + kHeadRows * kScoreStride);
     s.q_lo = s.q_hi + kHeadRows * row16;
     s.k = s.q_lo + kHeadRows * row16;
-    s.p_hi = s.k + kChunk * row16;
+    s.p_hi = s.k + kChunk * s.k_stride;
     s.p_lo = s.p_hi + kHeadRows * kProbStride;
-    s.o = reinterpret_cast<float*>(mma ? s.p_lo + kHeadRows * kProbStride : s.q_hi + kHeadRows * 4 * width);
+    s.o = reinterpret_cast<float*>(attend_mma(a) ? s.p_lo + kHeadRows * kProbStride : s.q_hi + kHeadRows * 4 * width);
+    if (a.unit_chunks == 1 || smem.fit.halves) s.o = nullptr;
     return s;
 }
 
@@ -167,12 +170,17 @@ DC_DEVICE void fragment_a(uint32_t (&a)[4], const unsigned char* rows, int strid
     a[3] = bottom[4];
 }
 
-DC_DEVICE void scores_mma(const AttendArgs& a, const AttendSmem& s, int n_pos) {
+// Scores over columns [begin, end), which s.k holds, added to those of the columns before.
+DC_DEVICE void scores_mma(const AttendArgs& a, const AttendSmem& s, int begin, int end, int n_pos) {
     const int width = a.c_pad + a.r_pad, row16 = 2 * width + 16, q = rt::lane() % 4, g = rt::lane() / 4;
     for (int t = rt::warp(); t < kChunk / 8; t += rt::warps()) {
         float c[4] = {0, 0, 0, 0};
-        for (int step = 0; step < width / 16; ++step) {
-            const auto* k = reinterpret_cast<const uint32_t*>(s.k + (8 * t + g) * row16) + 8 * step + q;
+        float* score = s.s + g * kScoreStride + 8 * t + 2 * q;  // c[i]: head g + i / 2 * 8, position 8 t + 2 q + i % 2
+        if (begin > 0)
+            for (int i = 0; i < 4; ++i) c[i] = score[(i >> 1) * 8 * kScoreStride + (i & 1)];
+        for (int step = begin / 16; step < end / 16; ++step) {
+            const auto* k =
+                reinterpret_cast<const uint32_t*>(s.k + (8 * t + g) * s.k_stride) + 8 * step - begin / 2 + q;
             const uint32_t b[2] = {k[0], k[4]};
             uint32_t w[4];
             fragment_a(w, s.q_hi, row16, step);
@@ -186,7 +194,8 @@ DC_DEVICE void scores_mma(const AttendArgs& a, const AttendSmem& s, int n_pos) {
         }
         for (int i = 0; i < 4; ++i) {
             const int h = g + (i >> 1) * 8, j = 8 * t + 2 * q + (i & 1);
-            s.s[h * kScoreStride + j] = j < n_pos ? c[i] * s.q_scale[h] * a.softmax_scale : rt::from_bits(0xff800000U);
+            const float v = j < n_pos ? c[i] * s.q_scale[h] * a.softmax_scale : rt::from_bits(0xff800000U);
+            score[(i >> 1) * 8 * kScoreStride + (i & 1)] = end < width ? c[i] : v;
         }
     }
 }
@@ -244,15 +253,16 @@ DC_DEVICE void softmax_chunk(const AttendArgs& a, const AttendSmem& s, bool firs
     }
 }
 
-// value(head, column) of the chunk goes to put(head, column, value).
-template <class Put> DC_DEVICE void values_mma(const AttendArgs& a, const AttendSmem& s, Put&& put) {
-    const int row16 = 2 * (a.c_pad + a.r_pad) + 16, lane = rt::lane(), q = lane % 4, g = lane / 4;
-    for (int t = rt::warp(); t < a.c_pad / 16; t += rt::warps()) {
+// value(head, column) of the chunk goes to put(head, column, value), for the columns [begin, end) that s.k holds.
+template <class Put>
+DC_DEVICE void values_mma(const AttendArgs& a, const AttendSmem& s, int begin, int end, Put&& put) {
+    const int lane = rt::lane(), q = lane % 4, g = lane / 4;
+    for (int t = begin / 16 + rt::warp(); t < min_int(end, a.c_pad) / 16; t += rt::warps()) {
         float c[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
         for (int step = 0; step < kChunk / 16; ++step) {
             uint32_t v[4], w[4];
-            rt::ldmatrix_x4_trans(v, s.k + (16 * step + lane / 8 % 2 * 8 + lane % 8) * row16 +
-                                         2 * (16 * t + lane / 16 * 8));
+            rt::ldmatrix_x4_trans(v, s.k + (16 * step + lane / 8 % 2 * 8 + lane % 8) * s.k_stride +
+                                         2 * (16 * t - begin + lane / 16 * 8));
             const uint32_t b0[2] = {v[0], v[1]}, b1[2] = {v[2], v[3]};
             fragment_a(w, s.p_hi, kProbStride, step);
             if (a.type == CacheType::kF16) {
@@ -290,50 +300,57 @@ DC_DEVICE void values_plain(const AttendArgs& a, const AttendSmem& s, const std:
 DC_DEVICE void attend_unit(const AttendArgs& a, const AttendSmem& s, int row, int group, int unit, int& phase) {
     const int end = row_end(a.rows, row, a.ctx), begin = unit * a.unit_chunks * kChunk;
     if (begin >= end) return;  // the same for the whole block
-    const int width = a.c_pad + a.r_pad, row16 = 2 * width + 16,
-              heads = min_int(kHeadRows, a.n_heads - group * kHeadRows);
-    const bool mma = a.type == CacheType::kF16 || a.type == CacheType::kBF16;
+    const int width = a.c_pad + a.r_pad, heads = min_int(kHeadRows, a.n_heads - group * kHeadRows);
+    const bool mma = attend_mma(a);
+    const int parts = mma ? ceil_to(width, s.k_cols) : 1;
     const int64_t slot = (int64_t{row} * a.max_units + unit) * a.n_heads + group * kHeadRows;
     const int warp = rt::warp(), per = ceil_to(kChunk, rt::warps());
+    float* out = s.o ? s.o : a.part_o + slot * a.c_pad;
     load_queries(a, s, a.q_full + (int64_t{row} * a.n_heads + group * kHeadRows) * width, heads);
     for (int c = 0; c < a.unit_chunks && begin + c * kChunk < end; ++c) {
         const int pos = begin + c * kChunk, n_pos = min_int(kChunk, end - pos);
         const std::byte* k = a.cache + pos * a.row_bytes;
-        if (mma) {
+        const auto load = [&](int first, int last) {  // columns of the chunk into s.k
             const int r0 = warp * per, n = min_int(per, n_pos - r0);
-            rt::copy_rows_start(s.k + r0 * row16, row16, reinterpret_cast<const unsigned char*>(k) + r0 * a.row_bytes,
-                                a.row_bytes, 2 * width, n, s.bar + warp);
-            for (int i = n_pos * row16 / 4 + rt::thread(); i < kChunk * row16 / 4; i += rt::threads())
+            rt::copy_rows_start(s.k + r0 * s.k_stride, s.k_stride,
+                                reinterpret_cast<const unsigned char*>(k) + r0 * a.row_bytes + 2 * first, a.row_bytes,
+                                2 * (last - first), n, s.bar + warp);
+            for (int i = n_pos * s.k_stride / 4 + rt::thread(); i < kChunk * s.k_stride / 4; i += rt::threads())
                 reinterpret_cast<uint32_t*>(s.k)[i] = 0;  // positions past the row's end may hold anything
             if (n > 0 || !rt::kBulk) rt::copy_wait<0>(s.bar + warp, phase);
             if (n > 0) phase ^= 1;
+        };
+        for (int p = 0; p < parts; ++p) {
+            const int first = p * s.k_cols, last = min_int(first + s.k_cols, width);
+            if (mma) load(first, last);
+            rt::sync_block();
+            if (mma) {
+                scores_mma(a, s, first, last, n_pos);
+            } else {
+                scores_plain(a, s, k, n_pos);
+            }
+            rt::sync_block();
         }
-        rt::sync_block();
-        if (mma) {
-            scores_mma(a, s, n_pos);
-        } else {
-            scores_plain(a, s, k, n_pos);
-        }
-        rt::sync_block();
         softmax_chunk(a, s, c == 0);
         rt::sync_block();
         const auto put = [&](int h, int i, float v) {
             if (h >= heads) return;
-            if (a.unit_chunks == 1) {
-                a.part_o[(slot + h) * a.c_pad + i] = v;
-            } else {
-                float* o = s.o + h * a.c_pad + i;
-                *o = c == 0 ? v : merge_value(*o, s.a[h], v, s.b[h]);
-            }
+            float* o = out + h * a.c_pad + i;  // the same thread's in every chunk
+            *o = c == 0 ? v : merge_value(*o, s.a[h], v, s.b[h]);
         };
-        if (mma) {
-            values_mma(a, s, put);
-        } else {
-            values_plain(a, s, k, n_pos, put);
+        if (!mma) values_plain(a, s, k, n_pos, put);
+        for (int p = mma ? parts - 1 : -1; p >= 0; --p) {  // the last part is still there
+            const int first = p * s.k_cols, last = min_int(first + s.k_cols, width);
+            if (p < parts - 1) {
+                rt::sync_block();
+                load(first, last);
+                rt::sync_block();
+            }
+            values_mma(a, s, first, last, put);
         }
         rt::sync_block();
     }
-    if (a.unit_chunks > 1)
+    if (s.o)
         for (int i = rt::thread(); i < heads * a.c_pad; i += rt::threads()) a.part_o[slot * a.c_pad + i] = s.o[i];
     for (int h = rt::thread(); h < heads; h += rt::threads()) {
         a.part_ml[2 * (slot + h)] = s.m[h];

@@ -310,23 +310,26 @@ struct Group {
 };
 
 struct ProductSmem {
-    unsigned char* ring;  // [warps, kRingSlots, kSlotBytes]
-    uint64_t* bar;        // [warps, kRingSlots]
-    unsigned char* act;   // the panel: [np, rows, act stride]
-    float* sum;           // [kMaxItems][8 * NB columns][16 rows]
-    float* acc;           // the same shape: sums of earlier panels
-    float* inv;           // [2][8 * NB] 1 / rms of the rows
+    int slot_parts, items;  // of Fit
+    unsigned char* ring;    // [warps, kRingSlots, kSlotBytes / slot_parts]
+    uint64_t* bar;          // [warps, kRingSlots]
+    unsigned char* act;     // the panel: [np, rows, act stride]
+    float* sum;             // [items][8 * NB columns][16 rows]
+    float* acc;             // the same shape: sums of earlier panels
+    float* inv;             // [2][8 * NB] 1 / rms of the rows
     unsigned char* end;
 };
-template <int NB> DC_DEVICE ProductSmem carve(unsigned char* smem) {
+template <int NB> DC_DEVICE ProductSmem carve(const Smem& m) {
     ProductSmem s;
-    const int slots = rt::warps() * kRingSlots;
-    s.ring = smem;
-    s.bar = reinterpret_cast<uint64_t*>(smem + slots * kSlotBytes);
-    s.act = smem + align16(slots * (kSlotBytes + int64_t{8}));
+    const int slots = rt::warps() * kRingSlots, slot_bytes = kSlotBytes / m.fit.slot_parts;
+    s.slot_parts = m.fit.slot_parts;
+    s.items = m.fit.items;
+    s.ring = m.at;
+    s.bar = reinterpret_cast<uint64_t*>(m.at + slots * slot_bytes);
+    s.act = m.at + align16(slots * (slot_bytes + int64_t{8}));
     s.sum = reinterpret_cast<float*>(s.act + NB * kActBytes);
-    s.acc = s.sum + NB * kMaxItems * kTileRows * kBlockRows;
-    s.inv = s.acc + NB * kMaxItems * kTileRows * kBlockRows;
+    s.acc = s.sum + NB * s.items * kTileRows * kBlockRows;
+    s.inv = s.acc + NB * s.items * kTileRows * kBlockRows;
     s.end = reinterpret_cast<unsigned char*>(s.inv + NB * kBlockRows * 4);
     return s;
 }
@@ -342,9 +345,10 @@ struct Plan {
     static constexpr bool kPair = false;  // units are gate/up pairs of row tiles
     Rows pass;
     int units_per_problem = 1, n_pieces = 1;
-    int act_bytes = 0;          // the largest act_stride among the pieces
-    int max_tiles = kMaxItems;  // row tiles of a group
-    int skip = 0;               // rows of the pass before the plan's row 0
+    int act_bytes = 0;       // the largest act_stride among the pieces
+    int max_tiles = 1 << 8;  // row tiles of a group
+    int max_rows = 1 << 16;  // rows of a group
+    int skip = 0;            // rows of the pass before the plan's row 0
     int n_live = 0;
 
     DC_DEVICE void begin() { n_live = pass.n_live ? min_int(pass.n, *pass.n_live - skip) : pass.n; }
@@ -372,15 +376,17 @@ DC_DEVICE void fold(P& plan, const Group& g, int unit, int r, int j, const float
 // Walks a block's groups and, inside them, one warp's items, in an order that the copies and the arithmetic share.
 template <int NB, class P> struct Cursor {
     const P* plan;
+    int slot_parts, max_items;
     int unit, end;  // units of the block
     Group g;
     int item, base;  // this warp's item of the group; items of all groups before, modulo warps
     int tile;        // next tile of the item's piece
 
+    DC_DEVICE int group_rows() const { return min_int(kBlockRows * NB, plan->max_rows); }
     DC_DEVICE int per_panel(int problem) const {
-        const int rows = min_int(kBlockRows * NB, plan->rows(problem));
+        const int rows = min_int(group_rows(), plan->rows(problem));
         int p = NB * kActBytes / ((rows > 0 ? rows : 1) * plan->act_bytes);
-        p = min_int(p > 0 ? p : 1, kMaxItems / (P::kPair ? 2 : 1));
+        p = min_int(p > 0 ? p : 1, max_items / (P::kPair ? 2 : 1));
         const int n = plan->n_pieces;
         return ceil_to(n, ceil_to(n, p));
     }
@@ -389,7 +395,7 @@ template <int NB, class P> struct Cursor {
         g.problem = unit / plan->units_per_problem;
         g.unit = unit % plan->units_per_problem;
         const int per = per_panel(g.problem), tiles = P::kPair ? 2 : 1;
-        int max_tiles = kMaxItems / per;
+        int max_tiles = max_items / per;
         max_tiles = min_int(max_tiles, plan->max_tiles) / tiles;
         g.units = min_int(min_int(max_tiles > 0 ? max_tiles : 1, plan->units_per_problem - g.unit), end - unit);
         g.np = min_int(per, plan->n_pieces - g.p0);
@@ -401,8 +407,10 @@ template <int NB, class P> struct Cursor {
         item = (rt::warp() + w - base) % w;
         tile = 0;
     }
-    DC_DEVICE void start(const P& p, int u0, int u1) {
+    DC_DEVICE void start(const P& p, int u0, int u1, const ProductSmem& s) {
         plan = &p;
+        slot_parts = s.slot_parts;
+        max_items = s.items;
         unit = u0;
         end = u1;
         base = 0;
@@ -417,7 +425,7 @@ template <int NB, class P> struct Cursor {
             g.p0 += g.np;
         } else {
             g.p0 = 0;
-            g.row0 += kBlockRows * NB;
+            g.row0 += group_rows();
             if (g.row0 >= plan->rows(g.problem)) {
                 g.row0 = 0;
                 unit += g.units;
@@ -432,7 +440,7 @@ template <int NB, class P> struct Cursor {
         if (done()) return false;
         const Piece p = plan->piece(g.problem, g.p0 + item % g.np);
         const int row_tile = p.first_row_tile + g.unit * (P::kPair ? 2 : 1) + item / g.np;
-        const int n = min_int(slot_tiles(p.w->format), p.tiles - tile);
+        const int n = min_int(slot_tiles(p.w->format) / slot_parts, p.tiles - tile);
         src = p.w->data + p.slice * p.w->slice_bytes +
               (int64_t{row_tile} * p.w->col_tiles + p.tile0 + tile) * p.w->tile_bytes;
         bytes = n * p.w->tile_bytes;
@@ -449,19 +457,20 @@ template <int NB, class P> struct Cursor {
 struct Ring {
     unsigned char* slots;
     uint64_t* bar;
-    int started, used;
+    int slot_parts, started, used;
+    DC_DEVICE unsigned char* slot(int i) const { return slots + i * (kSlotBytes / slot_parts); }
     template <class C> DC_DEVICE void feed(C& cursor) {
         const std::byte* src = nullptr;
         int bytes = 0;
         if (!cursor.next_copy(src, bytes)) bytes = 0;
         const int s = started % kRingSlots;
-        rt::copy_start(slots + s * kSlotBytes, src, bytes, bar + s);
+        rt::copy_start(slot(s), src, bytes, bar + s);
         ++started;
     }
     DC_DEVICE const unsigned char* wait() {
         const int s = used % kRingSlots;
         rt::copy_wait<kRingSlots - 1>(bar + s, used / kRingSlots & 1);
-        return slots + s * kSlotBytes;
+        return slot(s);
     }
 };
 
@@ -473,7 +482,7 @@ DC_DEVICE void sum_segment(Ring& ring, C& feed, const Piece& p, int row_tile, co
     s.clear(s.c);
     s.clear(s.total);
     const Format f = w.format;
-    const int per = slot_tiles(f);
+    const int per = slot_tiles(f) / ring.slot_parts;
     const float* scales = nullptr;
     if (f == Format::kF8)
         scales = w.scales + p.slice * w.slice_scales +
@@ -525,10 +534,10 @@ DC_DEVICE void sum_segment(Ring& ring, C& feed, const Piece& p, int row_tile, co
 template <int NB, class P, class Wait> DC_DEVICE void run(P& plan, int u0, int u1, const ProductSmem& s, Wait&& wait) {
     constexpr int kSum = kTileRows * kBlockRows * NB;
     const int warp = rt::warp();
-    Ring ring{s.ring + warp * kRingSlots * kSlotBytes, s.bar + warp * kRingSlots, 0, 0};
+    Ring ring{s.ring + warp * kRingSlots * (kSlotBytes / s.slot_parts), s.bar + warp * kRingSlots, s.slot_parts, 0, 0};
     for (int i = 0; i < kRingSlots; ++i) rt::copy_open(ring.bar + i);
     Cursor<NB, P> feed, at;
-    feed.start(plan, u0, u1);
+    feed.start(plan, u0, u1, s);
     at = feed;
     DC_UNROLL_BY(1)
     for (int i = 0; i < kRingSlots; ++i) ring.feed(feed);
@@ -538,7 +547,7 @@ template <int NB, class P, class Wait> DC_DEVICE void run(P& plan, int u0, int u
     for (; !at.done(); at.next_group()) {
         const Group& g = at.g;
         const int live = plan.live(g.problem) - g.row0;
-        const int rows = live < 0 ? 0 : min_int(live, kBlockRows * NB);
+        const int rows = live < 0 ? 0 : min_int(live, at.group_rows());
         const int id = plan.act_id(g.problem);
         if (id != act_id || g.row0 != act_row0 || g.p0 != act_p0) {
             if (id != act_id || g.row0 != act_row0)

@@ -120,7 +120,7 @@ DC_DEVICE float swiglu(float gate, float up) {
 // --- embed ----------------------------------------------------------------------------------------------------------
 
 template <int NB, class Wait>
-DC_DEVICE void stage_embed(const EmbedArgs& a, int block, int n_blocks, unsigned char*, Wait wait) {
+DC_DEVICE void stage_embed(const EmbedArgs& a, int block, int n_blocks, const Smem&, Wait wait) {
     wait();
     const int n = live_rows(a.rows);
     for (int i = block; i < n; i += n_blocks) {
@@ -159,7 +159,7 @@ template <int NB> struct ProductPlan : RowsPlan<NB> {
 };
 
 template <int NB, class Wait>
-DC_DEVICE void stage_product(const ProductArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
+DC_DEVICE void stage_product(const ProductArgs& a, int block, int n_blocks, const Smem& smem, Wait wait) {
     const ProductSmem s = carve<NB>(smem);
     auto plan = plan_of<ProductPlan<NB>>(a, a.w, a.w.row_tiles);
     plan.read(a.x, a.x_stride, a.w.cols, &a.norm);
@@ -192,7 +192,7 @@ DC_DEVICE float rotated(const float* v, const float* cos, const float* sin, int 
 }
 
 template <int NB, class Wait>
-DC_DEVICE void stage_absorb(const AbsorbArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
+DC_DEVICE void stage_absorb(const AbsorbArgs& a, int block, int n_blocks, const Smem& smem, Wait wait) {
     const ProductSmem s = carve<NB>(smem);
     auto plan = plan_of<AbsorbPlan<NB>>(a, a.w_uk, a.w_uk.row_tiles);
     const Range u = deal(a.n_heads * a.w_uk.row_tiles, block, n_blocks);
@@ -239,7 +239,7 @@ DC_DEVICE void stage_absorb(const AbsorbArgs& a, int block, int n_blocks, unsign
 // --- attend, value --------------------------------------------------------------------------------------------------
 
 template <int NB, class Wait>
-DC_DEVICE void stage_attend(const AttendArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
+DC_DEVICE void stage_attend(const AttendArgs& a, int block, int n_blocks, const Smem& smem, Wait wait) {
     const AttendSmem s = carve_attend(smem, a);
     rt::copy_open(s.bar + rt::warp());
     wait();
@@ -254,10 +254,10 @@ DC_DEVICE void stage_attend(const AttendArgs& a, int block, int n_blocks, unsign
 
 struct ValuePlan : Plan {
     const ValueArgs* a = nullptr;
-    float* factor = nullptr;  // [8][max_units + partials][2]
-    float* total = nullptr;   // [8] sum of probabilities
-    float* latent = nullptr;  // [8][c_pad]
-    int partials = 0;
+    float* factor = nullptr;  // [max_rows][factors][2]: of the chunks, from `partials` on of the partials
+    float* total = nullptr;   // [max_rows] sum of probabilities
+    float* latent = nullptr;  // [max_rows][c_pad]
+    int factors = 0, partials = 0;
     DC_DEVICE int act_id(int head) const { return head; }
     DC_DEVICE Piece piece(int head, int p) const { return segment(a->w_uv, head, p); }
     DC_DEVICE Quad get(int, int, int j, int p, int col) const {
@@ -270,10 +270,10 @@ struct ValuePlan : Plan {
     }
 
     // Factors of row j (this warp's): (a, b) of every chunk inside its partial, then of every partial.
-    DC_DEVICE void factors(int row, int j, int head) const {
+    DC_DEVICE void merge_factors(int row, int j, int head) const {
         const int lane = rt::lane(), end = row_end(a->rows, row, a->ctx);
         const int units = ceil_to(end, kChunk * a->unit_chunks), n_partials = ceil_to(end, kChunk * kPartialChunks);
-        float* f = factor + 2 * j * (a->max_units + partials);
+        float* f = factor + 2 * j * factors;
         const int64_t slot = int64_t{row} * a->max_units * a->n_heads + head;
         float m = 0, l = 0;
         for (int p = 0; p < n_partials; ++p) {
@@ -305,20 +305,20 @@ struct ValuePlan : Plan {
             m = r.m;
             l = r.l;
             if (lane == 0) {
-                f[2 * (a->max_units + p)] = r.a;
-                f[2 * (a->max_units + p) + 1] = r.b;
+                f[2 * (partials + p)] = r.a;
+                f[2 * (partials + p) + 1] = r.b;
             }
         }
         if (lane == 0) total[j] = l;
     }
 
     DC_DEVICE void rows_start(const Group& g, int rows, const ProductSmem&) const {
-        for (int j = rt::warp(); j < rows; j += rt::warps()) factors(g.row0 + j, j, g.problem);
+        for (int j = rt::warp(); j < rows; j += rt::warps()) merge_factors(g.row0 + j, j, g.problem);
         rt::sync_block();
         for (int e = rt::thread(); e < rows * a->c_pad; e += rt::threads()) {
             const int j = e / a->c_pad, c = e % a->c_pad, row = g.row0 + j, end = row_end(a->rows, row, a->ctx);
             const int units = ceil_to(end, kChunk * a->unit_chunks), per = kPartialChunks / a->unit_chunks;
-            const float* f = factor + 2 * j * (a->max_units + partials);
+            const float* f = factor + 2 * j * factors;
             const float* o = a->part_o + (int64_t{row} * a->max_units * a->n_heads + g.problem) * a->c_pad + c;
             float v = 0;
             for (int u = 0; u < units;) {
@@ -326,7 +326,7 @@ struct ValuePlan : Plan {
                 float part = o[int64_t{u} * a->n_heads * a->c_pad];
                 for (++u; u < stop; ++u)
                     part = merge_value(part, f[2 * u], o[int64_t{u} * a->n_heads * a->c_pad], f[2 * u + 1]);
-                const float* fp = f + 2 * (a->max_units + p);
+                const float* fp = f + 2 * (partials + p);
                 v = p == 0 ? part : merge_value(v, fp[0], part, fp[1]);
             }
             latent[e] = v / total[j];
@@ -338,14 +338,15 @@ struct ValuePlan : Plan {
 };
 
 template <int NB, class Wait>
-DC_DEVICE void stage_value(const ValueArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
+DC_DEVICE void stage_value(const ValueArgs& a, int block, int n_blocks, const Smem& smem, Wait wait) {
     const ProductSmem s = carve<1>(smem);
     auto plan = plan_of<ValuePlan>(a, a.w_uv, a.w_uv.row_tiles);
-    plan.partials = ceil_to(a.max_units * a.unit_chunks, kPartialChunks);
-    const int rows = min_int(a.rows.n, kBlockRows);
+    plan.factors = value_factors(a);
+    plan.partials = a.unit_chunks == 1 ? a.max_units : 0;
+    plan.max_rows = min_int(a.rows.n, smem.fit.value_rows);
     plan.latent = reinterpret_cast<float*>(s.end);
-    plan.factor = plan.latent + rows * a.c_pad;
-    plan.total = plan.factor + 2 * rows * (a.max_units + plan.partials);
+    plan.factor = plan.latent + plan.max_rows * a.c_pad;
+    plan.total = plan.factor + 2 * plan.max_rows * plan.factors;
     const Range u = deal(a.n_heads * a.w_uv.row_tiles, block, n_blocks);
     run<1>(plan, u.begin, u.end, s, wait);
 }
@@ -373,7 +374,7 @@ template <int NB> struct GateUpPlan : RowsPlan<NB> {
 };
 
 template <int NB, class Wait>
-DC_DEVICE void stage_ffn_in(const FfnInArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
+DC_DEVICE void stage_ffn_in(const FfnInArgs& a, int block, int n_blocks, const Smem& smem, Wait wait) {
     const ProductSmem s = carve<NB>(smem);
     const int routers = a.router.row_tiles, pairs = a.w_gate_up.row_tiles / 2;
     const Range u = deal(routers + pairs, block, n_blocks);
@@ -398,11 +399,11 @@ DC_DEVICE void stage_ffn_in(const FfnInArgs& a, int block, int n_blocks, unsigne
 }
 
 template <int NB, class Wait>
-DC_DEVICE void stage_route(const RouteArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
+DC_DEVICE void stage_route(const RouteArgs& a, int block, int n_blocks, const Smem& smem, Wait wait) {
     wait();
     const Routing& r = a.routing;
     const int n = live_rows(a.rows);
-    float* scratch = reinterpret_cast<float*>(smem) + rt::warp() * (2 * r.n_experts + r.n_group);
+    float* scratch = reinterpret_cast<float*>(smem.at) + rt::warp() * (2 * r.n_experts + r.n_group);
     for (int i = block * rt::warps() + rt::warp(); i < n; i += n_blocks * rt::warps())
         route_row(r, r.logits + i * r.logits_stride, scratch, r.topk_idx + int64_t{i} * r.topk,
                   r.topk_weight + int64_t{i} * r.topk);
@@ -447,7 +448,7 @@ template <int NB> struct ExpertsPlan : RowsPlan<NB> {
 };
 
 template <int NB, class Wait>
-DC_DEVICE void stage_experts(const ExpertsArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
+DC_DEVICE void stage_experts(const ExpertsArgs& a, int block, int n_blocks, const Smem& smem, Wait wait) {
     const ProductSmem s = carve<NB>(smem);
     const Routing& r = a.routing;
     const bool route_here = a.rows.n <= kBlockRows;
@@ -487,6 +488,7 @@ struct DownPlan : Plan {
     const DownArgs* a = nullptr;
     Lists lists;
     int per_expert = 0, n_routed = 0;  // segments of one expert, of all
+    int first_y = 0;                   // acc: item of the second sum of output 0
     DC_DEVICE Piece piece(int, int p) const {
         if (p < n_routed) return segment(a->experts, lists.touched[p / per_expert], p % per_expert);
         return segment(a->shared, 0, p - n_routed);
@@ -510,8 +512,8 @@ struct DownPlan : Plan {
 DC_DEVICE void fold(DownPlan& plan, const Group& g, int unit, int r, int j, const float* sum, float* acc, int n_sum) {
     const DownArgs& a = *plan.a;
     const int row = g.row0 + j, o = (g.unit + unit) * kTileRows + r;
-    float out = g.first ? 0.0F : acc[unit * n_sum];                  // routed experts so far
-    float y = g.first ? 0.0F : acc[(kMaxItems / 2 + unit) * n_sum];  // the current expert, or the shared ones
+    float out = g.first ? 0.0F : acc[unit * n_sum];                 // routed experts so far
+    float y = g.first ? 0.0F : acc[(plan.first_y + unit) * n_sum];  // the current expert, or the shared ones
     for (int k = 0; k < g.np; ++k) {
         const int p = g.p0 + k;
         const float v = sum[(unit * g.np + k) * n_sum];
@@ -526,7 +528,7 @@ DC_DEVICE void fold(DownPlan& plan, const Group& g, int unit, int r, int j, cons
     }
     if (!g.last) {
         acc[unit * n_sum] = out;
-        acc[(kMaxItems / 2 + unit) * n_sum] = y;
+        acc[(plan.first_y + unit) * n_sum] = y;
         return;
     }
     const int rows = a.experts.rows > 0 ? a.experts.rows : a.shared.rows;
@@ -580,7 +582,7 @@ template <int NB> struct SharedDownPlan : RowsPlan<NB> {
 };
 
 template <int NB, class Wait>
-DC_DEVICE void stage_down(const DownArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
+DC_DEVICE void stage_down(const DownArgs& a, int block, int n_blocks, const Smem& smem, Wait wait) {
     const ProductSmem s = carve<NB>(smem);
     const bool moe = a.experts.rows > 0;  // which expert comes first is known after the wait only
     const int tiles = moe ? a.experts.row_tiles : a.shared.row_tiles;
@@ -599,7 +601,7 @@ DC_DEVICE void stage_down(const DownArgs& a, int block, int n_blocks, unsigned c
         plan.a = &a;
         plan.pass = a.rows;
         plan.units_per_problem = tiles;
-        plan.max_tiles = kMaxItems / 2;  // acc holds two sums per output
+        plan.max_tiles = plan.first_y = s.items / 2;  // acc holds two sums per output
         if (moe) {
             wait();
             plan.lists = lists();
@@ -675,7 +677,7 @@ DC_DEVICE void warp_best(float& value, int32_t& id) {
 }
 
 template <int NB, class Wait>
-DC_DEVICE void stage_head(const HeadArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
+DC_DEVICE void stage_head(const HeadArgs& a, int block, int n_blocks, const Smem& smem, Wait wait) {
     const ProductSmem s = carve<NB>(smem);
     const int n_out = a.rows.n - a.first_row;
     if (n_out <= 0) {

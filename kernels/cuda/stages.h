@@ -3,12 +3,12 @@
 // moe.cuh and stages.cuh behind the seam rt.h.
 //
 // A stage is the work between two grid-wide dependencies:
-//     template <int NB, class Wait> __device__ void stage_<name>(const <Name>Args&, int block, int n_blocks, unsigned char* smem, Wait wait)
+//     template <int NB, class Wait> __device__ void stage_<name>(const <Name>Args&, int block, int n_blocks, const Smem& smem, Wait wait)
 // Every block of the grid calls it with all its threads. It starts its weight copies, calls wait() exactly once and touches
 // nothing that another stage writes before that (so neither pos, nor ids, nor activations); weights and args are constants.
-// wait() is rt::dependency_wait(). NB is the number of 8-row column blocks that share a weight: 1 decodes and verifies (n <= 8), kPrefillBlocks runs longer passes; rows beyond
-// 8 * NB are walked in blocks, for any n. Law L1: an output's bits depend on its own row alone: not on n, NB, n_blocks,
-// threads per block or unit_chunks; all sums are ordered sums of 512-column segments (docs/model.md 7.2).
+// wait() is rt::dependency_wait(). NB is the number of 8-row column blocks that share a weight: 1 decodes and verifies (n <= 8), more run longer passes; rows beyond
+// 8 * NB are walked in blocks, for any n. Law L1: an output's bits depend on its own row alone: not on n, n_blocks, threads
+// per block, unit_chunks or how the shared memory is used (Fit); all sums are ordered sums of 512-column segments (docs/model.md 7.2).
 //
 // All activations between stages are f32 rows; the consumer rounds them (and applies the RMS norm), block by block, in
 // shared memory. Buffers are 16-byte aligned, row strides multiples of 4 elements; pads are neither read nor written unless said.
@@ -22,7 +22,7 @@ namespace deepcalm::gpu {
 // `const __grid_constant__`, because stages take pointers into them.
 inline constexpr int kThreads = 256;      // threads per block the stages are tuned for; any multiple of 32 is correct
 inline constexpr int kBlockRows = 8;      // activation rows of one mma column block
-inline constexpr int kPrefillBlocks = 4;  // NB of passes with more than kBlockRows rows
+inline constexpr int kPrefillBlocks = 4;  // NB at most, in passes with more than kBlockRows rows
 inline constexpr int kSegment = 512;      // columns of one partial sum
 inline constexpr int kChunk = 64;         // cache positions of one attention chunk
 inline constexpr int kPartialChunks = 8;  // chunks merged in order into a partial; partials are merged in order
@@ -140,7 +140,7 @@ struct AbsorbArgs {
 // Split attention: a unit is (row, group of 16 heads, `unit_chunks` chunks). Every unit leaves its maximum, sum and
 // unnormalised values in `part`. unit_chunks is 1 (short contexts: many units) or kPartialChunks; the bits after
 // stage_value are the same. Use 1 up to 8k of context and n <= kBlockRows, else kPartialChunks (stage_value keeps two floats per
-// unit and row in shared memory).
+// chunk and row in shared memory).
 struct AttendArgs {
     Rows rows;
     int n_heads = 0, c_pad = 0, r_pad = 0, ctx = 0;
@@ -256,32 +256,59 @@ struct HeadArgs {
     unsigned* arrived = nullptr;
 };
 
-// Every stage, in the order of a layer: X(name, Args). stage_<name><NB>(args, block, n_blocks, smem, wait); kernels and their
-// launches are generated from this list.
-#define DEEPCALM_CUDA_STAGES(X)                                                                                        \
-    X(embed, EmbedArgs)                                                                                                \
+// Every stage: X(name, Args). stage_<name><NB>(args, block, n_blocks, smem, wait); kernels and their launches are generated
+// from these lists. The first are compiled for every NB of kFits; the others do the same for every pass.
+#define DEEPCALM_CUDA_PRODUCT_STAGES(X)                                                                                \
     X(product, ProductArgs)                                                                                            \
     X(absorb, AbsorbArgs)                                                                                              \
-    X(attend, AttendArgs)                                                                                              \
-    X(value, ValueArgs)                                                                                                \
     X(ffn_in, FfnInArgs)                                                                                               \
-    X(route, RouteArgs)                                                                                                \
     X(experts, ExpertsArgs)                                                                                            \
     X(down, DownArgs)                                                                                                  \
     X(head, HeadArgs)
+#define DEEPCALM_CUDA_ROW_STAGES(X)                                                                                    \
+    X(embed, EmbedArgs)                                                                                                \
+    X(attend, AttendArgs)                                                                                              \
+    X(value, ValueArgs)                                                                                                \
+    X(route, RouteArgs)
+#define DEEPCALM_CUDA_STAGES(X) DEEPCALM_CUDA_PRODUCT_STAGES(X) DEEPCALM_CUDA_ROW_STAGES(X)
 
-// Dynamic shared memory, by args: smem_bytes(args, NB, threads per block). What a stage copies ahead depends on shapes only.
-// Decode stages stay below 113 KB (two blocks on an SM of sm_90, so the next stage can start early) except attend.
+// --- shared memory --------------------------------------------------------------------------------------------------
+
+// How a stage uses the dynamic shared memory of its block. A block has 227 KB on sm_90 and sm_100, 163 KB on sm_80 and 99 KB
+// on sm_86, sm_89 and sm_120: the host takes the first of kFits that fits the device, its NB not above what the pass wants.
+struct Fit {
+    int nb = 1;
+    int slot_parts = 1;           // a slot of the weight ring holds kSlotBytes / slot_parts
+    int items = 16;               // (row tile, segment) pairs that meet in one ordered sum
+    int value_rows = kBlockRows;  // rows whose latents stage_value holds at once
+    bool halves = false;          // stage_attend: half the columns of a chunk at a time, and values stay in `part_o`
+};
+inline constexpr Fit kFits[] = {
+    {.nb = kPrefillBlocks},
+    {.nb = 2},
+    {.nb = 2, .slot_parts = 2, .items = 8, .halves = true},
+    {.nb = 1},
+    {.nb = 1, .slot_parts = 2, .halves = true},
+    {.nb = 1, .slot_parts = 2, .value_rows = 4, .halves = true},
+    {.nb = 1, .slot_parts = 2, .value_rows = 2, .halves = true},
+    {.nb = 1, .slot_parts = 2, .value_rows = 1, .halves = true},
+};
+// What a stage gets.
+struct Smem {
+    unsigned char* at;
+    Fit fit;
+};
+
+// smem_bytes(args, fit, threads per block). What a stage copies ahead depends on shapes only.
 inline constexpr int kRingSlots = 2;     // weight copies in flight per warp
 inline constexpr int kSlotBytes = 4608;  // of one copy: 2 f32, 4 16-bit, 8 f8 or q8, 16 q4 tiles
 inline constexpr int kActBytes = 17408;  // x NB: rounded activations of a panel; one segment of f32 rows always fits
 inline constexpr int kActPad = 16;       // bytes after each row of a segment, against bank conflicts
-inline constexpr int kMaxItems = 16;     // (row tile, segment) pairs that meet in one ordered sum
 
 constexpr int64_t align16(int64_t n) { return (n + 15) / 16 * 16; }
-constexpr int64_t product_smem(int nb, int threads) {
-    return align16(threads / 32 * kRingSlots * (kSlotBytes + int64_t{8})) + int64_t{nb} * kActBytes +
-           int64_t{2} * nb * kMaxItems * kTileRows * kBlockRows * 4 + int64_t{nb} * kBlockRows * 16;
+constexpr int64_t product_smem(const Fit& f, int threads) {
+    return align16(threads / 32 * kRingSlots * (kSlotBytes / f.slot_parts + int64_t{8})) + int64_t{f.nb} * kActBytes +
+           int64_t{2} * f.nb * f.items * kTileRows * kBlockRows * 4 + int64_t{f.nb} * kBlockRows * 16;
 }
 // Scratch of every warp that routes a row, and one block of routed rows.
 constexpr int64_t route_smem(const Rows& rows, const Routing& r, int threads) {
@@ -293,31 +320,48 @@ constexpr int64_t lists_smem(const Rows& rows, const Routing& r) {
     return align16(4 * (2 * int64_t{r.n_experts} + 2)) + align16(2 * int64_t{rows.n} * r.topk);
 }
 
-constexpr int64_t smem_bytes(const EmbedArgs&, int, int) { return 0; }
-constexpr int64_t smem_bytes(const ProductArgs&, int nb, int threads) { return product_smem(nb, threads); }
-constexpr int64_t smem_bytes(const AbsorbArgs&, int nb, int threads) { return product_smem(nb, threads); }
-constexpr int64_t smem_bytes(const ValueArgs& a, int,
-                             int threads) {  // 8 rows at a time: factors, sums, combined latents
-    const int64_t partials = ceil_div(int64_t{a.max_units} * a.unit_chunks, kPartialChunks);
-    return product_smem(1, threads) + align16((a.rows.n < kBlockRows ? a.rows.n : kBlockRows) *
-                                              (8 * (a.max_units + partials) + 4 + 4 * int64_t{a.c_pad}));
+constexpr int64_t smem_bytes(const EmbedArgs&, const Fit&, int) { return 0; }
+constexpr int64_t smem_bytes(const ProductArgs&, const Fit& f, int threads) { return product_smem(f, threads); }
+constexpr int64_t smem_bytes(const AbsorbArgs&, const Fit& f, int threads) { return product_smem(f, threads); }
+// Pairs of factors of one row: of every chunk where units are single chunks, and of every partial.
+constexpr int value_factors(const ValueArgs& a) {
+    return (a.unit_chunks == 1 ? a.max_units : 0) +
+           static_cast<int>(ceil_div(int64_t{a.max_units} * a.unit_chunks, kPartialChunks));
 }
-constexpr int64_t smem_bytes(const FfnInArgs&, int nb, int threads) { return product_smem(nb, threads); }
-constexpr int64_t smem_bytes(const HeadArgs&, int nb, int threads) { return product_smem(nb, threads); }
-constexpr int64_t smem_bytes(const RouteArgs& a, int, int threads) { return route_smem(a.rows, a.routing, threads); }
-constexpr int64_t smem_bytes(const ExpertsArgs& a, int nb, int threads) {
-    return product_smem(nb, threads) + lists_smem(a.rows, a.routing) +
+constexpr int64_t smem_bytes(const ValueArgs& a, const Fit& f, int threads) {  // and sums, combined latents
+    return product_smem(f, threads) + align16((a.rows.n < f.value_rows ? a.rows.n : f.value_rows) *
+                                              (int64_t{8} * value_factors(a) + 4 + 4 * int64_t{a.c_pad}));
+}
+constexpr int64_t smem_bytes(const FfnInArgs&, const Fit& f, int threads) { return product_smem(f, threads); }
+constexpr int64_t smem_bytes(const HeadArgs&, const Fit& f, int threads) { return product_smem(f, threads); }
+constexpr int64_t smem_bytes(const RouteArgs& a, const Fit&, int threads) {
+    return route_smem(a.rows, a.routing, threads);
+}
+constexpr int64_t smem_bytes(const ExpertsArgs& a, const Fit& f, int threads) {
+    return product_smem(f, threads) + lists_smem(a.rows, a.routing) +
            (a.rows.n <= kBlockRows ? route_smem(a.rows, a.routing, threads) : 0);
 }
-constexpr int64_t smem_bytes(const DownArgs& a, int nb, int threads) {
-    return product_smem(nb, threads) + (a.experts.rows > 0 ? lists_smem(a.rows, a.routing) : 0);
+constexpr int64_t smem_bytes(const DownArgs& a, const Fit& f, int threads) {
+    return product_smem(f, threads) + (a.experts.rows > 0 ? lists_smem(a.rows, a.routing) : 0);
 }
-constexpr int64_t smem_bytes(const AttendArgs& a, int, int threads) {
-    const int64_t width = a.c_pad + a.r_pad, row16 = 2 * width + 16;
-    const bool mma = a.type == CacheType::kF16 || a.type == CacheType::kBF16;
+constexpr bool attend_mma(const AttendArgs& a) { return a.type == CacheType::kF16 || a.type == CacheType::kBF16; }
+// Columns of a chunk that shared memory holds.
+constexpr int attend_columns(const AttendArgs& a, const Fit& f) {
+    const int width = a.c_pad + a.r_pad;
+    return f.halves ? static_cast<int>(round_up(ceil_div(width, 2), 16)) : width;
+}
+constexpr int64_t smem_bytes(const AttendArgs& a, const Fit& f, int threads) {
+    const int64_t width = a.c_pad + a.r_pad, q_row = 2 * width + 16, k_row = 2 * attend_columns(a, f) + 16;
     return align16(threads / 32 * int64_t{8}) + 16 * 4 * (5 + kChunk + 4) +
-           (mma ? (2 * 16 + kChunk) * row16 + int64_t{2} * 16 * (2 * kChunk + 16) : 16 * 4 * width) +
-           (a.unit_chunks > 1 ? int64_t{16} * a.c_pad * 4 : 0);
+           (attend_mma(a) ? 2 * 16 * q_row + kChunk * k_row + int64_t{2} * 16 * (2 * kChunk + 16) : 16 * 4 * width) +
+           (a.unit_chunks > 1 && !f.halves ? int64_t{16} * a.c_pad * 4 : 0);
+}
+
+// The first of kFits with at most `nb` column blocks that needs no more than `smem` bytes; where none does, the most frugal.
+template <class A> constexpr const Fit& fit(const A& a, int nb, int threads, int64_t smem) {
+    for (const Fit& f : kFits)
+        if (f.nb <= nb && smem_bytes(a, f, threads) <= smem) return f;
+    return kFits[sizeof kFits / sizeof kFits[0] - 1];
 }
 
 // Blocks beyond this number of units would be idle.

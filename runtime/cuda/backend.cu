@@ -21,9 +21,10 @@ namespace {
 
 // A kernel per stage. The next one may start its prologue as soon as this one has blocks to spare.
 #define X(name, Args)                                                                                                  \
-    template <int NB> DC_KERNEL(kThreads, NB == 1 ? 2 : 1) kernel_##name(const __grid_constant__ Args args) {          \
+    template <int NB> DC_KERNEL(kThreads, NB == 1 ? 2 : 1) kernel_##name(const __grid_constant__ Args args, Fit fit) { \
         rt::dependency_trigger();                                                                                      \
-        stage_##name<NB>(args, rt::block(), rt::blocks(), rt::dynamic_smem(), [] { rt::dependency_wait(); });          \
+        stage_##name<NB>(args, rt::block(), rt::blocks(), Smem{rt::dynamic_smem(), fit},                               \
+                         [] { rt::dependency_wait(); });                                                               \
     }
 DEEPCALM_CUDA_ALL_STAGES(X)
 #undef X
@@ -31,19 +32,35 @@ DEEPCALM_CUDA_ALL_STAGES(X)
 }  // namespace
 
 #define X(name, Args)                                                                                                  \
-    rt::Error launch_stage(const rt::LaunchConfig& c, [[maybe_unused]] int nb, const Args& args) {                     \
-        return rt::launch(c, nb == 1 ? kernel_##name<1> : kernel_##name<kPrefillBlocks>, args);                        \
+    rt::Error launch_stage(const rt::LaunchConfig& c, const Fit& f, const Args& args) {                                \
+        return rt::launch(c, f.nb == 1 ? kernel_##name<1> : f.nb == 2 ? kernel_##name<2> : kernel_##name<4>, args, f); \
     }
-DEEPCALM_CUDA_STAGES(X)
+DEEPCALM_CUDA_PRODUCT_STAGES(X)
 #undef X
 #define X(name, Args)                                                                                                  \
-    rt::Error launch_stage(const rt::LaunchConfig& c, int, const Args& args) {                                         \
-        return rt::launch(c, kernel_##name<1>, args);                                                                  \
+    rt::Error launch_stage(const rt::LaunchConfig& c, const Fit& f, const Args& args) {                                \
+        return rt::launch(c, kernel_##name<1>, args, f);                                                               \
     }
+DEEPCALM_CUDA_ROW_STAGES(X)
 DEEPCALM_CUDA_DECODE_STAGES(X)
 #undef X
 
 namespace {
+
+// Once per device, before the first launch: every kernel may use all the shared memory that a block can have.
+rt::Error allow_smem(int64_t bytes) {
+    rt::Error e = 0;
+#define X(name, Args)                                                                                                  \
+    if (e == 0) e = rt::allow_smem(kernel_##name<1>, bytes);
+    DEEPCALM_CUDA_ALL_STAGES(X)
+#undef X
+#define X(name, Args)                                                                                                  \
+    if (e == 0) e = rt::allow_smem(kernel_##name<2>, bytes);                                                           \
+    if (e == 0) e = rt::allow_smem(kernel_##name<4>, bytes);
+    DEEPCALM_CUDA_PRODUCT_STAGES(X)
+#undef X
+    return e;
+}
 
 // --- errors ---------------------------------------------------------------------------------------------------------
 
@@ -259,22 +276,24 @@ struct DeviceSession {
             m.rope.fill(i, cos.data() + int64_t{i} * half, sin.data() + int64_t{i} * half);
         DC_RT(rt::copy(b.cos, cos.data(), static_cast<int64_t>(cos.size()) * 4, stream));
         DC_RT(rt::copy(b.sin, sin.data(), static_cast<int64_t>(sin.size()) * 4, stream));
-        // Every shape that will be launched must fit; say so now.
-#define X(name, Args) DC_RT(rt::allow_smem(kernel_##name<1>, m.info.smem));
-        DEEPCALM_CUDA_ALL_STAGES(X)
-#undef X
-#define X(name, Args) DC_RT(rt::allow_smem(kernel_##name<kPrefillBlocks>, m.info.smem));
-        DEEPCALM_CUDA_STAGES(X)
-#undef X
+        DC_RT(allow_smem(m.info.smem));
         DC_RT(rt::synchronize(stream));
-        for (const int n : {1, kBlockRows, std::min(args.max_rows, kMaxPassRows)}) {
-            Program p;
-            writer(p).pass(shape(n, false, 1, false, false));
-            if (p.smem > m.info.smem) {
-                return fail(error, ErrorCode::kUnsupported,
-                            "a stage of this model needs %lld bytes of shared memory, %s gives a block %lld",
-                            static_cast<long long>(p.smem), m.info.name, static_cast<long long>(m.info.smem));
-            }
+        return fits(error);
+    }
+    // Every shape that this session can launch, or false and the stage that needs more shared memory than a block has.
+    bool fits(DeviceError& error) const {
+        Program p;
+        for (const int n :
+             {1, std::min(args.max_rows, kBlockRows), kBlockRows, std::min(args.max_rows, kMaxPassRows)}) {
+            for (const bool long_context : {false, args.ctx > kShortContext})
+                writer(p).pass(shape(n, false, n, long_context, false));
+        }
+        for (const Op& op : p.ops) {
+            if (op.need <= m.info.smem) continue;
+            return fail(error, ErrorCode::kUnsupported,
+                        "stage '%s' of this model needs %lld bytes of shared memory a block at ctx %d, %s gives %lld",
+                        op.name.c_str(), static_cast<long long>(op.need), args.ctx, m.info.name,
+                        static_cast<long long>(m.info.smem));
         }
         return true;
     }
@@ -743,7 +762,7 @@ constexpr DeviceApi kApi = {
 // are the caller's device memory. Launches queue on a stream of their own; name null waits for them. 0, an rt::Error, -1:
 // no device or no such stage, or -2: its struct has another size.
 struct StageLaunch {
-    int32_t nb, blocks, threads, dependent;
+    int32_t fit, blocks, threads, dependent;  // fit: index of kFits
 };
 
 extern "C" __attribute__((visibility("default"))) int deepcalm_stage(const char* name, const void* args, int64_t size,
@@ -755,6 +774,7 @@ extern "C" __attribute__((visibility("default"))) int deepcalm_stage(const char*
     char text[512];
     if (stream == nullptr) {
         if (!rt::find_device(0, info, text, sizeof text)) return -1;
+        if (const rt::Error e = allow_smem(info.smem); e != 0) return e;
         if (const rt::Error e = rt::create(&stream); e != 0) return e;
     }
     if (name == nullptr) return rt::synchronize(stream);
@@ -765,11 +785,28 @@ extern "C" __attribute__((visibility("default"))) int deepcalm_stage(const char*
                        .stream = stream};
 #define X(stage, Args)                                                                                                 \
     if (std::strcmp(name, #stage) == 0) {                                                                              \
-        const auto kernel = l->nb == 1 ? kernel_##stage<1> : kernel_##stage<kPrefillBlocks>;                           \
         if (size != static_cast<int64_t>(sizeof(Args))) return -2;                                                     \
-        c.smem = smem_bytes(*static_cast<const Args*>(args), l->nb, l->threads);                                       \
-        if (const rt::Error e = rt::allow_smem(kernel, info.smem); e != 0) return e;                                   \
-        return rt::launch(c, kernel, *static_cast<const Args*>(args));                                                 \
+        const auto& a = *static_cast<const Args*>(args);                                                               \
+        c.smem = smem_bytes(a, kFits[l->fit], l->threads);                                                             \
+        return launch_stage(c, kFits[l->fit], a);                                                                      \
+    }
+    DEEPCALM_CUDA_STAGES(X)
+#undef X
+    return -1;
+}
+
+// How a stage of a pass of more than kBlockRows rows (long_pass) or fewer would use `smem` bytes a block: the index of kFits,
+// and the bytes in *need; -1, -2 as above.
+extern "C" __attribute__((visibility("default"))) int
+deepcalm_stage_fit(const char* name, const void* args, int64_t size, int long_pass, int64_t smem, int64_t* need) {
+    using namespace deepcalm::gpu;
+#define X(stage, Args)                                                                                                 \
+    if (std::strcmp(name, #stage) == 0) {                                                                              \
+        if (size != static_cast<int64_t>(sizeof(Args))) return -2;                                                     \
+        const auto& a = *static_cast<const Args*>(args);                                                               \
+        const Fit& f = fit(a, long_pass != 0 ? kPrefillBlocks : 1, kThreads, smem);                                    \
+        *need = smem_bytes(a, f, kThreads);                                                                            \
+        return static_cast<int>(&f - kFits);                                                                           \
     }
     DEEPCALM_CUDA_STAGES(X)
 #undef X

@@ -51,7 +51,7 @@ struct ChooseArgs {
     const Loop* loop = nullptr;
     int32_t* choice = nullptr;  // [rows] in: the argmax, -1 where there is none; out: the choice
 };
-constexpr int64_t smem_bytes(const ChooseArgs&, int, int) { return 32 * 16 * 8; }
+constexpr int64_t smem_bytes(const ChooseArgs&, const Fit&, int) { return 32 * 16 * 8; }
 constexpr int stage_units(const ChooseArgs& a) { return a.last ? 1 : a.rows; }
 
 namespace choose {
@@ -147,10 +147,10 @@ DC_DEVICE uint32_t search(int bits, int n, uint64_t target, Key key, Weight weig
 }  // namespace choose
 
 template <int NB, class Wait>
-DC_DEVICE void stage_choose(const ChooseArgs& a, int block, int n_blocks, unsigned char* smem, Wait wait) {
+DC_DEVICE void stage_choose(const ChooseArgs& a, int block, int n_blocks, const Smem& smem, Wait wait) {
     using namespace choose;
     wait();
-    auto* scratch = reinterpret_cast<uint64_t*>(smem);
+    auto* scratch = reinterpret_cast<uint64_t*>(smem.at);
     const Loop& p = *a.loop;
     const int live = *a.n_live < a.rows ? *a.n_live : a.rows, n = p.n_valid;
     for (int row = a.last ? live - 1 + block : block; row >= 0 && row < live; row += n_blocks) {
@@ -231,8 +231,8 @@ DC_DEVICE void stage_choose(const ChooseArgs& a, int block, int n_blocks, unsign
             take(static_cast<double>(l) / static_cast<double>(temp) + gumbel(p.seed, pos, v), v);
         }
         for (int m = 16; m > 0; m >>= 1) take(rt::shfl_xor(best_score, m), rt::shfl_xor(choice, m));
-        auto* score_of = reinterpret_cast<double*>(smem);
-        auto* id_of = reinterpret_cast<int*>(smem + 32 * 8);
+        auto* score_of = reinterpret_cast<double*>(smem.at);
+        auto* id_of = reinterpret_cast<int*>(smem.at + 32 * 8);
         rt::sync_block();
         if (rt::lane() == 0) {
             score_of[rt::warp()] = best_score;
@@ -283,11 +283,11 @@ struct CatchUpArgs {
     int d = 0;
     Routed before;  // the previous part's pass, counted
 };
-constexpr int64_t smem_bytes(const CatchUpArgs&, int, int) { return 128; }
+constexpr int64_t smem_bytes(const CatchUpArgs&, const Fit&, int) { return 128; }
 constexpr int stage_units(const CatchUpArgs&) { return 1; }
 
 template <int NB, class Wait>
-DC_DEVICE void stage_catch_up(const CatchUpArgs& a, int block, int, unsigned char* smem, Wait wait) {
+DC_DEVICE void stage_catch_up(const CatchUpArgs& a, int block, int, const Smem& smem, Wait wait) {
     wait();
     if (block != 0) return;
     Loop& l = *a.loop;
@@ -295,7 +295,7 @@ DC_DEVICE void stage_catch_up(const CatchUpArgs& a, int block, int, unsigned cha
     const int begin = end > kBlockRows ? end - kBlockRows : 0, n = end > begin ? end - begin : 0;
     for (int i = rt::thread(); a.parts > 1 && i < n * a.d; i += rt::threads())
         a.hidden[i] = a.pend[static_cast<int64_t>(begin) * a.d + i];
-    const int experts = a.part > 0 ? distinct_experts(a.before, l.s.mtp_n, reinterpret_cast<int*>(smem)) : 0;
+    const int experts = a.part > 0 ? distinct_experts(a.before, l.s.mtp_n, reinterpret_cast<int*>(smem.at)) : 0;
     rt::sync_block();
     if (rt::thread() != 0) return;
     l.counts.experts += experts;
@@ -321,17 +321,17 @@ struct DraftArgs {
     int d = 0;
     Routed routed;
 };
-constexpr int64_t smem_bytes(const DraftArgs&, int, int) { return 128; }
+constexpr int64_t smem_bytes(const DraftArgs&, const Fit&, int) { return 128; }
 constexpr int stage_units(const DraftArgs&) { return 1; }
 
 template <int NB, class Wait>
-DC_DEVICE void stage_draft(const DraftArgs& a, int block, int, unsigned char* smem, Wait wait) {
+DC_DEVICE void stage_draft(const DraftArgs& a, int block, int, const Smem& smem, Wait wait) {
     wait();
     if (block != 0) return;
     Loop& l = *a.loop;
     const int n = l.s.mtp_n, row = n > 0 ? n - 1 : 0;
     for (int i = rt::thread(); i < a.d; i += rt::threads()) a.g[i] = a.h[row * a.h_stride + i];
-    const int experts = distinct_experts(a.routed, n, reinterpret_cast<int*>(smem));
+    const int experts = distinct_experts(a.routed, n, reinterpret_cast<int*>(smem.at));
     rt::sync_block();
     if (rt::thread() != 0) return;
     l.counts.experts += experts;
@@ -367,16 +367,16 @@ struct AcceptArgs {
     int d = 0;
     Routed routed;
 };
-constexpr int64_t smem_bytes(const AcceptArgs&, int, int) { return 256; }
+constexpr int64_t smem_bytes(const AcceptArgs&, const Fit&, int) { return 256; }
 constexpr int stage_units(const AcceptArgs&) { return 1; }
 
 template <int NB, class Wait>
-DC_DEVICE void stage_accept(const AcceptArgs& a, int block, int, unsigned char* smem, Wait wait) {
+DC_DEVICE void stage_accept(const AcceptArgs& a, int block, int, const Smem& smem, Wait wait) {
     wait();
     if (block != 0) return;
     Loop& l = *a.loop;
     auto* shared =
-        reinterpret_cast<int*>(smem);  // [0, 32): distinct_experts; 32: emitted; 33: first pending row; 34: bad id
+        reinterpret_cast<int*>(smem.at);  // [0, 32): distinct_experts; 32: emitted; 33: first pending row; 34: bad id
     const int rows = l.s.n, stop_before = l.stop;
     const int experts = distinct_experts(a.routed, rows, shared);
     int bad = 0x7FFFFFFF;  // the row that plain decoding is at has no token: name the first NaN

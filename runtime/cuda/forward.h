@@ -17,7 +17,7 @@ namespace deepcalm::gpu {
 
 #define X(name, Args)                                                                                                  \
     constexpr const char* stage_name(const Args&) { return #name; }                                                    \
-    rt::Error launch_stage(const rt::LaunchConfig& config, int nb, const Args& args);
+    rt::Error launch_stage(const rt::LaunchConfig& config, const Fit& fit, const Args& args);
 DEEPCALM_CUDA_ALL_STAGES(X)
 #undef X
 
@@ -25,7 +25,8 @@ DEEPCALM_CUDA_ALL_STAGES(X)
 struct Op {
     std::string name;  // of the stage; products with their shape, of which a layer has four
     int blocks = 1;
-    int64_t smem = 0;
+    int64_t smem = 0;   // with the session's threads a block
+    int64_t need = 0;   // with kThreads: what a device must give
     int64_t bytes = 0;  // weights read by one row (of the chosen experts: by all rows, counted as if none were shared)
     int64_t row_bytes = 0;  // of the cache, read at every position
     std::function<rt::Error(const rt::LaunchConfig&)> launch;
@@ -45,7 +46,6 @@ struct TapOut {
 struct Program {
     std::vector<Op> ops;
     std::vector<TapOut> taps;
-    int64_t smem = 0;  // largest of the ops
 };
 
 // A layer's weights where they lie on the device.
@@ -171,11 +171,9 @@ class PassWriter {
     void pass(const PassShape& shape) {
         t_ = shape;
         n_ = t_.n;
-        nb_ = n_ <= kBlockRows ? 1 : kPrefillBlocks;
         const int64_t d = c_.hidden_size;
         if (t_.mtp) {
             prefix_ = "mtp.";
-            layer_ = -2;
             embed(b_.eh, b_.eh_stride);
             add(ProductArgs{.rows = rows(),
                             .w = w_.eh_proj,
@@ -193,26 +191,25 @@ class PassWriter {
         tap("embed", b_.x, {d}, b_.x_stride);
         for (int i = 0; i < c_.num_hidden_layers; ++i) {
             prefix_ = "layers." + std::to_string(i) + ".";
-            layer_ = i;
             layer(w_.layers[static_cast<size_t>(i)], i, i);
         }
         prefix_.clear();
-        layer_ = -1;
         head(w_.head, w_.final_norm);
     }
 
-    template <class A> void add(const A& args, int nb = 1) {
-        if (smem_bytes(args, nb, threads_) > smem_) nb = 1;  // sm_80: fewer rows share a weight, with the same bits
+    template <class A> void add(const A& args) {
+        // kThreads: what a simulated device of fewer threads a block takes is what the real one would
+        const Fit& f = fit(args, n_ <= kBlockRows ? 1 : kPrefillBlocks, kThreads, smem_);
         Op op{.name = stage_name(args),
               .blocks = std::max(1, std::min(stage_units(args), sms_)),
-              .smem = smem_bytes(args, nb, threads_),
+              .smem = smem_bytes(args, f, threads_),
+              .need = smem_bytes(args, f, kThreads),
               .bytes = bytes_,
-              .launch = [args, nb](const rt::LaunchConfig& c) { return launch_stage(c, nb, args); }};
+              .launch = [args, f](const rt::LaunchConfig& c) { return launch_stage(c, f, args); }};
         if constexpr (std::is_same_v<A, ProductArgs>)
             op.name += " " + std::to_string(args.w.rows) + "x" + std::to_string(args.w.cols);
         if constexpr (std::is_same_v<A, AttendArgs>) op.row_bytes = args.row_bytes;
         bytes_ = 0;
-        p_.smem = std::max(p_.smem, op.smem);
         p_.ops.push_back(std::move(op));
     }
 
@@ -221,7 +218,6 @@ class PassWriter {
 
   private:
     Rows rows() const { return {.n = n_, .n_live = t_.n_live, .pos = t_.pos}; }
-    template <class A> void stage(const A& args) { add(args, nb_); }
     void reads(const Matrix& m, int64_t slices = 1) {
         if (m.rows > 0) bytes_ += slices * (m.slice_bytes + 4 * m.slice_scales);
     }
@@ -252,16 +248,16 @@ class PassWriter {
 
     void embed(float* x, int64_t stride) {
         bytes_ = int64_t{c_.hidden_size} * (w_.embed_format == Format::kF32 ? 4 : 2);
-        stage(EmbedArgs{.rows = rows(),
-                        .ids = t_.ids,
-                        .table = w_.embed,
-                        .format = w_.embed_format,
-                        .vocab = c_.vocab_size,
-                        .d = c_.hidden_size,
-                        .x = x,
-                        .x_stride = stride,
-                        .hidden = t_.hidden,
-                        .hidden_stride = t_.hidden_stride});
+        add(EmbedArgs{.rows = rows(),
+                      .ids = t_.ids,
+                      .table = w_.embed,
+                      .format = w_.embed_format,
+                      .vocab = c_.vocab_size,
+                      .d = c_.hidden_size,
+                      .x = x,
+                      .x_stride = stride,
+                      .hidden = t_.hidden,
+                      .hidden_stride = t_.hidden_stride});
         if (t_.mtp) reads(w_.eh_proj);
     }
 
@@ -278,23 +274,23 @@ class PassWriter {
 
         float* norm_tap = room(d);
         reads(w.wqkv_a);
-        stage(ProductArgs{.rows = rows(),
-                          .w = w.wqkv_a,
-                          .x = b_.x,
-                          .x_stride = b_.x_stride,
-                          .norm = {.w = w.attn_norm,
-                                   .width = c_.hidden_size,
-                                   .eps = c_.rms_norm_eps,
-                                   .out = norm_tap,
-                                   .out_stride = round_up(d, 4)},
-                          .y = b_.qkv,
-                          .y_stride = b_.qkv_stride});
+        add(ProductArgs{.rows = rows(),
+                        .w = w.wqkv_a,
+                        .x = b_.x,
+                        .x_stride = b_.x_stride,
+                        .norm = {.w = w.attn_norm,
+                                 .width = c_.hidden_size,
+                                 .eps = c_.rms_norm_eps,
+                                 .out = norm_tap,
+                                 .out_stride = round_up(d, 4)},
+                        .y = b_.qkv,
+                        .y_stride = b_.qkv_stride});
         tap("attn_norm", norm_tap, {d}, round_up(d, 4));
         if (q_lora) {
             const int64_t rq = round_up(c_.q_lora_rank, 4);
             float* q_a_tap = room(rq);
             reads(w.wq_b);
-            stage(ProductArgs{
+            add(ProductArgs{
                 .rows = rows(),
                 .w = w.wq_b,
                 .x = b_.qkv,
@@ -307,30 +303,30 @@ class PassWriter {
         }
         float *q_tap = room(heads * dqk), *c_tap = room(r), *k_tap = room(dr);
         reads(w.w_uk, heads);
-        stage(AbsorbArgs{.rows = rows(),
-                         .w_uk = w.w_uk,
-                         .n_heads = heads,
-                         .dn = dn,
-                         .dr = dr,
-                         .r = r,
-                         .c_pad = c_pad,
-                         .r_pad = r_pad,
-                         .q = q_lora ? b_.q : b_.qkv,
-                         .q_stride = q_lora ? b_.q_stride : b_.qkv_stride,
-                         .kv = b_.qkv + kv_offset,
-                         .kv_stride = b_.qkv_stride,
-                         .kv_norm = w.kv_a_norm,
-                         .eps = kLatentNormEps,
-                         .cos = b_.cos,
-                         .sin = b_.sin,
-                         .ctx = s_.ctx,
-                         .type = s_.kv,
-                         .cache = cache,
-                         .row_bytes = b_.row_stride,
-                         .q_full = b_.q_full,
-                         .q_tap = q_tap,
-                         .c_tap = c_tap,
-                         .k_tap = k_tap});
+        add(AbsorbArgs{.rows = rows(),
+                       .w_uk = w.w_uk,
+                       .n_heads = heads,
+                       .dn = dn,
+                       .dr = dr,
+                       .r = r,
+                       .c_pad = c_pad,
+                       .r_pad = r_pad,
+                       .q = q_lora ? b_.q : b_.qkv,
+                       .q_stride = q_lora ? b_.q_stride : b_.qkv_stride,
+                       .kv = b_.qkv + kv_offset,
+                       .kv_stride = b_.qkv_stride,
+                       .kv_norm = w.kv_a_norm,
+                       .eps = kLatentNormEps,
+                       .cos = b_.cos,
+                       .sin = b_.sin,
+                       .ctx = s_.ctx,
+                       .type = s_.kv,
+                       .cache = cache,
+                       .row_bytes = b_.row_stride,
+                       .q_full = b_.q_full,
+                       .q_tap = q_tap,
+                       .c_tap = c_tap,
+                       .k_tap = k_tap});
         tap("c_kv", c_tap, {r}, r);
         tap("k_rope", k_tap, {dr}, dr);
         tap("q", q_tap, {heads, dqk}, heads * dqk);
@@ -349,48 +345,48 @@ class PassWriter {
         const int step = attention_rows(units);
         for (int i = 0; i < n_; i += step) {  // all rows at once in short passes
             const Rows part{.n = std::min(step, n_ - i), .n_live = t_.n_live, .pos = t_.pos + i};
-            stage(AttendArgs{.rows = part,
-                             .n_heads = heads,
-                             .c_pad = c_pad,
-                             .r_pad = r_pad,
-                             .ctx = s_.ctx,
-                             .softmax_scale = softmax_scale_,
-                             .q_full = b_.q_full + int64_t{i} * heads * (c_pad + r_pad),
-                             .type = s_.kv,
-                             .cache = cache,
-                             .row_bytes = b_.row_stride,
-                             .unit_chunks = unit_chunks,
-                             .max_units = units,
-                             .part_o = b_.part_o,
-                             .part_ml = b_.part_ml});
+            add(AttendArgs{.rows = part,
+                           .n_heads = heads,
+                           .c_pad = c_pad,
+                           .r_pad = r_pad,
+                           .ctx = s_.ctx,
+                           .softmax_scale = softmax_scale_,
+                           .q_full = b_.q_full + int64_t{i} * heads * (c_pad + r_pad),
+                           .type = s_.kv,
+                           .cache = cache,
+                           .row_bytes = b_.row_stride,
+                           .unit_chunks = unit_chunks,
+                           .max_units = units,
+                           .part_o = b_.part_o,
+                           .part_ml = b_.part_ml});
             reads(w.w_uv, heads);
-            stage(ValueArgs{.rows = part,
-                            .w_uv = w.w_uv,
-                            .n_heads = heads,
-                            .dv = dv,
-                            .c_pad = c_pad,
-                            .ctx = s_.ctx,
-                            .unit_chunks = unit_chunks,
-                            .max_units = units,
-                            .part_o = b_.part_o,
-                            .part_ml = b_.part_ml,
-                            .v = b_.v + i * b_.v_stride,
-                            .v_stride = b_.v_stride,
-                            .latent_tap = latent_tap == nullptr ? nullptr : latent_tap + int64_t{i} * heads * r});
+            add(ValueArgs{.rows = part,
+                          .w_uv = w.w_uv,
+                          .n_heads = heads,
+                          .dv = dv,
+                          .c_pad = c_pad,
+                          .ctx = s_.ctx,
+                          .unit_chunks = unit_chunks,
+                          .max_units = units,
+                          .part_o = b_.part_o,
+                          .part_ml = b_.part_ml,
+                          .v = b_.v + i * b_.v_stride,
+                          .v_stride = b_.v_stride,
+                          .latent_tap = latent_tap == nullptr ? nullptr : latent_tap + int64_t{i} * heads * r});
         }
         tap("attn_latent", latent_tap, {heads, r}, int64_t{heads} * r);
         float* out_tap = room(d);
         reads(w.wo);
-        stage(ProductArgs{.rows = rows(),
-                          .w = w.wo,
-                          .x = b_.v,
-                          .x_stride = b_.v_stride,
-                          .norm = {},
-                          .y = b_.x,
-                          .y_stride = b_.x_stride,
-                          .add = true,
-                          .tap = out_tap,
-                          .tap_stride = round_up(d, 4)});
+        add(ProductArgs{.rows = rows(),
+                        .w = w.wo,
+                        .x = b_.v,
+                        .x_stride = b_.v_stride,
+                        .norm = {},
+                        .y = b_.x,
+                        .y_stride = b_.x_stride,
+                        .add = true,
+                        .tap = out_tap,
+                        .tap_stride = round_up(d, 4)});
         tap("attn_out", out_tap, {d}, round_up(d, 4));
     }
 
@@ -418,7 +414,7 @@ class PassWriter {
         }
         reads(in.w_gate_up);
         reads(in.router);
-        stage(in);
+        add(in);
         tap("ffn_norm", norm_tap, {d}, d4);
         DownArgs down;
         down.rows = rows();
@@ -438,17 +434,17 @@ class PassWriter {
                                   .scale = c_.routed_scaling_factor,
                                   .topk_idx = topk_of(layer_idx),
                                   .topk_weight = b_.topk_weight};
-            if (n_ > kBlockRows) stage(RouteArgs{.rows = rows(), .routing = routing});
+            if (n_ > kBlockRows) add(RouteArgs{.rows = rows(), .routing = routing});
             reads(w.experts_gate_up, int64_t{n_} * k);
-            stage(ExpertsArgs{.rows = rows(),
-                              .x = b_.x,
-                              .x_stride = b_.x_stride,
-                              .norm = norm,
-                              .w = w.experts_gate_up,
-                              .width = c_.moe_intermediate_size,
-                              .routing = routing,
-                              .h = b_.expert_h,
-                              .h_stride = b_.expert_stride});
+            add(ExpertsArgs{.rows = rows(),
+                            .x = b_.x,
+                            .x_stride = b_.x_stride,
+                            .norm = norm,
+                            .w = w.experts_gate_up,
+                            .width = c_.moe_intermediate_size,
+                            .routing = routing,
+                            .h = b_.expert_h,
+                            .h_stride = b_.expert_stride});
             tap("topk_idx", routing.topk_idx, {k}, k, true);
             tap("topk_weight", routing.topk_weight, {k}, k);
             reads(w.experts_down, int64_t{n_} * k);
@@ -465,7 +461,7 @@ class PassWriter {
         down.routed = !w.moe ? nullptr : n_ > kBlockRows ? b_.routed : room(d);
         down.shared_tap = down.shared.rows > 0 ? room(d) : nullptr;
         reads(down.shared);
-        stage(down);
+        add(down);
         if (w.moe) tap("routed_out", down.routed, {d}, b_.x_stride);
         if (down.shared.rows > 0) tap(w.moe ? "shared_out" : "ffn_out", down.shared_tap, {d}, b_.x_stride);
     }
@@ -489,7 +485,7 @@ class PassWriter {
     void head(const Matrix& w, const float* norm) {
         const bool all = n_ <= kBlockRows || t_.n_logits <= 1;
         if (t_.n_logits > 0 && all) reads(w);
-        stage(HeadArgs{
+        add(HeadArgs{
             .rows = rows(),
             .first_row = all ? n_ - t_.n_logits : n_,
             .x = b_.x,
@@ -510,11 +506,10 @@ class PassWriter {
   public:
     // Logits of rows [begin, begin + n) of a long pass whose head() only made the norm.
     void rows_head(bool mtp, int begin, int n, int n_valid, const int32_t* pos) {
-        nb_ = n <= kBlockRows ? 1 : kPrefillBlocks;
-        layer_ = mtp ? -2 : -1;
+        n_ = n;
         const Matrix& w = mtp ? w_.mtp_head : w_.head;
         reads(w);
-        stage(HeadArgs{
+        add(HeadArgs{
             .rows = {.n = n, .n_live = nullptr, .pos = pos + begin},
             .first_row = 0,
             .x = b_.x + begin * b_.x_stride,
@@ -540,7 +535,7 @@ class PassWriter {
     const int64_t smem_;  // bytes that a block may have
     Program& p_;
     PassShape t_;
-    int n_ = 1, nb_ = 1, layer_ = -1;
+    int n_ = 1;
     int64_t bytes_ = 0, tap_used_ = 0;
     std::string prefix_;
 };
