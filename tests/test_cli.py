@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import io
 import json
 import os
@@ -32,7 +33,7 @@ SUMMARY = (
     r"\d+ tokens, ended by (eos|stop|length|context|interrupted); prefill \d+ tokens, [\d.]+ tok/s"
     r"(; decode [\d.]+ tok/s, [\d.]+ GB/s(, \d+ % of a plain read)?)?"
     r"(; \d+ of \d+ drafts accepted, [\d.]+ tokens and [\d.]+ experts a pass)?(; drafting turned off, it did not pay)?"
-    r"(; seed \d+)?"
+    r"; (greedy|temp [\d.]+.*; seed \d+)"
 )
 
 
@@ -95,6 +96,60 @@ def test_generate_seed_is_reported_and_reproduces(run: Run, path: Path) -> None:
     assert run(*args, "--seed", seed[1], "the")[:2] == (0, out)
     options = {"temp": 1.0, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "seed": int(seed[1])}
     assert out.decode() == expected("the", 16, **options) + "\n"
+
+
+@functools.cache
+def sampling(**generation: object) -> Path:
+    """A packed model whose checkpoint's generation_config.json has these keys."""
+    name = "-".join(str(v) for v in generation.values())
+    folder = tiny.write(surface_cases.root() / f"sampling-{name}", "v3", dtype="f32")
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    deepcalm.pack(folder, folder.with_suffix(".dcalm"))
+    return folder.with_suffix(".dcalm")
+
+
+def test_sampling_defaults_are_the_checkpoints(run: Run) -> None:
+    path = sampling(do_sample=True, temperature=0.6, top_p=0.9, top_k=-1, repetition_penalty=1.1, num_beams=1)
+    model = deepcalm.Model(path, threads=1)
+    base = ("generate", "-m", path, "-n", "12", "the")
+    note = "note: the checkpoint's generation_config asks for repetition_penalty 1.1, which is not supported\n"
+    cases: list[tuple[tuple[str, ...], dict[str, float], str]] = [
+        (("--seed", "5"), {"temp": 0.6, "top_p": 0.9, "seed": 5}, "temp 0.6, top-p 0.9 (the checkpoint's); seed 5"),
+        (("--seed", "5", "--temp", "2"), {"temp": 2, "top_p": 0.9, "seed": 5},
+         "temp 2, top-p 0.9 (the checkpoint's for top-p); seed 5"),
+        (("--seed", "5", "--temp", "2", "--top-p", "1", "--top-k", "9"), {"temp": 2, "top_k": 9, "seed": 5},
+         "temp 2, top-k 9; seed 5"),
+        (("--temp", "0"), {}, "greedy"),
+    ]  # fmt: skip
+    for options, how, said in cases:
+        code, out, err = run(*base, *options)
+        assert (code, out.decode()) == (0, deepcalm.generate("the", model, max_tokens=12, **how) + "\n"), options
+        assert err.endswith(f"; {said}\n") and err.startswith(note) == (said != "greedy"), err
+    value = json.loads(run(*base, "--json", "--seed", "5")[1])
+    assert value["sampling"] == {"temp": 0.6, "top_k": 0, "top_p": 0.9, "min_p": 0.0} and value["seed"] == 5
+    off: list[dict[str, object]] = [{"do_sample": False, "temperature": 0.6}, {"temperature": 0.7}]
+    for greedy in (*off, {"do_sample": True, "temperature": 0}):
+        assert run("generate", "-m", sampling(**greedy), "-n", "2", "the")[2].endswith("; greedy\n")
+    bad: dict[str, object] = {"do_sample": True, "top_p": 1.5}
+    assert "generation_config.json: top_p: 1.5, expected" in error(run("generate", "-m", sampling(**bad), "the"))
+    assert "do_sample: 'yes', expected true" in error(run("generate", "-m", sampling(do_sample="yes"), "the"))
+
+
+def test_options_without_effect_are_named(run: Run, path: Path) -> None:
+    args = ("generate", "-m", path, "-n", "2", "the")
+    want = run(*args)
+    for options, names in (
+        (("--top-k", "5", "--seed", "3"), "--top-k and --seed have"),
+        (("--top-p", "0.5"), "--top-p has"),
+        (("--min-p", "0.5", "--temp", "0"), "--min-p has"),
+    ):
+        code, out, err = run(*args, *options)
+        assert (code, out) == want[:2]
+        assert err.startswith(f"note: {names} no effect at temperature 0, give --temp\n") and err.count("note") == 1
+        assert run(*args, *options, "-q") == (0, out, "")
+    assert "note" not in run(*args, "--top-k", "5", "--seed", "3", "--temp", "1")[2]
+    err = run("chat", "-m", path, "-n", "1", "--seed", "3", stdin=b"Hi\nHi\n")[2]
+    assert err.count("note: --seed has no effect") == 1
 
 
 def test_generate_ends_before_a_stop_string(run: Run, path: Path) -> None:
@@ -164,7 +219,7 @@ def test_text_is_the_same_with_any_draft(run: Run, path: Path, sampling: tuple[s
 
 
 def test_demo_model_tells_a_story(run: Run) -> None:
-    code, out, _ = run("generate", "-n", "60", "Once upon a time")
+    code, out, _ = run("generate", "-n", "60", "--temp", "0", "Once upon a time")
     text = out.decode("ascii")
     assert code == 0 and text.startswith(", there was a") and len(text.split()) > 40
     assert set(text) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ,.!?;:'\"- \n")

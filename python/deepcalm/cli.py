@@ -26,12 +26,17 @@ from .cli_common import (
 )
 from .cli_tools import COMMANDS
 from .errors import Error, SessionError
-from .text import decode_utf8
+from .text import decode_utf8, one_line
 
 if TYPE_CHECKING:
     from .generate import TextGeneration
     from .model import Model
     from .session import Session, Stats
+
+
+NO_SAMPLING: dict[str, float] = {"temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+# keys of generation_config that change the text, and their values that do not
+NOT_SUPPORTED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0, "num_beams": 1}
 
 
 def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -108,6 +113,7 @@ def generate(
         ids = model.encode(text)
     session = open_session(model, ctx, kv, sampling["draft"], quiet)
     check_room(len(ids), session)
+    sampling |= how_to_sample(model, quiet, **sampling)
     if prompt not in (None, "-") and not (as_chat or as_json or quiet) and sys.stderr.isatty() and sys.stdout.isatty():
         click.secho(text, err=True, nl=False, dim=True, color=False if os.environ.get("NO_COLOR") else None)
     answer, seed = start(session, ids, max_tokens or 256, **sampling)
@@ -128,6 +134,24 @@ def check_room(n_tokens: int, session: Session) -> None:
         limit = session.model.config["max_position_embeddings"]
         hint = f"--ctx goes up to {limit}" if session.ctx < limit else "that is the model's maximum"
         raise SessionError(f"the prompt has {n_tokens} tokens, the context {session.ctx} positions ({hint})")
+
+
+def how_to_sample(model: Model, quiet: bool, *, seed: int | None, **options: Any) -> dict[str, float]:
+    """temp, top_k, top_p and min_p: those asked for, else the checkpoint's, else greedy; says what has no effect."""
+    given = {k: options[k] for k in NO_SAMPLING if options[k] is not None}
+    values: dict[str, float] = {**NO_SAMPLING, **model.sampling_defaults, **given}
+    if values["temp"]:
+        config = model.generation_config
+        more = [f"{k} {config[k]}" for k, off in NOT_SUPPORTED.items() if config.get(k) not in (None, off)]
+        if more and model.sampling_defaults:
+            text = one_line(", ".join(more), 200)
+            say(f"note: the checkpoint's generation_config asks for {text}, which is not supported", quiet)
+        return values
+    idle = [f"--{k.replace('_', '-')}" for k in given if k != "temp"] + ["--seed"] * (seed is not None)
+    if idle:
+        verb = "have" if len(idle) > 1 else "has"
+        say(f"note: {' and '.join(idle)} {verb} no effect at temperature 0, give --temp", quiet)
+    return dict(NO_SAMPLING)
 
 
 def start(
@@ -198,7 +222,20 @@ def summary(answer: TextGeneration, stats: Stats, seed: int | None, read: float 
         line += f", {drafts.stats.tokens_per_pass:.2f} tokens and {drafts.stats.experts_per_pass:.1f} experts a pass"
     if drafts.switches and not drafts.drafting:
         line += "; drafting turned off, it did not pay"
+    line += f"; {sampling_text(answer)}"
     return line if seed is None else f"{line}; seed {seed}"
+
+
+def sampling_text(answer: TextGeneration) -> str:
+    """How tokens were chosen, and which of it the checkpoint said."""
+    how, defaults = answer.generation.sampling, answer.generation.session.model.sampling_defaults
+    values = {k: getattr(how, k) for k, off in NO_SAMPLING.items() if getattr(how, k) != off}
+    if not values:
+        return "greedy"
+    own = [k for k, v in values.items() if defaults.get(k) == v]
+    text = ", ".join(f"{k.replace('_', '-')} {v:g}" for k, v in values.items())
+    whose = "" if own == list(values) else " for " + " and ".join(k.replace("_", "-") for k in own)
+    return text + (f" (the checkpoint's{whose})" if own else "")
 
 
 def report(answer: TextGeneration, stats: Stats, seed: int | None) -> dict[str, Any]:
@@ -208,6 +245,7 @@ def report(answer: TextGeneration, stats: Stats, seed: int | None) -> dict[str, 
         "reason": answer.reason,
         "tokens": answer.generation.tokens,
         "temp": answer.generation.sampling.temp,
+        "sampling": {k: getattr(answer.generation.sampling, k) for k in NO_SAMPLING},
         "seed": seed,
         "prefill": {"tokens": stats.prefill_tokens, "seconds": stats.prefill_seconds, "bytes": stats.prefill_bytes},
         "decode": {"tokens": stats.decode_tokens, "seconds": stats.decode_seconds, "bytes": stats.decode_bytes},
@@ -242,6 +280,7 @@ def chat(
     opening = [{"role": "system", "content": system}] if system is not None else []
     model.apply_chat_template([*opening, {"role": "user", "content": "x"}])  # no template: say so before the first turn
     session = open_session(model, ctx, kv, sampling["draft"], quiet)
+    sampling |= how_to_sample(model, quiet, **sampling)
     messages = list(opening)
     while (line := read_turn(quiet)) is not None:
         if line == "/quit":

@@ -51,12 +51,13 @@ def _draft(_ctx: click.Context, _param: click.Parameter, value: str) -> str | in
 _OPTIONS: dict[str, dict[str, Any]] = {
     "--model": {"type": FILE, "metavar": "FILE", "help": "Packed file (default: the demo model)."},
     "--max-tokens": {"type": POSITIVE, "metavar": "N", "help": "New tokens at most (default: 256, in chat no limit)."},
-    "--temp": {"type": click.FloatRange(min=0), "default": 0.0, "metavar": "T", "show_default": True,
-               "help": "Temperature; 0 always takes the most probable token."},
-    "--top-p": {"type": click.FloatRange(0, 1, min_open=True), "default": 1.0, "metavar": "P",
+    "--temp": {"type": click.FloatRange(min=0), "metavar": "T",
+               "help": "Temperature; 0 always takes the most probable token. This and the next three default to the "
+               "checkpoint's generation_config, else to 0 and no limits."},
+    "--top-p": {"type": click.FloatRange(0, 1, min_open=True), "metavar": "P",
                 "help": "Only the best tokens that make up this probability."},
-    "--top-k": {"type": click.IntRange(0, 2**31 - 1), "default": 0, "metavar": "K", "help": "Only the K best tokens."},
-    "--min-p": {"type": click.FloatRange(0, 1), "default": 0.0, "metavar": "P",
+    "--top-k": {"type": click.IntRange(0, 2**31 - 1), "metavar": "K", "help": "Only the K best tokens."},
+    "--min-p": {"type": click.FloatRange(0, 1), "metavar": "P",
                 "help": "Only tokens at least P times as probable as the best one."},
     "--seed": {"type": click.IntRange(0, 2**64 - 1), "metavar": "S",
                "help": "Same seed, same text (default: a random one, which is reported)."},

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DEFAULT_CTX = 4096
 MAX_THREADS = 1024
 DEVICES = ("cpu", "cuda", "auto", "sim")
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 
 class Config(Mapping[str, Any]):
@@ -106,6 +106,9 @@ class Model:
                     if device != "auto":
                         raise type(e)(f"device {device!r}: {e}") from None
                     self.notes = (f"device auto: cpu, {e}",)
+                else:
+                    if threads or isa:
+                        self.notes = (f"threads and isa have no effect on device {name}",)
             if self.device == "cpu":
                 self.core = _core.Model(str(self.path), file.config, file.tensor_table(), isa, threads)
 
@@ -155,14 +158,46 @@ class Model:
         data = self._files[name]
         return None if data is None else decode_utf8(data, f"{self.path}: {name}")
 
+    def _object(self, name: str) -> Mapping[str, Any]:
+        value: Any = parse_json(self._files[name] or b"{}", f"{self.path}: {name}", PackedFileError)
+        if not isinstance(value, dict):
+            raise PackedFileError(f"{self.path}: {name}: expected an object")
+        return value
+
     @cached_property
     def tokenizer_config(self) -> Mapping[str, Any]:
         """The checkpoint's tokenizer_config.json; empty if it had none."""
-        data = self._files["tokenizer_config.json"] or b"{}"
-        value: Any = parse_json(data, f"{self.path}: tokenizer_config.json", PackedFileError)
-        if not isinstance(value, dict):
-            raise PackedFileError(f"{self.path}: tokenizer_config.json: expected an object")
-        return value
+        return self._object("tokenizer_config.json")
+
+    @cached_property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The checkpoint's generation_config.json; empty if it had none."""
+        return self._object("generation_config.json")
+
+    @cached_property
+    def sampling_defaults(self) -> Mapping[str, float]:
+        """What generation_config.json says of sampling: "temp" and those of "top_k", "top_p", "min_p" that it names.
+
+        Empty without do_sample: greedy. The command line starts from it; ``Session.generate`` takes what it is given.
+
+        Raises:
+            PackedFileError: a value that is none.
+        """
+        from .generate import Sampling
+
+        c = self.generation_config
+        ours = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+        values = {"temp": 1.0} | {k: c[name] for k, name in ours.items() if c.get(name) is not None}
+        if values.get("top_k") == -1:  # as others write it: off
+            values["top_k"] = 0
+        try:
+            if not isinstance(c.get("do_sample"), bool | None):
+                raise ValueError(f"do_sample: {one_line(repr(c['do_sample']), 40)}, expected true or false")
+            if c.get("do_sample"):
+                Sampling(**values)
+        except (TypeError, ValueError) as e:
+            raise PackedFileError(f"{self.path}: generation_config.json: {e}") from None
+        return values if c.get("do_sample") and values["temp"] else {}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
