@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/elementary.h"
 #include "kernels/kernels.h"
 #include "python/bind_common.h"
 #include "runtime/probe.h"
@@ -405,4 +406,8 @@ void init_testing(py::module_& m) {
     m.def("mla_combine", &mla_combine, "isa"_a, "m"_a, "l"_a, "o"_a, "One head's partials -> f32 [c_pad].");
     m.def("route", &route_rows, "gate_logits"_a, "bias"_a, "k"_a, "n_group"_a, "topk_group"_a, "scoring"_a, "method"_a,
           "norm_topk_prob"_a, "scale"_a, "(topk_idx int32 [n, k], topk_weight f32 [n, k]).");
+    m.def("exp", py::vectorize(exp_f64), "x"_a, "e^x, f64.");
+    m.def("log", py::vectorize(log_f64), "x"_a, "Natural logarithm, f64.");
+    m.def("sin", py::vectorize([](float x) { return sincos_f32(x).sin; }), "x"_a, "f32, radians.");
+    m.def("cos", py::vectorize([](float x) { return sincos_f32(x).cos; }), "x"_a, "f32, radians.");
 }

@@ -1,5 +1,7 @@
 #include "runtime/rope.h"
 
+#include "kernels/elementary.h"
+
 #include <algorithm>
 #include <cmath>
 #include <numbers>
@@ -7,21 +9,21 @@
 namespace deepcalm {
 namespace {
 
-double yarn_mscale(double factor, double mscale) { return factor <= 1 ? 1 : 0.1 * mscale * std::log(factor) + 1; }
+double yarn_mscale(double factor, double mscale) { return factor <= 1 ? 1 : 0.1 * mscale * log_f64(factor) + 1; }
 
 // The (fractional) rotary pair that turns `rotations` times over the original context.
 double correction_dim(const ModelConfig& c, double rotations) {
-    return c.qk_rope_head_dim * std::log(c.original_max_position_embeddings / (rotations * 2 * std::numbers::pi)) /
-           (2 * std::log(c.rope_theta));
+    return c.qk_rope_head_dim * log_f64(c.original_max_position_embeddings / (rotations * 2 * std::numbers::pi)) /
+           (2 * log_f64(c.rope_theta));
 }
 
 }  // namespace
 
 void Rope::fill(int pos, float* cos, float* sin) const {
     for (int j = 0; j < half(); ++j) {
-        const float phase = static_cast<float>(pos) * inv_freq[static_cast<size_t>(j)];
-        cos[j] = std::cos(phase) * magnitude;
-        sin[j] = std::sin(phase) * magnitude;
+        const SinCos turn = sincos_f32(static_cast<float>(pos) * inv_freq[static_cast<size_t>(j)]);
+        cos[j] = turn.cos * magnitude;
+        sin[j] = turn.sin * magnitude;
     }
 }
 
@@ -49,11 +51,12 @@ Rope make_rope(const ModelConfig& c) {
             magnitude = yarn_mscale(factor, c.mscale) / yarn_mscale(factor, c.mscale_all_dim);
         }
         rope.magnitude = static_cast<float>(magnitude);
-        if (c.mscale_all_dim != 0) scale *= std::pow(yarn_mscale(factor, c.mscale_all_dim), 2);
+        if (c.mscale_all_dim != 0)
+            scale *= yarn_mscale(factor, c.mscale_all_dim) * yarn_mscale(factor, c.mscale_all_dim);
     }
     rope.softmax_scale = static_cast<float>(scale);
     for (int j = 0; j < half; ++j) {
-        const double freq = std::pow(c.rope_theta, -2.0 * j / c.qk_rope_head_dim);
+        const double freq = exp_f64(-2.0 * j / c.qk_rope_head_dim * log_f64(c.rope_theta));
         const double ramp = yarn ? std::clamp((j - lo) / (hi - lo), 0.0, 1.0) : 0.0;
         rope.inv_freq.push_back(static_cast<float>(freq * (1 - ramp) + freq / factor * ramp));
     }

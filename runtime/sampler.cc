@@ -1,5 +1,7 @@
 #include "runtime/sampler.h"
 
+#include "kernels/elementary.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -31,7 +33,7 @@ bool before(const Candidate& a, const Candidate& b) { return a.logit != b.logit 
 
 // Keeps what top_k, top_p and min_p leave; probabilities are exp((l - max) / temp). Sorts no more than top_p needs.
 void filter(std::vector<Candidate>& c, const SampleParams& p, double max) {
-    const auto weight = [&](const Candidate& x) { return std::exp((x.logit - max) / p.temp); };
+    const auto weight = [&](const Candidate& x) { return exp_f64((x.logit - max) / p.temp); };
     const auto at = [&](size_t i) { return c.begin() + static_cast<ptrdiff_t>(i); };
     if (p.top_k > 0 && static_cast<size_t>(p.top_k) < c.size()) {
         std::nth_element(c.begin(), at(static_cast<size_t>(p.top_k)), c.end(), before);
@@ -51,7 +53,12 @@ void filter(std::vector<Candidate>& c, const SampleParams& p, double max) {
         }
         c.resize(n);
     }
-    if (p.min_p > 0) std::erase_if(c, [&](const Candidate& x) { return weight(x) < p.min_p; });
+    if (p.min_p > 0) {
+        const double border = max + p.temp * log_f64(p.min_p), room = 1e-9 * (1 + std::abs(border) + std::abs(max));
+        std::erase_if(c, [&](const Candidate& x) {  // most without an exponential
+            return x.logit < border - room || (x.logit < border + room && weight(x) < p.min_p);
+        });
+    }
 }
 
 constexpr uint64_t kNoiseRange = uint64_t{1} << 52;
@@ -67,16 +74,16 @@ uint64_t noise_bits(const std::array<uint32_t, 4>& block, int v) {  // 0..kNoise
 }
 double gumbel_of(uint64_t bits) {
     const double u = (static_cast<double>(bits) + 0.5) * 0x1p-52;  // never 0 or 1
-    return -std::log(-std::log(u));
+    return -log_f64(-log_f64(u));
 }
 
 // [k] noise bits below kNoiseRange minus this give less than k of Gumbel noise: 1 - u > exp(-k), with room for rounding.
-std::array<uint64_t, 40> noise_tails() {
-    std::array<uint64_t, 40> tail;
+constexpr auto kTails = [] {
+    std::array<uint64_t, 40> tail{};
     for (size_t k = 0; k < tail.size(); ++k)
-        tail[k] = static_cast<uint64_t>(0x1p52 * 1.000001 * std::exp(-static_cast<double>(k))) + 1;
+        tail[k] = static_cast<uint64_t>(0x1p52 * 1.000001 * exp_f64(-static_cast<double>(k))) + 1;
     return tail;
-}
+}();
 
 }  // namespace
 
@@ -111,7 +118,6 @@ Result<int> sample(const float* logits, int n_vocab, int n_valid, const SamplePa
     }
     filter(c, p, logits[best]);
     // Of a large vocabulary few tokens can still win once some score is known: the others are ruled out without logarithms.
-    static const std::array<uint64_t, 40> tails = noise_tails();
     double best_score = -INFINITY;
     int choice = best, block_of = -1;
     std::array<uint32_t, 4> block{};
@@ -122,7 +128,7 @@ Result<int> sample(const float* logits, int n_vocab, int n_valid, const SamplePa
         }
         const uint64_t bits = noise_bits(block, x.id);
         const double base = double{x.logit} / p.temp, needed = best_score - base;
-        if (needed >= 1 && kNoiseRange - bits > tails[needed < 39 ? static_cast<size_t>(needed) : 39]) continue;
+        if (needed >= 1 && kNoiseRange - bits > kTails[needed < 39 ? static_cast<size_t>(needed) : 39]) continue;
         const double score = base + gumbel_of(bits);
         if (score > best_score || (score == best_score && x.id < choice)) {
             best_score = score;

@@ -1,7 +1,8 @@
 #include "runtime/speculate.h"
 
+#include "kernels/elementary.h"
+
 #include <algorithm>
-#include <cmath>
 
 namespace deepcalm {
 namespace {
@@ -10,7 +11,7 @@ namespace {
 double probability(const float* logits, int n_valid, float temp, int id) {
     const double scale = temp > 0 ? 1.0 / temp : 1.0;
     double sum = 0;
-    for (int v = 0; v < n_valid; ++v) sum += std::exp((double{logits[v]} - logits[id]) * scale);
+    for (int v = 0; v < n_valid; ++v) sum += exp_f64((double{logits[v]} - logits[id]) * scale);
     return 1 / sum;
 }
 

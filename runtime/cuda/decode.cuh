@@ -8,6 +8,7 @@
 
 #include "kernels/cuda/rt.h"
 #include "kernels/cuda/stages.h"
+#include "kernels/elementary.h"
 #include "runtime/cuda/abi.h"
 
 namespace deepcalm::gpu {
@@ -76,7 +77,7 @@ DC_DEVICE double gumbel(uint64_t seed, int64_t pos, int v) {
     const Block b =
         philox({{static_cast<uint32_t>(v / 2), static_cast<uint32_t>(p), static_cast<uint32_t>(p >> 32), 0}}, seed);
     const uint64_t bits = ((v % 2 ? uint64_t{b.v[2]} << 32 | b.v[3] : uint64_t{b.v[0]} << 32 | b.v[1])) >> 12;
-    return -::log(-::log((static_cast<double>(bits) + 0.5) * 0x1p-52));
+    return -log_f64(-log_f64((static_cast<double>(bits) + 0.5) * 0x1p-52));
 }
 
 // f32 -> u32 of the same order.
@@ -161,7 +162,7 @@ DC_DEVICE void stage_choose(const ChooseArgs& a, int block, int n_blocks, const 
         const auto finite = [&](float l) { return l - l == 0; };
         const auto key = [&](int v) { return order(logits[v]); };
         const auto probability = [&](float l) {
-            return ::exp((static_cast<double>(l) - static_cast<double>(max)) / static_cast<double>(temp));
+            return exp_f64((static_cast<double>(l) - static_cast<double>(max)) / static_cast<double>(temp));
         };
         const auto mass = [&](float l) { return static_cast<uint64_t>(probability(l) * 0x1p40 + 0.5); };
         const auto value = [&](uint32_t k) { return rt::from_bits(k >> 31 ? k & 0x7FFFFFFFU : ~k); };
