@@ -9,7 +9,7 @@ import pytest
 import cuda_stages as cs
 
 KB = 1024
-# bytes of dynamic shared memory that a block may have -> (column blocks that share a weight in passes of more than 8 rows)
+# dynamic shared memory of a block -> column blocks that share a weight in passes of more than 8 rows
 DEVICES = {99 * KB: 2, 163 * KB: 2, 227 * KB: 4}  # sm_86, sm_89, sm_120; sm_80; sm_90, sm_100
 CHUNK, PARTIAL, SHORT = 64, 8, 8192  # kChunk, kPartialChunks, kShortContext
 # heads, routed experts, experts per token, groups; all: kv_lora_rank 512, qk_rope_head_dim 64
