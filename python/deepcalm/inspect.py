@@ -14,7 +14,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     Keys: file, file_bytes, header_sha256, config, source, dropped, files (name -> bytes), tensors (list of {name, role,
     kind, format, scale, shape, source_dtype, bytes, active_bytes, sha256}), formats (format -> bytes), roles
     (role -> bytes), weight_bytes, active_bytes_per_token (weights that decoding one token reads: chosen experts only,
-    one embedding row, no MTP layer). Raises PackedFileError, ConfigError.
+    one embedding row, no MTP layer). Raises PackedFileError.
     """
     with PackedFile(path) as f:
         k = f.config["num_experts_per_tok"]

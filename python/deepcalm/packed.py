@@ -130,7 +130,7 @@ class PackedFile:
 
     ``config``: the normalised configuration; ``entries``: name -> Entry in file order; ``source``, ``dropped``: what
     the packer recorded; ``metadata``: the raw strings; ``data_offset``: first byte of the tensors.
-    Raises PackedFileError or ConfigError.
+    Raises PackedFileError.
     """
 
     @default_floats()
@@ -193,7 +193,7 @@ class PackedFile:
             specs = _core.expected_tensors(self.config)
             self._check_tokens()
         except ConfigError as error:
-            raise ConfigError(f"{self.path}: {error}") from None
+            raise self._refuse(str(error)) from None
         table = self._json("tensors", dict)
         expected: dict[str, Stored] = {}
         for spec in specs:
@@ -216,7 +216,7 @@ class PackedFile:
         bos, eos = self.config.get("bos_token_id"), self.config.get("eos_token_ids")
         for key, ids in (("bos_token_id", [] if bos is None else [bos]), ("eos_token_ids", eos or [])):
             if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab for i in ids):
-                raise ConfigError(f"config: {key} is {show(self.config[key])}, expected ids in 0..{vocab - 1}")
+                raise self._refuse(f"config: {key} is {show(self.config[key])}, expected ids in 0..{vocab - 1}")
 
     def _described(self, spec: dict[str, Any], raw: object) -> Stored:
         """The tensor that the manifest expects, in the format that the table gives it."""
@@ -335,7 +335,7 @@ def _natural_rows(s: Stored) -> npt.NDArray[np.intp]:
 
 
 def read(path: str | Path) -> PackedFile:
-    """Opens and checks a packed file; raises PackedFileError or ConfigError."""
+    """Opens and checks a packed file; raises PackedFileError."""
     return PackedFile(path)
 
 
