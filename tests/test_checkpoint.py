@@ -146,7 +146,7 @@ def yarn(**keys: Any) -> dict[str, Any]:
         ({"n_group": 3, "topk_group": 4}, r"topk_group is 4, expected 1\.\.3"),
         ({"n_group": 3, "topk_group": 1, "num_experts_per_tok": 4}, r"num_experts_per_tok is 4, expected 1\.\.3"),
         ({"n_group": ...}, "n_group is missing"),
-        ({"first_k_dense_replace": 4}, r"first_k_dense_replace is 4, expected 0\.\.3"),
+        ({"first_k_dense_replace": -1}, r"first_k_dense_replace is -1, expected an integer in 0\.\."),
         ({"first_k_dense_replace": ...}, "first_k_dense_replace is missing"),
         ({"moe_layer_freq": 2}, r"moe_layer_freq is 2, expected 1 \(every layer"),
         ({"mlp_layer_types": ["dense", "sparse", "dense"]}, "mlp_layer_types is .*, expected 3 entries, 'dense' ones first"),
@@ -194,6 +194,8 @@ def yarn(**keys: Any) -> dict[str, Any]:
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quant_method is 'bitsandbytes'"),
         ({"quantization_config": {"quant_method": "modelopt"}}, "quant_method is 'modelopt'"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "quant_method is 'mxfp4'"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantization is that of an mlx 4-bit checkpoint, which is not read"),
+        ({"quantization_config": {"group_size": 32, "bits": 8, "mode": "affine"}}, "quantization_config is that of an mlx 8-bit"),
         ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size is missing, expected two block sizes"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, r"weight_block_size is \[128\]"),
         ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}}, "fmt is 'e5m2'"),
@@ -225,6 +227,7 @@ def test_norm_topk_prob_with_softmax_is_refused(copy: Callable[[str], Path]) -> 
         ({"strategy": "channel"}, "strategy is 'channel', expected 'group'"),
         ({"type": "float"}, "type is 'float', expected 'int'"),
         ({"actorder": "group"}, "actorder is 'group'"),
+        ({"actorder": True}, "actorder is True, expected False or 'static' or 'weight'"),
         ({"group_size": 16}, "group_size is 16, expected a multiple of 32"),
         ({"group_size": 48}, "group_size is 48, expected a multiple of 32"),
         ({"num_bits": None}, "num_bits is None, expected 4"),
@@ -362,7 +365,7 @@ def test_what_an_index_lists_must_be_there_if_it_is_needed(copy: Callable[[str],
     ]
     norm, eh_proj = "model.layers.1.input_layernorm.weight", "model.layers.3.eh_proj.weight"
     for shard in (a, b):
-        with_tensors(folder, lambda t: [t.pop(name, None) for name in (norm, eh_proj)], shard)
+        tiny.rewrite(folder, lambda t: [t.pop(name, None) for name in (norm, eh_proj)], shard)
     for file, message in [(index[norm], index[norm]), ("gone.safetensors", "gone.safetensors, which does not exist")]:
         write_index(folder, index | {norm: file})
         with pytest.raises(CheckpointError, match=f"tensor {norm} is missing, the index lists it in {message}, expected shape"):
@@ -393,7 +396,7 @@ def in_two_places(folder: Path, beside: str) -> Path:
     if beside == "transformers_weights":
         shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
         edit_config(folder, transformers_weights="other.safetensors")
-    return with_tensors(folder, lambda t: t.update({"model.norm.weight": ("BF16", (78,), b"\x80\x3f" * 78)}))
+    return tiny.rewrite(folder, lambda t: t.update({"model.norm.weight": ("BF16", (78,), b"\x80\x3f" * 78)}))
 
 
 @pytest.mark.parametrize("beside", PLACES)
@@ -559,21 +562,6 @@ def test_load_f32_agrees_with_the_independent_reader(preset: str, base: dict[str
                 np.testing.assert_array_equal(part, value[1:3])
 
 
-def with_tensors(folder: Path, change: Callable[[dict[str, Any]], Any], file: str = "model.safetensors") -> Path:
-    path = folder / file
-    blob = path.read_bytes()
-    n = 8 + int.from_bytes(blob[:8], "little")
-    header = json.loads(blob[8:n])
-    header.pop("__metadata__", None)
-    tensors = {
-        name: (e["dtype"], tuple(e["shape"]), blob[n + e["data_offsets"][0] : n + e["data_offsets"][1]])
-        for name, e in header.items()
-    }
-    change(tensors)
-    tiny.write_safetensors(path, tensors)
-    return folder
-
-
 def zeros(dtype: str, *shape: int) -> tuple[str, tuple[int, ...], bytes]:
     size = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F64": 8, "I8": 1, "I32": 4, "I64": 8, "U8": 1}[dtype]
     return dtype, shape, bytes(size * math.prod(shape))
@@ -581,6 +569,7 @@ def zeros(dtype: str, *shape: int) -> tuple[str, tuple[int, ...], bytes]:
 
 KV_B = "model.layers.0.self_attn.kv_b_proj."
 UP = "model.layers.1.mlp.experts.2.up_proj."
+FUSED, SWITCH = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.switch_mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize(
@@ -604,15 +593,23 @@ UP = "model.layers.1.mlp.experts.2.up_proj."
         ("moonlight", {UP + "weight": None, UP + "weight_blocks": zeros("U8", 3)}, "weight_blocks: MXFP4 is not supported"),
         ("moonlight", {UP + "weight_packed": zeros("I32", 33, 9)}, "config.json announces no int4 here"),
         ("kimi_k2", {UP + "weight_zero_point": zeros("I32", 4, 3)}, "weight_zero_point: zero points is not supported"),
-        ("kimi_k2", {UP + "weight_g_idx": zeros("I32", 96)}, "weight_g_idx: activation ordering is not supported"),
+        ("kimi_k2", {UP + "weight_g_idx": zeros("I32", 96)}, "weight_g_idx: activation ordering is not supported: column 32 is in group 0, expected 1"),
+        ("kimi_k2", {UP + "weight_g_idx": zeros("I32", 95)}, r"weight_g_idx: I32 \[95\], expected I32 or I64 \[96\]"),
+        ("kimi_k2", {UP + "weight": zeros("BF16", 32, 96), UP + "weight_packed": None, UP + "weight_g_idx": zeros("I32", 96)}, "g_idx: activation ordering"),
         ("kimi_k2", {UP + "weight_scale": None}, f"{UP}weight_scale is missing"),
         ("kimi_k2", {UP + "weight_scale": zeros("F32", 32, 3)}, r"weight_scale: F32 \[32, 3\], expected BF16 or F16 \[32, 3\] for"),
         ("kimi_k2", {UP + "weight_scale": zeros("BF16", 32, 1)}, r"weight_scale: BF16 \[32, 1\], expected .* in groups of 32"),
         ("kimi_k2", {UP + "weight_packed": zeros("I32", 32, 11)}, r"weight_packed: I32 \[32, 11\], expected I32 \[32, 12\]"),
         ("kimi_k2", {UP + "weight_shape": zeros("I64", 2)}, r"weight_shape: says \[0, 0\], expected \[32, 96\]"),
         ("kimi_k2", {UP + "weight": zeros("BF16", 32, 96)}, "expected a plain tensor"),
-        ("gigachat3", {KV_B + "weight_scale_inv": zeros("F32", 5, 1)}, r"weight_scale_inv: F32 \[5, 1\], expected F32 \[5, 2\] for"),
-        ("gigachat3", {KV_B + "weight_scale_inv": zeros("BF16", 5, 2)}, r"weight_scale_inv: BF16 \[5, 2\], expected F32"),
+        ("gigachat3", {KV_B + "weight_scale_inv": zeros("F32", 5, 1)}, r"weight_scale_inv: F32 \[5, 1\], expected .* \[5, 2\] for"),
+        ("gigachat3", {KV_B + "weight_scale_inv": zeros("I32", 5, 2)}, r"I32 \[5, 2\], expected F32 or BF16 or F16 or F8_E8M0"),
+        ("moonlight", {UP + "weight": None, UP + "scales": zeros("F16", 33, 9)}, rf"{UP}scales: mlx quantisation is not supported"),
+        ("moonlight", {UP + "weight": None, SWITCH: zeros("BF16", 9, 33, 70)}, "up_proj.weight is missing, .* as mlx does are not read"),
+        ("moonlight", {UP + "weight": None, FUSED: zeros("BF16", 8, 66, 70)}, r"BF16 \[8, 66, 70\], expected \[9 experts, rows of gate and up"),
+        ("moonlight", {UP + "weight": None, FUSED: zeros("BF16", 9, 66)}, r"gate_up_proj: BF16 \[9, 66\], expected \[9 experts"),
+        ("moonlight", {UP + "weight": None, FUSED: zeros("BF16", 9, 70, 66)}, r"gate_up_proj: BF16 \[35, 66\], expected .* \[33, 70\]"),
+        ("moonlight", {UP + "weight": None, FUSED: zeros("F8_E4M3", 9, 66, 70)}, "gate_up_proj: F8_E4M3 needs .*gate_up_proj_scale_inv, found none"),
     ],
 )  # fmt: skip
 def test_weight_refusals_name_the_tensor(
@@ -626,7 +623,7 @@ def test_weight_refusals_name_the_tensor(
             if value is not None:
                 tensors[name] = value
 
-    folder = with_tensors(copy(preset), change)
+    folder = tiny.rewrite(copy(preset), change)
     with pytest.raises(CheckpointError, match=message) as e:
         plan(folder)
     assert "\n" not in str(e.value)

@@ -79,6 +79,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "tied head": ("v3", {"tie_word_embeddings": True, "mtp_copies": False}),
     "no dense layer": ("v3", {"first_k_dense_replace": 0}),
     "routed experts in the MTP layer only": ("v3", {"first_k_dense_replace": 3}),
+    "fewer layers than dense ones": ("moonlight", {"num_hidden_layers": 2, "first_k_dense_replace": 3}),
     "dense model": ("moonlight", {"n_routed_experts": 0}),
     "no shared expert": ("glm4_moe_lite", {"n_shared_experts": 0}),
     "every expert chosen": ("moonlight", {"num_experts_per_tok": 9}),

@@ -229,19 +229,103 @@ def test_int4_experts_keep_codes_and_scales(checkpoints: dict[str, Path], tmp_pa
         np.testing.assert_array_equal(F.decode_scales("q4b", data[e], 96, 32), bits)
 
 
-def rewrite(folder: Path, change: Any) -> None:
-    """Applies ``change`` to the dict of stored tensors {name: (dtype, shape, bytes)} of a one-file checkpoint."""
-    path = folder / "model.safetensors"
-    blob = path.read_bytes()
-    n = int.from_bytes(blob[:8], "little")
-    header = json.loads(blob[8 : 8 + n])
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, e in header.items():
-        begin, end = e["data_offsets"]
-        tensors[name] = (e["dtype"], tuple(e["shape"]), blob[8 + n + begin : 8 + n + end])
-    change(tensors)
-    tiny.write_safetensors(path, tensors)
+def same_tensors(a: Path, b: Path, dtype: str = "source") -> bool:
+    """Whether two checkpoints pack to the same bytes, of whichever file they say they come from."""
+    stored = []
+    for folder in (a, b):
+        pack(folder, folder / f"{dtype}.dcalm", dtype)
+        with packed.read(folder / f"{dtype}.dcalm") as f:
+            stored.append({n: (e.sha256, e.entry()) for n, e in f.entries.items()})
+    return stored[0] == stored[1]
+
+
+SCALE_DTYPES = {
+    "BF16": (F.bf16_bits, F.bf16_value),
+    "F16": (F.f16_bits, F.f16_value),
+    "F8_E8M0": (lambda x: (127 + np.ceil(np.log2(x))).astype(np.uint8), lambda c: np.ldexp(1.0, c.astype(int) - 127)),
+}
+
+
+@pytest.mark.parametrize("stored", SCALE_DTYPES)
+def test_block_scales_of_every_dtype_are_read(stored: str, tmp_path: Path) -> None:
+    encode, decode = SCALE_DTYPES[stored]
+    wide, narrow = (tiny.write(tmp_path / n, "gigachat3") for n in ("wide", "narrow"))
+
+    def change(tensors: dict[str, Any], keep: bool) -> None:
+        for name in [n for n in tensors if n.endswith("_scale_inv")]:
+            codes = encode(np.frombuffer(tensors[name][2], "<f4"))
+            if name.endswith("experts.1.up_proj.weight_scale_inv"):
+                codes[:] = 0  # 0 and, of F8_E8M0, 2^-127: the smallest there are
+            values = decode(codes).astype("<f4")
+            tensors[name] = (stored if keep else "F32", tensors[name][1], (codes if keep else values).tobytes())
+
+    tiny.rewrite(narrow, lambda t: change(t, True))
+    tiny.rewrite(wide, lambda t: change(t, False))
+    assert same_tensors(wide, narrow) and same_tensors(wide, narrow, "q8")
+    assert {t.format for t in plan(narrow).tensors if t.role in ("attn", "ffn", "expert")} == {"f8"}
+    name, bits = "model.layers.1.mlp.experts.5.up_proj.weight_scale_inv", {"BF16": b"\x80\x7f", "F16": b"\x00\x7e"}
+    poison(narrow, name, 1, bits.get(stored, b"\xff"))
+    with pytest.raises(CheckpointError, match=rf"{name}: scale at \[0, 1\] is (inf|nan), expected a finite number"):
+        pack(narrow, tmp_path / "x")
+
+
+def test_int4_columns_in_order_are_read_whatever_the_ordering_is_called(tmp_path: Path) -> None:
+    plain = tiny.write(tmp_path / "plain", "kimi_k2")
+    for actorder in ("weight", "static", None):
+        d = tiny.write(tmp_path / str(actorder), "kimi_k2")
+        config = json.loads((d / "config.json").read_text())
+        config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = actorder
+        (d / "config.json").write_text(json.dumps(config))
+        assert same_tensors(plain, d)
+
+    def change(tensors: dict[str, Any]) -> None:
+        for i, name in enumerate([n for n in tensors if n.endswith("weight_shape")]):
+            cols = int(np.frombuffer(tensors[name][2], "<i8")[1])
+            groups = (np.arange(cols) // 32 if i % 2 else np.full(cols, -1)).astype("<i4")
+            tensors[name.replace("shape", "g_idx")] = ("I32", (cols,), groups.tobytes())
+
+    tiny.rewrite(d, change)
+    assert same_tensors(plain, d) and plan(d).dropped == []
+
+
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [("v2_lite", {}), ("v3", {"dtype": "f32"}), ("glm4_moe_lite", {}), ("gigachat3", {"moe_intermediate_size": 128})],
+)
+def test_experts_saved_fused_pack_to_the_same_bytes(preset: str, options: dict[str, Any], tmp_path: Path) -> None:
+    plain, fused = (tiny.write(tmp_path / n, preset, n_shards=1, **options) for n in ("plain", "fused"))
+    tiny.rewrite(fused, tiny.fuse_experts)
+    raw = ref_checkpoint.raw_tensors(fused)
+    assert "model.layers.1.mlp.experts.gate_up_proj" in raw and not any(".experts.0." in n for n in raw)
+    for dtype in ("source", "q4"):
+        assert same_tensors(plain, fused, dtype)
+    p = plan(fused)
+    assert p.config["num_nextn_predict_layers"] == tiny.PRESETS[preset].config["num_nextn_predict_layers"]
+    assert not any("experts" in d.name for d in p.dropped)
+    name, shape = "model.layers.1.mlp.experts.gate_up_proj", raw["model.layers.1.mlp.experts.gate_up_proj"].shape
+    nan = {"F32": b"\0\0\xc0\x7f", "BF16": b"\xc0\x7f", "F8_E4M3": b"\x7f"}[
+        next(t.source_dtype for t in p.tensors if t.role == "expert")
+    ]
+    poison(fused, name, int(np.ravel_multi_index((3, shape[1] - 2, 5), shape)), nan)  # of up
+    with pytest.raises(CheckpointError, match=rf"{name}: value at \[3, {shape[1] - 2}, 5\] is nan"):
+        pack(fused, tmp_path / "x")
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("preset", ["v3", "v2_lite", "glm4_moe_lite"])
+def test_what_transformers_saves_packs_to_the_same_bytes(preset: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    d = tiny.write(tmp_path / "hf", preset, dtype="f32", n_shards=1, num_nextn_predict_layers=0)
+    m: Any = transformers.AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32)
+    for original in (True, False):
+        out = tmp_path / str(original)
+        m.save_pretrained(out, save_original_format=original)
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+            if (d / file).exists():
+                shutil.copy(d / file, out / file)
+        assert any(n.endswith("experts.gate_up_proj") for n in ref_checkpoint.raw_tensors(out)) != original
+        assert same_tensors(d, out) and same_tensors(d, out, "q8")
 
 
 def test_mixed_parts_are_stored_f32(tmp_path: Path) -> None:
@@ -253,7 +337,7 @@ def test_mixed_parts_are_stored_f32(tmp_path: Path) -> None:
         del tensors[name + "_scale_inv"]
         tensors[name] = ("BF16", values.shape, F.bf16_bits(values).tobytes())
 
-    rewrite(d, change)
+    tiny.rewrite(d, change)
     p = pack(d, tmp_path / "x")
     t = next(t for t in p.tensors if t.name == "layers.0.wqkv_a")
     assert (t.format, t.source_dtype, t.note) == (
@@ -289,7 +373,7 @@ def test_tied_head_is_a_second_tensor(tmp_path: Path) -> None:
     embed = ref_checkpoint.raw_tensors(d)["model.embed_tokens.weight"]
     for same, why in [(True, "copy of"), (False, "differs from")]:
         bits = F.bf16_bits(embed if same else embed[::-1]).tobytes()
-        rewrite(d, lambda t, b=bits: t.update({"lm_head.weight": ("BF16", embed.shape, b)}))
+        tiny.rewrite(d, lambda t, b=bits: t.update({"lm_head.weight": ("BF16", embed.shape, b)}))
         after = plan(d)
         assert [(x.name, x.why[: len(why)]) for x in after.dropped] == [("lm_head.weight", why)]
         assert bool(after.notes) != same
@@ -302,7 +386,7 @@ def test_mtp_copies_are_compared_and_dropped(tmp_path: Path) -> None:
     d = tiny.write(tmp_path / "hf", "v3", n_shards=1)
     assert [x.why for x in plan(d).dropped] == ["copy of model.embed_tokens.weight", "copy of lm_head.weight"]
     head = "model.layers.3.shared_head.head.weight"
-    rewrite(d, lambda t: t.update({head: (*t[head][:2], bytes(len(t[head][2])))}))
+    tiny.rewrite(d, lambda t: t.update({head: (*t[head][:2], bytes(len(t[head][2])))}))
     p = plan(d)
     assert p.config["num_nextn_predict_layers"] == 1
     assert p.dropped[1].why == "differs from lm_head.weight, which is used instead"
@@ -311,7 +395,7 @@ def test_mtp_copies_are_compared_and_dropped(tmp_path: Path) -> None:
 
 def test_incomplete_mtp_layer_is_dropped_with_the_reason(tmp_path: Path) -> None:
     d = tiny.write(tmp_path / "hf", "v3", n_shards=1)
-    rewrite(d, lambda t: t.pop("model.layers.3.mlp.experts.7.up_proj.weight"))
+    tiny.rewrite(d, lambda t: t.pop("model.layers.3.mlp.experts.7.up_proj.weight"))
     p = pack(d, tmp_path / "x")
     missing = "model.layers.3.mlp.experts.7.up_proj.weight is missing"
     assert p.config["num_nextn_predict_layers"] == 0
@@ -325,7 +409,7 @@ def test_announced_mtp_layer_without_tensors_is_noted_and_further_ones_dropped(t
     config = json.loads((d / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
     (d / "config.json").write_text(json.dumps(config))
     further = {"model.layers.4.enorm.weight": ("F32", (2,), bytes(8)), "model.extra": ("U8", (1,), b"x")}
-    rewrite(d, lambda t: t.update(further))
+    tiny.rewrite(d, lambda t: t.update(further))
     p = plan(d)
     assert p.notes == ["config.json names an MTP layer but the files hold none; drafting will not be available"]
     drops = {x.name: x.why for x in p.dropped}
@@ -344,7 +428,7 @@ def test_kimi_k25_wrapper(tmp_path: Path) -> None:
         tensors |= inner | {"vision_tower.patch.weight": ("F32", (1,), bytes(4))}
 
     plain = tiny.write(tmp_path / "plain", "kimi_k2")
-    rewrite(d, wrap)
+    tiny.rewrite(d, wrap)
     p = pack(d, tmp_path / "x")
     pack(plain, tmp_path / "y")
     assert [(x.name, x.why) for x in p.dropped] == [("vision_tower.patch.weight", "not part of the text model")]
@@ -552,7 +636,7 @@ def near_zero_checkpoint(folder: Path, preset: str, dtype: str) -> Path:
             if name.endswith(("weight", "packed")):
                 tensors[scaled] = shrink(tensors[scaled], factor, rows)
 
-    rewrite(d, change)
+    tiny.rewrite(d, change)
     return d
 
 
@@ -581,7 +665,7 @@ def test_near_zero_groups_are_counted_by_format_and_tensor(tmp_path: Path) -> No
     values[4] = 1e-10
     values[5, :32] = -1e-7  # a few of the smallest steps
     values[6] = 0
-    rewrite(d, lambda t: t.update({down: ("F32", values.shape, values.tobytes())}))
+    tiny.rewrite(d, lambda t: t.update({down: ("F32", values.shape, values.tobytes())}))
     for fmt, n in (("q8", 4), ("f16", 3)):
         note = f"{n} near-zero groups of layers.1.shared.w_down are too small for {fmt}: "
         assert pack(d, tmp_path / fmt, fmt).notes == [note + "stored in its smallest steps or as zeros"]
@@ -593,7 +677,7 @@ def test_near_zero_groups_are_counted_by_format_and_tensor(tmp_path: Path) -> No
     codes = F.decode_codes("q8", data.raw("layers.1.shared.w_down"), 70, 66)
     assert not got[4].any() and not bits[4].any() and not codes[4].any()  # zero codes and zero scale
     assert np.abs(got[5, :32] - values[5, :32]).max() <= 2.0**-25 and bits[5, 0] == 1
-    rewrite(d, lambda t: t.update({n: (k, s, (np.frombuffer(b, "<f4") * 1e-20).astype("<f4").tobytes())
+    tiny.rewrite(d, lambda t: t.update({n: (k, s, (np.frombuffer(b, "<f4") * 1e-20).astype("<f4").tobytes())
                                    for n, (k, s, b) in t.items() if ".up_proj" in n}))  # fmt: skip
     notes = pack(d, tmp_path / "q8", "q8").notes
     interrupted(d, tmp_path / "x", 25)  # a resumed pack counts what was packed before as well
@@ -610,7 +694,7 @@ def poison(folder: Path, name: str, element: int, bits: bytes) -> None:
         at = element * len(bits)
         tensors[name] = (dtype, shape, data[:at] + bits + data[at + len(bits) :])
 
-    rewrite(folder, change)
+    tiny.rewrite(folder, change)
 
 
 @pytest.mark.parametrize(

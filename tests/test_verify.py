@@ -80,6 +80,24 @@ def test_right_models_pass(preset: str, source: str, options: dict[str, str]) ->
     assert 0 <= r.effect["kl"] < limit and 0 < r.effect["router_agreement"] <= 1
 
 
+def test_other_ways_to_store_weights_are_right(tmp_path: Path) -> None:
+    """All experts of a layer in one tensor, block scales in bf16."""
+    folder = tiny.write(tmp_path / "hf", "v3", dtype="fp8", fp8_block=(19, 128), n_shards=1)
+
+    def change(tensors: dict[str, tiny.Stored]) -> None:
+        for name in [name for name in tensors if name.endswith("_scale_inv")]:
+            scales = tiny.bf16_bits(np.frombuffer(tensors[name][2], "<f4"))
+            tensors[name] = ("BF16", tensors[name][1], scales.tobytes())
+        tiny.fuse_experts(tensors)
+
+    tiny.rewrite(folder, change)
+    deepcalm.pack(folder, tmp_path / "x.dcalm", "f32")
+    r = verify(tmp_path / "x.dcalm", folder, kv="f32")
+    assert r.ok, str(r.first_divergence)
+    if not r.notes:  # transformers is there
+        assert r.effect["transformers_max_abs"] < 1e-4
+
+
 @pytest.mark.parametrize("dtype", ["q8", "q4", "f8", "f16"])
 def test_near_zero_groups_are_right(dtype: str) -> None:
     folder = checkpoint("v3", "f32", seed=7, n_shards=1)

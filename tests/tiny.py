@@ -16,7 +16,7 @@ import base64
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -399,6 +399,35 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mappi
         f.write(len(text).to_bytes(8, "little") + text)
         for _, _, data in tensors.values():
             f.write(data)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Stored]], Any], file: str = "model.safetensors") -> Path:
+    """Applies ``change`` to the stored tensors {name: (dtype, shape, bytes)} of one of a checkpoint's files."""
+    path = folder / file
+    blob = path.read_bytes()
+    n = 8 + int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8:n])
+    header.pop("__metadata__", None)
+    places = {name: (e["dtype"], tuple(e["shape"]), e["data_offsets"]) for name, e in header.items()}
+    tensors = {name: (dtype, shape, blob[n + at[0] : n + at[1]]) for name, (dtype, shape, at) in places.items()}
+    change(tensors)
+    write_safetensors(path, tensors)
+    return folder
+
+
+def fuse_experts(tensors: dict[str, Stored]) -> None:
+    """Experts as ``save_pretrained(save_original_format=False)`` of transformers 5 writes them."""
+    layers = sorted({n.partition(".experts.")[0] for n in tensors if ".mlp.experts." in n})
+    for p, suffix in ((p + ".experts.", s) for p in layers for s in ("", "_scale_inv")):
+        n = len({name.split(".")[5] for name in tensors if name.startswith(p) and name.split(".")[5].isdigit()})
+        for target, parts in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
+            names = [f"{p}{e}.{part}_proj.weight{suffix}" for e in range(n) for part in parts]
+            if names and names[0] in tensors:
+                kind, (rows, cols), _ = tensors[names[0]]
+                data = b"".join(tensors[name][2] for name in names)
+                tensors[p + target + suffix] = (kind, (n, len(parts) * rows, cols), data)
+    for name in [n for n in tensors if ".experts." in n and n.split(".")[5].isdigit()]:
+        del tensors[name]
 
 
 # ---- the tensors of a checkpoint ------------------------------------------------------------------------------------

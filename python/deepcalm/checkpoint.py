@@ -6,9 +6,11 @@ Nothing is mapped and nothing is read before it is asked for; sizes are checked 
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,11 +29,13 @@ WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".gguf")  # the first 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 KINDS = {"F32": "f32", "BF16": "bf16", "F16": "f16", "F8_E4M3": "f8"}
+SCALES = ("F32", "BF16", "F16", "F8_E8M0")  # dtypes of f8 block scales
 Bytes = npt.NDArray[np.uint8]
+_EXPERT = re.compile(r"(.*\.mlp\.experts\.)([0-9]{1,6})\.(gate|up|down)_proj\.weight(_scale_inv)?")
 _BITS = {"f32": 32, "bf16": 16, "f16": 16, "f8": 8}
 # Tensors that only other quantisations have, and whose they are. One of these beside a weight refuses it.
 _FOREIGN = {
-    "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "scales": "GPTQ or AWQ", "g_idx": "GPTQ",
+    "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "scales": "mlx quantisation", "g_idx": "GPTQ",
     "weight_zero_point": "zero points", "weight_g_idx": "activation ordering", "weight_scale_2": "NVFP4",
     "weight_blocks": "MXFP4", "weight_scales": "MXFP4", "SCB": "bitsandbytes int8", "weight_format": "bitsandbytes",
     "weight.absmax": "bitsandbytes 4-bit", "weight.quant_map": "bitsandbytes 4-bit",
@@ -50,9 +54,9 @@ class Weight:
     rows: int
     cols: int
     data: TensorInfo
-    scale: TensorInfo | None = None  # f8: f32 grid over blocks; i4: bf16 or f16 [rows, ceil(cols / group)]
+    scale: TensorInfo | None = None  # f8: grid over blocks, of SCALES; i4: bf16 or f16 [rows, ceil(cols / group)]
     block: tuple[int, int] = (1, 1)  # f8: scale block; i4: (1, group)
-    extra: tuple[str, ...] = ()  # further tensors that belong to it (weight_shape)
+    extra: tuple[str, ...] = ()  # further tensors that belong to it (weight_shape, weight_g_idx)
 
     @property
     def row_bytes(self) -> int:
@@ -71,8 +75,8 @@ class Weight:
 
     @property
     def scale_dtype(self) -> str:
-        """ "bf16" | "f16" | "f32" of the scales, "" without."""
-        return self.scale.dtype.lower() if self.scale else ""
+        """ "bf16" | "f16" | "f32" of the scales as ``read_scale`` gives them, "" without."""
+        return "f32" if self.kind == "f8" else self.scale.dtype.lower() if self.scale else ""
 
 
 class Checkpoint:
@@ -209,59 +213,92 @@ class Checkpoint:
     def has_weight(self, name: str) -> bool:
         """Whether ``name`` ("...weight" or a bias) is stored in any form, supported or not."""
         base = name.removesuffix("weight")
-        return any(n in self.tensors for n in (name, base + "weight_packed", base + "qweight", base + "weight_blocks"))
+        forms = (name, base + "weight_packed", base + "qweight", base + "weight_blocks")
+        return any(n in self.tensors for n in forms) or self._find(name) is not None
+
+    def _find(self, name: str) -> TensorInfo | None:
+        """Where a tensor lies; an expert's may be a share of one of all experts, as transformers 5 can save them.
+
+        ``experts.gate_up_proj`` is [n_routed_experts, rows of gate, then of up, cols], ``experts.down_proj`` alike; the
+        names of block scales end in ``_scale_inv``.
+        """
+        if name in self.tensors or (match := _EXPERT.fullmatch(name)) is None:
+            return self.tensors.get(name)
+        prefix, expert, part, suffix = match.groups()
+        parts = ("down",) if part == "down" else ("gate", "up")
+        info, n = self.tensors.get(f"{prefix}{'_'.join(parts)}_proj{suffix or ''}"), self.config["n_routed_experts"]
+        if info is None or int(expert) >= n:
+            return None
+        if len(info.shape) != 3 or info.shape[0] != n or info.shape[1] % len(parts):
+            expected = f"[{n} experts, rows of {' and '.join(parts)}, cols]"
+            raise CheckpointError(f"{self.where(info.name)}: {info.dtype} {list(info.shape)}, expected {expected}")
+        nbytes = info.nbytes // n // len(parts)
+        offset = info.offset + (int(expert) * len(parts) + parts.index(part)) * nbytes
+        return replace(info, shape=(info.shape[1] // len(parts), info.shape[2]), offset=offset, nbytes=nbytes)
 
     def weight(self, name: str, shape: tuple[int, ...]) -> Weight:
         """The weight ``name`` of natural ``shape`` (1-D or 2-D); refuses other shapes, dtypes and quantisations."""
         base = name.removesuffix("weight")
         for suffix, what in _FOREIGN.items():
-            if base != name and base + suffix in self.tensors:
+            read = suffix == "weight_g_idx" and base + "weight_packed" in self.tensors
+            if base != name and base + suffix in self.tensors and not read:
                 raise CheckpointError(f"{self.where(base + suffix)}: {what} is not supported")
         if base + "weight_packed" in self.tensors:
             return self._int4(name, base, shape)
-        if name not in self.tensors:
+        if (info := self._find(name)) is None:
             found = f"tensor {name} is missing{self._lists(name)}"
-            raise CheckpointError(f"{self.path}: {found}, expected shape {list(shape)}")
-        info = self._checked(name, tuple(KINDS), shape, "")
+            mlx = ": experts stored as mlx does are not read" if any(".switch_mlp." in n for n in self.tensors) else ""
+            raise CheckpointError(f"{self.path}: {found}, expected shape {list(shape)}{mlx}")
+        self._check(info, tuple(KINDS), shape, "")
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
-        scale, other = name + "_scale_inv", base + "weight_scale"
+        scale, other = self._find(name + "_scale_inv"), base + "weight_scale"
         if info.dtype != "F8_E4M3":
-            if scale in self.tensors or other in self.tensors:
-                raise CheckpointError(f"{self.where(name)}: {info.dtype} with a scale beside it, expected none")
+            if scale or other in self.tensors:
+                raise CheckpointError(f"{self.where(info.name)}: {info.dtype} with a scale beside it, expected none")
             return Weight(name, KINDS[info.dtype], rows, cols, info)
-        if scale not in self.tensors:
-            found = f"only {other}" if other in self.tensors else "none"
-            raise CheckpointError(f"{self.where(name)}: F8_E4M3 needs {scale}, found {found}{self._lists(scale)}")
+        if scale is None:
+            found = f"{'only ' + other if other in self.tensors else 'none'}{self._lists(name + '_scale_inv')}"
+            raise CheckpointError(f"{self.where(info.name)}: F8_E4M3 needs {info.name}_scale_inv, found {found}")
         block = self.quantisation.get("fp8_block")
         if block is None:
-            raise CheckpointError(f"{self.where(name)}: F8_E4M3, but config.json has no weight_block_size")
+            raise CheckpointError(f"{self.where(info.name)}: F8_E4M3, but config.json has no weight_block_size")
         grid = (-(-rows // block[0]), -(-cols // block[1]))
         why = f" for {list(shape)} in blocks of {list(block)}"
-        return Weight(name, "f8", rows, cols, info, self._checked(scale, ("F32",), grid, why), block)
+        return Weight(name, "f8", rows, cols, info, self._check(scale, SCALES, grid, why), block)
 
     def _int4(self, name: str, base: str, shape: tuple[int, ...]) -> Weight:
-        packed, scale, extra = base + "weight_packed", base + "weight_scale", base + "weight_shape"
+        packed, scale, extra, g_idx = (base + f"weight_{part}" for part in ("packed", "scale", "shape", "g_idx"))
         group = self.quantisation.get("int4_group")
         if group is None or len(shape) != 2 or name in self.tensors:
             raise CheckpointError(f"{self.where(packed)}: expected a plain tensor: config.json announces no int4 here")
         if scale not in self.tensors:
             raise CheckpointError(f"{self.where(packed)}: {scale} is missing{self._lists(scale)}")
         rows, cols = shape
-        data = self._checked(packed, ("I32",), (rows, -(-cols // 8)), f" for {list(shape)}")
+        data = self._check(self.tensors[packed], ("I32",), (rows, -(-cols // 8)), f" for {list(shape)}")
         why = f" for {list(shape)} in groups of {group}"
-        scales = self._checked(scale, ("BF16", "F16"), (rows, -(-cols // group)), why)
+        scales = self._check(self.tensors[scale], ("BF16", "F16"), (rows, -(-cols // group)), why)
         if extra in self.tensors:
-            stored = self._checked(extra, ("I32", "I64"), (2,), "")
-            got = np.frombuffer(self.read(stored), "<i4" if stored.dtype == "I32" else "<i8").tolist()
-            if got != list(shape):
-                raise CheckpointError(f"{self.where(extra)}: says {got}, expected {list(shape)}")
-        return Weight(name, "i4", rows, cols, data, scales, (1, group), (extra,) if extra in self.tensors else ())
+            got = self._integers(extra, 2)
+            if got.tolist() != list(shape):
+                raise CheckpointError(f"{self.where(extra)}: says {got.tolist()}, expected {list(shape)}")
+        if g_idx in self.tensors:  # the group of every column, or -1: in order
+            got, expected = self._integers(g_idx, cols), np.arange(cols) // group
+            if (got != expected).any() and (got != -1).any():
+                at = int((got != expected).argmax())
+                found = f"column {at} is in group {got[at]}, expected {expected[at]}"
+                raise CheckpointError(f"{self.where(g_idx)}: activation ordering is not supported: {found}")
+        used = tuple(name for name in (extra, g_idx) if name in self.tensors)
+        return Weight(name, "i4", rows, cols, data, scales, (1, group), used)
 
-    def _checked(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...], why: str) -> TensorInfo:
-        info = self.tensors[name]
+    def _integers(self, name: str, n: int) -> npt.NDArray[Any]:
+        """[n] values of a small I32 or I64 tensor."""
+        info = self._check(self.tensors[name], ("I32", "I64"), (n,), "")
+        return np.frombuffer(self.read(info), "<i4" if info.dtype == "I32" else "<i8")
+
+    def _check(self, info: TensorInfo, dtypes: tuple[str, ...], shape: tuple[int, ...], why: str) -> TensorInfo:
         if info.dtype not in dtypes or info.shape != shape:
             expected = f"{' or '.join(dtypes)} {list(shape)}{why}"
-            raise CheckpointError(f"{self.where(name)}: {info.dtype} {list(info.shape)}, expected {expected}")
+            raise CheckpointError(f"{self.where(info.name)}: {info.dtype} {list(info.shape)}, expected {expected}")
         return info
 
     # ---- bytes ------------------------------------------------------------------------------------------------------
@@ -303,11 +340,19 @@ class Checkpoint:
             file = self._files[self._file_of[w.scale.name]]
             data = np.frombuffer(file.read(w.scale.offset + begin * row, (end - begin) * row), np.uint16)
             return data.reshape(end - begin, row // 2)
-        grid = np.frombuffer(self.read(w.scale), np.float32).reshape(w.scale.shape)
+        stored = self.read(w.scale)
+        if w.scale.dtype == "F8_E8M0":  # 2^(code - 127); 255, which is NaN, becomes infinity
+            bits = np.frombuffer(stored, np.uint8).astype(np.uint32) << 23
+            grid = np.where(bits == 0, np.uint32(1 << 22), bits).view(np.float32)
+        elif w.scale.dtype == "BF16":
+            grid = (np.frombuffer(stored, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        else:
+            grid = np.frombuffer(stored, np.float16 if w.scale.dtype == "F16" else np.float32).astype(np.float32)
+        grid = grid.reshape(w.scale.shape)
         limit = np.finfo(np.float32).max / 448
         bad = np.argwhere(~(np.abs(grid) <= limit))
         if len(bad):
-            found = f"scale at {bad[0].tolist()} is {grid[tuple(bad[0])]}"
+            found = f"scale at {self._position(w.scale, bad[0])} is {grid[tuple(bad[0])]}"
             raise CheckpointError(f"{self.where(w.scale.name)}: {found}, expected a finite number up to {limit:.3g}")
         return grid
 
@@ -326,10 +371,17 @@ class Checkpoint:
         line = np.full((1, w.cols), np.nan, np.float32)
         data, scale = self.read_rows(w, row, row + 1), self.read_scale(w, row, row + 1)
         _core.convert_rows(line, "f32", w.kind, data, w.cols, row, scale, *w.block, w.scale_dtype)  # stops at a NaN
-        found, at = line[0, col], [row, col][2 - len(w.data.shape) :]
+        found, at = line[0, col], [row, col] if w.kind == "i4" else self._position(w.data, (row, col))
         limits = {"f16": "|w| <= 65504", "bf16": "|w| <= 3.39e38"}
         expected = limits.get(to, f"one whose {to} scale fits its type") if np.isfinite(found) else "a finite number"
         return CheckpointError(f"{self.where(w.data.name)}: value at {at} is {found:.6g}, expected {expected} for {to}")
+
+    def _position(self, info: TensorInfo, index: tuple[int, ...] | npt.NDArray[Any]) -> list[int]:
+        """Where element [row, col] of ``info``, which may be a share of a tensor, is in the stored one."""
+        whole = self.tensors[info.name]
+        before = (info.offset - whole.offset) * math.prod(whole.shape) // whole.nbytes
+        element = before + int(index[0]) * info.shape[-1] + int(index[1])
+        return [int(i) for i in np.unravel_index(element, whole.shape)]
 
     # ---- files beside the weights -----------------------------------------------------------------------------------
 

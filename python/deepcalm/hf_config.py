@@ -135,7 +135,7 @@ def _dense_layers(k: _Keys, n_layers: int) -> int:
     k.must_be("moe_layer_freq", (1,), "every layer after the dense ones has experts")
     types = k.raw.get("mlp_layer_types")
     if types is None:
-        return k.integer("first_k_dense_replace")
+        return min(k.integer("first_k_dense_replace"), n_layers)
     n_dense = types.count("dense") if isinstance(types, list) else 0
     if types != ["dense"] * n_dense + ["sparse"] * (n_layers - n_dense):
         raise k.refuse("mlp_layer_types", f"{n_layers} entries, 'dense' ones first, then 'sparse'")
@@ -192,7 +192,7 @@ def unwrap(raw: object, where: str) -> tuple[dict[str, Any], str]:
         inner = raw.get("text_config")
         if not isinstance(inner, dict):
             raise ConfigError(f"{where}: text_config is {show(inner)}, expected an object in a {model_type} checkpoint")
-        outer = {key: raw[key] for key in ("quantization_config", "tie_word_embeddings") if key in raw}
+        outer = {key: raw[key] for key in ("quantization", "quantization_config", "tie_word_embeddings") if key in raw}
         raw, model_type = outer | inner, inner.get("model_type")
     if not isinstance(model_type, str) or model_type not in SUPPORTED:
         later = " (planned, not supported yet)" if model_type in NOT_YET else ""
@@ -245,6 +245,11 @@ def normalise(raw: dict[str, Any], generation: dict[str, Any], n_mtp: int, where
 
 def quantisation(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What ``quantization_config`` allows: {"fp8_block": (rows, cols)}, {"int4_group": n} or {} for none."""
+    for key in ("quantization", "quantization_config"):
+        value = raw.get(key)
+        if isinstance(value, dict) and "quant_method" not in value and {"bits", "group_size"} <= set(value):
+            found = f"{key} is that of an mlx {show(value['bits'])}-bit checkpoint"
+            raise ConfigError(f"{where}: {found}, which is not read; pack the checkpoint that it was made from")
     k = _Keys(raw, where).object("quantization_config")
     if k is None:
         return {}
@@ -271,7 +276,7 @@ def quantisation(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         if w.raw.get(key) is None:
             raise w.refuse(key, repr(allowed[0]))
         w.must_be(key, allowed, "symmetric int4 groups are read")
-    w.must_be("actorder", (False,), "activation ordering is not read")
+    w.must_be("actorder", (False, "static", "weight"), "columns in another order are not read")
     size = w.integer("group_size")
     if size < 32 or size % 32:
         raise w.refuse("group_size", "a multiple of 32")

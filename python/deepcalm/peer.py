@@ -80,7 +80,13 @@ def _folder(ckpt: Checkpoint) -> Iterator[Path]:
 def _weights(ckpt: Checkpoint) -> Iterator[tuple[Weight, tuple[int, ...]]]:
     """(weight, natural shape) of everything below the checkpoint's prefix that is no scale."""
     for name, info in ckpt.tensors.items():
-        if not name.startswith(ckpt.prefix) or name.endswith(("_scale_inv", "_scale", "_shape")):
+        if not name.startswith(ckpt.prefix) or name.endswith(("_scale_inv", "_scale", "_shape", "_g_idx")):
+            continue
+        if len(info.shape) == 3:  # all experts of a layer
+            parts = ("gate", "up") if name.endswith("gate_up_proj") else ("down",)
+            one = (info.shape[1] // len(parts), info.shape[2])
+            experts = [f"{name.rpartition('.')[0]}.{e}.{part}" for e in range(info.shape[0]) for part in parts]
+            yield from ((ckpt.weight(f"{expert}_proj.weight", one), one) for expert in experts)
             continue
         shape, weight = info.shape, name.removesuffix("_packed")
         if weight != name:
