@@ -369,14 +369,45 @@ def test_tied_head_is_a_second_tensor(tmp_path: Path) -> None:
     by_name = {t.name: t for t in p.tensors}
     assert by_name["head"].sources == by_name["embed"].sources == ["model.embed_tokens.weight"]
     assert (by_name["head"].format, by_name["embed"].format) == ("q8", "bf16")
-    # a file that holds the copy as well: dropped, and said if it differs
+    # a file that holds the copy as well: dropped
+    name = "model.embed_tokens.weight"
+    stored = ref_checkpoint.raw_tensors(d)[name]
+    tiny.rewrite(d, lambda t: t.update({"lm_head.weight": t[name]}))
+    after = plan(d, "q8")
+    assert [(x.name, x.why) for x in after.dropped] == [("lm_head.weight", f"copy of {name}")]
+    assert (after.config, after.notes) == (p.config, [])
+    # or only the head: it serves as the embedding
+    tiny.rewrite(d, lambda t: t.pop(name))
+    after = pack(d, tmp_path / "y", "q8")
+    assert {t.name: t.sources for t in after.tensors}["embed"] == ["lm_head.weight"]
+    with packed.read(tmp_path / "x") as a, packed.read(tmp_path / "y") as b:
+        assert {n: e.sha256 for n, e in a.entries.items()} == {n: e.sha256 for n, e in b.entries.items()}
+    # or another head: used, as transformers does
+    tiny.rewrite(d, lambda t: t.update({name: (*t["lm_head.weight"][:2], F.bf16_bits(stored[::-1]).tobytes())}))
+    after = pack(d, tmp_path / "z", "f32")
+    assert after.dropped == [] and not after.config["tie_word_embeddings"]
+    assert after.notes == [f"lm_head.weight differs from {name} although config.json ties them; each is used"]
+    with packed.read(tmp_path / "z") as f:
+        np.testing.assert_array_equal(f.unpack("head"), stored)
+        np.testing.assert_array_equal(f.unpack("embed"), stored[::-1])
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("preset", ["moonlight", "v2_lite"])
+def test_a_head_of_its_own_is_what_transformers_uses(preset: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    d = tiny.write(tmp_path / "hf", preset, dtype="f32", tie_word_embeddings=True)
     embed = ref_checkpoint.raw_tensors(d)["model.embed_tokens.weight"]
-    for same, why in [(True, "copy of"), (False, "differs from")]:
-        bits = F.bf16_bits(embed if same else embed[::-1]).tobytes()
-        tiny.rewrite(d, lambda t, b=bits: t.update({"lm_head.weight": ("BF16", embed.shape, b)}))
-        after = plan(d)
-        assert [(x.name, x.why[: len(why)]) for x in after.dropped] == [("lm_head.weight", why)]
-        assert bool(after.notes) != same
+    for names, other in [(("head", "embed"), embed[::-1]), (("head", "embed"), embed), (("head",), embed)]:
+        stored = {"head": ("lm_head.weight", other), "embed": ("model.embed_tokens.weight", embed)}
+        files = {n: ("F32", w.shape, np.ascontiguousarray(w).tobytes()) for n, w in (stored[k] for k in names)}
+        tiny.rewrite(d, lambda t, f=files: (t.pop("model.embed_tokens.weight", None), t.update(f)))
+        m: Any = transformers.AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32)
+        pack(d, tmp_path / "x", "f32")
+        with packed.read(tmp_path / "x") as f:
+            np.testing.assert_array_equal(f.unpack("head"), m.lm_head.weight.detach().numpy())
+            np.testing.assert_array_equal(f.unpack("embed"), m.model.embed_tokens.weight.detach().numpy())
 
 
 # --- MTP ------------------------------------------------------------------------------------------------------------

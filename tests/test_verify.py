@@ -81,8 +81,10 @@ def test_right_models_pass(preset: str, source: str, options: dict[str, str]) ->
 
 
 def test_other_ways_to_store_weights_are_right(tmp_path: Path) -> None:
-    """All experts of a layer in one tensor, block scales in bf16."""
+    """All experts of a layer in one tensor, block scales in bf16, a head of its own though config.json ties it."""
     folder = tiny.write(tmp_path / "hf", "v3", dtype="fp8", fp8_block=(19, 128), n_shards=1)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
 
     def change(tensors: dict[str, tiny.Stored]) -> None:
         for name in [name for name in tensors if name.endswith("_scale_inv")]:
@@ -91,7 +93,8 @@ def test_other_ways_to_store_weights_are_right(tmp_path: Path) -> None:
         tiny.fuse_experts(tensors)
 
     tiny.rewrite(folder, change)
-    deepcalm.pack(folder, tmp_path / "x.dcalm", "f32")
+    notes = deepcalm.pack(folder, tmp_path / "x.dcalm", "f32").notes
+    assert len(notes) == 1 and "although config.json ties them" in notes[0]
     r = verify(tmp_path / "x.dcalm", folder, kv="f32")
     assert r.ok, str(r.first_divergence)
     if not r.notes:  # transformers is there

@@ -84,8 +84,8 @@ class Checkpoint:
 
     ``raw_config``: config.json (of the text model); ``generation``: generation_config.json or {}; ``config``: the
     normalised configuration; ``prefix`` of the text model's tensors; ``tensors``: name -> TensorInfo; ``mtp_dropped``:
-    why an MTP layer in the files is not used, or ""; ``notes``: sentences about what is not read. Raises
-    CheckpointError or its subclass ConfigError.
+    why an MTP layer in the files is not used, or ""; ``untied``: the files have a head of their own though config.json
+    ties it; ``notes``: sentences about what is not read. Raises CheckpointError or its subclass ConfigError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -95,6 +95,7 @@ class Checkpoint:
         self._file_of: dict[str, str] = {}
         self._listed: dict[str, str] = {}  # tensor -> file, as the index says it
         self.notes: list[str] = []
+        self.untied = False
         self.tensors: dict[str, TensorInfo] = {}
         try:
             self._open()
@@ -135,6 +136,12 @@ class Checkpoint:
         self.generation = self._object("generation_config.json") if "generation_config.json" in self._names else {}
         self.config = self._normalised(0)
         self._open_shards(config.get("transformers_weights"))
+        embed, head = self.prefix + _TOP["embed"], self.prefix + _TOP["head"]
+        if self.config["tie_word_embeddings"] and self.has_weight(embed) and self.has_weight(head):
+            self.untied = not (embed in self.tensors and head in self.tensors and self.same_bytes(embed, head))
+        if self.untied:
+            self.notes.append(f"{head} differs from {embed} although config.json ties them; each is used")
+            self.config = self._normalised(0)
         self.mtp_prefix = f"{self.prefix}model.layers.{self.config['num_hidden_layers']}."
         eh_proj = self.mtp_prefix + "eh_proj.weight"
         self.has_mtp = self.has_weight(eh_proj) or eh_proj in self._listed
@@ -143,7 +150,8 @@ class Checkpoint:
             self.config = self._normalised(1)
 
     def _normalised(self, n_mtp: int) -> dict[str, Any]:
-        return hf_config.normalise(self.raw_config, self.generation, n_mtp, str(self.path / "config.json"))
+        config = hf_config.normalise(self.raw_config, self.generation, n_mtp, str(self.path / "config.json"))
+        return config | ({"tie_word_embeddings": False} if self.untied else {})
 
     def _open_shards(self, chosen: Any) -> None:
         """Opens the files that transformers reads: the ``chosen`` one, else model.safetensors, else the index's."""
@@ -482,7 +490,9 @@ def source_names(packed: str, n_slices: int, ckpt: Checkpoint) -> Iterator[str]:
     cfg = ckpt.config
     top = "head" if packed == "mtp.head" else packed
     if top in _TOP:
-        yield ckpt.prefix + _TOP["embed" if top == "head" and cfg["tie_word_embeddings"] else top]
+        tied = cfg["tie_word_embeddings"] and top != "final_norm"  # the files hold either, or the same twice
+        name = ckpt.prefix + _TOP["embed" if tied else top]
+        yield ckpt.prefix + _TOP["head"] if tied and not ckpt.has_weight(name) else name
         return
     p, rest = ckpt.mtp_prefix, packed.removeprefix("mtp.")
     if packed.startswith("layers."):

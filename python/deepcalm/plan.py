@@ -271,10 +271,9 @@ def _largest(sequences: Iterable[tuple[int, ...]], tile: int, limit: int) -> int
 def _dropped(ckpt: Checkpoint, used: set[str], notes: list[str]) -> list[Dropped]:
     """Every tensor of the checkpoint that the plan does not use."""
     cfg, mtp, layers = ckpt.config, ckpt.mtp_prefix, f"{ckpt.prefix}model.layers."
-    embed, head = ckpt.prefix + "model.embed_tokens.weight", ckpt.prefix + "lm_head.weight"
-    tied = cfg["tie_word_embeddings"]
-    copies = {mtp + "embed_tokens.weight": embed, mtp + "shared_head.head.weight": embed if tied else head}
-    copies |= {head: embed} if tied else {}
+    embed, head = (next(source_names(name, 1, ckpt)) for name in ("embed", "head"))
+    copies = {mtp + "embed_tokens.weight": embed, mtp + "shared_head.head.weight": head}
+    copies |= {ckpt.prefix + "lm_head.weight": head}
     out = []
     for name, info in ckpt.tensors.items():
         if name in used:

@@ -337,8 +337,9 @@ class SourceWeights:
         """([(checkpoint name, its shape, [packed rows] its row in each packed row or -1)], transposed)."""
         s, rest = self.s, name.split(".", 2)[2] if name.startswith("layers.") else name.removeprefix("mtp.")
         name = "head" if name == "mtp.head" else name
-        top = {"embed": "model.embed_tokens", "head": "model.embed_tokens" if s.tied else "lm_head",
-               "final_norm": "model.norm"}  # fmt: skip
+        top = {"embed": "model.embed_tokens", "head": "lm_head", "final_norm": "model.norm"}
+        if s.tied and name in ("embed", "head") and not self.ckpt.has_weight(f"{self.ckpt.prefix}{top[name]}.weight"):
+            name = "embed" if name == "head" else "head"
         if name in top:
             shape: tuple[int, ...] = (s.d,) if name == "final_norm" else (s.vocab, s.d)
             rows = np.arange(1 if len(shape) == 1 else s.vocab)
