@@ -111,6 +111,12 @@ def test_added_tokens_that_are_not_special_are_text(tokenizer: Tokenizer) -> Non
     assert v.decode([97, tiny.N_TOKENS, 98]) == "a<é ü>b"
 
 
+def test_tokens_outside_the_byte_level_alphabet_are_text_as_they_are() -> None:
+    t = Tokenizer(models.BPE(vocab={"a": 0, "\u65e5\u672c": 1, "\u0120b": 2}, merges=[]))
+    t.decoder = decoders.ByteLevel()
+    assert Vocabulary(t, {}, CONFIG).decode([0, 1, 2]) == t.decode([0, 1, 2]) == "a\u65e5\u672c b"
+
+
 def test_decoder_emits_complete_characters_only() -> None:
     d = Decoder(lambda token: bytes([token]))
     assert [d.feed(b) for b in "é🙂".encode()] == ["", "é", "", "", "", "🙂"]

@@ -21,12 +21,13 @@ import numpy.typing as npt
 from deepcalm import _core, hf_config
 from deepcalm.container import MAX_HEADER_BYTES, File, Header, TensorInfo, parse_json, read_file, read_header, show
 from deepcalm.errors import CheckpointError
+from deepcalm.text_files import FILES, LEGACY, TextFiles
 
 MAX_CONFIG_BYTES = 16 << 20
 MAX_TOKENIZER_BYTES = 256 << 20
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".gguf")  # the first three are pickles
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+TOKENIZER_FILES = (*FILES, *LEGACY)
 
 KINDS = {"F32": "f32", "BF16": "bf16", "F16": "f16", "F8_E4M3": "f8"}
 SCALES = ("F32", "BF16", "F16", "F8_E8M0")  # dtypes of f8 block scales
@@ -394,18 +395,25 @@ class Checkpoint:
     # ---- files beside the weights -----------------------------------------------------------------------------------
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        """tokenizer.json (converted from tiktoken.model where there is no other), tokenizer_config.json, ..."""
+        """tokenizer.json (converted from tiktoken.model where there is no other), tokenizer_config.json, ...
+
+        All are tried: what ``generate`` and ``chat`` cannot use is refused, what they will miss is said in ``notes``.
+        """
         out = {}
         for name in TOKENIZER_FILES:
-            if (self.path / name).exists():
-                out[name] = read_file(self.path / name, MAX_TOKENIZER_BYTES, CheckpointError)
+            if name in self._names:
+                limit = MAX_TOKENIZER_BYTES if name == "tokenizer.json" else MAX_CONFIG_BYTES
+                out[name] = read_file(self.path / name, limit, CheckpointError)
         model = self.path / "tiktoken.model"
-        if "tokenizer.json" not in out and model.exists():
+        if "tokenizer.json" not in out and model.name in self._names:
             from deepcalm.tiktoken_convert import convert
 
             ranks = read_file(model, MAX_TOKENIZER_BYTES, CheckpointError)
             out["tokenizer.json"] = convert(ranks, out.get("tokenizer_config.json", b"{}"), str(model))
-        return {name: out[name] for name in TOKENIZER_FILES if out.get(name)}
+        text = TextFiles(out, f"{self.path}/", CheckpointError)
+        self.notes += text.tried(self.config)
+        unread = LEGACY if "added_tokens_decoder" in text.config else ()
+        return {name: out[name] for name in TOKENIZER_FILES if out.get(name) and name not in unread}
 
     def identity(self) -> dict[str, Any]:
         """What the packed file records about its source: {name, files: {name: bytes}, config_sha256, index_sha256}.

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import _core, packed
 from .arguments import integer, token_ids
-from .container import parse_json
 from .errors import Error, PackedFileError, ResourceError, SessionError, UnsupportedError
 from .session import MAX_ROWS, Session
-from .text import Vocabulary, decode_utf8, load_tokenizer, one_line
+from .text import Vocabulary, one_line
+from .text_files import FILES, LEGACY, TextFiles
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 DEFAULT_CTX = 4096
 MAX_THREADS = 1024
 DEVICES = ("cpu", "cuda", "auto", "sim")
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 
 class Config(Mapping[str, Any]):
@@ -93,7 +92,8 @@ class Model:
         with packed.PackedFile(self.path) as file:
             self.config = Config(file.config)
             self.header_sha256 = file.header_sha256
-            self._files = {name: file.tokenizer_file(name) for name in TEXT_FILES}
+            files = {name: file.tokenizer_file(name) for name in (*FILES, *LEGACY)}
+            self._text = TextFiles(files, f"{self.path}: ", PackedFileError)
             #: "cpu", "cuda" or "sim": where passes run.
             self.device = "cpu"
             if device != "cpu":
@@ -154,27 +154,17 @@ class Model:
 
     # ---- text
 
-    def _text_file(self, name: str) -> str | None:
-        data = self._files[name]
-        return None if data is None else decode_utf8(data, f"{self.path}: {name}")
-
-    def _object(self, name: str) -> Mapping[str, Any]:
-        value: Any = parse_json(self._files[name] or b"{}", f"{self.path}: {name}", PackedFileError)
-        if not isinstance(value, dict):
-            raise PackedFileError(f"{self.path}: {name}: expected an object")
-        return value
-
-    @cached_property
+    @property
     def tokenizer_config(self) -> Mapping[str, Any]:
-        """The checkpoint's tokenizer_config.json; empty if it had none."""
-        return self._object("tokenizer_config.json")
+        """The checkpoint's tokenizer_config.json, with the special_tokens_map.json of older ones; empty without."""
+        return self._text.config
 
-    @cached_property
+    @property
     def generation_config(self) -> Mapping[str, Any]:
         """The checkpoint's generation_config.json; empty if it had none."""
-        return self._object("generation_config.json")
+        return self._text.generation
 
-    @cached_property
+    @property
     def sampling_defaults(self) -> Mapping[str, float]:
         """What generation_config.json says of sampling: "temp" and those of "top_k", "top_p", "min_p" that it names.
 
@@ -183,38 +173,21 @@ class Model:
         Raises:
             PackedFileError: a value that is none.
         """
-        from .generate import Sampling
+        return self._text.sampling
 
-        c = self.generation_config
-        ours = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-        values = {"temp": 1.0} | {k: c[name] for k, name in ours.items() if c.get(name) is not None}
-        if values.get("top_k") == -1:  # as others write it: off
-            values["top_k"] = 0
-        try:
-            if not isinstance(c.get("do_sample"), bool | None):
-                raise ValueError(f"do_sample: {one_line(repr(c['do_sample']), 40)}, expected true or false")
-            if c.get("do_sample"):
-                Sampling(**values)
-        except (TypeError, ValueError) as e:
-            raise PackedFileError(f"{self.path}: generation_config.json: {e}") from None
-        return values if c.get("do_sample") and values["temp"] else {}
-
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer (``tokenizers.Tokenizer``). Raises PackedFileError if the file holds none."""
-        data = self._files["tokenizer.json"]
-        if data is None:
-            raise PackedFileError(f"{self.path}: holds no tokenizer; only token ids can be used")
-        return load_tokenizer(data)
+        return self._text.tokenizer
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """Text in and out: bos rule, ids that end generation, incremental decoding."""
-        return Vocabulary(self.tokenizer, self.tokenizer_config, self.config)
+        return self._text.vocabulary(self.config)
 
     @property
     def n_valid(self) -> int:
-        """One past the highest token id that may be sampled: the tokenizer's size, or ``vocab_size`` without one."""
+        """One past the highest token id that may be sampled: the tokenizer's last, or ``vocab_size`` without one."""
         return self.vocabulary.n_valid if self.has_tokenizer else int(self.config["vocab_size"])
 
     @property
@@ -225,7 +198,7 @@ class Model:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the packed file holds a tokenizer."""
-        return self._files["tokenizer.json"] is not None
+        return self._text.has_tokenizer
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids of ``text``; with ``bos``, exactly one bos in front where the tokenizer adds one (raw prompts).
@@ -243,12 +216,10 @@ class Model:
         """
         return self.vocabulary.decode(token_ids(ids, int(self.config["vocab_size"])).tolist())
 
-    @cached_property
+    @property
     def chat_template(self) -> ChatTemplate | None:
         """The checkpoint's chat template, or None."""
-        from .chat import ChatTemplate
-
-        return ChatTemplate.from_files(self.tokenizer_config, self._text_file("chat_template.jinja"))
+        return self._text.template
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The conversation as text, special tokens written out; see ``ChatTemplate.render`` for the options.

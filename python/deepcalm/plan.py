@@ -137,13 +137,13 @@ def make_plan(
                           spec_shape(spec), tuple(spec["parts"]), spec["interleaved"], block, "+".join(kinds),
                           exact, note, slices)
         )  # fmt: skip
+    files = ckpt.tokenizer_files()
     notes = list(ckpt.notes)
     dropped = _dropped(ckpt, {n for t in tensors for s in t.slices for p in s for n in p.weight.tensors}, notes)
     if ckpt.mtp_dropped:
         notes.append(f"the MTP layer is dropped: {ckpt.mtp_dropped}; drafting will not be available")
     elif ckpt.raw_config.get("num_nextn_predict_layers") and not ckpt.has_mtp:
         notes.append("config.json names an MTP layer but the files hold none; drafting will not be available")
-    files = ckpt.tokenizer_files()
     if "tokenizer.json" not in files:
         notes.append("no tokenizer.json or tiktoken.model: the packed file has no tokenizer")
     return Plan(config, ckpt.identity() | {"options": options}, tensors, files, dropped, notes)

@@ -55,7 +55,7 @@ def load_tokenizer(source: bytes) -> Tokenizer:
     from tokenizers import Tokenizer
 
     def load() -> Tokenizer:
-        tokenizer = Tokenizer.from_str(source.decode("utf-8"))
+        tokenizer = Tokenizer.from_str(source.decode("utf-8-sig"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
@@ -72,8 +72,8 @@ def token_content(value: object) -> str | None:
 class Vocabulary:
     """What text needs to know of a model: ids to bytes, prompt encoding, bos, and the ids that end generation.
 
-    ``n_valid`` is one past the tokenizer's last id, at most ``vocab_size``; the rows beyond are padding of the
-    embedding and are never sampled.
+    ``n_valid`` is one past the highest id below ``vocab_size`` that has a token; the rows beyond are padding of the
+    embedding and are never sampled. An id below it that has none (a removed token) can be, and is no text.
     """
 
     def __init__(self, tokenizer: Tokenizer, tokenizer_config: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -83,8 +83,8 @@ class Vocabulary:
         self._added = {i: t.content for i, t in added.items()}
         self._special = {i for i, t in added.items() if t.special}
         self._vocab_size = int(config["vocab_size"])
-        size = max([tokenizer.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
-        self.n_valid = min(size, self._vocab_size)
+        ids = range(self._vocab_size, 0, -1)  # from the end: a whole vocabulary takes a quarter of a second to list
+        self.n_valid = next((i for i in ids if tokenizer.id_to_token(i - 1) is not None), 0)
 
         self.bos_id: int | None = self._id(token_content(tokenizer_config.get("bos_token")))
         if self.bos_id is None:
@@ -172,8 +172,8 @@ class Vocabulary:
         text = self._tokenizer.id_to_token(token) or ""
         try:
             return bytes([self._byte_of[c] for c in text])
-        except KeyError as e:
-            raise UnsupportedError(f"token {token} {text!r}: {e} is not in the byte-level alphabet") from None
+        except KeyError:  # not in the byte-level alphabet: the token is its own text
+            return text.encode("utf-8", "replace")
 
     def decoder(self) -> Decoder:
         """An incremental decoder.

@@ -33,7 +33,7 @@ def convert(ranks: bytes, tokenizer_config: bytes, where: str) -> bytes:
     ``where`` names the file in errors (CheckpointError).
     """
     table = _ranks(ranks, where)
-    config = parse_json(tokenizer_config, f"{where}: tokenizer_config.json", CheckpointError)
+    config = parse_json(tokenizer_config, f"{where}: tokenizer_config.json", CheckpointError, lenient=True)
     if not isinstance(config, dict) or config.get("tokenizer_class", "TikTokenTokenizer") != "TikTokenTokenizer":
         raise CheckpointError(f"{where}: tokenizer_class in tokenizer_config.json, expected TikTokenTokenizer")
     alphabet = _byte_alphabet()
