@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import json
 import re
 import sys
 import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import deepcalm
 import surface_cases as cases
 import tiny
 from deepcalm import reference
+from deepcalm.cli_tools import verify_text
 from deepcalm.verify import verify
 from ref import packed as ref_packed
 
@@ -204,6 +207,112 @@ def test_the_reference_is_the_specification() -> None:
                 np.testing.assert_allclose(
                     ours.head("mtp.", z, {})["mtp.logits"][0], mtp_expected, rtol=1e-5, atol=1e-5
                 )
+
+
+# ---- what packing costs ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers, which takes its time, is not asked."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+
+def outlying(fmt: str) -> tuple[Path, Path]:
+    """(packed, checkpoint): one weight in 4096 is so large that e4m3 codes of the others beside it are zeros."""
+    folder = checkpoint("v3", "f32", n_shards=1, rms_norm_eps=1e-4)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if "proj" in n]:
+        tensors[name].reshape(-1)[5::4096] = 3e4
+    save_file(tensors, folder / "model.safetensors")
+    return pack(folder, dtype=fmt), folder
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_model_that_packing_destroyed_is_not_right() -> None:
+    """Every weight is within half a step of its format, every stage computes what the file says, and yet."""
+    r = verify(*outlying("f8"))
+    assert [(d.leg, d.where) for d in r.divergences] == [("effect", "kl")], r.verdict
+    assert r.verdict.startswith("NOT RIGHT, 1 difference, first: effect: kl: found") and "pack it wider" in r.verdict
+    assert r.effect["kl"] > r.effect["kl_without_text"] and r.effect["distance_of_weights"] > 0.5
+    assert verify(*outlying("f32"), legs="effects").ok
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("dtype", ["f32", "q8", "q4"])
+def test_a_whole_pass_that_the_weights_do_not_explain_is_found(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = deepcalm.Session.prefill
+
+    def late(self: Any, ids: Any, all_logits: bool = False) -> Any:
+        return np.roll(right(self, ids, all_logits), 1, axis=0)
+
+    folder = checkpoint("v3", "f32", n_shards=1)
+    monkeypatch.setattr(deepcalm.Session, "prefill", late)
+    r = verify(pack(folder, dtype=dtype), folder, legs="effects")
+    assert r.first_divergence is not None and (r.first_divergence.leg, r.first_divergence.where) == ("effect", "logits")
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("layers", [3, 6])
+def test_random_models_in_q4_are_right(layers: int) -> None:
+    """What q4 costs a deep model of random weights is large, and explained by its weights."""
+    folder = checkpoint("v3", "f32", num_hidden_layers=layers, seed=layers)
+    r = verify(pack(folder, dtype="q4"), folder, legs="effects")
+    assert r.ok and r.effect["distance"] > 0.15, r.effect
+    assert re.search(r"\n\nverdict: right; packing costs \S+ nats a token, .*\n$", verify_text(r))
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_model_that_says_nothing_is_right() -> None:
+    folder = checkpoint("moonlight", "f32", n_shards=1, tie_word_embeddings=False)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][:] = 0
+    save_file(tensors, folder / "model.safetensors")
+    assert verify(pack(folder, dtype="q8"), folder, legs="effects").ok
+
+
+def test_transformers_that_reads_the_checkpoint_otherwise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepcalm import peer
+
+    folder = checkpoint("v3", "f32", n_shards=1)
+    other = np.random.default_rng(0).normal(size=(32, 311)).astype(np.float32)
+    monkeypatch.setattr(peer, "opinion", lambda *_: (other, None))
+    r = verify(pack(folder, dtype="q8"), folder, legs="effects")
+    assert [(d.leg, d.where) for d in r.divergences] == [("transformers", "logits")]
+
+
+def test_whatever_transformers_raises_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its router of deepseek_v2 leaves a variable unset where the config asks for noaux_tc: no ValueError."""
+
+    def from_pretrained(*_: object, **__: object) -> None:
+        raise UnboundLocalError("topk_weights")
+
+    fakes = {name: types.ModuleType(name) for name in ("torch", "transformers", "transformers.utils")}
+    torch, transformers, utils = fakes.values()
+    torch.no_grad, torch.float32 = contextlib.nullcontext, None  # type: ignore[attr-defined]
+    transformers.AutoModelForCausalLM = types.SimpleNamespace(from_pretrained=from_pretrained)  # type: ignore[attr-defined]
+    utils.logging = types.SimpleNamespace(  # type: ignore[attr-defined]
+        set_verbosity_error=lambda: None, disable_progress_bar=lambda: None
+    )
+    for name, module in fakes.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    folder = checkpoint("v3", "f32", n_shards=1)
+    r = verify(pack(folder, dtype="q8"), folder, legs="effects")
+    assert r.ok and r.notes == ("transformers cannot run it: UnboundLocalError: topk_weights",)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_are_those_asked_for(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, made = sys.modules["deepcalm.verify"], list[int | None]()
+
+    def model(path: Path, threads: int | None = None, isa: str | None = None) -> deepcalm.Model:
+        made.append(threads)
+        return deepcalm.Model(path, threads=threads, isa=isa)
+
+    monkeypatch.setattr(module, "Model", model)
+    folder = checkpoint("moonlight", "f16")
+    assert verify(pack(folder, dtype="bf16"), folder, legs="exactness", threads=threads).ok
+    assert made == ([1, 2] if threads == 1 else [3, 1])
 
 
 # ---- mistakes in files ----------------------------------------------------------------------------------------------
@@ -542,11 +651,13 @@ def test_logits_that_depend_on_the_pass_are_found(what: str, monkeypatch: pytest
 
 def test_command_passes_and_prints_json() -> None:
     folder = checkpoint("v3", "f32", n_shards=1)
-    code, out, err = cases.run("verify", pack(folder, dtype="q8"), "--against", folder, "--json", "--tokens", "12")
+    options = ("--json", "--tokens", "12", "--threads", "2")
+    code, out, err = cases.run("verify", pack(folder, dtype="q8"), "--against", folder, *options)
     assert code == 0 and re.fullmatch(r"(note: no comparison with transformers.*\n)?", err)  # the extra may be missing
     r = json.loads(out, parse_constant=pytest.fail)
     assert r["ok"] is True and r["first_divergence"] is None and r["tokens"] == 12 and r["divergences"] == []
-    assert set(r) == {"ok", "first_divergence", "file", "against", "tokens", "kv", "checks", "divergences",
+    assert r["verdict"].startswith("right; packing costs ")
+    assert set(r) == {"ok", "verdict", "first_divergence", "file", "against", "tokens", "kv", "checks", "divergences",
                       "effect", "notes"}  # fmt: skip
     assert {c["leg"] for c in r["checks"]} == {"config", "checksum", "weights", "arithmetic", "exactness"}
     assert all(set(c) == {"leg", "what", "items", "error", "allowed", "ok", "at"} and c["ok"] for c in r["checks"])
@@ -556,6 +667,7 @@ def test_command_fails_with_one_line() -> None:
     file, other = pack(checkpoint("v3", "f32", n_shards=1), dtype="q8"), cases.checkpoint("v3", seed=4)
     code, out, err = cases.run("verify", file, "--against", other, "--layers", "1", "--prompt", "a wind at sea")
     assert code == 1 and b"DIFFERS" in out and b"layers.0" not in out
+    assert re.search(rb"\nverdict: NOT RIGHT, \d+ differences, first: weights: layers.1.attn_norm at .*\n$", out)
     assert re.search(r"^note: only layers 1 were compared", err, re.M)
     place = r"layers\.1\.attn_norm at \[0, 0, 0\]: found \S+, expected \S+ "
     assert re.search(rf"^deepcalm: error: weights: {place}.*; and \d+ more$", err, re.M)

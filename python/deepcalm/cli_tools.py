@@ -241,23 +241,24 @@ Exit code 0: everything that was compared agrees; 1: something does not, and the
 @click.option("--prompt", metavar="TEXT", help="The text to run (default: a built-in one).")
 @click.option("--tokens", type=click.IntRange(8, 4096), default=32, show_default=True, metavar="N",
               help="Tokens of it, at least 8.")  # fmt: skip
-@options("--isa", "--kv", "--json", "--quiet")
+@options("--threads", "--isa", "--kv", "--json", "--quiet")
 def verify(
-    file: Path, against: Path, layers: list[int] | None, prompt: str | None, tokens: int, isa: str | None, kv: str,
-    as_json: bool, quiet: bool,
+    file: Path, against: Path, layers: list[int] | None, prompt: str | None, tokens: int, threads: int | None,
+    isa: str | None, kv: str, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Tell whether the packed FILE computes what its checkpoint says.
 
     Compares the configuration, every weight, and every stage of every layer with a second implementation in numpy;
-    then the logits with themselves over threads, passes and drafts, to the bit. What packing costs in accuracy is
-    reported and not judged; with the extra `reference` also the distance from transformers on the same prompt.
+    then the logits with themselves over threads, passes and drafts, to the bit, and with the checkpoint's: what
+    packing costs must be what the file's weights explain, and less than ignoring the text would cost. With the extra
+    `reference` transformers is asked on the same prompt, too. The last line is the verdict.
     """
     from .verify import verify as compare
 
     try:
         with progress(f"verifying {file.name}", quiet) as update:
             report = compare(file, against, layers=layers, prompt=prompt, tokens=tokens, isa=isa, kv=kv,
-                             progress=update)  # fmt: skip
+                             progress=update, threads=threads)  # fmt: skip
     except ValueError as e:
         raise click.UsageError(str(e)) from None
     write_json(report.as_dict()) if as_json else write(verify_text(report))
@@ -281,7 +282,7 @@ def verify_text(r: Report) -> str:
                      "ok" if c.ok else "DIFFERS"))  # fmt: skip
     lines = [f"{key:<32}{value:.6g}" for key, value in r.effect.items()]
     effect = f"\neffect of packing, {r.tokens} tokens, {r.kv} cache, against the checkpoint in f64\n" if lines else ""
-    return columns(rows) + effect + "".join(line + "\n" for line in lines)
+    return columns(rows) + effect + "".join(line + "\n" for line in lines) + f"\nverdict: {r.verdict}\n"
 
 
 # ---- perplexity

@@ -53,7 +53,7 @@ def opinion(ckpt: Checkpoint, ids: Array, n_new: int) -> tuple[Array, list[int] 
             out = model.generate(tokens, attention_mask=torch.ones_like(tokens), use_mtp=True, do_sample=False,
                                  max_new_tokens=n_new, min_new_tokens=n_new, eos_token_id=None,
                                  pad_token_id=0)  # fmt: skip
-        except (ValueError, RuntimeError, OSError, KeyError, AttributeError, TypeError) as e:
+        except Exception as e:  # whatever foreign code raises at a checkpoint that it does not know: NameError, too
             raise ResourceError(f"transformers cannot run it: {type(e).__name__}: {e}") from None
         return logits, out[0, len(ids) :].tolist()
 

@@ -544,7 +544,9 @@ class Reference:
         """Gate, up and down projection of ``name``."""
         y = self.product(x, name + "w_gate_up", slice_)[0].reshape(len(x), -1, 2, 16)
         gate, up = (y[:, :, i].reshape(len(x), -1)[:, :width] for i in (0, 1))
-        out, spread = self.product(gate / (1 + np.exp(-gate)) * up, name + "w_down", slice_, unseen=True)
+        with np.errstate(over="ignore"):  # exp of a very negative gate: the quotient is 0
+            act = gate / (1 + np.exp(-gate)) * up
+        out, spread = self.product(act, name + "w_down", slice_, unseen=True)
         return out[:, : self.s.d], spread
 
     def layer(self, p: str, moe: bool, x: Array, forced: Mapping[str, Array]) -> Taps:
