@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 import deepcalm
 import surface_cases
 import tiny
-from deepcalm import _core, session
+from deepcalm import _core, limits, session
 from deepcalm.errors import ConfigError, Error, PackedFileError, ResourceError, SessionError, UnsupportedError
 from deepcalm.generate import TextGeneration
 from deepcalm.perplexity import log_softmax
@@ -201,13 +201,13 @@ def test_session_refuses(model: deepcalm.Model) -> None:
 def test_cache_beyond_memory_is_refused_with_the_numbers(
     model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(limits, "available_memory", lambda: 100_000)
     with pytest.raises(ResourceError, match=r"cache of 1280 positions in f32 takes 0\.\d\d GB, 0\.00 GB"):
         model.session(kv="f32")
 
 
 def test_available_memory_is_read() -> None:
-    free = session.available_memory()
+    free = limits.available_memory()
     assert free is None or free > 1 << 20
 
 

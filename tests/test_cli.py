@@ -344,10 +344,10 @@ def test_unpacked_checkpoint_prints_the_pack_command(run: Run, tmp_path: Path) -
 
 
 def test_memory_is_checked_before_anything_runs(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepcalm.session.available_memory", lambda: 1_000_000)
+    monkeypatch.setattr("deepcalm.limits.available_memory", lambda: 1_000_000)
     code, _, err = run("generate", "-m", path, "-n", "2", "--ctx", "64", "the")
     assert code == 0 and err.startswith("note: weights 0.0 GB and cache 0.0 GB exceed the 0.0 GB of memory available")
-    monkeypatch.setattr("deepcalm.session.available_memory", lambda: 10_000)
+    monkeypatch.setattr("deepcalm.limits.available_memory", lambda: 10_000)
     assert "takes 0.00 GB, 0.00 GB of memory are available" in error(run("generate", "-m", path, "the"))
 
 
@@ -684,7 +684,7 @@ def test_a_cold_file_is_read_once_from_end_to_end(path: Path, monkeypatch: pytes
     cli_common.read_cold(model, quiet=False)
     assert bar[-1] == (model.file_bytes, model.file_bytes)
     bar.clear()
-    monkeypatch.setattr("deepcalm.session.available_memory", lambda: model.file_bytes // 4)  # pages would not stay
+    monkeypatch.setattr("deepcalm.limits.available_memory", lambda: model.file_bytes // 4)  # pages would not stay
     cli_common.read_cold(model, quiet=False)
     assert not bar
 

@@ -68,7 +68,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--system": {"metavar": "TEXT", "help": "System message of the chat template."},
     "--device": {"type": click.Choice(["cpu", "cuda", "auto"]), "default": "cpu", "show_default": True,
                  "help": "Where to compute."},
-    "--threads": {"type": click.IntRange(1, 1024), "metavar": "N", "help": "Threads (default: one per core)."},
+    "--threads": {"type": click.IntRange(1, 1024), "metavar": "N", "help": "Threads (default: as many as pay)."},
     "--isa": {"metavar": "NAME", "help": "scalar, avx2, avx512 or avx512x (default: the best)."},
     "--ctx": {"type": POSITIVE, "metavar": "N",
               "help": "Positions in the cache (default: the model's maximum, at most 4096)."},
@@ -196,7 +196,7 @@ def read_cold(model: Model, quiet: bool) -> None:
 
     Not if it does not fit: then pages must come as they are needed.
     """
-    from .session import available_memory
+    from .limits import available_memory
 
     share, available = model.cold_share(), available_memory()
     if share < 0.05 or available is None or share * model.file_bytes > available:
@@ -214,7 +214,7 @@ def open_session(model: Model, ctx: int | None, kv: str, draft: str | int, quiet
 
     It keeps the MTP layer's state where ``draft`` needs it; "auto" does without in a model that has no MTP layer.
     """
-    from .session import available_memory
+    from .limits import available_memory
 
     mtp = bool(model.config["num_nextn_predict_layers"]) if draft == "auto" else draft not in ("off", 0)
     session = model.session(ctx, kv, mtp=mtp)

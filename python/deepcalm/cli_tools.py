@@ -381,7 +381,7 @@ Examples:
 @click.option("--keep", type=FILE, metavar="FILE", help="Write synthetic weights here and keep them.")
 @click.option("--plot", type=FILE, metavar="FILE.png", help="Draw achieved and bound, and cost against context.")
 @click.option("--json-file", type=FILE, metavar="FILE", help="Write the JSON object here too.")
-@click.option("--threads", metavar="N,...", callback=_numbers(1), help="Threads, each in turn (default: one per core).")
+@click.option("--threads", metavar="N,...", callback=_numbers(1), help="Threads, each in turn (default: as many as pay).")
 @options("--kv", "--isa", "--json", "--quiet")
 def bench(
     file: Path | None, prompt: int | None, contexts: list[int] | None, tokens: int, repeats: int, draft: int | None,
@@ -445,7 +445,7 @@ def write_synthetic(
     quiet: bool,
 ) -> None:  # fmt: skip
     """A synthetic model in the file ``path``, which must not exist; says how large it is beside the memory."""
-    from .session import available_memory
+    from .limits import available_memory
     from .synthetic import write_model
 
     if path.exists():

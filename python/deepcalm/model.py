@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _core, packed
+from . import _core, limits, packed
 from .arguments import integer, token_ids
 from .errors import Error, PackedFileError, ResourceError, SessionError, UnsupportedError
 from .session import MAX_ROWS, Session
@@ -60,7 +60,7 @@ class Model:
         path: a ``.dcalm`` file.
         device: "cpu", "cuda" (one NVIDIA GPU), or "auto": the GPU if one can be used, else the CPU, said in ``notes``.
             ("sim" is the CUDA code on a simulated GPU, for the tests: slow.)
-        threads: worker threads; None: DEEPCALM_THREADS, else one per core.
+        threads: threads that every pass runs on; None: DEEPCALM_THREADS, else as many as pay, at most one per core.
         isa: instruction set by name; None: DEEPCALM_ISA, else the best one this processor has.
 
     Raises:
@@ -110,7 +110,10 @@ class Model:
                     if threads or isa:
                         self.notes = (f"threads and isa have no effect on device {name}",)
             if self.device == "cpu":
-                self.core = _core.Model(str(self.path), file.config, file.tensor_table(), isa, threads)
+                n = threads or limits.default_threads()
+                self.core = _core.Model(str(self.path), file.config, file.tensor_table(), isa, n)
+                if n > (most := limits.processors()):
+                    self.notes += (f"threads: {n}, of which {most} can run at a time here: more only slows them down",)
 
     @property
     def isa(self) -> str:
@@ -119,7 +122,7 @@ class Model:
 
     @property
     def threads(self) -> int:
-        """Worker threads."""
+        """Threads, at most, of a pass."""
         return self.core.n_threads
 
     @property

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from . import _core
+from . import _core, limits
 from .arguments import integer, token_ids
 from .draft import MAX_DRAFT
 from .errors import ResourceError, SessionError
@@ -167,7 +167,7 @@ class Session:
         self.model = model
         self.kv = kv
         self._core = _core.Session(model.core, ctx, kv, max_rows, mtp)
-        available = available_memory() if model.device == "cpu" else None  # a device has refused by itself
+        available = limits.available_memory() if model.device == "cpu" else None  # a device has refused by itself
         if available is not None and self._core.cache_bytes > available:  # reserved, not touched yet
             raise ResourceError(
                 f"a cache of {ctx} positions in {kv} takes {self._core.cache_bytes / 1e9:.2f} GB, "
@@ -649,14 +649,3 @@ class Session:
                 "dimensions"
             )
         return shape
-
-
-def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping (Linux MemAvailable); None where that is unknown."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
