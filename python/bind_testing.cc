@@ -339,6 +339,17 @@ py::tuple pool_runs(int threads, int stages, int fail_tid, int fail_stage) {
     return py::make_tuple(error, items.load());
 }
 
+// [(cost on all threads, cost alone, share of waiting)] pass by pass -> what was chosen: alone?
+std::vector<bool> thread_choice(const std::vector<std::array<double, 3>>& passes, bool crowded, int kind) {
+    ThreadChoice choice;
+    std::vector<bool> out;
+    for (const auto& [all, alone, waited] : passes) {
+        out.push_back(choice.alone(kind));
+        choice.ran(kind, out.back() ? alone : all, out.back() ? 0 : waited, [&] { return crowded; });
+    }
+    return out;
+}
+
 }  // namespace
 
 void init_probes(py::module_& m) {
@@ -388,6 +399,8 @@ void init_testing(py::module_& m) {
     m.def(
         "pool_runs", &pool_runs, "threads"_a, "stages"_a, "fail_tid"_a, "fail_stage"_a,
         "(error of a run in which a thread throws, items of the 64 * stages that the next run on the same pool did).");
+    m.def("thread_choice", &thread_choice, "passes"_a, "crowded"_a = false, "kind"_a = 1,
+          "Which of the passes (cost on all threads, cost alone, share of waiting) are chosen to run alone.");
     m.def("prepare", &prepare, "isa"_a, "kind"_a, "x"_a,
           "Rounds x f32 [n, cols] for kind f32|bf16|i8: (x [n, round_up(cols, 32)], d, sum); d, sum only for i8.");
     m.def("matmul", &matmul, "isa"_a, "format"_a, "w"_a, "rows"_a, "cols"_a, "x"_a, "d"_a = py::none(),

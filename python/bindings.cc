@@ -357,7 +357,7 @@ class PySession {
 
 std::unique_ptr<Model> open_model(const std::string& path, const py::dict& cfg, const py::list& tensors,
                                   const std::optional<std::string>& isa, int threads,
-                                  const std::optional<std::string>& device, uint64_t fill_seed) {
+                                  const std::optional<std::string>& device, uint64_t fill_seed, bool adaptive) {
     std::vector<TensorEntry> entries;
     for (const auto& t : tensors) entries.push_back(entry_from_dict(t.cast<py::dict>()));
     if (device) {
@@ -367,7 +367,7 @@ std::unique_ptr<Model> open_model(const std::string& path, const py::dict& cfg, 
             return Model::open_on(std::move(d), path, c, entries, fill_seed);
         }));
     }
-    return unwrap(Model::open(path, config_from_dict(cfg), entries, isa ? isa->c_str() : nullptr, threads));
+    return unwrap(Model::open(path, config_from_dict(cfg), entries, isa ? isa->c_str() : nullptr, threads, adaptive));
 }
 
 }  // namespace
@@ -447,7 +447,10 @@ PYBIND11_MODULE(_core, m) {
     py::class_<Model>(m, "Model")
         .def(py::init(&open_model), py::arg("path"), py::arg("cfg"), py::arg("tensors"), py::arg("isa") = py::none(),
              py::arg("threads") = 0, py::arg("device") = py::none(), py::arg("fill_seed") = 0,
-             "device: path of a device library; None computes on the CPU.")
+             py::arg("adaptive") = false,
+             "device: path of a device library; None computes on the CPU. adaptive: passes for which all threads do "
+             "not pay "
+             "run on one.")
         .def_property_readonly("isa", [](const Model& s) { return s.isa(); })
         .def_property_readonly("device_name", [](const Model& s) { return s.device().name; })
         .def_property_readonly("n_threads", [](Model& s) { return s.pool().size(); })

@@ -15,6 +15,8 @@ namespace {
 
 // Least pieces of a product that a thread takes: row tiles that a kernel reads side by side, pairs of a gate and an up one.
 constexpr int kDealtTiles = 4, kDealtPairs = 2;
+// Bytes to read a layer, row and thread below which all threads never pay: stages of a few microseconds.
+constexpr int64_t kLittle = 512 << 10;
 
 class Pass {
   public:
@@ -624,12 +626,19 @@ Status forward_cpu(const PassArgs& args) {
     SessionStats& stats = *args.stats;
     ThreadPool& pool = args.model.pool();
     if (!args.mtp) args.state.pass_experts.clear();
+    const auto n = static_cast<int>(args.ids.size());
+    const int64_t work = n * args.model.active_bytes(args.pos + n, args.cache.row_bytes());
+    const bool little = work < kLittle * pool.size() * args.model.cfg().num_hidden_layers;
+    ThreadChoice* choice = args.model.thread_choice();
+    const int kind = std::min(n, ThreadChoice::kLong) + (args.mtp ? ThreadChoice::kKinds / 2 : 0);
     const int64_t begin = now_ns(), experts_touched = stats.experts_touched;
-    Status ran = pool.run([&](int tid) {
-        clocks[static_cast<size_t>(tid)] = {.mark = begin};
-        Pass pass(args, tid);
-        args.mtp ? pass.run_mtp() : pass.run_main();
-    });
+    Status ran = pool.run(
+        [&](int tid) {
+            clocks[static_cast<size_t>(tid)] = {.mark = begin};
+            Pass pass(args, tid);
+            args.mtp ? pass.run_mtp() : pass.run_main();
+        },
+        choice != nullptr && (little || choice->alone(kind)));
     if (!ran.ok()) {  // as if it had not been: its rows are not counted, its taps of no use
         stats.experts_touched = experts_touched;
         args.trace.taps.clear();
@@ -638,6 +647,7 @@ Status forward_cpu(const PassArgs& args) {
     }
     const int64_t end = now_ns();
     StageClock& first = clocks[0];
+    int64_t read = 0, waited = 0;
     first.stage[static_cast<int>(first.last)].ns += end - first.mark;  // until the pool has come to rest
     for (int i = 0; i < kNumStages; ++i) {
         StageStats& sum = stats.stages[args.mtp][i];
@@ -652,9 +662,15 @@ Status forward_cpu(const PassArgs& args) {
         sum.seconds += 1e-9 * static_cast<double>(first.stage[i].ns);
         sum.wait_sum += 1e-9 * static_cast<double>(wait_sum);
         sum.wait_max += 1e-9 * static_cast<double>(wait_max);
+        read += bytes;
+        waited += wait_sum;
         (static_cast<Stage>(i) == Stage::kAttention ? stats.cache_bytes : stats.weight_bytes) += bytes;
     }
-    const auto n = static_cast<int64_t>(args.ids.size());
+    if (choice != nullptr && !little && !args.trace.on()) {
+        const auto ns = static_cast<double>(end - begin);
+        choice->ran(kind, ns / static_cast<double>(n < ThreadChoice::kLong ? read : n),
+                    static_cast<double>(waited) / (pool.active() * ns), [&] { return crowded(pool.size() - 1); });
+    }
     stats.seconds += 1e-9 * static_cast<double>(end - begin);
     stats.passes += 1;
     stats.rows += n;

@@ -39,7 +39,8 @@ WeightBytes count_bytes(const ModelWeights& w, const ModelConfig& c) {
 }  // namespace
 
 Result<std::unique_ptr<Model>> Model::open(const std::string& path, const ModelConfig& cfg,
-                                           const std::vector<TensorEntry>& entries, const char* isa, int n_threads) {
+                                           const std::vector<TensorEntry>& entries, const char* isa, int n_threads,
+                                           bool adaptive) {
     auto m = std::make_unique<Model>();
     m->kernels_ = select_cpu_kernels(isa);
     if (m->kernels_ == nullptr) {
@@ -52,6 +53,7 @@ Result<std::unique_ptr<Model>> Model::open(const std::string& path, const ModelC
     }
     DC_TRY_STATUS(m->bind(path, cfg, entries));
     DC_TRY(m->pool_, ThreadPool::make(n_threads == 0 ? default_threads() : n_threads));
+    m->adaptive_ = adaptive && m->pool_->size() > 1;
     return m;
 }
 

@@ -25,10 +25,11 @@ struct WeightBytes {
 
 class Model {
   public:
-    // isa: null = best supported. n_threads: 0 = default_threads().
+    // isa: null = best supported. n_threads: 0 = default_threads(). adaptive: at most so many, as it pays (ThreadChoice).
     Model() = default;
     static Result<std::unique_ptr<Model>> open(const std::string& path, const ModelConfig& cfg,
-                                               const std::vector<TensorEntry>& entries, const char* isa, int n_threads);
+                                               const std::vector<TensorEntry>& entries, const char* isa, int n_threads,
+                                               bool adaptive = false);
     // The same on a device; fill_seed not 0: weights drawn there instead of read (measurements).
     static Result<std::unique_ptr<Model>> open_on(Device device, const std::string& path, const ModelConfig& cfg,
                                                   const std::vector<TensorEntry>& entries, uint64_t fill_seed);
@@ -45,7 +46,8 @@ class Model {
     int64_t file_bytes() const { return file_.size(); }
     Status lock(const std::string& path) const { return file_.lock(path); }
     ThreadPool& pool() { return *pool_; }
-    PassMutex& pass_mutex() { return pass_mutex_; }  // passes of all sessions are serialised
+    ThreadChoice* thread_choice() { return adaptive_ ? &choice_ : nullptr; }  // null: every pass on all threads
+    PassMutex& pass_mutex() { return pass_mutex_; }                           // passes of all sessions are serialised
 
     // Bytes that decoding one token at cache length n_ctx reads: weights once, experts in use, cache rows.
     int64_t active_bytes(int n_ctx, int64_t cache_row_bytes) const;
@@ -60,6 +62,8 @@ class Model {
     Rope rope_;
     WeightBytes weight_bytes_;
     std::unique_ptr<ThreadPool> pool_;
+    bool adaptive_ = false;
+    ThreadChoice choice_;
     PassMutex pass_mutex_;
     Device device_;
     DeviceModelPtr device_model_{nullptr, {}};

@@ -94,6 +94,45 @@ class ThreadPool {
     std::atomic<uint32_t> waits_{0};
 };
 
+// Which passes run on the caller's thread alone. Waking all threads and meeting them costs microseconds a stage, and time
+// slices beside a process that keeps one of their cores: what passes of a kind took, either way, decides. The other way is
+// tried seldom enough to lose 2 % at most; all threads not while cores are missing, one not while all are at work.
+class ThreadChoice {
+  public:
+    // Kinds are passes whose costs compare: rows, at most kLong, and the same again for MTP passes.
+    static constexpr int kLong = 9, kKinds = 2 * (kLong + 1);
+    ThreadChoice() { kinds_[kLong].alone = kinds_[kKinds - 1].alone = false; }
+    bool alone(int kind) const { return kinds_[kind].trying != kinds_[kind].alone; }
+    // After a pass: its cost, in any unit; the share of their time that its threads waited for each other, 0..1.
+    // crowded(): whether cores for all threads are missing at present.
+    template <class Crowded> void ran(int kind, double cost, double waited, Crowded&& crowded) {
+        Kind& k = kinds_[kind];
+        double& mean = k.cost[alone(kind)];
+        mean = mean == 0 || k.trying ? cost : mean + (cost - mean) / 4;
+        k.keep -= 1;
+        if (k.trying) k.keep = static_cast<int>(std::clamp(50 * (cost / k.cost[k.alone] - 1), 16.0, 5000.0));
+        if (k.cost[0] != 0 && k.cost[1] != 0) k.alone = k.cost[1] < 1.03 * k.cost[0];
+        k.trying = !k.trying && k.keep <= 0 && (k.alone || waited > 0.25);
+        if (k.trying && k.alone && ++k.put_off < 10 && crowded()) {
+            k.trying = false;
+            k.keep = 16;
+        }
+        if (k.trying) k.put_off = 0;
+    }
+
+  private:
+    struct Kind {
+        double cost[2] = {};  // of passes on all threads, alone: running means; 0: unknown
+        bool alone = true;    // the better way
+        bool trying = false;  // the next pass goes the other way
+        int keep = 2;         // passes before it does
+        int put_off = 0;      // times that it did not for want of cores
+    };
+    Kind kinds_[kKinds];
+};
+// Whether the system has no idle processor for each of n more threads, as of now.
+bool crowded(int n);
+
 // A mutex that knows fork(). Held by another thread at that moment it would stay locked in the child for ever, and what it
 // guards be half done there: lock() throws InUseAtFork instead of waiting.
 class PassMutex {

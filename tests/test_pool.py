@@ -291,3 +291,44 @@ def test_more_threads_than_cores_do_not_collapse() -> None:
         processor.append(min(t[1] for t in times))
     assert processor[1] < 4 * processor[0] + 0.1, processor
     assert clock[1] < 4 * clock[0] + 1, clock
+
+
+def waits(model: deepcalm.Model, rows: int) -> float:
+    """Seconds that the threads of eight passes of so many rows waited for each other."""
+    s = model.session(ctx=512, max_rows=512)
+    for _ in range(8):
+        s.truncate(0)
+        s.decode_many([9] * rows)
+    return sum(stage[4] for stage in s.core.stage_stats())
+
+
+def test_short_passes_of_a_small_model_wake_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo model's weights lie in a cache: two threads halve its speed, beside a busy process they take a tenth."""
+    monkeypatch.delenv("DEEPCALM_THREADS", raising=False)
+    monkeypatch.setattr("deepcalm.limits.default_threads", lambda: 2)
+    model = deepcalm.Model(deepcalm.demo_path())
+    assert model.threads == 2
+    assert waits(model, 1) == 0
+    assert waits(model, 256) > 0, "a prompt is work for all"
+    assert waits(deepcalm.Model(deepcalm.demo_path(), threads=2), 1) > 0, "who names a number gets it"
+
+
+def test_threads_are_chosen_by_what_passes_took() -> None:
+    """Costs of a pass on all threads and alone, and how much of the former is waiting: 5 % at most go to trying."""
+    choose = _core.testing.thread_choice
+    long = 9
+    assert not any(choose([(1.0, 1.8, 0.05)] * 1000, kind=long)), "nobody waits: nothing to try"
+    for kind, alone in itertools.product((1, long), (0.02, 0.1, 0.3, 0.9, 1.0, 1.1, 1.9, 3.0)):
+        chosen = choose([(1.0, alone, 0.4)] * 2000, kind=kind)
+        cost = sum(alone if c else 1.0 for c in chosen)
+        assert cost <= 1.05 * 2000 * min(1.0, alone) + 3, (kind, alone, cost)
+    assert sum(choose([(1.0, 1.8, 0.05)] * 1000)) == 2, "short passes begin alone"
+    # a process that takes a core comes and goes
+    quiet, busy = [(1.0, 1.8, 0.02)] * 500, [(5.0, 2.0, 0.45)] * 500
+    chosen = choose(quiet + busy + quiet)
+    assert sum(chosen[:500]) == 2
+    assert sum(chosen[500:1000]) > 475
+    assert sum(chosen[1000:]) < 200
+    # where cores are missing all threads are tried later, not never: others' load may be on other cores
+    assert all(choose(busy[:100], crowded=True))
+    assert sum(choose(quiet, crowded=True)) < 200

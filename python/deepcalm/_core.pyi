@@ -97,6 +97,7 @@ class Model:
         threads: int = 0,
         device: str | None = None,
         fill_seed: int = 0,
+        adaptive: bool = False,
     ) -> None: ...
     @property
     def device_name(self) -> str: ...

@@ -111,7 +111,7 @@ class Model:
                         self.notes = (f"threads and isa have no effect on device {name}",)
             if self.device == "cpu":
                 n = threads or limits.default_threads()
-                self.core = _core.Model(str(self.path), file.config, file.tensor_table(), isa, n)
+                self.core = _core.Model(str(self.path), file.config, file.tensor_table(), isa, n, adaptive=not threads)
                 if n > (most := limits.processors()):
                     self.notes += (f"threads: {n}, of which {most} can run at a time here: more only slows them down",)
 
