@@ -92,7 +92,10 @@ class Check:
             ok, tail = self.command("compile", "cmake", "--build", "build/gpu", "--parallel")
         if not ok:
             return {"ok": False, "end": tail}
-        _, gate = self.command("gate", sys.executable, "tools/gpu_gate.py", "python/deepcalm/libdeepcalm_cuda.so")
+        arch = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True,
+                              text=True, check=False).stdout.split("\n")[0].replace(".", "")  # fmt: skip
+        library = "python/deepcalm/libdeepcalm_cuda.so"
+        _, gate = self.command("gate", sys.executable, "tools/gpu_gate.py", library, "--archs", f"sm_{arch}")
         return {"ok": True, "seconds": time.time() - start, "gate": gate.splitlines()[-1] if gate else ""}
 
     def tests(self) -> Json:
