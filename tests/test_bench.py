@@ -164,15 +164,31 @@ def test_linear_cost_recovers_a_line(result: Any) -> None:
 
 
 def test_plot(result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
     with pytest.raises(UnsupportedError, match=r"pip install 'deepcalm\[plot\]'"):
-        report.plot([result], tmp_path / "p.png")
+        report.check_plot(tmp_path / "p.png")
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
-    report.plot([result], tmp_path / "p.png")
-    assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    with pytest.raises(UnsupportedError, match=r"p\.xyz"):
-        report.plot([result], tmp_path / "p.xyz")
+    report.plot([result], tmp_path / "p", report.check_plot(tmp_path / "p.png"))
+    assert (tmp_path / "p").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for name in ("p.xyz", "p"):
+        with pytest.raises(UnsupportedError, match=rf"{name}: no image format"):
+            report.check_plot(tmp_path / name)
+
+
+def test_bench_fits_its_defaults_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short maximum context, as the demo model's: no default is too long for it."""
+    model = surface_cases.model()
+    monkeypatch.setitem(model.config._values, "max_position_embeddings", 40)
+    r = deepcalm.bench(model, repeats=1)
+    assert (r.prefill.tokens, [d.context for d in r.decode]) == (39, [0])
+    monkeypatch.setitem(model.config._values, "max_position_embeddings", 1080)
+    r = deepcalm.bench(model, repeats=1, decode_tokens=2)
+    assert (r.prefill.tokens, [d.context for d in r.decode]) == (512, [0, 1024])
+    monkeypatch.setitem(model.config._values, "max_position_embeddings", 40)
+    assert bench.bench_draft(model, 1, repeats=1, decode_tokens=8).context == 30
+    with pytest.raises(SessionError, match="the model has 40"):
+        deepcalm.bench(model, decode_tokens=40)
 
 
 # ---- the command
@@ -214,8 +230,12 @@ def test_bench_synthetic_command(capsys: pytest.CaptureFixture[str], tmp_path: P
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        (["--contexts", "1,x"], "expected numbers >= 0"),
-        (["--threads", "0"], "expected numbers >= 1"),
+        (["--isa", "neon"], "'neon' is not one of"),
+        (["--contexts", "1,x"], "expected numbers 0..999999999"),
+        (["--threads", "0"], "expected numbers 1..1024"),
+        (["--threads", "1,5000"], "expected numbers 1..1024"),
+        (["--draft", "1", "--prompt", "64"], "--context N is the length of its prompt"),
+        (["--synthetic", "v2-lite:99"], "layers '99', expected a number 1..27"),
         (["--accept", "0.5"], "--draft K"),
         (["--draft", "1", "--contexts", "1,2"], "one context"),
         (["--dtype", "q8"], "go with --synthetic"),
@@ -226,6 +246,23 @@ def test_bench_synthetic_command(capsys: pytest.CaptureFixture[str], tmp_path: P
 def test_bench_usage(args: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", *args]) == 2
     assert text in capsys.readouterr().err
+
+
+def test_bench_names_a_full_disk_behind_json_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", str(surface_cases.packed()), *SMALL, "--contexts", "0", "--json-file", "/dev/full"]) == 1
+    assert "deepcalm: error: /dev/full: cannot be written: No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args", [["--plot", "p.xyz"], ["--plot", "no/p.png"], ["--json-file", "no/such/file"]], ids=" ".join
+)
+def test_bench_outputs_that_cannot_be_written_fail_before_measuring(
+    args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(bench, "bench", lambda *_, **__: pytest.fail("measured"))
+    assert cli.main(["bench", *args]) == 1
+    assert f"deepcalm: error: {args[1]}: " in capsys.readouterr().err
 
 
 # ---- memory

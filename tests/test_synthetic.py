@@ -147,7 +147,7 @@ def test_synthetic_packed_bytes_follow_the_seed(tmp_path: Path) -> None:
 
 def test_synthetic_packed_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.dcalm"
-    for spec, kind, text in (("v9", ValueError, "unknown model"), ("v3:0", ValueError, "expected a number 1..1024")):
+    for spec, kind, text in (("v9", ValueError, "unknown model"), ("v3:0", ValueError, "expected a number 1..61")):
         with pytest.raises(kind, match=text):
             synthetic.write_model(path, spec)
     for override, text in (("colour=1", "no key 'colour'"), ("hidden_size=x", "not JSON")):

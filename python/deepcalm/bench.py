@@ -290,8 +290,8 @@ def check_spreading(session: Session, tokens: Sequence[int]) -> Spreading:
 
 def bench(
     model: Model,
-    prompt_tokens: int = 512,
-    contexts: Sequence[int] = CONTEXTS,
+    prompt_tokens: int | None = None,
+    contexts: Sequence[int] | None = None,
     decode_tokens: int = 32,
     repeats: int = 5,
     kv: str = "f16",
@@ -306,8 +306,8 @@ def bench(
     warm-up of each comes first.
 
     Args:
-        prompt_tokens: length of the prefill that is timed, into an empty cache.
-        contexts: cached positions before the decode steps that are timed.
+        prompt_tokens: length of the prefill that is timed, into an empty cache; None: 512, or what the model holds.
+        contexts: cached positions before the decode steps that are timed; None: those of CONTEXTS that it holds.
         probe_mib: memory that the bandwidth probe reads; far beyond any cache.
         random_weights: also check how tokens spread over the experts.
         progress: called with (steps done, steps in all).
@@ -315,11 +315,15 @@ def bench(
     Raises:
         SessionError: the model's maximum context is too short.
     """
+    limit = int(model.config["max_position_embeddings"])
+    if prompt_tokens is None:
+        prompt_tokens = max(1, min(512, limit - 1))
+    if contexts is None:
+        contexts = [0, *(c for c in CONTEXTS if c + decode_tokens < limit)]
     if min(prompt_tokens, decode_tokens, repeats) < 1 or not contexts or min(contexts) < 0:
         raise ValueError("prompt, tokens and repeats: expected numbers >= 1; contexts: numbers >= 0")
     contexts = sorted(set(contexts))
     ctx = max(prompt_tokens, contexts[-1] + decode_tokens) + 1
-    limit = int(model.config["max_position_embeddings"])
     if ctx > limit:
         raise SessionError(
             f"a prompt of {prompt_tokens} and {decode_tokens + 1} tokens after {contexts[-1]} need {ctx} positions, "
@@ -498,7 +502,7 @@ def bench_draft(
     model: Model,
     k: int,
     accept: float | None = None,
-    context: int = 128,
+    context: int | None = None,
     decode_tokens: int = 64,
     repeats: int = 5,
     kv: str = "f16",
@@ -513,19 +517,23 @@ def bench_draft(
         accept: the MTP layer runs, but its drafts are replaced by the known next tokens, each spoiled with probability
             1 - accept; None: its own drafts.
         seed: of the random prompt and of what is spoiled.
-        prompt: token ids instead of ``context`` random ones.
+        context: length of a random prompt; None: 128, or what the model holds.
+        prompt: token ids instead of it.
         progress: called with (repeats done, repeats in all).
 
     Raises:
         SessionError: a model without MTP layer, or whose maximum context is too short.
     """
+    limit = int(model.config["max_position_embeddings"])
+    if context is None:
+        context = max(1, min(128, limit - decode_tokens - k - 1))
     if not 1 <= k <= 7 or not (accept is None or 0 <= accept <= 1) or min(context, decode_tokens, repeats) < 1:
         raise ValueError("draft: expected 1..7, accept 0..1, context, tokens and repeats >= 1")
     if not model.config["num_nextn_predict_layers"]:
         raise SessionError("this model has no MTP layer: nothing to draft with")
     rng = np.random.default_rng(seed)
     ids = prompt or rng.integers(0, model.n_valid, context).tolist()
-    ctx, limit = len(ids) + decode_tokens + k + 1, int(model.config["max_position_embeddings"])
+    ctx = len(ids) + decode_tokens + k + 1
     if ctx > limit:
         raise SessionError(f"{decode_tokens} tokens after {len(ids)} need {ctx} positions, the model has {limit}")
     session, greedy, n = model.session(ctx, kv, mtp=True), Sampling(), len(ids)

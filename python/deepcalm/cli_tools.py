@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli_common import FILE, POSITIVE, RUNTIME, open_model, options, progress, read_text, say, write, write_json
+from .container import check_output, whole_file
 from .errors import CheckpointError, Error, PackedFileError
 from .text import decode_utf8, one_line
 
@@ -47,7 +48,7 @@ Examples:
   deepcalm pack ~/models/DeepSeek-V2-Lite v2-lite.dcalm --dtype q8
   deepcalm pack ~/models/DeepSeek-V3 v3.dcalm --dtype q4 --dry-run
   deepcalm pack deepseek-ai/DeepSeek-V2-Lite v2-lite.dcalm     (needs: pip install 'deepcalm[hub]')
-A packing that was interrupted goes on where it stopped when the same command is given again."""
+A packing that was interrupted goes on where it stopped when the same command is given again (from DST.partial)."""
 )
 @click.argument("src")
 @click.argument("dst", type=FILE, required=False)
@@ -179,8 +180,10 @@ def inspect(file: Path, check: bool, dump: tuple[str, str] | None, as_json: bool
     if dump is not None:
         import numpy as np
 
-        with PackedFile(file) as packed, Path(dump[1]).open("wb") as out:
-            np.save(out, packed.unpack(dump[0]))
+        with PackedFile(file) as packed:
+            values = packed.unpack(dump[0])
+        with whole_file(Path(dump[1])) as name, name.open("wb") as out:
+            np.save(out, values)
         return 0
     info = describe(file)
     bad: list[str] = []
@@ -259,8 +262,8 @@ def verify(
         with progress(f"verifying {file.name}", quiet) as update:
             report = compare(file, against, layers=layers, prompt=prompt, tokens=tokens, isa=isa, kv=kv,
                              progress=update, threads=threads)  # fmt: skip
-    except ValueError as e:
-        raise click.UsageError(str(e)) from None
+    except ValueError as e:  # layers or tokens that this model does not have
+        raise Error(str(e)) from None
     write_json(report.as_dict()) if as_json else write(verify_text(report))
     for note in report.notes:
         say(f"note: {one_line(note, 200)}", quiet)
@@ -342,13 +345,15 @@ def perplexity_text(r: Perplexity) -> str:
 # ---- bench
 
 
-def _numbers(low: int) -> Callable[[click.Context, click.Parameter, str | None], list[int] | None]:
-    """A callback for "0,1024,4096": numbers from ``low`` on."""
+def _numbers(
+    low: int, high: int = 10**9 - 1
+) -> Callable[[click.Context, click.Parameter, str | None], list[int] | None]:
+    """A callback for "0,1024,4096": numbers in ``low``..``high``."""
 
     def parse(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:
         parts = [] if value is None else value.split(",")
-        if not all(re.fullmatch(r"\d{1,9}", p, re.ASCII) and int(p) >= low for p in parts):
-            raise click.BadParameter(f"{value!r}, expected numbers >= {low} with commas between")
+        if not all(re.fullmatch(r"\d{1,9}", p, re.ASCII) and low <= int(p) <= high for p in parts):
+            raise click.BadParameter(f"{value!r}, expected numbers {low}..{high} with commas between")
         return None if value is None else sorted({int(p) for p in parts})
 
     return parse
@@ -365,7 +370,7 @@ Examples:
   deepcalm bench v3.dcalm --draft 2 --accept 0.8       (drafts right with this probability, for models not trained)"""
 )
 @click.argument("file", type=FILE, required=False)
-@click.option("--prompt", type=POSITIVE, metavar="N", help="Tokens of the timed prefill (default: 512).")
+@click.option("--prompt", type=POSITIVE, metavar="N", help="Tokens of the timed prefill (default: 512 if it can).")
 @click.option("--contexts", "--context", metavar="N,...", callback=_numbers(0),
               help="Tokens cached when decoding starts (default: 0,1024,4096, as far as the model goes).")
 @click.option("--tokens", type=POSITIVE, default=32, metavar="N", help="Timed decode steps (32).")
@@ -381,7 +386,8 @@ Examples:
 @click.option("--keep", type=FILE, metavar="FILE", help="Write synthetic weights here and keep them.")
 @click.option("--plot", type=FILE, metavar="FILE.png", help="Draw achieved and bound, and cost against context.")
 @click.option("--json-file", type=FILE, metavar="FILE", help="Write the JSON object here too.")
-@click.option("--threads", metavar="N,...", callback=_numbers(1), help="Threads, each in turn (default: as many as pay).")
+@click.option("--threads", metavar="N,...", callback=_numbers(1, 1024),
+              help="Threads, each in turn (default: as many as pay).")
 @options("--kv", "--isa", "--json", "--quiet")
 def bench(
     file: Path | None, prompt: int | None, contexts: list[int] | None, tokens: int, repeats: int, draft: int | None,
@@ -395,13 +401,20 @@ def bench(
     from the weights and cache rows they touch; the read bandwidth is measured before every run.
     """
     from . import report
-    from .bench import CONTEXTS, bench_draft
     from .bench import bench as measure
+    from .bench import bench_draft
 
     if accept is not None and draft is None:
         raise click.UsageError("--accept goes with --draft K")
     if draft is not None and (plot or json_file or len(contexts or ()) > 1 or len(threads or ()) > 1):
         raise click.UsageError("--draft takes one context and one number of threads, no --plot and no --json-file")
+    if draft is not None and prompt is not None:
+        raise click.UsageError("--prompt does not go with --draft: --context N is the length of its prompt")
+    if plot is not None:
+        report.check_plot(plot)
+    for out in (plot, json_file):
+        if out is not None:
+            check_output(out)
     if synthetic is None and (dtype or attn_dtype or head_dtype or overrides or keep):
         raise click.UsageError("--dtype, --attn-dtype, --head-dtype, --set and --keep go with --synthetic NAME")
     if synthetic is not None and file is not None:
@@ -416,18 +429,15 @@ def bench(
         counts: list[int | None] = [*threads] if threads else [None]
         for n in counts:
             model = open_model(file, "cpu", n, isa, quiet)
-            limit = int(model.config["max_position_embeddings"])
-            length = min(512, limit) if prompt is None else prompt
             if draft is not None:
                 with progress("measuring", quiet) as update:
-                    drafted = bench_draft(model, draft, accept, (contexts or [128])[0], tokens, repeats, kv,
+                    drafted = bench_draft(model, draft, accept, contexts[0] if contexts else None, tokens, repeats, kv,
                                           progress=update)  # fmt: skip
                 values = dataclasses.asdict(drafted) | {"command": command}
                 write_json(values) if as_json else write(draft_text(drafted, command))
                 return
-            chosen = [c for c in CONTEXTS if c + tokens <= limit] if contexts is None else contexts
             with progress(f"measuring, {model.threads} threads", quiet) as update:
-                results.append(measure(model, length, chosen, tokens, repeats, kv,
+                results.append(measure(model, prompt, contexts, tokens, repeats, kv,
                                        random_weights=synthetic is not None, progress=update))  # fmt: skip
     value = {"command": command, "runs": [dataclasses.asdict(r) for r in results]}
     if as_json:
@@ -435,9 +445,11 @@ def bench(
     else:
         write("\n".join(report.text(r, command) for r in results))
     if json_file is not None:
-        json_file.write_text(json.dumps(value, indent=2) + "\n")
+        with whole_file(json_file) as name:
+            name.write_text(json.dumps(value, indent=2) + "\n")
     if plot is not None:
-        report.plot(results, plot)
+        with whole_file(plot) as name:
+            report.plot(results, name, report.check_plot(plot))
 
 
 def write_synthetic(

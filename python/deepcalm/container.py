@@ -6,18 +6,21 @@ number is checked against the real file size before anything is allocated.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
+import secrets
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from deepcalm.errors import Error
+from deepcalm.errors import Error, ResourceError
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 MAX_TENSORS = 2_000_000
@@ -84,6 +87,46 @@ def parse_json(data: bytes, what: str, error: type[Error], lenient: bool = False
         raise error(f"{what}: JSON nested too deeply") from None
     except (ValueError, MemoryError) as e:
         raise error(f"{what}: not valid JSON: {str(e)[:160] or type(e).__name__}") from None
+
+
+def check_output(path: Path) -> None:
+    """Raises ResourceError unless a file can be written there: for long work, before it begins."""
+    special = path.exists() and not path.is_file() and not path.is_dir()  # a device, a pipe
+    code = 0
+    if path.is_dir():
+        code = errno.EISDIR
+    elif not special and not path.resolve().parent.is_dir():
+        code = errno.ENOENT
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        code = errno.EACCES
+    if code:
+        raise ResourceError(f"{path}: cannot be written: {os.strerror(code)}")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes ``path`` when the block ends well; until then ``path`` stays as it was.
+
+    The name is a temporary one beside it, one for each writer, and leaves nothing behind; a symbolic link is followed.
+    What is no regular file (/dev/stdout, a pipe) is written to as it is.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    check_output(path)
+    target = path if path.exists() and not path.is_file() else path.resolve()
+    name = target if target.exists() and not target.is_file() else target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        yield name
+        if name != target:
+            with name.open("rb+") as f:
+                os.fsync(f.fileno())
+            name.replace(target)
+    except OSError as e:
+        raise ResourceError(f"{path}: cannot be written: {e.strerror or e}") from None
+    finally:
+        if name != target:
+            name.unlink(missing_ok=True)
 
 
 def _refuse_foreign(f: File) -> None:

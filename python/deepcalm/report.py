@@ -181,16 +181,26 @@ def draw_cost(
         axes.plot(contexts, [fit[0] + fit[1] * c for c in contexts], "-", color=color, linewidth=1, label=line)
 
 
-def plot(results: list[BenchResult], path: Path) -> None:
-    """Achieved against bound per context, and the cost of a step against the context, as an image.
+def check_plot(path: Path) -> str:
+    """The kind of image that ``path`` names by its suffix.
 
     Raises:
-        UnsupportedError: matplotlib is not installed, or it does not know the file's suffix.
+        UnsupportedError: matplotlib is not installed, or it does not know the suffix.
     """
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise UnsupportedError("plots need matplotlib: pip install 'deepcalm[plot]'") from None
+    known, kind = FigureCanvasBase.get_supported_filetypes(), path.suffix[1:].lower()
+    if kind not in known:
+        raise UnsupportedError(f"{path}: no image format {path.suffix!r}; matplotlib knows {', '.join(sorted(known))}")
+    return kind
+
+
+def plot(results: list[BenchResult], path: Path, kind: str) -> None:
+    """Achieved against bound per context, and the cost of a step against the context, as an image of this kind."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, r in enumerate(results):
@@ -209,7 +219,4 @@ def plot(results: list[BenchResult], path: Path) -> None:
     figure.suptitle(
         f"{Path(first.file).name}, {first.isa}, cache {first.kv}: {first.machine['processor']}", fontsize=10
     )
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as e:
-        raise UnsupportedError(f"{path}: {e}") from None
+    figure.savefig(path, dpi=120, format=kind)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from . import _core, limits
 from .arguments import integer, token_ids
+from .container import File, whole_file
 from .draft import MAX_DRAFT
 from .errors import ResourceError, SessionError
 from .text import one_line
@@ -581,20 +582,15 @@ class Session:
         from safetensors.numpy import save_file
 
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with self.lock:
             self._pause()
             self._catch_up()
             state = self._core.state()
-        try:
-            save_file(state, temporary, self._identity())
-            with temporary.open("rb+") as f:
-                os.fsync(f.fileno())
-            temporary.replace(path)
-        except (OSError, safetensors.SafetensorError) as e:
-            raise ResourceError(f"{path}: cannot be written: {one_line(e)}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path) as name:
+            try:
+                save_file(state, name, self._identity())
+            except safetensors.SafetensorError as e:
+                raise ResourceError(f"{path}: cannot be written: {one_line(e)}") from None
 
     def restore(self, path: str | os.PathLike[str], force: bool = False) -> None:
         """Replaces the session's state by a saved one; the following logits are the same bits as before.
@@ -610,7 +606,7 @@ class Session:
 
         path = Path(path)
         try:
-            with safetensors.safe_open(path, framework="numpy") as f:
+            with File(path, SessionError), safetensors.safe_open(path, framework="numpy") as f:  # a pipe would block
                 state = self._fitting(path, f, force)
         except (OSError, safetensors.SafetensorError) as e:
             raise SessionError(f"{path}: cannot be read as a saved session: {one_line(e)}") from None

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core, hf_config
+from .container import whole_file
 from .errors import ResourceError, UnsupportedError
 from .pack import Job, file_header, slabs, write_at
 from .packed import TILE_BYTES, TILE_COLS, TILE_ROWS, Stored, spec_shape, stored_file
@@ -99,8 +100,9 @@ def make_config(spec: str, overrides: Sequence[str] = (), mtp: bool = True) -> t
     preset, n_tokens = PRESETS[name]
     config = dict(preset)
     if layers:
-        if not (layers.isascii() and layers.isdigit() and 1 <= int(layers[:9]) <= 1024):
-            raise ValueError(f"{spec}: layers {layers!r}, expected a number 1..1024")
+        most = config["num_hidden_layers"]
+        if not (layers.isascii() and layers.isdigit() and 1 <= int(layers[:9]) <= most):
+            raise ValueError(f"{spec}: layers {layers!r}, expected a number 1..{most}, as many as the model has")
         config["num_hidden_layers"] = int(layers)
     for item in overrides:
         key, _, value = item.partition("=")
@@ -274,35 +276,31 @@ def write_model(
     total = len(file_header(plan, jobs)) + sum(s.container()[2] for job in jobs for s in job.stored)
     if (free := shutil.disk_usage(path.parent).free) < total and not sparse:
         raise ResourceError(f"{path}: {total / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on that disk")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb", buffering=0) as out, ThreadPoolExecutor(1, "deepcalm-write") as writer:
-            os.ftruncate(out.fileno(), total)  # padding is never written: it reads as zeros
-            end = len(file_header(plan, jobs))
-            pending = []
-            for job in jobs:
-                for s in job.stored:
-                    sha, at = hashlib.sha256(), end
-                    pieces: Iterable[U8] = [np.frombuffer(job.blob, np.uint8)] if job.blob else []
-                    if not job.blob and not sparse:
-                        pieces = values.pieces(s, deviations[s.name])
-                    for piece in slabs(pieces, at):
-                        pending.append(writer.submit(write_at, out.fileno(), piece.data, at))
-                        sha.update(piece.data)  # beside the write
-                        at += len(piece)
-                        while len(pending) > 8:
-                            pending.pop(0).result()
-                    job.sha.append(sha.hexdigest())
-                    end += s.container()[2]
-                    if progress:
-                        progress(end, total)
-            for write in pending:
-                write.result()
-            write_at(out.fileno(), file_header(plan, jobs), 0)
-            os.fsync(out.fileno())
-        temporary.replace(path)
-    except OSError as e:
-        raise ResourceError(f"{path}: cannot be written: {e.strerror or e}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        whole_file(path) as name,
+        name.open("wb", buffering=0) as out,
+        ThreadPoolExecutor(1, "deepcalm-write") as writer,
+    ):
+        os.ftruncate(out.fileno(), total)  # padding is never written: it reads as zeros
+        end = len(file_header(plan, jobs))
+        pending = []
+        for job in jobs:
+            for s in job.stored:
+                sha, at = hashlib.sha256(), end
+                pieces: Iterable[U8] = [np.frombuffer(job.blob, np.uint8)] if job.blob else []
+                if not job.blob and not sparse:
+                    pieces = values.pieces(s, deviations[s.name])
+                for piece in slabs(pieces, at):
+                    pending.append(writer.submit(write_at, out.fileno(), piece.data, at))
+                    sha.update(piece.data)  # beside the write
+                    at += len(piece)
+                    while len(pending) > 8:
+                        pending.pop(0).result()
+                job.sha.append(sha.hexdigest())
+                end += s.container()[2]
+                if progress:
+                    progress(end, total)
+        for write in pending:
+            write.result()
+        write_at(out.fileno(), file_header(plan, jobs), 0)
     return total
