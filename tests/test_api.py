@@ -440,7 +440,7 @@ def test_text_generation_stops_at_strings_and_flushes(model: deepcalm.Model) -> 
     assert text([*b"ab", user, *b"cd"], ("<|user|>", "x")) == ("ab", "stop")
     assert text([*b"ab x", user, *b"y"], ("xy", "<|user|>")) == ("ab x", "stop")
     assert text([*b"ab<|user|>c"], ("<|user|>",)) == ("ab", "stop")
-    with pytest.raises(ValueError, match=r"'<\|user\|>' is a special token"):
+    with pytest.raises(SessionError, match=r"'<\|user\|>' is a special token"):
         text([*b"ab"], ("\n<|user|>",))
     assert text([*b"xST\xc3"], ("STOP",)) == ("xST\ufffd", "length")
     assert text([*b"aSTx"], ("STOP",), interrupt=True) == ("a", "interrupted")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib
 import io
 import json
 import os
@@ -170,9 +171,8 @@ def test_stop_strings_understand_escapes(run: Run, path: Path, monkeypatch: pyte
     assert stops == [("\n", "a\tb\r", "\\n", "C:\\dir", "\\")]
 
 
-def test_stop_that_can_never_match_is_a_usage_error(run: Run, path: Path) -> None:
-    code, _, err = run("generate", "-m", path, "--stop", "\\n<|user|>", "the")
-    assert code == 2 and "'<|user|>' is a special token" in err
+def test_stop_that_can_never_match_is_refused(run: Run, path: Path) -> None:
+    assert "'<|user|>' is a special token" in error(run("generate", "-m", path, "--stop", "\\n<|user|>", "the"))
 
 
 def test_generate_with_chat_template(run: Run, path: Path) -> None:
@@ -248,6 +248,10 @@ def test_demo_model_tells_a_story(run: Run) -> None:
         ("generate", "a", "--draft", "much"),
         ("generate", "a", "--draft", "8"),
         ("generate", "a", "--what"),
+        ("generate", "a", "--isa", "mmx"),
+        ("inspect",),
+        ("verify",),
+        ("perplexity",),
         ("chat", "--stop", ""),
         ("pack",),
         ("pack", "src"),
@@ -267,6 +271,23 @@ def test_wrong_usage_is_2(run: Run, args: tuple[str, ...]) -> None:
 def test_no_arguments_shows_help(run: Run) -> None:
     code, _, err = run()
     assert code == 2 and "Examples:" in err
+
+
+def test_every_command_that_has_defaults_runs_without_arguments(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are wrong usage (test_wrong_usage_is_2)."""
+    measure = importlib.import_module("deepcalm.bench").bench
+
+    def quick(*args: object, **_options: object) -> object:
+        model, prompt, contexts, tokens, _repeats, kv = args
+        return measure(model, prompt, contexts, tokens, 1, kv, 1)
+
+    monkeypatch.setattr(importlib.import_module("deepcalm.bench"), "bench", quick)
+    needs_arguments = {"generate", "pack", "inspect", "verify", "perplexity"}
+    assert {name for name in cli.cli.commands if run(name, stdin=b"")[0] != 0} == needs_arguments
+
+
+def test_isa_names_are_those_of_the_kernels() -> None:
+    assert set(cli_common.ISAS) == {isa["name"] for isa in _core.isas()}
 
 
 @pytest.mark.parametrize("command", ["", *cli.cli.commands])
@@ -315,7 +336,6 @@ def test_errors_are_one_line_with_the_reason(run: Run, path: Path, tmp_path: Pat
         ((*base, "--ctx", "99999999999", "a"), r"ctx: 99999999999, expected 1\.\.1280"),
         (("generate", "-m", no_bos, ""), "the prompt is empty, and this model has no bos"),
         *([((*base, "--device", "cuda", "a"), device_cases.NO_CUDA)] if device_cases.missing("cuda") else []),
-        ((*base, "--isa", "mmx", "a"), "mmx"),
         (("generate", "-m", surface_cases.packed("moonlight"), "--draft", "2", "a"), "no MTP layer"),
         (("perplexity", path, tmp_path / "missing.txt"), r"missing\.txt: No such file"),
         (("perplexity", path, tmp_path / "bad.txt"), "not valid UTF-8"),
@@ -464,14 +484,28 @@ def test_chat_errors_leave_the_conversation_going(run: Run, path: Path) -> None:
     assert "the prompt has 73 tokens, the context 64 positions" in err and "/reset starts over" in err
 
 
-def test_chat_without_template_is_refused(run: Run, tmp_path: Path) -> None:
+def test_chat_without_template_continues_the_text(run: Run, tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "hf", "moonlight", dtype="f32")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["chat_template"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     deepcalm.pack(folder, tmp_path / "m.dcalm")
-    for args in (("chat",), ("generate", "--chat", "Hi")):
+    for args in (("chat", "--system", "S"), ("generate", "--chat", "Hi")):
         assert "has no chat template; use a raw prompt" in error(run(*args, "-m", tmp_path / "m.dcalm"))
+    m = deepcalm.Model(tmp_path / "m.dcalm")
+    code, out, err = run("chat", "-m", m.path, "-n", "4", stdin=b"the\n/reset\nan\nthe other\n")
+    texts = []
+    for prompt in ("the", "an", "an{}\nthe other"):
+        texts.append(deepcalm.generate(prompt.format(*texts[1:]), m, max_tokens=4))
+    assert (code, out.decode()) == (0, "".join(t + "\n" for t in texts))
+    assert err.startswith("this model has no chat template: it continues the text")
+
+
+def test_chat_without_template_begins_anew_after_an_end(run: Run) -> None:
+    """As the demo model's stories: one that has ended is not continued."""
+    code, out, err = run("chat", "--temp", "0", stdin=b"Once upon a time\nOnce upon a time\n")
+    once, again = out.decode().split("\n, there was")
+    assert (code, "\n, there was" + again) == (0, "\n" + once + "\n") and err.count("ended by eos") == 2
 
 
 def test_chat_ctrl_c_stops_the_answer_only() -> None:

@@ -1,9 +1,13 @@
-"""What commands write and read beside the model: whole files."""
+"""What commands write and read beside the model: whole files, closed streams, signals at any time."""
 
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +99,88 @@ def test_a_pipe_in_the_place_of_a_file_does_not_block(tmp_path: Path) -> None:
         surface_cases.model().session(8).restore(tmp_path / "pipe")
     with pytest.raises(PackedFileError, match="not a regular file"):
         deepcalm.Model(tmp_path / "pipe")
+
+
+# ---- closed streams
+
+
+@pytest.mark.parametrize(
+    ("closed", "args", "code", "reason"),
+    [
+        ("<&-", ("generate", "-n", "2", "-"), 1, "standard input: Bad file descriptor"),
+        ("<&-", ("chat", "-q"), 1, "standard input: Bad file descriptor"),
+        ("<&-", ("perplexity", "{}", "-"), 1, "standard input: Bad file descriptor"),
+        ("<&-", ("generate", "-q", "-n", "2", "the"), 0, ""),
+        (">&-", ("generate", "-n", "2", "the"), 1, "standard output: Bad file descriptor"),
+        (">&-", ("inspect", "{}"), 1, "standard output: Bad file descriptor"),
+        (">&-", ("--help",), 1, "standard output: Bad file descriptor"),
+        (">/dev/full", ("--version",), 1, f"standard output: {FULL}"),
+        ("2>&-", ("generate", "-n", "2", "the"), 0, ""),
+        ("<&- >&- 2>&-", ("generate", "-n", "2", "the"), 1, ""),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
+def test_closed_streams(closed: str, args: tuple[str, ...], code: int, reason: str) -> None:
+    path = str(surface_cases.packed())
+    words = [a.format(path) for a in args]
+    if args[0] in ("generate", "chat"):
+        words[1:1] = ["-m", path, "--threads", "1"]
+    command = ["/bin/sh", "-c", f'exec "$0" "$@" {closed}', *surface_cases.COMMAND, *words]
+    r = subprocess.run(command, env=surface_cases.environment(), capture_output=True, timeout=60, check=False)
+    err = r.stderr.decode()
+    assert r.returncode == code and "Traceback" not in err and "Exception ignored" not in err, err
+    assert err == (f"deepcalm: error: {reason}\n" if reason else "")
+
+
+# ---- signals
+
+
+def test_ctrl_c_at_any_time_is_130_without_a_traceback() -> None:
+    """From the first import on: the interpreter's own start, some 10 ms, is not ours."""
+    script = (
+        "import sys\n"
+        "import deepcalm.__main__ as m\n"
+        "class Tell:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'deepcalm.cli': print(flush=True)\n"
+        "sys.meta_path.insert(0, Tell())\n"
+        "sys.exit(m.main())\n"
+    )
+    for delay in np.linspace(0, 0.35, 12):
+        p = subprocess.Popen(
+            [sys.executable, "-c", script, "generate", "-m", surface_cases.endless(), "-n", "90000", "--ctx", "90000",
+             "--threads", "1", "the"],
+            env=surface_cases.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert p.stdout is not None
+        p.stdout.readline()
+        time.sleep(delay)
+        p.send_signal(signal.SIGINT)
+        _, err = p.communicate(timeout=60)
+        assert p.returncode in (130, -signal.SIGINT) and b"Traceback" not in err, (delay, p.returncode, err)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_terminated_commands_leave_no_temporary_files(tmp_path: Path, number: signal.Signals) -> None:
+    """The process stands in the middle of a temporary file, as ``bench --synthetic`` does for a long time."""
+    script = (
+        "import pathlib, sys, tempfile, time\n"
+        "import deepcalm.cli, deepcalm.cli_tools as tools\n"
+        "def write(path, *_):\n"
+        "    with tools.whole_file(path) as name:\n"
+        "        name.write_text('half')\n"
+        "        print(flush=True)\n"
+        "        time.sleep(60)\n"
+        "tools.write_synthetic = write\n"
+        "sys.argv[1:] = ['bench', '--synthetic', 'v2-lite:1']\n"
+        "sys.exit(deepcalm.cli.main())\n"
+    )
+    env = surface_cases.environment(TMPDIR=str(tmp_path))
+    p = subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert p.stdout is not None
+    p.stdout.readline()
+    assert len(list(tmp_path.glob("deepcalm-*/.*.tmp"))) == 1
+    p.send_signal(number)
+    _, err = p.communicate(timeout=60)
+    assert (p.returncode, err) == (128 + number, b"")
+    assert not list(tmp_path.iterdir())

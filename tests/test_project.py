@@ -71,7 +71,7 @@ def test_project_readme_commands_are_the_ones_that_ci_runs() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
     assert re.search(r"^.*pip install -q '\.\[test\]'\n(.*\n)*?pytest( |\n)", ci, re.M) and "pytest -m reference" in ci
     pyproject = (ROOT / "pyproject.toml").read_text()
-    assert 'deepcalm = "deepcalm.cli:main"' in pyproject
+    assert 'deepcalm = "deepcalm.__main__:main"' in pyproject
 
 
 def test_project_readme_names_files_that_exist() -> None:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .cli_common import (
+    FAILED,
     INTERRUPTED,
     RUNTIME,
     SAMPLING,
     Cli,
+    abandon_stdout,
+    check_streams,
     deferred_interrupt,
+    on_terminate,
     open_model,
     open_session,
     options,
+    read_stdin,
     read_text,
     say,
     write,
@@ -55,7 +61,7 @@ Examples:
   deepcalm generate "Once upon a time"
   deepcalm pack ~/models/DeepSeek-V2-Lite v2-lite.dcalm --dtype q8
   deepcalm chat -m v2-lite.dcalm
-Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage, 130 interrupted.""",
+Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage (the command line alone shows it), 130 interrupted.""",
 )
 @click.option(
     "--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Print the version."
@@ -274,11 +280,16 @@ def chat(
     """Talk with a model, line by line.
 
     Each turn renders the whole conversation with the checkpoint's template and computes only what follows the longest
-    prefix that is still in the cache.
+    prefix that is still in the cache. A model without a template, such as the demo model, continues the text so far,
+    your line included, until it ends it; the next line begins a new one.
     """
     model = open_model(path, device, threads, isa, quiet, lock)
     opening = [{"role": "system", "content": system}] if system is not None else []
-    model.apply_chat_template([*opening, {"role": "user", "content": "x"}])  # no template: say so before the first turn
+    templated = model.chat_template is not None
+    if templated or opening:
+        model.apply_chat_template([*opening, {"role": "user", "content": "x"}])  # fails before the first turn
+    else:
+        say("this model has no chat template: it continues the text, yours and its own; /reset begins a new one", quiet)
     session = open_session(model, ctx, kv, sampling["draft"], quiet)
     sampling |= how_to_sample(model, quiet, **sampling)
     messages = list(opening)
@@ -293,7 +304,7 @@ def chat(
             continue
         messages.append({"role": "user", "content": line})
         try:
-            ids = model.encode_chat(messages)
+            ids = model.encode_chat(messages) if templated else model.encode(running_text(messages))
             check_room(len(ids), session)
         except Error as e:
             say(f"deepcalm: error: {e}; /reset starts over")
@@ -303,7 +314,9 @@ def chat(
         cached = session.core.pos
         answer, seed = start(session, ids[kept:], max_tokens, **sampling)
         stream(answer)
-        if answer.text:
+        if answer.reason == "eos" and not templated:
+            messages.clear()
+        elif answer.text:
             messages.append({"role": "assistant", "content": answer.text})
         else:
             messages.pop()
@@ -312,12 +325,17 @@ def chat(
     return 0
 
 
+def running_text(messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation without a template, as the terminal shows it: each answer follows its line, and ends one."""
+    return "".join(m["content"] + ("\n" if m["role"] == "assistant" else "") for m in messages)
+
+
 def read_turn(quiet: bool) -> str | None:
     """A line from stdin without its end; None at the end of input."""
     while True:
         if sys.stdin.isatty() and not quiet:
             click.echo("> ", err=True, nl=False)
-        data = sys.stdin.buffer.readline()
+        data = read_stdin(sys.stdin.buffer.readline)
         if not data:
             say("", quiet or not sys.stdin.isatty())
             return None
@@ -328,7 +346,12 @@ def read_turn(quiet: bool) -> str | None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit code."""
+    """Runs a command line (None: the process's own); returns the exit code."""
+    if args is None:
+        check_streams()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:  # not what nohup ignores
+                signal.signal(number, on_terminate)
     try:
         code = cli.main(args=args, prog_name="deepcalm", standalone_mode=False)
     except click.ClickException as e:
@@ -336,4 +359,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return e.exit_code
     except click.Abort:
         return INTERRUPTED
+    except OSError as e:  # the help could not be written
+        abandon_stdout()
+        say(f"deepcalm: error: standard output: {e.strerror or e}")
+        return FAILED
     return code if isinstance(code, int) else 0

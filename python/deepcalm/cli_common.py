@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 FAILED, INTERRUPTED = 1, 130
+ISAS = ("scalar", "avx2", "avx512", "avx512x")
 
 POSITIVE = click.IntRange(min=1)
 FILE = click.Path(path_type=Path)
@@ -69,7 +70,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--device": {"type": click.Choice(["cpu", "cuda", "auto"]), "default": "cpu", "show_default": True,
                  "help": "Where to compute."},
     "--threads": {"type": click.IntRange(1, 1024), "metavar": "N", "help": "Threads (default: as many as pay)."},
-    "--isa": {"metavar": "NAME", "help": "scalar, avx2, avx512 or avx512x (default: the best)."},
+    "--isa": {"type": click.Choice(ISAS), "help": "Instruction set (default: the best that this processor has)."},
     "--ctx": {"type": POSITIVE, "metavar": "N",
               "help": "Positions in the cache (default: the model's maximum, at most 4096)."},
     "--kv": {"type": click.Choice(["f16", "bf16", "f32", "q8"]), "default": "f16", "show_default": True,
@@ -228,7 +229,35 @@ def open_session(model: Model, ctx: int | None, kv: str, draft: str | int, quiet
 
 def read_text(source: str) -> bytes:
     """The bytes of a file, or of stdin for "-"."""
-    return sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    return read_stdin(sys.stdin.buffer.read) if source == "-" else Path(source).read_bytes()
+
+
+def read_stdin(read: Callable[[], bytes]) -> bytes:
+    """What ``read`` gets from stdin; an Error that names it if it is closed or a folder."""
+    try:
+        return read()
+    except OSError as e:
+        raise Error(f"standard input: {e.strerror or e}") from None
+
+
+def check_streams() -> None:
+    """Gives closed standard streams a descriptor, so that no file that is opened takes its place.
+
+    Reading from it and writing to it fail ("Bad file descriptor"): each is opened for the other direction. What would
+    go to stderr is lost.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.close(fd)
+        os.open(os.devnull, (os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)[fd])
+    os.close(fd)
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(fd, mode, encoding="utf-8", closefd=False))
+
+
+def on_terminate(number: int, _frame: object) -> None:
+    """SIGTERM and SIGHUP end the command like an exception, so that temporary files are removed."""
+    raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager

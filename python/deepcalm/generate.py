@@ -292,7 +292,8 @@ class TextGeneration(Iterator[str]):
         stop: a string, or several.
 
     Raises:
-        ValueError: a stop string is empty, or holds the text of a special token beside other text.
+        ValueError: a stop string is empty.
+        SessionError: one holds the text of a special token beside other text.
     """
 
     def __init__(self, generation: Generation, stop: str | Sequence[str] = ()) -> None:

@@ -112,12 +112,12 @@ class Vocabulary:
         """The special tokens among stop strings: they show as no text, and would never match.
 
         Raises:
-            ValueError: a stop string holds the text of a special token beside other text.
+            SessionError: a stop string holds the text of a special token beside other text.
         """
         special = {t: i for i, t in self._added.items() if t and i in self._special}
         for s in stops:
             if s not in special and (inside := next((t for t in special if t in s), None)):
-                raise ValueError(f"stop {s!r}: {inside!r} is a special token, which shows as no text: name it alone")
+                raise SessionError(f"stop {s!r}: {inside!r} is a special token, which shows as no text: name it alone")
         return frozenset(special[s] for s in stops if s in special)
 
     def encode(self, text: str, plain: bool = False) -> list[int]:
