@@ -7,6 +7,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <memory>
+
 namespace py = pybind11;
 
 // Raises deepcalm.errors.<class of error.code> with the error's message.
@@ -19,11 +21,26 @@ template <class T> T unwrap(deepcalm::Result<T> result) {
 inline void unwrap(deepcalm::Status status) {
     if (!status.ok()) throw_error(status.error());
 }
-// fn() while other Python threads run, in the default floating-point mode; it must not touch Python's objects.
+// fn() while other Python threads run, in the default floating-point mode; it must not touch Python's objects. Whatever may wait
+// for a lock or takes long runs in it: otherwise one thread's pass stops the interpreter for all.
 template <class Fn> decltype(auto) without_gil(Fn&& fn) {
     const py::gil_scoped_release release;
     const deepcalm::FloatMode mode;
     return fn();
+}
+// Deletes what Python lets go of: unmapping takes its time, and a session on a device waits for the pass that runs.
+struct DeleteWithoutGil {
+    template <class T> void operator()(T* p) const {
+        without_gil([p] { delete p; });
+    }
+};
+// The array at `data`, which `owner` holds; the array keeps the owner from now on.
+template <class E, class Owner>
+py::array_t<E> as_array(std::vector<py::ssize_t> shape, const void* data, Owner&& owner) {
+    auto kept = std::make_unique<Owner>(std::move(owner));
+    const py::capsule base(kept.get(), [](void* p) { delete static_cast<Owner*>(p); });
+    kept.release();
+    return py::array_t<E>(std::move(shape), static_cast<const E*>(data), base);
 }
 
 // The normalised configuration (keys = fields of ModelConfig, enums as strings), validated. Missing, mistyped and unknown

@@ -14,6 +14,7 @@
 #include "kernels/elementary.h"
 #include "kernels/kernels.h"
 #include "python/bind_common.h"
+#include "runtime/model.h"
 #include "runtime/probe.h"
 
 namespace py = pybind11;
@@ -417,6 +418,14 @@ void init_testing(py::module_& m) {
           "row_end"_a, "softmax_scale"_a, "bf16_dot"_a = true,
           "(m [n, heads], l [n, heads], o [n, heads, c_pad]) of one partial.");
     m.def("mla_combine", &mla_combine, "isa"_a, "m"_a, "l"_a, "o"_a, "One head's partials -> f32 [c_pad].");
+    m.def(
+        "hold_passes",
+        [](Model& model, const py::function& fn) {
+            std::unique_lock held(model.pass_mutex(), std::defer_lock);
+            without_gil([&] { held.lock(); });
+            fn();
+        },
+        "model"_a, "fn"_a, "Calls fn() as if a pass of the model ran meanwhile.");
     m.def("route", &route_rows, "gate_logits"_a, "bias"_a, "k"_a, "n_group"_a, "topk_group"_a, "scoring"_a, "method"_a,
           "norm_topk_prob"_a, "scale"_a, "(topk_idx int32 [n, k], topk_weight f32 [n, k]).");
     m.def("exp", py::vectorize(exp_f64), "x"_a, "e^x, f64.");

@@ -1,5 +1,6 @@
 // Module deepcalm._core: thin conversions between Python objects and the C++ runtime. No model knowledge here.
-// Passes run without the GIL; arrays returned are fresh copies owned by Python.
+// Whatever takes the model's mutex runs without the GIL; arrays returned are fresh copies owned by Python, and arrays of ids
+// are copied before they are checked, because another thread may write to them.
 #include "bind_common.h"
 #include "runtime/probe.h"
 #include "runtime/sampler.h"
@@ -9,6 +10,7 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <functional>
 
 using namespace deepcalm;
 
@@ -67,9 +69,20 @@ py::ssize_t logit_rows(WantLogits want, py::ssize_t n) {
     return want == WantLogits::kAll ? n : want == WantLogits::kLast ? 1 : 0;
 }
 
-std::span<const int32_t> as_span(const I32Array& ids) {
+std::vector<int32_t> copy_ids(const I32Array& ids) {
     if (ids.ndim() != 1) throw_error(session_error("ids: " + std::to_string(ids.ndim()) + " dimensions, expected 1"));
-    return {ids.data(), static_cast<size_t>(ids.size())};
+    return {ids.data(), ids.data() + ids.size()};
+}
+
+I32Array token_array(std::vector<int32_t> ids) {
+    return as_array<int32_t>({static_cast<py::ssize_t>(ids.size())}, ids.data(), std::move(ids));
+}
+U8Array rows_array(CacheRows rows) {
+    return as_array<uint8_t>({rows.n_layers, rows.n, static_cast<py::ssize_t>(rows.row_bytes)}, rows.bytes.get(),
+                             std::move(rows.bytes));
+}
+F32Array hidden_array(std::vector<float> rows, py::ssize_t d) {
+    return as_array<float>({static_cast<py::ssize_t>(rows.size()) / d, d}, rows.data(), std::move(rows));
 }
 
 SampleParams sample_params(double temp, int top_k, double top_p, double min_p, uint64_t seed) {
@@ -132,31 +145,37 @@ py::capsule dlpack(py::object owner, uintptr_t address, std::vector<int64_t> sha
 }
 
 class PySession {
+    // A call of the session, which may wait for the passes of others.
+    template <class Fn, class... Args> auto call(Fn fn, const Args&... args) const {
+        return without_gil([&] { return std::invoke(fn, *s_, args...); });
+    }
+
   public:
     PySession(Model& model, int ctx, const std::string& kv, int max_rows, bool mtp)
         : vocab_(model.cfg().vocab_size), d_(model.cfg().hidden_size) {
-        s_ = unwrap(Session::make(model, ctx, cache_type(kv), max_rows, mtp));
+        const CacheType type = cache_type(kv);
+        s_ = unwrap(without_gil([&] { return Session::make(model, ctx, type, max_rows, mtp); }));
     }
 
     F32Array forward(const I32Array& ids, const std::string& logits) {
         const WantLogits want = want_logits(logits);
-        const auto span = as_span(ids);
+        const auto copy = copy_ids(ids);
         F32Array out({logit_rows(want, ids.size()), vocab_});
         float* data = out.mutable_data();
-        unwrap(without_gil([&] { return s_->forward(span, want, data); }));
+        unwrap(call(&Session::forward, copy, want, data));
         return out;
     }
 
     py::tuple mtp_forward(const I32Array& ids, const F32Array& hidden, const std::string& logits) {
         const WantLogits want = want_logits(logits);
-        const auto span = as_span(ids);
+        const auto copy = copy_ids(ids);
         if (hidden.ndim() != 2 || hidden.shape(0) != ids.size() || hidden.shape(1) != d_) {
             throw_error(session_error("hidden: expected shape [" + std::to_string(ids.size()) + ", " +
                                       std::to_string(d_) + "]"));
         }
         F32Array out({logit_rows(want, ids.size()), vocab_}), g({ids.size(), d_});
         float *out_data = out.mutable_data(), *g_data = g.mutable_data();
-        unwrap(without_gil([&] { return s_->mtp_forward(span, hidden.data(), want, out_data, g_data); }));
+        unwrap(without_gil([&] { return s_->mtp_forward(copy, hidden.data(), want, out_data, g_data); }));
         return py::make_tuple(out, g);
     }
 
@@ -166,10 +185,12 @@ class PySession {
                       .sample = sample_params(temp, top_k, top_p, min_p, seed),
                       .n_valid = n_valid,
                       .min_confidence = static_cast<float>(min_confidence)};
+        std::vector<int32_t> drafts;
         if (forced) {
-            if (forced->size() != k)
-                throw_error(session_error("forced: " + std::to_string(forced->size()) + " drafts, expected k"));
-            p.forced = forced->data();
+            drafts = copy_ids(*forced);
+            if (std::ssize(drafts) != k)
+                throw_error(session_error("forced: " + std::to_string(drafts.size()) + " drafts, expected k"));
+            p.forced = drafts.data();
         }
         F32Array logits({want_logits ? py::ssize_t{k} + 1 : py::ssize_t{0}, vocab_});
         float* data = want_logits ? logits.mutable_data() : nullptr;
@@ -187,37 +208,24 @@ class PySession {
         return d;
     }
 
-    F32Array hidden() const {
-        const py::ssize_t n = s_->last_rows();
-        F32Array out({n, d_});
-        for (py::ssize_t i = 0; i < n; ++i) {
-            std::copy_n(s_->hidden() + i * s_->hidden_stride(), d_, out.mutable_data(i, 0));
-        }
-        return out;
-    }
+    int pos(bool mtp) const { return call(&Session::pos, mtp); }
 
-    void truncate(int n) { unwrap(s_->truncate(n)); }
+    F32Array hidden() const { return hidden_array(call(&Session::hidden), d_); }
 
-    // [layers, len, row_bytes]
-    U8Array read_cache(bool mtp) {
-        const KvCache& c = s_->cache(mtp);
-        U8Array out({py::ssize_t{c.n_layers()}, py::ssize_t{c.len}, static_cast<py::ssize_t>(c.row_bytes())});
-        unwrap(s_->read_cache(mtp, reinterpret_cast<std::byte*>(out.mutable_data())));
-        return out;
-    }
+    void truncate(int n) { unwrap(call(&Session::truncate, n)); }
+
+    U8Array read_cache(bool mtp) const { return rows_array(unwrap(call(&Session::read_cache, mtp))); }
 
     void decode_start(int token, double temp, int top_k, double top_p, double min_p, uint64_t seed, int n_valid,
                       int64_t max_tokens, const I32Array& eos) {
-        const auto ids = as_span(eos);
+        const auto ids = copy_ids(eos);
         const SampleParams p = sample_params(temp, top_k, top_p, min_p, seed);
-        unwrap(s_->decode_start(token, p, n_valid, max_tokens, ids));
+        unwrap(call(&Session::decode_start, token, p, n_valid, max_tokens, ids));
     }
-    void decode_step(int k) {
-        unwrap(without_gil([&] { return s_->decode_step(k); }));
-    }
+    void decode_step(int k) { unwrap(call(&Session::decode_step, k)); }
     py::list decode_poll() {
         static constexpr const char* kStops[] = {"", "eos", "length", "context", "not finite"};
-        const std::vector<DeviceRound> rounds = unwrap(without_gil([&] { return s_->decode_poll(); }));
+        const std::vector<DeviceRound> rounds = unwrap(call(&Session::decode_poll));
         py::list out;
         for (const DeviceRound& r : rounds) {
             py::dict d;
@@ -232,13 +240,15 @@ class PySession {
         }
         return out;
     }
-    void decode_finish() {
-        unwrap(without_gil([&] { return s_->decode_finish(); }));
-    }
+    void decode_finish() { unwrap(call(&Session::decode_finish)); }
     // (address, shape, type string) of a device buffer; for the oracles
     py::tuple device_view(const std::string& name) {
         DeviceView v;
-        if (s_->device() == nullptr || !s_->model().device().api->view(s_->device(), name.c_str(), v))
+        const bool found = s_->device() != nullptr && without_gil([&] {
+                               const std::lock_guard lock(s_->model().pass_mutex());
+                               return s_->model().device().api->view(s_->device(), name.c_str(), v);
+                           });
+        if (!found)
             throw_error(session_error("device view: no buffer '" + name +
                                       "', expected on a device x, hidden, logits, cache, mtp_cache or a recorded tap"));
         py::tuple shape(v.n_dims);
@@ -258,21 +268,20 @@ class PySession {
         return text.c_str();
     }
 
-    I32Array tokens() const { return I32Array(static_cast<py::ssize_t>(s_->tokens().size()), s_->tokens().data()); }
+    I32Array tokens() const { return token_array(call(&Session::tokens)); }
 
-    py::dict state() {
+    py::dict state() const {
+        SessionState s = unwrap(call(&Session::state));
         py::dict d;
-        d["tokens"] = tokens();
-        d["cache"] = read_cache(false);
-        d["mtp_cache"] = read_cache(true);
-        F32Array pending({static_cast<py::ssize_t>(s_->pending().size()) / d_, d_});
-        std::copy(s_->pending().begin(), s_->pending().end(), pending.mutable_data());
-        d["hidden"] = pending;
+        d["tokens"] = token_array(std::move(s.tokens));
+        d["cache"] = rows_array(std::move(s.cache));
+        d["mtp_cache"] = rows_array(std::move(s.mtp_cache));
+        d["hidden"] = hidden_array(std::move(s.pending), d_);
         return d;
     }
 
     void load_state(const I32Array& tokens, const U8Array& rows, const U8Array& mtp_rows, const F32Array& hidden) {
-        const auto ids = as_span(tokens);
+        const auto ids = copy_ids(tokens);
         const auto require = [](const py::array& a, std::initializer_list<int64_t> shape, const char* name) {
             bool same = a.ndim() == static_cast<py::ssize_t>(shape.size());
             std::string text;
@@ -288,36 +297,34 @@ class PySession {
         require(rows, {main.n_layers(), static_cast<int64_t>(ids.size()), main.row_bytes()}, "cache");
         require(mtp_rows, {mtp.n_layers(), std::min<int64_t>(m, mtp.ctx()), mtp.row_bytes()}, "mtp_cache");
         require(hidden, {hidden.ndim() == 2 ? hidden.shape(0) : 0, d_}, "hidden");
-        unwrap(s_->load(ids, reinterpret_cast<const std::byte*>(rows.data()), static_cast<int>(m),
-                        reinterpret_cast<const std::byte*>(mtp_rows.data()),
-                        {hidden.data(), static_cast<size_t>(hidden.size())}));
+        const auto *main_bytes = reinterpret_cast<const std::byte*>(rows.data()),
+                   *mtp_bytes = reinterpret_cast<const std::byte*>(mtp_rows.data());
+        const std::span pending(hidden.data(), static_cast<size_t>(hidden.size()));
+        unwrap(without_gil([&] { return s_->load(ids, main_bytes, static_cast<int>(m), mtp_bytes, pending); }));
     }
 
     void trace(const std::optional<std::vector<std::string>>& names, const std::map<std::string, F32Array>& feed) {
         if (!feed.empty() && s_->device() == nullptr) throw_error(session_error("feed: this session runs on the CPU"));
-        s_->trace().feed.clear();
-        for (const auto& [name, values] : feed)
-            s_->trace().feed[name].assign(values.data(), values.data() + values.size());
-        s_->trace().enable(names.value_or(std::vector<std::string>{}));
-        s_->trace().taps.clear();
+        std::map<std::string, std::vector<float>> values;
+        for (const auto& [name, array] : feed) values[name].assign(array.data(), array.data() + array.size());
+        without_gil([&] { s_->trace(names.value_or(std::vector<std::string>{}), std::move(values)); });
     }
 
     py::dict taps() {
         py::dict out;
-        for (const auto& [name, tap] : s_->trace().taps) {
+        for (auto& [name, tap] : call(&Session::take_taps)) {
             const std::vector<py::ssize_t> shape(tap.shape.begin(), tap.shape.end());
             if (tap.is_int) {
-                out[name.c_str()] = py::array_t<int32_t>(shape, tap.i32.data());
+                out[name.c_str()] = as_array<int32_t>(shape, tap.i32.data(), std::move(tap.i32));
             } else {
-                out[name.c_str()] = py::array_t<float>(shape, tap.f32.data());
+                out[name.c_str()] = as_array<float>(shape, tap.f32.data(), std::move(tap.f32));
             }
         }
-        s_->trace().taps.clear();
         return out;
     }
 
     py::dict stats() const {
-        const SessionStats& t = s_->stats();
+        const SessionStats t = call(&Session::stats);
         py::dict d;
         d["passes"] = t.passes;
         d["rows"] = t.rows;
@@ -332,8 +339,9 @@ class PySession {
 
     py::list stage_stats() const {
         py::list out;
+        const SessionStats stats = call(&Session::stats);
         for (int i = 0; i < 2 * kNumStages; ++i) {
-            const StageStats& t = s_->stats().stages[i / kNumStages][i % kNumStages];
+            const StageStats& t = stats.stages[i / kNumStages][i % kNumStages];
             const std::string name = std::string(i < kNumStages ? "" : "mtp.") + kStageNames[i % kNumStages];
             if (t.calls > 0) out.append(py::make_tuple(name, t.calls, t.bytes, t.seconds, t.wait_sum, t.wait_max));
         }
@@ -342,7 +350,7 @@ class PySession {
 
     py::list expert_union() const {
         py::list out;
-        const ExpertUnion& u = s_->expert_union();
+        const ExpertUnion u = call(&Session::expert_union);
         for (int j = 1; j <= ExpertUnion::kMaxWindow; ++j) out.append(py::make_tuple(u.windows[j], u.experts[j]));
         return out;
     }
@@ -355,19 +363,21 @@ class PySession {
     py::ssize_t vocab_, d_;
 };
 
-std::unique_ptr<Model> open_model(const std::string& path, const py::dict& cfg, const py::list& tensors,
-                                  const std::optional<std::string>& isa, int threads,
-                                  const std::optional<std::string>& device, uint64_t fill_seed, bool adaptive) {
+using ModelHolder = std::unique_ptr<Model, DeleteWithoutGil>;
+using SessionHolder = std::unique_ptr<PySession, DeleteWithoutGil>;
+
+ModelHolder open_model(const std::string& path, const py::dict& cfg, const py::list& tensors,
+                       const std::optional<std::string>& isa, int threads, const std::optional<std::string>& device,
+                       uint64_t fill_seed, bool adaptive) {
     std::vector<TensorEntry> entries;
     for (const auto& t : tensors) entries.push_back(entry_from_dict(t.cast<py::dict>()));
-    if (device) {
-        const ModelConfig c = config_from_dict(cfg);
-        return unwrap(without_gil([&]() -> Result<std::unique_ptr<Model>> {
-            DC_TRY(Device d, open_device(*device));
-            return Model::open_on(std::move(d), path, c, entries, fill_seed);
-        }));
-    }
-    return unwrap(Model::open(path, config_from_dict(cfg), entries, isa ? isa->c_str() : nullptr, threads, adaptive));
+    const ModelConfig c = config_from_dict(cfg);
+    auto model = unwrap(without_gil([&]() -> Result<std::unique_ptr<Model>> {
+        if (!device) return Model::open(path, c, entries, isa ? isa->c_str() : nullptr, threads, adaptive);
+        DC_TRY(Device d, open_device(*device));
+        return Model::open_on(std::move(d), path, c, entries, fill_seed);
+    }));
+    return ModelHolder(model.release());
 }
 
 }  // namespace
@@ -444,7 +454,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("gumbel", &gumbel, py::arg("seed"), py::arg("pos"), py::arg("v"), py::call_guard<FloatMode>(),
           "The noise that sample() adds to token v.");
 
-    py::class_<Model>(m, "Model")
+    py::class_<Model, ModelHolder>(m, "Model")
         .def(py::init(&open_model), py::arg("path"), py::arg("cfg"), py::arg("tensors"), py::arg("isa") = py::none(),
              py::arg("threads") = 0, py::arg("device") = py::none(), py::arg("fill_seed") = 0,
              py::arg("adaptive") = false,
@@ -482,11 +492,11 @@ PYBIND11_MODULE(_core, m) {
             },
             py::arg("ctx_pos"), py::arg("kv"), "Bytes that decoding one token at this cache length reads.");
 
-    py::class_<PySession>(m, "Session")
+    py::class_<PySession, SessionHolder>(m, "Session")
         .def(py::init<Model&, int, const std::string&, int, bool>(), py::arg("model"), py::arg("ctx"), py::arg("kv"),
              py::arg("max_rows"), py::arg("mtp") = false, py::keep_alive<1, 2>())
-        .def_property_readonly("pos", [](PySession& s) { return s.cache(false).len; })
-        .def_property_readonly("mtp_pos", [](PySession& s) { return s.cache(true).len; })
+        .def_property_readonly("pos", [](const PySession& s) { return s.pos(false); })
+        .def_property_readonly("mtp_pos", [](const PySession& s) { return s.pos(true); })
         .def_property_readonly("ctx", [](PySession& s) { return s.cache(false).ctx(); })
         .def_property_readonly("max_rows", &PySession::max_rows)
         .def_property_readonly("tokens", &PySession::tokens, "Token ids of the cached positions [pos] int32 (a copy).")

@@ -38,11 +38,22 @@ Result<std::unique_ptr<Session>> Session::make(Model& model, int ctx, CacheType 
         DeviceError error;
         const DeviceApi* api = model.device().api;
         const DeviceSessionArgs args{.ctx = ctx, .kv = kv, .max_rows = max_rows, .mtp = c.num_nextn_predict_layers > 0};
+        const auto lock = s->lock();
         s->device_ = {api->open_session(model.device_model(), args, error), {api}};
         if (s->device_ == nullptr) return to_error(error);
     }
     DC_TRY(s->state_, State::make(c, max_rows, static_cast<int>(ceil_div(ctx, kPartialLen)), model.pool().size()));
     return s;
+}
+
+Session::~Session() {
+    if (device_ == nullptr) return;
+    try {
+        const auto waits_for_passes = lock();
+        device_.reset();
+    } catch (const InUseAtFork&) {  // the device is the parent's
+        (void)device_.release();
+    }
 }
 
 Status Session::check(const KvCache& cache, std::span<const int32_t> ids, const char* what) const {
@@ -181,7 +192,7 @@ Status Session::restore_pending() {
 }
 
 Status Session::forward(std::span<const int32_t> ids, WantLogits want, float* logits) {
-    const std::lock_guard lock(model_.pass_mutex());
+    const auto held = lock();
     DC_TRY_STATUS(check(cache_, ids, "forward"));
     const int n_logits = n_logits_of(want, ids.size());
     if (keep_mtp_) {
@@ -196,7 +207,7 @@ Status Session::forward(std::span<const int32_t> ids, WantLogits want, float* lo
 }
 
 Status Session::truncate(int n) {
-    const std::lock_guard lock(model_.pass_mutex());
+    const auto held = lock();
     DC_TRY_STATUS(not_decoding("truncate"));
     if (n < 0 || n > cache_.len) {
         return Error{ErrorCode::kSession,
@@ -219,7 +230,7 @@ void Session::forget(int n) {
     }
 }
 
-Status Session::copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_cache) {
+Status Session::copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_cache) const {
     const KvCache& c = cache(mtp);
     if (n == 0) return {};
     if (device_ != nullptr) {
@@ -233,18 +244,53 @@ Status Session::copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_c
     return {};
 }
 
-Status Session::read_cache(bool mtp, std::byte* out) {
-    const std::lock_guard lock(model_.pass_mutex());
+Result<CacheRows> Session::copy_cache(bool mtp) const {
     DC_TRY_STATUS(not_decoding("read cache"));
     const KvCache& c = cache(mtp);
+    const int64_t layer_bytes = c.len * c.row_bytes();
+    CacheRows out{c.n_layers(), c.len, c.row_bytes(), nullptr};
+    out.bytes = std::make_unique_for_overwrite<std::byte[]>(static_cast<size_t>(c.n_layers() * layer_bytes));
     for (int i = 0; i < c.n_layers(); ++i)
-        DC_TRY_STATUS(copy_rows(mtp, i, c.len, out + i * c.len * c.row_bytes(), false));
-    return {};
+        DC_TRY_STATUS(copy_rows(mtp, i, c.len, out.bytes.get() + i * layer_bytes, false));
+    return out;
+}
+
+Result<CacheRows> Session::read_cache(bool mtp) const {
+    const auto held = lock();
+    return copy_cache(mtp);
+}
+
+Result<SessionState> Session::state() const {
+    const auto held = lock();
+    SessionState s{.tokens = tokens_, .cache = {}, .mtp_cache = {}, .pending = pending_};
+    DC_TRY(s.cache, copy_cache(false));
+    DC_TRY(s.mtp_cache, copy_cache(true));
+    return s;
+}
+
+std::vector<float> Session::hidden() const {
+    const auto held = lock();
+    const int64_t d = model_.cfg().hidden_size;
+    std::vector<float> out(static_cast<size_t>(last_rows_ * d));
+    for (int64_t i = 0; i < last_rows_; ++i) std::copy_n(state_.final_h.row(i), d, out.begin() + i * d);
+    return out;
+}
+
+void Session::trace(std::vector<std::string> names, std::map<std::string, std::vector<float>> feed) {
+    const auto held = lock();
+    trace_.enable(std::move(names));
+    trace_.feed = std::move(feed);
+    trace_.taps.clear();
+}
+
+std::map<std::string, Tap> Session::take_taps() {
+    const auto held = lock();
+    return std::exchange(trace_.taps, {});
 }
 
 Status Session::load(std::span<const int32_t> tokens, const std::byte* main_rows, int m, const std::byte* mtp_rows,
                      std::span<const float> pending) {
-    const std::lock_guard lock(model_.pass_mutex());
+    const auto held = lock();
     const auto fail = [](const std::string& text) { return Error{ErrorCode::kSession, "saved session: " + text}; };
     const int64_t d = model_.cfg().hidden_size;
     const auto n = static_cast<int64_t>(tokens.size());
@@ -278,7 +324,7 @@ Status Session::load(std::span<const int32_t> tokens, const std::byte* main_rows
 
 Status Session::mtp_forward(std::span<const int32_t> ids, const float* hidden, WantLogits want, float* logits,
                             float* g) {
-    const std::lock_guard lock(model_.pass_mutex());
+    const auto held = lock();
     if (model_.cfg().num_nextn_predict_layers == 0)
         return Error{ErrorCode::kUnsupported, "mtp_forward: this model has no MTP layer"};
     if (keep_mtp_) return Error{ErrorCode::kSession, "mtp_forward: this session keeps its own MTP state"};

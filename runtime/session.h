@@ -1,4 +1,7 @@
-// One sequence on a model: tokens, caches, buffers, passes. Not thread-safe by itself; the model's mutex serialises passes.
+// One sequence on a model: tokens, caches, buffers, passes.
+//
+// Threads: every public function may be called from any thread. Those that read or change the state hold the model's mutex
+// from their checks to their last copy, so that they wait for passes, other sessions' too; what they return are copies.
 //
 // A session is (docs/model.md 7.3):
 //   tokens()               ids of the n cached positions
@@ -39,11 +42,26 @@ struct ExpertUnion {
     int64_t experts[kMaxWindow + 1] = {};  // [j] distinct (layer, expert) pairs in them, summed
 };
 
+// Rows 0..n-1 of every layer of a cache: [n_layers, n, row_bytes].
+struct CacheRows {
+    int n_layers = 0, n = 0;
+    int64_t row_bytes = 0;
+    std::unique_ptr<std::byte[]> bytes;
+};
+
+// What a saved session holds.
+struct SessionState {
+    std::vector<int32_t> tokens;  // [n]
+    CacheRows cache, mtp_cache;   // n and m rows
+    std::vector<float> pending;   // [n - m, hidden_size], or none where m + 1 == n
+};
+
 struct PassArgs;
 
 class Session {
   public:
     static constexpr int kMaxPending = deepcalm::kMaxPending;
+    ~Session();
 
     // keep_mtp: maintain the MTP cache and pending hidden states (drafting); refused for a model without an MTP layer.
     static Result<std::unique_ptr<Session>> make(Model& model, int ctx, CacheType kv, int max_rows, bool keep_mtp);
@@ -61,14 +79,19 @@ class Session {
     // be null. For tests and tools; refused when the session keeps the MTP state itself.
     Status mtp_forward(std::span<const int32_t> ids, const float* hidden, WantLogits want, float* logits, float* g);
 
-    const float* hidden() const { return state_.final_h.f32; }  // [last_rows(), hidden_stride()] f32
-    int64_t hidden_stride() const { return state_.final_h.stride(); }
-    int last_rows() const { return last_rows_; }  // 0 after an MTP pass
+    int pos(bool mtp) const { return copy(cache(mtp).len); }       // tokens in the main cache, rows in the MTP cache
+    std::vector<int32_t> tokens() const { return copy(tokens_); }  // [pos(false)]
+    std::vector<float> hidden() const;  // [rows of the last forward(), hidden_size]; none after an MTP pass
+    SessionStats stats() const { return copy(stats_); }
+    ExpertUnion expert_union() const { return copy(union_); }
+    Result<CacheRows> read_cache(bool mtp) const;
+    Result<SessionState> state() const;
+    // Taps to record from now on, and values that take their place (Trace).
+    void trace(std::vector<std::string> names, std::map<std::string, std::vector<float>> feed);
+    std::map<std::string, Tap> take_taps();  // of the passes since the last call
 
-    Model& model() { return model_; }
-    const KvCache& cache(bool mtp) const { return mtp ? mtp_cache_ : cache_; }
-    // rows 0..cache(mtp).len-1 of every layer: [n_layers, len, row_bytes]
-    Status read_cache(bool mtp, std::byte* out);
+    Model& model() const { return model_; }
+    const KvCache& cache(bool mtp) const { return mtp ? mtp_cache_ : cache_; }  // its shape; rows and len are pos()'s
 
     // Decoding on the device, without the host between tokens: start() after `token` (known, not yet in the cache), then
     // rounds of k drafts are queued and polled when they have ended; finish() brings tokens(), the caches' lengths and the pending
@@ -79,26 +102,25 @@ class Session {
     Status decode_step(int k);
     Result<std::vector<DeviceRound>> decode_poll();
     Result<DeviceDecodeState> decode_finish();
-    bool decoding() const { return decoding_; }
-    DeviceSession* device() { return device_.get(); }
-    Trace& trace() { return trace_; }
-    const SessionStats& stats() const { return stats_; }
-    const ExpertUnion& expert_union() const { return union_; }
+    DeviceSession* device() const { return device_.get(); }
     int max_rows() const { return state_.max_rows; }
-    bool keeps_mtp() const { return keep_mtp_; }
-    std::span<const int32_t> tokens() const { return tokens_; }
-    std::span<const float> pending() const { return pending_; }  // [n_pending, hidden_size]
 
   private:
     friend class Speculator;
     explicit Session(Model& model) : model_(model) {}
+    std::unique_lock<PassMutex> lock() const { return std::unique_lock(model_.pass_mutex()); }
+    template <class T> T copy(const T& member) const {
+        const auto held = lock();
+        return member;
+    }
     Status check(const KvCache& cache, std::span<const int32_t> ids, const char* what) const;
     // Passes without checks or locks. Logits of the last n_logits rows are left in logits_row(0..).
     Status main_pass(std::span<const int32_t> ids, int n_logits);
     Status mtp_pass(std::span<const int32_t> ids, const float* hidden, int n_logits);
     Status run(std::span<const int32_t> ids, const float* hidden, int n_logits, KvCache& cache);
     Status forward_device(const PassArgs& args);
-    Status copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_cache);  // cache rows 0..n-1
+    Status copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_cache) const;  // cache rows 0..n-1
+    Result<CacheRows> copy_cache(bool mtp) const;
     Status not_decoding(const char* what) const;
     Result<std::vector<DeviceRound>> poll_rounds();
     // MTP rows for every pending position whose next token is known; `next` (may be null) follows the last cached token.

@@ -27,7 +27,7 @@ struct Meter {  // what the session's counters gained since construction
 }  // namespace
 
 Result<Round> Speculator::round(Session& s, int32_t token, const DraftParams& p, float* logits) {
-    const std::lock_guard lock(s.model_.pass_mutex());
+    const auto held = s.lock();
     DC_TRY_STATUS(s.check(s.cache_, {&token, 1}, "draft round"));
     const int n_vocab = s.model_.cfg().vocab_size, n_valid = std::min(p.n_valid, n_vocab);
     if (p.k < 0 || p.k > kMaxDraft) {

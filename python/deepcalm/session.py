@@ -158,8 +158,9 @@ class Session:
     goes on after the last one. One generation runs at a time: a call that changes the sequence ends it
     (``Generation.reason`` "taken"); ``save``, ``trace`` and what only reads do not.
 
-    Calls from several threads are serialised. ``prefill`` runs in passes of ``max_rows`` tokens, between which Ctrl-C
-    is served; the logits do not depend on how the rows are grouped.
+    Calls from several threads are serialised: while a pass of any session of the model runs, others wait for it, and
+    the interpreter runs on. ``prefill`` runs in passes of ``max_rows`` tokens, between which Ctrl-C is served; the
+    logits do not depend on how the rows are grouped. Arrays returned are copies that stay as they are.
     """
 
     def __init__(self, model: Model, ctx: int, kv: str, max_rows: int, mtp: bool) -> None:
@@ -329,7 +330,8 @@ class Session:
         with self._changing():
             rows = self.checked(ids)
             logits = self._feed(kind, self._tokens[self._core.pos :] + rows.tolist(), len(rows) if all_logits else 1)
-            self._last_logits = logits[-1]
+            self._last_logits = logits[-1].copy()
+            self._last_logits.flags.writeable = False
             return logits if all_logits else logits[0]
 
     def _feed(self, kind: str, rows: list[int], n_logits: int) -> F32:
@@ -430,7 +432,8 @@ class Session:
     @property
     def mtp_pending(self) -> int:
         """Tokens whose MTP rows the next draft computes, the one it is given included."""
-        return self._core.pos - self._core.mtp_pos
+        with self.lock:
+            return self._core.pos - self._core.mtp_pos
 
     @property
     def expert_union(self) -> list[tuple[int, int]]:
@@ -445,7 +448,10 @@ class Session:
     @property
     def last_logits(self) -> F32 | None:
         """Logits after the last token, [vocab_size] f32; None where the last call did not compute them: before the
-        first pass, and after generate, draft_round, truncate and restore. ``generate()`` goes on all the same."""
+        first pass, and after generate, draft_round, truncate and restore. ``generate()`` goes on all the same.
+
+        A read-only array of its own, which later passes leave alone.
+        """
         return self._last_logits
 
     @property
