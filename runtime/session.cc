@@ -102,6 +102,7 @@ Status Session::run(std::span<const int32_t> ids, const float* hidden, int n_log
         touched_rows_ = 0;
     }
     touched_rows_ = std::max(touched_rows_, n);
+    last_rows_ = 0;  // the pass overwrites them
     const PassArgs args{.model = model_,
                         .state = state_,
                         .cache = cache,
@@ -127,11 +128,14 @@ Status Session::run(std::span<const int32_t> ids, const float* hidden, int n_log
 Status Session::main_pass(std::span<const int32_t> ids, int n_logits) {
     DC_TRY_STATUS(run(ids, nullptr, n_logits, cache_));
     tokens_.insert(tokens_.end(), ids.begin(), ids.end());
-    if (!keep_mtp_) return {};
+    if (keep_mtp_) keep_hidden();
+    return {};
+}
+
+void Session::keep_hidden() {
     const int64_t d = model_.cfg().hidden_size;
     for (int i = 0; i < last_rows_; ++i)
         pending_.insert(pending_.end(), state_.final_h.row(i), state_.final_h.row(i) + d);
-    return {};
 }
 
 Status Session::mtp_pass(std::span<const int32_t> ids, const float* hidden, int n_logits) {
@@ -175,26 +179,30 @@ Status Session::catch_up(const int32_t* next, int n_logits) {
     if (static_cast<int>(ids.size()) < rows) ids.push_back(*next);
     for (int i = 0; i < rows; i += state_.max_rows) {
         const int n = std::min(state_.max_rows, rows - i);
-        DC_TRY_STATUS(mtp_pass(std::span(ids).subspan(static_cast<size_t>(i), static_cast<size_t>(n)),
-                               pending_.data() + i * d, i + n == rows ? n_logits : 0));
+        DC_TRY_STATUS(mtp_pass(std::span(ids).subspan(static_cast<size_t>(i), static_cast<size_t>(n)), pending_.data(),
+                               i + n == rows ? n_logits : 0));
+        pending_.erase(pending_.begin(), pending_.begin() + n * d);  // pass by pass: the next one may fail
     }
-    pending_.erase(pending_.begin(), pending_.begin() + rows * d);
     return {};
 }
 
 Status Session::restore_pending() {
     if (cache_.len - mtp_cache_.len == n_pending()) return {};
     DC_CHECK(n_pending() == 0 && cache_.len - mtp_cache_.len == 1);  // see truncate() and load()
-    const int32_t last = tokens_.back();
-    tokens_.pop_back();
+    Undo undo(*this);
+    // A pass that fails halfway has written the row's own bits again, or nothing: it ends between stages.
     cache_.len -= 1;
-    return main_pass({&last, 1}, 0);
+    DC_TRY_STATUS(run({&tokens_.back(), 1}, nullptr, 0, cache_));
+    keep_hidden();
+    undo.keep();
+    return {};
 }
 
 Status Session::forward(std::span<const int32_t> ids, WantLogits want, float* logits) {
     const auto held = lock();
     DC_TRY_STATUS(check(cache_, ids, "forward"));
     const int n_logits = n_logits_of(want, ids.size());
+    Undo undo(*this);
     if (keep_mtp_) {
         DC_TRY_STATUS(restore_pending());
     }
@@ -202,7 +210,8 @@ Status Session::forward(std::span<const int32_t> ids, WantLogits want, float* lo
     count_union(last_rows_);
     copy_logits(n_logits, logits);
     // A prompt's MTP rows belong to its prefill, where they share a pass; single steps collect them.
-    if (keep_mtp_ && (ids.size() > 1 || n_pending() > kMaxPending)) return catch_up(nullptr, 0);
+    if (keep_mtp_ && (ids.size() > 1 || n_pending() > kMaxPending)) DC_TRY_STATUS(catch_up(nullptr, 0));
+    undo.keep();
     return {};
 }
 
@@ -217,7 +226,7 @@ Status Session::truncate(int n) {
     return {};
 }
 
-void Session::forget(int n) {
+void Session::forget(int n) noexcept {
     cache_.len = n;
     tokens_.resize(static_cast<size_t>(n));
     recent_.clear();
@@ -308,6 +317,9 @@ Status Session::load(std::span<const int32_t> tokens, const std::byte* main_rows
                     std::to_string(n) + " positions");
     }
     DC_TRY_STATUS(not_decoding("restore"));
+    std::vector<int32_t> new_tokens(tokens.begin(), tokens.end());
+    std::vector<float> new_pending(pending.begin(), pending.end());
+    forget(0);
     for (int i = 0; i < cache_.n_layers(); ++i) {  // both directions leave the source alone
         DC_TRY_STATUS(copy_rows(false, i, static_cast<int>(n),
                                 const_cast<std::byte*>(main_rows) + i * n * cache_.row_bytes(), true));
@@ -315,10 +327,8 @@ Status Session::load(std::span<const int32_t> tokens, const std::byte* main_rows
     DC_TRY_STATUS(copy_rows(true, 0, m, const_cast<std::byte*>(mtp_rows), true));
     cache_.len = static_cast<int>(n);
     mtp_cache_.len = m;
-    tokens_.assign(tokens.begin(), tokens.end());
-    pending_.assign(pending.begin(), pending.end());
-    recent_.clear();
-    last_rows_ = 0;
+    tokens_ = std::move(new_tokens);
+    pending_ = std::move(new_pending);
     return {};
 }
 

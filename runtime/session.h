@@ -2,6 +2,9 @@
 //
 // Threads: every public function may be called from any thread. Those that read or change the state hold the model's mutex
 // from their checks to their last copy, so that they wait for passes, other sessions' too; what they return are copies.
+// Failures: an error or an exception (memory, a device) takes the session back to the tokens that it had. Their rows are the
+// same bits; what is lost are hidden(), at most one hidden state that is recomputed when it is needed, and the windows of
+// expert_union(). Counters keep what was read. load() alone may leave a session on a device empty.
 //
 // A session is (docs/model.md 7.3):
 //   tokens()               ids of the n cached positions
@@ -107,6 +110,22 @@ class Session {
 
   private:
     friend class Speculator;
+    // Unless kept, takes the session back to its present tokens at the end of the scope.
+    class Undo {
+      public:
+        explicit Undo(Session& s) : s_(s), n_(s.cache_.len) {}
+        Undo(const Undo&) = delete;
+        Undo& operator=(const Undo&) = delete;
+        ~Undo() {
+            if (!kept_) s_.forget(n_);
+        }
+        void keep() { kept_ = true; }
+
+      private:
+        Session& s_;
+        int n_;
+        bool kept_ = false;
+    };
     explicit Session(Model& model) : model_(model) {}
     std::unique_lock<PassMutex> lock() const { return std::unique_lock(model_.pass_mutex()); }
     template <class T> T copy(const T& member) const {
@@ -125,10 +144,12 @@ class Session {
     Result<std::vector<DeviceRound>> poll_rounds();
     // MTP rows for every pending position whose next token is known; `next` (may be null) follows the last cached token.
     Status catch_up(const int32_t* next, int n_logits);
+    void keep_hidden();  // appends the last main pass's hidden rows to pending_
     // Recomputes main row n-1 when its hidden state is needed and gone.
     Status restore_pending();
-    // truncate() without checks or locks; n <= pos. The token after position n-1 becomes unknown again.
-    void forget(int n);
+    // truncate() without checks or locks; n <= pos. The token after position n-1 becomes unknown again. Allocates nothing:
+    // right after whatever a pass or a round left half done, as tokens_ and pending_ grow behind the rows they belong to.
+    void forget(int n) noexcept;
     const float* logits_row(int64_t i) const;
     void count_union(int rows);  // the first `rows` rows of the last main pass stay in the sequence
     int n_pending() const { return static_cast<int>(static_cast<int64_t>(pending_.size()) / model_.cfg().hidden_size); }

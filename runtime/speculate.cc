@@ -47,6 +47,7 @@ Result<Round> Speculator::round(Session& s, int32_t token, const DraftParams& p,
     Round r;
 
     std::vector<int32_t> rows{token};  // the verification batch: t_n, d_1, ..., d_k
+    Session::Undo undo(s);             // as if the round had not been: `token` may be another one next time
     if (s.keep_mtp_) {
         DC_TRY_STATUS(s.restore_pending());
     }
@@ -76,19 +77,15 @@ Result<Round> Speculator::round(Session& s, int32_t token, const DraftParams& p,
     }
     r.n_drafted = static_cast<int>(rows.size()) - 1;
 
-    const auto give_up = [&](Error& error) {  // as if the round had not been: `token` may be another one next time
-        s.forget(n);
-        return std::move(error);
-    };
     const Meter meter(s.stats_);
-    if (Status status = s.main_pass(rows, r.n_drafted + 1); !status.ok()) return give_up(status.error());
+    DC_TRY_STATUS(s.main_pass(rows, r.n_drafted + 1));
     r.verify_bytes = meter.bytes();
     r.verify_seconds = meter.seconds();
     r.experts_verify = meter.experts();
     for (int j = 0; j <= r.n_drafted; ++j) {
         auto next = sample(s.logits_row(j), n_vocab, n_valid, p.sample, n + 1 + j);
         if (!next.ok()) {  // plain decoding reports a row without a token when it gets there, not earlier
-            if (j == 0) return give_up(next.error());
+            if (j == 0) return std::move(next.error());
             --r.n_accepted;  // the draft accepted last is the token that the next round passes
             break;
         }
@@ -114,6 +111,7 @@ Result<Round> Speculator::round(Session& s, int32_t token, const DraftParams& p,
             r.draft_seconds += catch_up.seconds();
         }
     }
+    undo.keep();
     return r;
 }
 

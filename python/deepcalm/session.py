@@ -3,8 +3,8 @@
 ``Session`` owns the sequence: every token that was passed or returned. The C++ session owns what passes left of it
 (cache rows, with ``mtp`` also MTP rows and hidden rows not yet used; see runtime/session.h). The cache may lack the
 sequence's last tokens, which are passed before whatever comes next, and may be ahead of it while drafts are verified or
-after an interrupt, which is cut off first: logits follow from the sequence alone. A call that fails or is interrupted
-leaves the sequence as it was after the last complete pass.
+after an interrupt, which is cut off first: logits follow from the sequence alone. A call that fails, for want of
+memory too, or is interrupted leaves the sequence as it was after the last complete pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from . import _core, limits
 from .arguments import integer, token_ids
 from .container import File, whole_file
 from .draft import MAX_DRAFT
-from .errors import ResourceError, SessionError
+from .errors import Error, ResourceError, SessionError
 from .text import one_line
 
 if TYPE_CHECKING:
@@ -502,12 +502,14 @@ class Session:
     def _load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         with self._changing():
             before, self._tokens = self._tokens, []  # if interrupted: nothing rather than other rows for these tokens
+            held = self._core.pos
             try:
                 self._core.load_state(**state)
-                self._tokens, self._last_logits = self._core.tokens.tolist(), None
-            except SessionError:
-                self._tokens = before
+            except (Error, MemoryError):
+                if self._core.pos == held:  # or a device failed while it took the rows, and holds none
+                    self._tokens = before
                 raise
+            self._tokens, self._last_logits = self._core.tokens.tolist(), None
 
     # ---- taps
 
