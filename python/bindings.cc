@@ -366,16 +366,18 @@ class PySession {
 using ModelHolder = std::unique_ptr<Model, DeleteWithoutGil>;
 using SessionHolder = std::unique_ptr<PySession, DeleteWithoutGil>;
 
-ModelHolder open_model(const std::string& path, const py::dict& cfg, const py::list& tensors,
+ModelHolder open_model(const std::string& path, int fd, const py::dict& cfg, const py::list& tensors,
                        const std::optional<std::string>& isa, int threads, const std::optional<std::string>& device,
                        uint64_t fill_seed, bool adaptive) {
     std::vector<TensorEntry> entries;
     for (const auto& t : tensors) entries.push_back(entry_from_dict(t.cast<py::dict>()));
     const ModelConfig c = config_from_dict(cfg);
     auto model = unwrap(without_gil([&]() -> Result<std::unique_ptr<Model>> {
-        if (!device) return Model::open(path, c, entries, isa ? isa->c_str() : nullptr, threads, adaptive);
+        DC_TRY(MappedFile file, MappedFile::map(fd, path));  // a copy of fd: it need not stay open
+        const char* set = isa ? isa->c_str() : nullptr;
+        if (!device) return Model::open(std::move(file), path, c, entries, set, threads, adaptive);
         DC_TRY(Device d, open_device(*device));
-        return Model::open_on(std::move(d), path, c, entries, fill_seed);
+        return Model::open_on(std::move(d), std::move(file), path, c, entries, fill_seed);
     }));
     return ModelHolder(model.release());
 }
@@ -455,12 +457,13 @@ PYBIND11_MODULE(_core, m) {
           "The noise that sample() adds to token v.");
 
     py::class_<Model, ModelHolder>(m, "Model")
-        .def(py::init(&open_model), py::arg("path"), py::arg("cfg"), py::arg("tensors"), py::arg("isa") = py::none(),
-             py::arg("threads") = 0, py::arg("device") = py::none(), py::arg("fill_seed") = 0,
-             py::arg("adaptive") = false,
+        .def(py::init(&open_model), py::arg("path"), py::arg("fd"), py::arg("cfg"), py::arg("tensors"),
+             py::arg("isa") = py::none(), py::arg("threads") = 0, py::arg("device") = py::none(),
+             py::arg("fill_seed") = 0, py::arg("adaptive") = false,
+             "fd: of the packed file whose header was checked; a copy of it is mapped. path: its name in errors. "
              "device: path of a device library; None computes on the CPU. adaptive: passes for which all threads do "
-             "not pay "
-             "run on one.")
+             "not pay run on one.")
+        .def("fileno", &Model::fd, "Descriptor of the mapped file, open while the model is.")
         .def_property_readonly("isa", [](const Model& s) { return s.isa(); })
         .def_property_readonly("device_name", [](const Model& s) { return s.device().name; })
         .def_property_readonly("n_threads", [](Model& s) { return s.pool().size(); })

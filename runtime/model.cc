@@ -38,7 +38,7 @@ WeightBytes count_bytes(const ModelWeights& w, const ModelConfig& c) {
 
 }  // namespace
 
-Result<std::unique_ptr<Model>> Model::open(const std::string& path, const ModelConfig& cfg,
+Result<std::unique_ptr<Model>> Model::open(MappedFile file, const std::string& path, const ModelConfig& cfg,
                                            const std::vector<TensorEntry>& entries, const char* isa, int n_threads,
                                            bool adaptive) {
     auto m = std::make_unique<Model>();
@@ -51,16 +51,17 @@ Result<std::unique_ptr<Model>> Model::open(const std::string& path, const ModelC
         return Error{ErrorCode::kResource,
                      std::string("isa: '") + isa + "' is unknown or not supported here; this processor runs: " + have};
     }
-    DC_TRY_STATUS(m->bind(path, cfg, entries));
+    DC_TRY_STATUS(m->bind(std::move(file), path, cfg, entries));
     DC_TRY(m->pool_, ThreadPool::make(n_threads == 0 ? default_threads() : n_threads));
     m->adaptive_ = adaptive && m->pool_->size() > 1;
     return m;
 }
 
-Result<std::unique_ptr<Model>> Model::open_on(Device device, const std::string& path, const ModelConfig& cfg,
-                                              const std::vector<TensorEntry>& entries, uint64_t fill_seed) {
+Result<std::unique_ptr<Model>> Model::open_on(Device device, MappedFile file, const std::string& path,
+                                              const ModelConfig& cfg, const std::vector<TensorEntry>& entries,
+                                              uint64_t fill_seed) {
     auto m = std::make_unique<Model>();
-    DC_TRY_STATUS(m->bind(path, cfg, entries));
+    DC_TRY_STATUS(m->bind(std::move(file), path, cfg, entries));
     m->device_ = std::move(device);
     DeviceError error;
     const DeviceApi* api = m->device_.api;
@@ -80,11 +81,12 @@ Result<std::unique_ptr<Model>> Model::open_on(Device device, const std::string& 
     return m;
 }
 
-Status Model::bind(const std::string& path, const ModelConfig& cfg, const std::vector<TensorEntry>& entries) {
+Status Model::bind(MappedFile file, const std::string& path, const ModelConfig& cfg,
+                   const std::vector<TensorEntry>& entries) {
     const FloatMode mode;
     DC_TRY_STATUS(validate(cfg));
     cfg_ = cfg;
-    DC_TRY(file_, MappedFile::open(path));
+    file_ = std::move(file);
     DC_TRY(weights_, bind_weights(cfg_, file_, entries, path));
     rope_ = make_rope(cfg);
     weight_bytes_ = count_bytes(weights_, cfg);

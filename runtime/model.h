@@ -27,12 +27,14 @@ class Model {
   public:
     // isa: null = best supported. n_threads: 0 = default_threads(). adaptive: at most so many, as it pays (ThreadChoice).
     Model() = default;
-    static Result<std::unique_ptr<Model>> open(const std::string& path, const ModelConfig& cfg,
+    // path: for messages.
+    static Result<std::unique_ptr<Model>> open(MappedFile file, const std::string& path, const ModelConfig& cfg,
                                                const std::vector<TensorEntry>& entries, const char* isa, int n_threads,
                                                bool adaptive = false);
     // The same on a device; fill_seed not 0: weights drawn there instead of read (measurements).
-    static Result<std::unique_ptr<Model>> open_on(Device device, const std::string& path, const ModelConfig& cfg,
-                                                  const std::vector<TensorEntry>& entries, uint64_t fill_seed);
+    static Result<std::unique_ptr<Model>> open_on(Device device, MappedFile file, const std::string& path,
+                                                  const ModelConfig& cfg, const std::vector<TensorEntry>& entries,
+                                                  uint64_t fill_seed);
 
     const ModelConfig& cfg() const { return cfg_; }
     const ModelWeights& weights() const { return weights_; }
@@ -44,6 +46,7 @@ class Model {
     const Rope& rope() const { return rope_; }
     const WeightBytes& weight_bytes() const { return weight_bytes_; }
     int64_t file_bytes() const { return file_.size(); }
+    int fd() const { return file_.fd(); }
     Status lock(const std::string& path) const { return file_.lock(path); }
     ThreadPool& pool() { return *pool_; }
     ThreadChoice* thread_choice() { return adaptive_ ? &choice_ : nullptr; }  // null: every pass on all threads
@@ -53,7 +56,8 @@ class Model {
     int64_t active_bytes(int n_ctx, int64_t cache_row_bytes) const;
 
   private:
-    Status bind(const std::string& path, const ModelConfig& cfg, const std::vector<TensorEntry>& entries);
+    Status bind(MappedFile file, const std::string& path, const ModelConfig& cfg,
+                const std::vector<TensorEntry>& entries);
 
     ModelConfig cfg_;
     MappedFile file_;

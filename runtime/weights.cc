@@ -189,20 +189,17 @@ MappedFile::~MappedFile() {
     if (fd_ >= 0) ::close(fd_);
 }
 
-Result<MappedFile> MappedFile::open(const std::string& path) {
+Result<MappedFile> MappedFile::map(int fd, const std::string& path) {
     const auto fail = [&](const char* what) {
         return Error{ErrorCode::kPackedFile, path + ": " + what + ": " + std::strerror(errno)};
     };
-    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return fail("cannot open");
-    struct stat st{};
-    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || st.st_size <= 0) {
-        ::close(fd);
-        return Error{ErrorCode::kPackedFile, path + ": not a regular, non-empty file"};
-    }
     MappedFile f;
-    f.fd_ = fd;
-    void* p = mmap(nullptr, static_cast<size_t>(st.st_size), PROT_READ, MAP_SHARED, fd, 0);
+    f.fd_ = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    if (f.fd_ < 0) return fail("cannot be kept open");
+    struct stat st{};
+    if (fstat(f.fd_, &st) != 0 || !S_ISREG(st.st_mode) || st.st_size <= 0)
+        return Error{ErrorCode::kPackedFile, path + ": not a regular, non-empty file"};
+    void* p = mmap(nullptr, static_cast<size_t>(st.st_size), PROT_READ, MAP_SHARED, f.fd_, 0);
     if (p == MAP_FAILED) return fail("cannot map");
     f.data_ = static_cast<const std::byte*>(p);
     f.bytes_ = st.st_size;

@@ -31,7 +31,8 @@ class MappedFile {
         return *this;
     }
     ~MappedFile();
-    static Result<MappedFile> open(const std::string& path);
+    // Maps the whole file of an open descriptor, of which it keeps a copy. `path` is for messages.
+    static Result<MappedFile> map(int fd, const std::string& path);
     const std::byte* data() const { return data_; }
     int64_t size() const { return bytes_; }
     // Reads the file and keeps it in memory until it is unmapped (mlock). `path` is for the message.

@@ -54,4 +54,5 @@ def open_core(file: packed.PackedFile, device: str) -> Any:
     """A packed file opened on a device, by the tests' own reader."""
     need(device)
     table = packed.core_tensors(file, _core.expected_tensors(file.config))
-    return _core.Model(str(file.path), file.config, table, device=str(library(device)))
+    with file.path.open("rb") as f:
+        return _core.Model(str(file.path), f.fileno(), file.config, table, device=str(library(device)))

@@ -62,7 +62,8 @@ def weights(file: packed.PackedFile) -> tuple[model.Config, model.Weights]:
 @functools.cache
 def open_model(file: packed.PackedFile, isa: str, threads: int = 1) -> Any:
     table = packed.core_tensors(file, _core.expected_tensors(file.config))
-    return _core.Model(str(file.path), file.config, table, isa, threads)
+    with file.path.open("rb") as f:
+        return _core.Model(str(file.path), f.fileno(), file.config, table, isa, threads)
 
 
 def chunks(n: int, size: int) -> list[slice]:

@@ -19,7 +19,7 @@ from deepcalm.errors import UnsupportedError
 def open_with(library: Path) -> object:
     file = packed.PackedFile(surface_cases.packed())
     with file:
-        return _core.Model(str(surface_cases.packed()), file.config, file.tensor_table(), device=str(library))
+        return _core.Model(str(file.path), file.fileno(), file.config, file.tensor_table(), device=str(library))
 
 
 def test_device_cuda_says_what_is_missing_and_auto_falls_back() -> None:

@@ -17,6 +17,7 @@ import tiny
 from deepcalm import _core, inspect, packed
 from deepcalm.container import parse_json
 from deepcalm.errors import PackedFileError
+from deepcalm.model import Model
 from deepcalm.pack import pack
 from ref import checkpoint as ref_checkpoint
 from ref import packed as ref_packed
@@ -109,10 +110,40 @@ def test_tensor_table_is_what_the_runtime_takes(files: dict[str, Path]) -> None:
                     s = table[name + ".scale"]
                     assert s["bytes"] == 4 * s["n_slices"] * s["rows"] * s["cols"]
                     assert (s["n_slices"], s["rows"]) == (t["n_slices"], -(-t["rows"] // t["scale_rows"]))
-            model = _core.Model(str(path), f.config, f.tensor_table(), None, 1)
+            model = _core.Model(str(path), f.fileno(), f.config, f.tensor_table(), None, 1)
             session = _core.Session(model, 16, "f16", 4)
             logits = session.forward(np.array([1, 2, 3], np.int32), "last")
             assert logits.shape == (1, f.config["vocab_size"]) and np.isfinite(logits).all(), preset
+
+
+@pytest.mark.parametrize("replacement", [None, "shorter", "kimi_k2"])
+def test_what_is_mapped_is_what_was_checked(
+    replacement: str | None, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path names another file, or none, by the time that the checked one is mapped."""
+    path, table = tmp_path / "m.dcalm", packed.PackedFile.tensor_table
+    want = Model(files["gigachat3"], threads=1).session().prefill([1, 2, 3])
+    path.write_bytes(files["gigachat3"].read_bytes())
+
+    def replaced(file: packed.PackedFile) -> list[dict[str, Any]]:
+        path.unlink()
+        if replacement is not None:
+            path.write_bytes(files[replacement].read_bytes() if replacement in files else b"not a model")
+        return table(file)
+
+    monkeypatch.setattr(packed.PackedFile, "tensor_table", replaced)
+    model = Model(path, threads=1)
+    assert (model.session().prefill([1, 2, 3]) == want).all()
+    assert 0 <= model.cold_share() <= 1 and model.file_bytes == files["gigachat3"].stat().st_size
+
+
+def test_descriptors_that_cannot_be_mapped_are_refused(files: dict[str, Path]) -> None:
+    with packed.read(files["gigachat3"]) as f:
+        config, table = f.config, f.tensor_table()
+    with Path(os.devnull).open("rb") as device:
+        for fd, why in (-1, "cannot be kept open: Bad file"), (device.fileno(), "not a regular, non-empty file"):
+            with pytest.raises(PackedFileError, match=rf"^m\.dcalm: {why}"):
+                _core.Model("m.dcalm", fd, config, table)
 
 
 def test_check_finds_every_changed_byte(files: dict[str, Path], tmp_path: Path) -> None:
@@ -383,6 +414,6 @@ def opened(path: Path) -> None:
             for name, e in f.entries.items():
                 if e.kind != "file":
                     f.unpack(name)
-            _core.Model(str(path), f.config, table, None, 1)
+            _core.Model(str(path), f.fileno(), f.config, table, None, 1)
     except PackedFileError as e:
         assert "\n" not in str(e)

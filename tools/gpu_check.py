@@ -139,7 +139,8 @@ class Check:
             with packed.PackedFile(path) as file:
                 library = Path(_core.__file__).with_name(f"libdeepcalm_{self.device}.so")
                 config = file.config
-                core = _core.Model(str(path), config, file.tensor_table(), device=str(library), fill_seed=7)
+                table = file.tensor_table()
+                core = _core.Model(str(path), file.fileno(), config, table, device=str(library), fill_seed=7)
             yield core, config
 
     @staticmethod

@@ -94,13 +94,14 @@ class Model:
             self.header_sha256 = file.header_sha256
             files = {name: file.tokenizer_file(name) for name in (*FILES, *LEGACY)}
             self._text = TextFiles(files, f"{self.path}: ", PackedFileError)
+            opened = (str(self.path), file.fileno(), file.config, file.tensor_table())
             #: "cpu", "cuda" or "sim": where passes run.
             self.device = "cpu"
             if device != "cpu":
                 name = "cuda" if device == "auto" else device
                 library = Path(_core.__file__).with_name(f"libdeepcalm_{name}.so")
                 try:
-                    self.core = _core.Model(str(self.path), file.config, file.tensor_table(), device=str(library))
+                    self.core = _core.Model(*opened, device=str(library))
                     self.device = name
                 except (UnsupportedError, ResourceError) as e:
                     if device != "auto":
@@ -111,7 +112,7 @@ class Model:
                         self.notes = (f"threads and isa have no effect on device {name}",)
             if self.device == "cpu":
                 n = threads or limits.default_threads()
-                self.core = _core.Model(str(self.path), file.config, file.tensor_table(), isa, n, adaptive=not threads)
+                self.core = _core.Model(*opened, isa, n, adaptive=not threads)
                 if n > (most := limits.processors()):
                     self.notes += (f"threads: {n}, of which {most} can run at a time here: more only slows them down",)
 
@@ -141,14 +142,13 @@ class Model:
     def cold_share(self) -> float:
         """How much of the file is not in the page cache, 0..1, from 256 samples; 0 where the system does not tell."""
         cold, n = 0, min(256, -(-self.file_bytes // 4096))
-        with self.path.open("rb") as f:
-            for i in range(n):
-                try:
-                    os.preadv(f.fileno(), [bytearray(1)], self.file_bytes * i // n, os.RWF_NOWAIT)
-                except BlockingIOError:
-                    cold += 1
-                except OSError:  # a file system without it
-                    return 0.0
+        for i in range(n):
+            try:
+                os.preadv(self.core.fileno(), [bytearray(1)], self.file_bytes * i // n, os.RWF_NOWAIT)
+            except BlockingIOError:
+                cold += 1
+            except OSError:  # a file system without it
+                return 0.0
         return cold / n
 
     def active_bytes_per_token(self, pos: int, kv: str = "f16") -> int:

@@ -154,6 +154,10 @@ class PackedFile:
         """Closes the file."""
         self._file.close()
 
+    def fileno(self) -> int:
+        """The open descriptor, which ``_core.Model`` maps: what was checked is what runs."""
+        return self._file.fd
+
     @property
     def header_sha256(self) -> str:
         """Identity of the file: the hash of its header, which holds every tensor's checksum."""
