@@ -317,13 +317,19 @@ __attribute__((target("avx2"))) bool pack_avx2(PackArgs& a) { return pack_any(a)
 #endif
 bool pack_baseline(PackArgs& a) { return pack_any(a); }
 
+// e4m3 as every kernel reads it: NaN codes, 0x7F and 0xFF, which the packer refuses, count on to 480.
+float e4m3_value(uint8_t b) {
+    const uint32_t sign = (b & 0x80U) << 24, mag = b & 0x7FU;
+    return bits_of<float>(sign | (mag >= 8U ? (mag << 20) + (120U << 23) : bits_of<uint32_t>(to_float(mag) * 0x1p-9F)));
+}
+
 // Value of element (r, c) of one tile; f8 without its scale.
 float element(Format format, const std::byte* tile, int r, int c) {
     switch (format) {
     case Format::kF32: return reinterpret_cast<const TileF32*>(tile)->v[c][r];
     case Format::kBF16: return bf16_to_f32(reinterpret_cast<const Tile16*>(tile)->v[c / 2][r][c % 2]);
     case Format::kF16: return f16_to_f32(reinterpret_cast<const Tile16*>(tile)->v[c / 2][r][c % 2]);
-    case Format::kF8: return e4m3_to_f32(reinterpret_cast<const TileF8*>(tile)->v[c / 4][r][c % 4]);
+    case Format::kF8: return e4m3_value(reinterpret_cast<const TileF8*>(tile)->v[c / 4][r][c % 4]);
     case Format::kQ8: {
         const auto& t = *reinterpret_cast<const TileQ8*>(tile);
         return static_cast<float>(t.v[c / 4][r][c % 4] - 128) * f16_to_f32(t.scale[r]);
@@ -354,9 +360,7 @@ uint16_t f32_to_bf16(float f) noexcept {
     return static_cast<uint16_t>(is_nan(f) ? bits_of<uint32_t>(f) >> 16 | 0x40U : to_bf16<float, uint32_t>(f));
 }
 float e4m3_to_f32(uint8_t b) noexcept {
-    const uint32_t sign = (b & 0x80U) << 24, mag = b & 0x7FU;
-    const uint32_t finite = mag >= 8U ? (mag << 20) + (120U << 23) : bits_of<uint32_t>(to_float(mag) * 0x1p-9F);
-    return bits_of<float>(sign | (mag == 0x7FU ? 0x7FC00000U : finite));
+    return (b & 0x7FU) == 0x7FU ? bits_of<float>((b & 0x80U) << 24 | 0x7FC00000U) : e4m3_value(b);
 }
 uint8_t f32_to_e4m3(float f) noexcept { return static_cast<uint8_t>(is_nan(f) ? 0x7FU : to_e4m3<float, uint32_t>(f)); }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -166,6 +167,23 @@ def test_check_finds_every_changed_byte(files: dict[str, Path], tmp_path: Path) 
             assert f.check(lambda done, total, s=steps: s.append((done, total))) == [name]
         assert steps == sorted(steps) and steps[-1][0] <= steps[-1][1]
         blob[at] ^= 1
+
+
+def test_check_names_nan_codes_under_a_right_checksum(files: dict[str, Path], tmp_path: Path) -> None:
+    """No packer writes them; every reader takes them for the same numbers (docs/format.md 2)."""
+    header, data = parts_of(files["gigachat3"])
+    with packed.read(files["gigachat3"]) as f:
+        e = f.entries["layers.0.wo"]
+        begin = e.offset - f.data_offset
+    blob = bytearray(data)
+    blob[begin : begin + 2] = b"\x7f\xff"
+    changed = hashlib.sha256(blob[begin : begin + e.nbytes]).hexdigest()
+    text = header["__metadata__"]["tensors"].replace(e.sha256, changed)
+    path = write(tmp_path / "x", header | {"__metadata__": header["__metadata__"] | {"tensors": text}}, bytes(blob))
+    with packed.read(path) as f:
+        assert f.check() == ["layers.0.wo"]
+        scale = f.unpack("layers.0.wo.scale").ravel()[0]
+        assert list(f.unpack("layers.0.wo")[0, :2]) == [np.float32(480) * scale, np.float32(-480) * scale]
 
 
 def test_inspect_describes_the_file(files: dict[str, Path]) -> None:

@@ -69,7 +69,7 @@ constexpr E4m3Table make_e4m3_table() {
     E4m3Table t = {};
     for (int code = 0; code < 128; ++code) {
         const int normal = ((code >> 3) + 128) << 7 | (code & 7) << 4;
-        const int bits = code == 127 ? 0x7fc0 : code < 8 ? kHalves[code] : normal;
+        const int bits = code < 8 ? kHalves[code] : normal;
         t.lo[code] = static_cast<uint8_t>(bits & 255);
         t.hi[code] = static_cast<uint8_t>(bits >> 8);
     }
@@ -100,9 +100,8 @@ struct WeightF8 {
     }
     static DC_INLINE Unit load(const std::byte* p) {
         const __m512i code = _mm512_loadu_si512(p), zero = _mm512_setzero_si512();
-        // a zero exponent or NaN: twice the code, plus 2, is at most 16
-        const __m512i twice = _mm512_add_epi8(_mm512_add_epi8(code, code), _mm512_set1_epi8(2));
-        if (__builtin_expect(_mm512_cmple_epu8_mask(twice, _mm512_set1_epi8(16)) == 0, 1))
+        // a zero exponent: twice the code is below 16
+        if (__builtin_expect(_mm512_cmplt_epu8_mask(_mm512_add_epi8(code, code), _mm512_set1_epi8(16)) == 0, 1))
             return {normal(_mm512_unpacklo_epi8(zero, code)), normal(_mm512_unpackhi_epi8(zero, code))};
         const auto find = [&](const uint8_t* table) {
             return _mm512_permutex2var_epi8(_mm512_load_si512(table), code, _mm512_load_si512(table + 64));

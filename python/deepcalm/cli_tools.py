@@ -167,7 +167,7 @@ Examples:
   deepcalm inspect v2-lite.dcalm --dump layers.0.wo wo.npy"""
 )
 @click.argument("file", type=FILE)
-@click.option("--check", is_flag=True, help="Compare every checksum; exit code 1 if one differs.")
+@click.option("--check", is_flag=True, help="Compare every checksum, look for NaN in f8; exit code 1 if one is wrong.")
 @click.option(
     "--dump", nargs=2, metavar="TENSOR OUT.npy", help="Write a tensor as f32 in its natural shape (numpy file)."
 )
@@ -193,7 +193,7 @@ def inspect(file: Path, check: bool, dump: tuple[str, str] | None, as_json: bool
         info["bad_checksums"] = bad
     write_json(info) if as_json else write(description(info))
     if bad:
-        raise PackedFileError(f"{file}: wrong checksum or padding: {', '.join(bad[:5])}"
+        raise PackedFileError(f"{file}: wrong checksum or padding, or NaN in f8: {', '.join(bad[:5])}"
                               + (f" and {len(bad) - 5} more" if len(bad) > 5 else ""))  # fmt: skip
     return 0
 

@@ -311,18 +311,19 @@ class PackedFile:
         return out if len(s.shape) == 3 and slice is None else out[0]
 
     def check(self, progress: Callable[[int, int], object] | None = None) -> list[str]:
-        """Names of the tensors whose bytes lack the recorded checksum or whose padding is not zero."""
+        """Names of the tensors whose bytes lack the recorded checksum, whose padding is not zero, or that hold NaN in f8."""
         total = self.header.file_size - self.data_offset
         buffer, bad = np.empty(8 << 20, np.uint8), []
         for name, e in self.entries.items():
-            sha, n = hashlib.sha256(), e.nbytes
+            sha, n, nan = hashlib.sha256(), e.nbytes, False
             for begin in range(0, n, len(buffer)):
                 view = buffer[: n - begin]
                 self._file.read_into(view.data, e.offset + begin)
                 sha.update(view.data)
+                nan |= e.format == "f8" and bool(((view & 0x7F) == 0x7F).any())
                 if progress:
                     progress(e.offset + begin + len(view) - self.data_offset, total)
-            if sha.hexdigest() != e.sha256 or any(self._file.read(e.offset + n, e.container()[2] - n)):
+            if nan or sha.hexdigest() != e.sha256 or any(self._file.read(e.offset + n, e.container()[2] - n)):
                 bad.append(name)
         return bad
 

@@ -56,11 +56,10 @@ def bf16_round(x: Array) -> Array:
 def _e4m3() -> Array:
     code = np.arange(256)
     e, m = (code >> 3) & 15, code & 7
-    value = np.where(e == 0, m * 2.0**-9, (8 + m) * np.exp2(e - 10.0)) * np.where(code > 127, -1, 1)
-    return np.where((code & 127) == 127, np.nan, value)
+    return np.where(e == 0, m * 2.0**-9, (8 + m) * np.exp2(e - 10.0)) * np.where(code > 127, -1, 1)
 
 
-E4M3 = _e4m3()  # [256] values; 0x7F and 0xFF are NaN
+E4M3 = _e4m3()  # [256] values in a packed file, where e4m3's NaN codes, 0x7F and 0xFF, are +-480 (docs/format.md 2)
 
 
 def decode(fmt: str, scale: str, tiles: Array) -> tuple[Array, Array | None]:
@@ -418,7 +417,8 @@ class SourceWeights:
             grid = self._grid(w)
             assert grid is not None
             i, j = np.arange(begin, end) // w.block[0], np.arange(w.cols) // w.block[1]
-            return E4M3[raw] * grid[i[:, None], j[None, :]].astype(np.float64)
+            value = np.where((raw & 0x7F) == 0x7F, np.nan, E4M3[raw])
+            return value * grid[i[:, None], j[None, :]].astype(np.float64)
         if w.kind == "i4":
             bits = self.ckpt.read_scale(w, begin, end)
             assert bits is not None

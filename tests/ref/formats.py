@@ -64,11 +64,11 @@ def _e4m3_table() -> F64:
     for b in range(256):
         exp, man = (b >> 3) & 15, b & 7
         v = man / 8 * 2.0**-6 if exp == 0 else (1 + man / 8) * 2.0 ** (exp - 7)
-        t[b] = np.nan if b & 0x7F == 0x7F else -v if b & 0x80 else v
+        t[b] = -v if b & 0x80 else v
     return t
 
 
-E4M3 = _e4m3_table()  # [256] value of every e4m3fn byte; NaN at 0x7F and 0xFF
+E4M3 = _e4m3_table()  # [256] value of every byte of a packed file; e4m3's NaN codes 0x7F and 0xFF are +-480
 
 
 def e4m3_encode(x: npt.ArrayLike) -> U8:
