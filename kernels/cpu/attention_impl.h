@@ -120,6 +120,7 @@ void read_rows(CacheType type, const std::byte* row, int64_t row_bytes, int n_ro
                float* out) {
     with_type(type, [&]<CacheType kType>() {
         const std::byte *scale = row + c_pad + begin / 16, *values = row;
+        int dim = begin;  // of `values`
         if constexpr (kType == CacheType::kQ8) {
             for (int j = 0; begin < c_pad && j < n_rows; ++j, row += row_bytes, scale += row_bytes, out += kSlice) {
                 const F d = set1(first(load_f16(scale)));  // reads on into the rope part, at least 32 bytes long
@@ -127,12 +128,13 @@ void read_rows(CacheType type, const std::byte* row, int64_t row_bytes, int n_ro
                 store(out + 16, to_f(load_i8(row + begin + 16)) * d);
             }
             if (begin < c_pad) return;
-            values = row + c_pad + c_pad / 16 - 2 * c_pad;  // the rope part is f16
+            values = row + c_pad + c_pad / 16;  // the rope part is f16
+            dim -= c_pad;
         }
         for (int i = 0; i < n; i += 16)
 #pragma GCC unroll 4
             for (int j = 0; j < n_rows; ++j)
-                store(out + j * kSlice + i, read_dims<kType>(values + j * row_bytes, begin + i));
+                store(out + j * kSlice + i, read_dims<kType>(values + j * row_bytes, dim + i));
     });
 }
 
