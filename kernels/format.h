@@ -20,6 +20,10 @@
 #include <cstddef>
 #include <cstdint>
 
+// Always inlined, unoptimised too: the linker would keep one copy for all objects, and that of an instruction set's object
+// does not run on every processor.
+#define DC_CONSTEXPR constexpr __attribute__((always_inline))
+
 namespace deepcalm {
 
 inline constexpr int kTileRows = 16;
@@ -53,7 +57,7 @@ inline constexpr FormatInfo kFormats[kNumFormats] = {
     {"q4", "bf16", 288, 32, ActKind::kI8, 1e-5F},
 };
 
-constexpr const FormatInfo& info(Format f) { return kFormats[static_cast<int>(f)]; }
+DC_CONSTEXPR const FormatInfo& info(Format f) { return kFormats[static_cast<int>(f)]; }
 
 struct TileF32 {
     float v[kTileCols][kTileRows];
@@ -83,8 +87,8 @@ __attribute__((always_inline)) inline int32_t load_32(const void* p) {
     __builtin_memcpy(&v, p, 4);
     return v;
 }
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+DC_CONSTEXPR int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+DC_CONSTEXPR int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // A view of one packed matrix or a stack of equal ones; the mapped file or a buffer owns the bytes.
 struct PackedTensor {
@@ -95,12 +99,12 @@ struct PackedTensor {
     int rows = 0, cols = 0;  // natural (unpadded) shape of a slice; after stacking, of the stacked matrix
     int scale_rows = 128, scale_cols = 128;  // f8 scale block, multiples of 16 and 32
 
-    constexpr int row_tiles() const { return static_cast<int>(ceil_div(rows, kTileRows)); }
-    constexpr int col_tiles() const { return static_cast<int>(ceil_div(cols, kTileCols)); }
-    constexpr int64_t row_tile_bytes() const { return int64_t{col_tiles()} * info(format).tile_bytes; }
-    constexpr int64_t slice_bytes() const { return row_tiles() * row_tile_bytes(); }
-    constexpr int64_t n_bytes() const { return n_slices * slice_bytes(); }
-    constexpr int64_t slice_scales() const { return ceil_div(rows, scale_rows) * ceil_div(cols, scale_cols); }
+    DC_CONSTEXPR int row_tiles() const { return static_cast<int>(ceil_div(rows, kTileRows)); }
+    DC_CONSTEXPR int col_tiles() const { return static_cast<int>(ceil_div(cols, kTileCols)); }
+    DC_CONSTEXPR int64_t row_tile_bytes() const { return int64_t{col_tiles()} * info(format).tile_bytes; }
+    DC_CONSTEXPR int64_t slice_bytes() const { return row_tiles() * row_tile_bytes(); }
+    DC_CONSTEXPR int64_t n_bytes() const { return n_slices * slice_bytes(); }
+    DC_CONSTEXPR int64_t slice_scales() const { return ceil_div(rows, scale_rows) * ceil_div(cols, scale_cols); }
 };
 
 // Key/value cache row of one position and layer: the normed latent c_kv and the rotated k_rope, nothing else.
@@ -111,7 +115,7 @@ enum class CacheType : uint8_t { kF32, kF16, kBF16, kQ8 };
 inline constexpr int kNumCacheTypes = 4;
 inline constexpr const char* kCacheTypeNames[kNumCacheTypes] = {"f32", "f16", "bf16", "q8"};
 
-constexpr int64_t cache_row_bytes(CacheType type, int c_pad, int r_pad) {
+DC_CONSTEXPR int64_t cache_row_bytes(CacheType type, int c_pad, int r_pad) {
     switch (type) {
     case CacheType::kF32: return 4 * (int64_t{c_pad} + r_pad);
     case CacheType::kF16:

@@ -71,7 +71,7 @@ struct MlaPartialArgs {
     bool same_q = false;    // scratch comes from a call with the same q, n_rows, n_heads, widths, type and bf16_dot
     bool bf16_dot = false;  // type kBF16: use the set's dot instruction, if it has one
 };
-constexpr int64_t mla_scratch_bytes(int c_pad, int r_pad, int n_rows, int n_heads) {
+DC_CONSTEXPR int64_t mla_scratch_bytes(int c_pad, int r_pad, int n_rows, int n_heads) {
     // in f32: 32 dims of a chunk; of every 16 (row, head) pairs their queries, scores, ends and running sums
     const int64_t vectors = ceil_div(int64_t{n_rows} * n_heads, 16);
     return 4 * (32 * kChunkLen + vectors * 16 * (int64_t{c_pad} + r_pad + kChunkLen + 4)) + 64;

@@ -77,5 +77,5 @@ using PeakI8 = NoDot;
 
 namespace deepcalm {
 extern const CpuKernels kernels_avx2;
-const CpuKernels kernels_avx2 = make_table("avx2", kCpuAvx2);
+constinit const CpuKernels kernels_avx2 = make_table("avx2", kCpuAvx2);
 }  // namespace deepcalm

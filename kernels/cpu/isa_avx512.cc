@@ -71,5 +71,5 @@ using PeakI8 = NoDot;
 
 namespace deepcalm {
 extern const CpuKernels kernels_avx512;
-const CpuKernels kernels_avx512 = make_table("avx512", kCpuAvx2 | kCpuAvx512);
+constinit const CpuKernels kernels_avx512 = make_table("avx512", kCpuAvx2 | kCpuAvx512);
 }  // namespace deepcalm

@@ -150,5 +150,5 @@ struct PeakI8 {
 
 namespace deepcalm {
 extern const CpuKernels kernels_avx512x;
-const CpuKernels kernels_avx512x = make_table("avx512x", kCpuAvx2 | kCpuAvx512 | kCpuAvx512X);
+constinit const CpuKernels kernels_avx512x = make_table("avx512x", kCpuAvx2 | kCpuAvx512 | kCpuAvx512X);
 }  // namespace deepcalm

@@ -18,5 +18,5 @@ using PeakI8 = NoDot;
 
 namespace deepcalm {
 extern const CpuKernels kernels_scalar;
-const CpuKernels kernels_scalar = make_table("scalar", 0);
+constinit const CpuKernels kernels_scalar = make_table("scalar", 0);
 }  // namespace deepcalm
