@@ -402,7 +402,7 @@ bool pack_f8_codes(const uint8_t* codes, int64_t stride, int rows, int cols, std
 
 bool pack_q4_codes(const uint8_t* nibbles, int64_t stride, const uint16_t* scales, int64_t scale_stride, Format format,
                    int rows, int cols, std::byte* out, int* bad_row, int* bad_col) noexcept {
-    const uint16_t inf = format == Format::kQ4 ? 0x7C00 : 0x7F80;  // exponent all ones: infinity or NaN
+    const uint16_t limit = format == Format::kQ4 ? 0x7C00 : 0x7E00;  // infinity, NaN; bf16: 2^125, 8 times it is
     auto* t = reinterpret_cast<TileQ4*>(out);
     for (int row0 = 0; row0 < rows; row0 += kTileRows) {
         for (int col0 = 0; col0 < cols; col0 += kTileCols, ++t) {
@@ -412,7 +412,7 @@ bool pack_q4_codes(const uint8_t* nibbles, int64_t stride, const uint16_t* scale
             for (int r = 0; r < n_rows; ++r) {
                 const uint8_t* src = nibbles + (row0 + r) * stride + col0 / 2;
                 const uint16_t scale = scales[(row0 + r) * scale_stride + col0 / kTileCols];
-                if ((scale & inf) == inf) {
+                if ((scale & 0x7FFF) >= limit) {
                     *bad_row = row0 + r;
                     *bad_col = col0;
                     return false;

@@ -776,9 +776,16 @@ def test_bad_int4_scales_refuse_by_name(tmp_path: Path) -> None:
     d = tiny.write(tmp_path / "hf", "kimi_k2")
     name = "model.layers.2.mlp.experts.19.gate_proj.weight"  # [32, 96], scales [32, 3]
     poison(d, name + "_scale", 3 * 31 + 2, b"\x80\x7f")
-    message = rf"{name}_packed: value at \[31, 64\] is -?(inf|nan), expected a finite number"
-    with pytest.raises(CheckpointError, match=message):
+    at = rf"{name}_packed: value at \[31, 64\] is "
+    with pytest.raises(CheckpointError, match=at + r"-?(inf|nan), expected a finite number"):
         pack(d, tmp_path / "x")
+    # 2^125: finite, but code -8 would give infinity
+    tiny.rewrite(d, lambda t: t.update({name + "_packed": ("I32", (32, 12), bytes([0x99]) * (4 * 32 * 12))}))
+    poison(d, name + "_scale", 3 * 31 + 2, b"\x00\x7e")
+    with pytest.raises(CheckpointError, match=at + r"4.25353e\+37, expected one whose q4 scale fits its type"):
+        pack(d, tmp_path / "x")
+    poison(d, name + "_scale", 3 * 31 + 2, b"\xff\x7d")
+    pack(d, tmp_path / "x")
 
 
 def test_disk_problems_are_resource_errors(
