@@ -114,7 +114,8 @@ Result<int> sample(const float* logits, int n_vocab, int n_valid, const SamplePa
     std::vector<Candidate> c;
     c.reserve(static_cast<size_t>(n_valid));
     for (int v = 0; v < n_valid; ++v) {
-        if (std::isfinite(logits[v])) c.push_back({logits[v], v});
+        const float logit = logits[v];  // read once: another thread may write to a caller's array, and NaN has no order
+        if (std::isfinite(logit)) c.push_back({logit, v});
     }
     filter(c, p, logits[best]);
     // Of a large vocabulary few tokens can still win once some score is known: the others are ruled out without logarithms.

@@ -116,7 +116,33 @@ def fail_everywhere(name: str) -> int:
     raise AssertionError
 
 
-def fail_all() -> None:
+def fail_public(saved: Path) -> None:
+    """The same for what a user calls: the tokens in Python are those of the cache."""
+    fail = ctypes.CDLL(os.environ["LD_PRELOAD"]).fail_allocation
+    ids, model = IDS[:9].tolist(), surface_cases.model()
+    other = model.session()
+    other.prefill(ids[5:])
+    other.save(saved)
+    want = {len(t): model.session().prefill([*t, 7]) for t in (ids[5:], ids[:5], ids)}
+    for call, then in ((lambda s: s.restore(saved), ids[5:]), (lambda s: s.prefill(ids[5:]), ids)):
+        for n in itertools.count():
+            s = model.session()
+            s.prefill(ids[:5])
+            fail(n)
+            try:
+                call(s)
+            except (MemoryError, ResourceError):
+                assert s.tokens.tolist() in (ids[:5], then)
+            done = fail(-1) >= 0
+            n_tokens = s.pos
+            assert np.array_equal(s.decode(7), want[n_tokens])
+            if done:
+                assert n > 3 and s.tokens.tolist() == [*then, 7]
+                break
+
+
+def fail_all(folder: Path) -> None:
+    fail_public(folder / "saved")
     for name in CASES:
         print(name, "*", file=sys.stderr)  # the last one is the one that fails
         assert fail_everywhere(name) > 3
@@ -129,6 +155,6 @@ def test_failures_leave_the_session_as_it_was(tmp_path: Path) -> None:
     source, library = Path(__file__).with_name("fail_allocation.cc"), tmp_path / "libfail_allocation.so"
     subprocess.run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     env = surface_cases.environment(PYTHONPATH=":".join(sys.path), LD_PRELOAD=str(library))
-    code = "import test_failures; test_failures.fail_all()"
+    code = f"import pathlib, test_failures; test_failures.fail_all(pathlib.Path({str(tmp_path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], env=env, timeout=200, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()[-2000:]

@@ -502,14 +502,15 @@ class Session:
     def _load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         with self._changing():
             before, self._tokens = self._tokens, []  # if interrupted: nothing rather than other rows for these tokens
-            held = self._core.pos
+            held, tokens = self._core.pos, np.array(state["tokens"])
+            new = tokens.tolist()
             try:
-                self._core.load_state(**state)
+                self._core.load_state(**{**state, "tokens": tokens})
             except (Error, MemoryError):
                 if self._core.pos == held:  # or a device failed while it took the rows, and holds none
                     self._tokens = before
                 raise
-            self._tokens, self._last_logits = self._core.tokens.tolist(), None
+            self._tokens, self._last_logits = new, None
 
     # ---- taps
 
