@@ -15,6 +15,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -361,6 +362,18 @@ def test_unpacked_checkpoint_prints_the_pack_command(run: Run, tmp_path: Path) -
         err = error(run(*command, folder))
         assert err.rstrip().endswith(f"pack it first: deepcalm pack '{folder}' 'my model.dcalm'")
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_thread_of_python_that_cannot_start_is_one_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    code, out, err = run("pack", surface_cases.checkpoint(), tmp_path / "a.dcalm")
+    assert (code, out) == (1, b"")
+    assert err.splitlines()[-1].startswith("deepcalm: error: can't start new thread: ")
 
 
 def test_memory_is_checked_before_anything_runs(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

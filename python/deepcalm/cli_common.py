@@ -157,6 +157,10 @@ class Cli(click.Group):
             say(f"deepcalm: error: {e}")
         except MemoryError as e:
             say(f"deepcalm: error: out of memory: {e}")
+        except RuntimeError as e:
+            if "new thread" not in str(e):
+                raise
+            say(f"deepcalm: error: {e}: a limit of address space (ulimit -v) or of processes is reached")
         except OSError as e:
             if e.filename is None:  # not a file that was named, so it was the output
                 abandon_stdout()
