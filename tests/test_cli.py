@@ -155,6 +155,12 @@ def test_options_without_effect_are_named(run: Run, path: Path) -> None:
     assert err.count("note: --seed has no effect") == 1
 
 
+def test_a_draft_head_without_an_mtp_layer_is_named(run: Run) -> None:
+    for dtype, said in (("q4", True), ("none", False)):
+        args = ("pack", surface_cases.checkpoint("moonlight"), "--dry-run", "--dtype", "q8", "--draft-head", dtype)
+        assert ("note: draft head q4 has no effect: no MTP layer is packed" in run(*args)[2]) == said
+
+
 def test_generate_ends_before_a_stop_string(run: Run, path: Path) -> None:
     whole = expected("the", 30)
     stop = whole[4:7]
@@ -256,6 +262,8 @@ def test_demo_model_tells_a_story(run: Run) -> None:
         ("chat", "--stop", ""),
         ("pack",),
         ("pack", "src"),
+        ("inspect", "x.dcalm", "--dump", "embed", "x.npy", "--check"),
+        ("inspect", "x.dcalm", "--dump", "embed", "x.npy", "--json"),
         ("pack", "src", "dst", "--dtype", "q3"),
         ("bench", "--repeats", "0"),
         ("perplexity", "x.dcalm"),

@@ -242,3 +242,11 @@ def test_device_refuses(device: str) -> None:
     with pytest.raises(ResourceError, match=r"needs [\d.]+ GB of device memory, [\d.]+ GB of [\d.]+ GB are free on"):
         huge = rc.pack(tiny.write(rc._root() / "huge", "v3", dtype="f32", max_position_embeddings=1 << 24), dtype="q8")
         _core.Session(device_cases.open_core(huge, device), 1 << 24, "f32", 4096, True)
+
+
+def test_what_a_device_does_not_use_is_named(device: str) -> None:
+    path = surface_cases.packed()
+    assert deepcalm.Model(path, device=device).notes == ()
+    assert deepcalm.Model(path, device=device, threads=2).notes == (
+        f"threads and isa have no effect on device {device}",
+    )

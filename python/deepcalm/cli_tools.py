@@ -177,6 +177,8 @@ def inspect(file: Path, check: bool, dump: tuple[str, str] | None, as_json: bool
     from .inspect import describe
     from .packed import PackedFile
 
+    if dump is not None and (check or as_json):
+        raise click.UsageError("--dump goes with neither --check nor --json")
     if dump is not None:
         import numpy as np
 

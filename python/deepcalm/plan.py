@@ -144,6 +144,8 @@ def make_plan(
         notes.append(f"the MTP layer is dropped: {ckpt.mtp_dropped}; drafting will not be available")
     elif ckpt.raw_config.get("num_nextn_predict_layers") and not ckpt.has_mtp:
         notes.append("config.json names an MTP layer but the files hold none; drafting will not be available")
+    if draft_head not in (None, "none") and not config["num_nextn_predict_layers"]:
+        notes.append(f"draft head {draft_head} has no effect: no MTP layer is packed")
     if "tokenizer.json" not in files:
         notes.append("no tokenizer.json or tiktoken.model: the packed file has no tokenizer")
     return Plan(config, ckpt.identity() | {"options": options}, tensors, files, dropped, notes)
