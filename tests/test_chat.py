@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -332,6 +333,20 @@ def test_time_is_bounded_and_the_next_rendering_starts_anew(monkeypatch: pytest.
         with pytest.raises(Error, match=r"takes more than 0\.05 seconds$"):
             t.render([], n=99999)
         assert t.render([], n=2) == "2"
+
+
+def test_time_is_bounded_where_the_thread_blocks_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signal masks and ignored signals are inherited by processes."""
+    monkeypatch.setattr(chat, "MAX_SECONDS", 0.05)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    ignored = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    try:
+        t = ChatTemplate("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
+    finally:
+        signal.signal(signal.SIGPROF, ignored)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with pytest.raises(Error, match="takes more than"):
+        t.render([])
 
 
 def test_a_template_process_that_is_gone_is_replaced() -> None:

@@ -108,6 +108,8 @@ def main(memory: int, seconds: float) -> None:
         hard = resource.getrlimit(what)[1]
         lower = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(what, (lower, lower))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # whatever the parent's thread ignores or blocks
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     environment = _Environment()
     templates: dict[str, jinja2.Template] = {}
     for line in sys.stdin.buffer:
