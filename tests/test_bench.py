@@ -234,6 +234,7 @@ def test_bench_synthetic_command(capsys: pytest.CaptureFixture[str], tmp_path: P
         (["--contexts", "1,x"], "expected numbers 0..999999999"),
         (["--threads", "0"], "expected numbers 1..1024"),
         (["--threads", "1,5000"], "expected numbers 1..1024"),
+        (["--draft", "1", "--contexts", "0"], "a context of at least 1"),
         (["--draft", "1", "--prompt", "64"], "--context N is the length of its prompt"),
         (["--synthetic", "v2-lite:99"], "layers '99', expected a number 1..27"),
         (["--accept", "0.5"], "--draft K"),

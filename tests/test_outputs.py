@@ -138,13 +138,12 @@ def test_closed_streams(closed: str, args: tuple[str, ...], code: int, reason: s
 def test_ctrl_c_at_any_time_is_130_without_a_traceback() -> None:
     """From the first import on: the interpreter's own start, some 10 ms, is not ours."""
     script = (
-        "import sys\n"
-        "import deepcalm.__main__ as m\n"
+        "import runpy, sys\n"
         "class Tell:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'deepcalm.cli': print(flush=True)\n"
         "sys.meta_path.insert(0, Tell())\n"
-        "sys.exit(m.main())\n"
+        "runpy.run_module('deepcalm', run_name='__main__')\n"
     )
     for delay in np.linspace(0, 0.35, 12):
         p = subprocess.Popen(

@@ -410,6 +410,8 @@ def bench(
         raise click.UsageError("--accept goes with --draft K")
     if draft is not None and (plot or json_file or len(contexts or ()) > 1 or len(threads or ()) > 1):
         raise click.UsageError("--draft takes one context and one number of threads, no --plot and no --json-file")
+    if draft is not None and contexts == [0]:
+        raise click.UsageError("--draft needs a context of at least 1")
     if draft is not None and prompt is not None:
         raise click.UsageError("--prompt does not go with --draft: --context N is the length of its prompt")
     if plot is not None:
