@@ -101,3 +101,14 @@ def test_device_arrays_refuse() -> None:
         assert sys.getrefcount(view) == references + 1, "the array keeps the session alive"
         del kept
         assert sys.getrefcount(view) == references
+
+
+def test_a_pass_that_fails_has_ended() -> None:
+    """What it had queued has run: nothing is left to read the buffers of a call that has returned."""
+    device_cases.need("sim")
+    s = deepcalm.Model(surface_cases.packed(), device="sim").session(32)
+    s.core.trace(None, {"layers.0.layer_out": np.zeros(3, np.float32)})
+    with pytest.raises(SessionError, match=r"feed: layers\.0\.layer_out has 3 values, expected"):
+        s.core.forward(np.array([3, 1], np.int32), "last")
+    x = np.asarray(device_view(s, "x"))[:2, : s.model.config["hidden_size"]]
+    assert np.isfinite(x).all(), "memory of a simulated GPU is NaN until something has run"

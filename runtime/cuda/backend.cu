@@ -274,6 +274,7 @@ struct DeviceSession {
         std::vector<float> cos(static_cast<size_t>(args.ctx) * static_cast<size_t>(half)), sin(cos.size());
         for (int i = 0; i < args.ctx; ++i)
             m.rope.fill(i, cos.data() + int64_t{i} * half, sin.data() + int64_t{i} * half);
+        const rt::Settled settled{stream};
         DC_RT(rt::copy(b.cos, cos.data(), static_cast<int64_t>(cos.size()) * 4, stream));
         DC_RT(rt::copy(b.sin, sin.data(), static_cast<int64_t>(sin.size()) * 4, stream));
         DC_RT(allow_smem(m.info.smem));
@@ -359,6 +360,7 @@ struct DeviceSession {
         const int64_t d = m.cfg.hidden_size;
         std::vector<int32_t> pos(static_cast<size_t>(n));
         for (int i = 0; i < n; ++i) pos[static_cast<size_t>(i)] = p.pos + i;
+        const rt::Settled settled{stream};
         DC_RT(rt::copy(b.ids, p.ids, 4 * int64_t{n}, stream));
         DC_RT(rt::copy(b.pos, pos.data(), 4 * int64_t{n}, stream));
         if (p.mtp) DC_RT(rt::copy(b.hidden, p.hidden, 4 * n * d, stream));
@@ -510,6 +512,7 @@ struct DeviceSession {
         l.n_eos = d.n_eos;
         std::copy_n(d.eos, d.n_eos, l.eos);
         l.stop = d.max_tokens <= 0 ? kStopLength : d.n + 1 >= args.ctx ? kStopContext : kStopNone;
+        const rt::Settled settled{stream};
         DC_RT(rt::copy(b.loop, &l, sizeof l, stream));
         DC_RT(rt::copy(b.tokens, d.tokens, 4 * (int64_t{d.n} + 1), stream));
         if (d.n_pending > 0) DC_RT(rt::copy(b.pend, d.pending, 4 * int64_t{d.n_pending} * m.cfg.hidden_size, stream));

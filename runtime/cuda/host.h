@@ -216,4 +216,10 @@ class Event {
 
 #endif
 
+// Waits on leaving a scope, whose buffers work that is queued may use: an early return too.
+struct Settled {
+    Stream stream;
+    ~Settled() { synchronize(stream); }
+};
+
 }  // namespace deepcalm::rt

@@ -79,6 +79,7 @@ bool DeviceSession::report(const char* what, char* text, size_t size, DeviceErro
     if (std::sscanf(what, "stages:%d:%d", &n, &pos) != 2 || n < 1 || n > kBlockRows || pos < 0 || pos + n > args.ctx)
         return fail(error, ErrorCode::kSession, "device report: '%s' is not known", what);
     std::vector<int32_t> at(static_cast<size_t>(n), pos);
+    const rt::Settled settled{stream};
     DC_RT(rt::copy(b.pos, at.data(), 4, stream));
     Replay whole;
     writer(whole.program).pass(shape(n, false, n, pos + n > kShortContext, false));
