@@ -477,12 +477,13 @@ PYBIND11_MODULE(_core, m) {
                 const WeightBytes& b = s.weight_bytes();
                 py::dict d;
                 d["fixed"] = b.fixed;
-                d["expert"] = b.expert;
+                d["experts"] = b.experts;
                 d["head"] = b.head;
                 d["embed_row"] = b.embed_row;
                 d["n_moe_layers"] = b.n_moe_layers;
                 d["mtp_fixed"] = b.mtp_fixed;
                 d["mtp_head"] = b.mtp_head;
+                d["mtp_expert"] = b.mtp_expert;
                 return d;
             },
             "Weight bytes of one pass by what they depend on; `expert`: one routed expert of one layer.")

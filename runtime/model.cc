@@ -19,18 +19,26 @@ int64_t fixed_bytes(const LayerWeights& w, const ModelConfig& c) {
     return n + (w.router_bias != nullptr ? 4 * int64_t{c.n_routed_experts} : 0);
 }
 
+}  // namespace
+
+int64_t expert_bytes(const LayerWeights& w, const ModelConfig& c) {
+    return w.moe ? (tensor_bytes(w.experts_gate_up) + tensor_bytes(w.experts_down)) / c.n_routed_experts : 0;
+}
+
+namespace {
+
 WeightBytes count_bytes(const ModelWeights& w, const ModelConfig& c) {
     WeightBytes b;
     for (const LayerWeights& l : w.layers) {
         b.fixed += fixed_bytes(l, c);
-        if (!l.moe) continue;
-        ++b.n_moe_layers;
-        b.expert = (tensor_bytes(l.experts_gate_up) + tensor_bytes(l.experts_down)) / c.n_routed_experts;
+        b.n_moe_layers += l.moe ? 1 : 0;
+        b.experts += expert_bytes(l, c);
     }
     b.head = tensor_bytes(w.head) + 4 * int64_t{c.hidden_size};
     b.embed_row = int64_t{c.hidden_size} * (w.embed_format == Format::kF32 ? 4 : 2);
     if (c.num_nextn_predict_layers > 0) {
         b.mtp_head = tensor_bytes(w.mtp_head);
+        b.mtp_expert = expert_bytes(w.mtp_layer, c);
         b.mtp_fixed = fixed_bytes(w.mtp_layer, c) + tensor_bytes(w.mtp_eh_proj) + 12 * int64_t{c.hidden_size};
     }
     return b;
@@ -95,7 +103,7 @@ Status Model::bind(MappedFile file, const std::string& path, const ModelConfig& 
 
 int64_t Model::active_bytes(int n_ctx, int64_t cache_row_bytes) const {
     const WeightBytes& b = weight_bytes_;
-    return b.fixed + b.head + b.embed_row + int64_t{b.n_moe_layers} * cfg_.num_experts_per_tok * b.expert +
+    return b.fixed + b.head + b.embed_row + cfg_.num_experts_per_tok * b.experts +
            int64_t{cfg_.num_hidden_layers} * n_ctx * cache_row_bytes;
 }
 

@@ -14,14 +14,18 @@ namespace deepcalm {
 
 // Weight bytes that one pass reads, split by what they depend on.
 struct WeightBytes {
-    int64_t fixed = 0;      // attention, dense and shared FFN, routers, norms of the main layers
-    int64_t expert = 0;     // one routed expert of one layer (largest format mix: all layers are equal in practice)
-    int64_t head = 0;       // head and final norm
-    int64_t embed_row = 0;  // one row of the embedding
-    int n_moe_layers = 0;   // main layers with routed experts
-    int64_t mtp_fixed = 0;  // the MTP layer without experts and head
-    int64_t mtp_head = 0;   // the head that drafts read
+    int64_t fixed = 0;       // attention, dense and shared FFN, routers, norms of the main layers
+    int64_t experts = 0;     // one routed expert of every main layer that has some, together: formats may differ
+    int64_t head = 0;        // head and final norm
+    int64_t embed_row = 0;   // one row of the embedding
+    int n_moe_layers = 0;    // main layers with routed experts
+    int64_t mtp_fixed = 0;   // the MTP layer without experts and head
+    int64_t mtp_head = 0;    // the head that drafts read
+    int64_t mtp_expert = 0;  // one of its routed experts
 };
+
+// Of one routed expert of a layer; 0 for a dense layer.
+int64_t expert_bytes(const LayerWeights& layer, const ModelConfig& cfg);
 
 class Model {
   public:

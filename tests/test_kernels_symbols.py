@@ -39,8 +39,9 @@ def isa_object(isa: str, tmp_path: Path, optimised: bool = True) -> Path:
         words = match.group(1).replace('""', "").split()
         return [f for w in words for f in (flags(w[len("${isa_flags_") : -1]) if w.startswith("${") else [w])]
 
-    common = ["-std=c++20", "-O3" if optimised else "-O0", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-ffp-contract=off"]
-    common += ["-fno-math-errno", "-fno-exceptions", "-fno-rtti", "-fno-asynchronous-unwind-tables", f"-I{ROOT}"]
+    common = ["-std=c++20", "-O3" if optimised else "-O0", "-fPIC", "-fvisibility=hidden"]
+    common += ["-fvisibility-inlines-hidden", "-ffp-contract=off", "-fno-math-errno"]
+    common += ["-fno-exceptions", "-fno-rtti", "-fno-asynchronous-unwind-tables", f"-I{ROOT}"]
     out = tmp_path / f"{isa}.o"
     subprocess.run([compiler, *common, *flags(isa), "-c", source, "-o", out], check=True)
     return out

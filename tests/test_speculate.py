@@ -7,6 +7,7 @@ a distribution, transformers' own drafting, and what the controller spends.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import pytest
 
 import deepcalm
+import device_cases
 import runtime_cases as rc
 import surface_cases
 import tiny
@@ -319,7 +321,7 @@ def test_transformers_drafts_the_same(preset: str, tmp_path: Path) -> None:
 # ---- the controller
 
 
-COST = CostModel(plain=1000, expert=2, mtp_step=50, layers=10, top_k=8, n_experts=256)
+COST = CostModel(plain=1000, expert=2, mtp_step=50, mtp_expert=2, layers=10, top_k=8, n_experts=256)
 
 
 class World:
@@ -373,7 +375,7 @@ def test_controller_drafts_where_it_pays_and_only_there() -> None:
         never = World(lambda _t, a=a: a)
         assert never.run(4000) > 0.99
         assert never.control.switches < 14 and never.ks.count(0) > 3800  # pauses double
-    dear = World(lambda _t: 1.0, cost=CostModel(1000, 45, 900, 1, 8, 256))
+    dear = World(lambda _t: 1.0, cost=CostModel(1000, 45, 900, 45, 1, 8, 256))
     assert dear.run(1000) == 1.0 and set(dear.ks) == {0}  # the prediction alone rules it out
 
 
@@ -486,3 +488,39 @@ def test_bench_draft_command(capsys: pytest.CaptureFixture[str], monkeypatch: py
     value = json.loads(capsys.readouterr().out)
     assert value["k"] == 1 and value["accept"] is None and value["speedup"]["median"] > 0 and "command" in value
     assert cli.main([*args, "--accept", "0.5"]) == 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_bytes_are_counted_where_layers_differ(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Routed experts in f32, then bf16, then f32 in the MTP layer: every layer's own bytes, and no other's."""
+    plain = tiny.checkpoint_tensors
+
+    def mixed(spec: Any, cfg: Any, dtype: str, seed: int) -> Any:
+        wide = (f"layers.{cfg['first_k_dense_replace']}.mlp.experts", f"layers.{cfg['num_hidden_layers']}.mlp.experts")
+        f32 = plain(spec, cfg, "f32", seed)
+        return {n: f32[n] if any(w in n for w in wide) else t for n, t in plain(spec, cfg, dtype, seed).items()}
+
+    monkeypatch.setattr(tiny, "checkpoint_tensors", mixed)
+    file = rc.pack(tiny.write(tmp_path / "hf", "v3", dtype="bf16"), dtype="source")
+    experts = [e for n, e in sorted(file.entries.items()) if n.endswith("experts.w_down")]
+    assert [e.format for e in experts] == ["f32", *["bf16"] * (len(experts) - 2), "f32"] and len(experts) > 2
+    core = rc.open_model(file, rc.ISAS[0]) if device == "cpu" else device_cases.open_core(file, device)
+    cost = CostModel.of(core.weight_bytes, file.config)
+    session = _core.Session(core, 64, "f32", 8)
+    ids = tiny.token_ids(file.config["vocab_size"], 6, 1)
+    read = [session.stats()["weight_bytes"]]
+    for step in (
+        lambda: session.forward(ids[:1], "last"),
+        lambda: session.mtp_forward(ids[1:2], session.hidden(), "last"),
+    ):
+        step()
+        read.append(session.stats()["weight_bytes"])
+    assert [b - a for a, b in itertools.pairwise(read)] == [cost.plain, cost.mtp_step]
+    session.forward(ids[1:], "last")
+    cpu = _core.Session(rc.open_model(file, "scalar"), 64, "f32", 8)
+    cpu.forward(ids[:1], "last")
+    before = cpu.stats()["weight_bytes"]
+    cpu.forward(ids[1:], "last")  # several experts of each layer, as many as the router says
+    assert session.stats()["weight_bytes"] - read[-1] == cpu.stats()["weight_bytes"] - before

@@ -55,13 +55,15 @@ def expected_tokens(acceptance: float | Sequence[float], k: int) -> float:
 class CostModel:
     """Bytes of a plain step and of rounds, from the packed file's sizes and the counted unions of experts.
 
-    Args (all bytes): plain: a plain step without cache; expert: one routed expert of one layer; mtp_step: one MTP row
-    with head; layers, top_k, n_experts: MoE layers, experts per token, routed experts.
+    Args (all bytes): plain: a plain step without cache; expert: one routed expert, the mean of the main layers;
+    mtp_step: one MTP row with head; mtp_expert: one routed expert of the MTP layer; layers, top_k, n_experts: MoE
+    layers, experts per token, routed experts.
     """
 
     plain: int
-    expert: int
+    expert: float
     mtp_step: int
+    mtp_expert: int
     layers: int
     top_k: int
     n_experts: int
@@ -72,9 +74,10 @@ class CostModel:
         k = int(config["num_experts_per_tok"]) if config["n_routed_experts"] else 0
         fixed = sizes["fixed"] + sizes["head"] + sizes["embed_row"]
         return cls(
-            plain=fixed + sizes["n_moe_layers"] * k * sizes["expert"],
-            expert=sizes["expert"],
-            mtp_step=sizes["mtp_fixed"] + k * sizes["expert"] + sizes["mtp_head"] + sizes["embed_row"],
+            plain=fixed + k * sizes["experts"],
+            expert=sizes["experts"] / max(sizes["n_moe_layers"], 1),
+            mtp_expert=sizes["mtp_expert"],
+            mtp_step=sizes["mtp_fixed"] + k * sizes["mtp_expert"] + sizes["mtp_head"] + sizes["embed_row"],
             layers=sizes["n_moe_layers"],
             top_k=k,
             n_experts=int(config["n_routed_experts"]),
@@ -93,7 +96,7 @@ class CostModel:
         if not self.top_k or k == 0:
             return k * self.mtp_step
         batch = float(self.n_experts * (1 - (1 - self.top_k / self.n_experts) ** rows))
-        return k * self.mtp_step + (batch - self.top_k) * self.expert
+        return k * self.mtp_step + (batch - self.top_k) * self.mtp_expert
 
     def verify_bytes(self, k: int, counted: Sequence[tuple[int, int]] = ()) -> float:
         """Bytes of the main pass over ``k`` drafts and the token before them."""
@@ -107,7 +110,7 @@ class CostModel:
         """Plain steps that a round with ``k`` drafts loses at most: none accepted, no expert shared."""
         most = (min((k + 1) * self.top_k, self.n_experts) - self.top_k) * self.layers
         batch = min(rows * self.top_k, self.n_experts) - self.top_k
-        return (max(most, 0) * self.expert + max(batch, 0) * self.expert + k * self.mtp_step) / self.plain
+        return (max(most, 0) * self.expert + max(batch, 0) * self.mtp_expert + k * self.mtp_step) / self.plain
 
     def gain(self, k: int, acceptance: float | Sequence[float], counted: Sequence[tuple[int, int]] = ()) -> float:
         """Predicted speed with ``k`` drafts over plain decoding, where bytes decide."""

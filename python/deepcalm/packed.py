@@ -311,7 +311,7 @@ class PackedFile:
         return out if len(s.shape) == 3 and slice is None else out[0]
 
     def check(self, progress: Callable[[int, int], object] | None = None) -> list[str]:
-        """Names of the tensors whose bytes lack the recorded checksum, whose padding is not zero, or that hold NaN in f8."""
+        """Names of the tensors with a wrong checksum, with padding that is not zero, or with NaN in f8."""
         total = self.header.file_size - self.data_offset
         buffer, bad = np.empty(8 << 20, np.uint8), []
         for name, e in self.entries.items():

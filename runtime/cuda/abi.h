@@ -107,8 +107,9 @@ struct DeviceDecodeState {
     int n_pending = 0;  // as in DeviceDecode
     // of everything that ran, rounds queued after the stop included
     int64_t passes = 0, rows = 0, mtp_passes = 0, mtp_rows = 0;
-    int64_t experts = 0;     // distinct (layer, expert) pairs, summed over passes
-    int64_t cache_rows = 0;  // rows of one layer that main passes read; mtp_cache_rows likewise
+    int64_t experts = 0;      // distinct (layer, expert) pairs of main passes, summed over them
+    int64_t mtp_experts = 0;  // and of MTP passes
+    int64_t cache_rows = 0;   // rows of one layer that main passes read; mtp_cache_rows likewise
     int64_t mtp_cache_rows = 0;
 };
 

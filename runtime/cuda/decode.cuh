@@ -299,7 +299,7 @@ DC_DEVICE void stage_catch_up(const CatchUpArgs& a, int block, int, const Smem& 
     const int experts = a.part > 0 ? distinct_experts(a.before, l.s.mtp_n, reinterpret_cast<int*>(smem.at)) : 0;
     rt::sync_block();
     if (rt::thread() != 0) return;
-    l.counts.experts += experts;
+    l.counts.mtp_experts += experts;
     const int pos = l.s.pos - l.n_pend + begin;
     l.s.mtp_pos = pos;
     l.s.mtp_n = n;
@@ -335,7 +335,7 @@ DC_DEVICE void stage_draft(const DraftArgs& a, int block, int, const Smem& smem,
     const int experts = distinct_experts(a.routed, n, reinterpret_cast<int*>(smem.at));
     rt::sync_block();
     if (rt::thread() != 0) return;
-    l.counts.experts += experts;
+    l.counts.mtp_experts += experts;
     const int32_t id = l.s.mtp_choice[row];
     if (id < 0 || n == 0) l.chain = -1;  // a damaged MTP layer must not stop generation: verify what there is
     // Not more rows than positions whose token a plain step would still choose.

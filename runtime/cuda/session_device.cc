@@ -72,6 +72,7 @@ Status Session::forward_device(const PassArgs& a) {
     const size_t per_layer = a.ids.size() * static_cast<size_t>(k);
     const bool window = !a.mtp && n <= ExpertUnion::kMaxWindow;
     if (!a.mtp) state_.pass_experts.clear();
+    const ModelWeights& w = model_.weights();
     std::vector<bool> seen(static_cast<size_t>(c.n_routed_experts));
     for (int l = 0; l < moe_layers; ++l) {
         std::fill(seen.begin(), seen.end(), false);
@@ -87,7 +88,8 @@ Status Session::forward_device(const PassArgs& a) {
             if (window) state_.pass_experts.push_back((first_moe + l) * c.n_routed_experts + e);
         }
         stats_.experts_touched += touched;
-        stats_.weight_bytes += touched * model_.weight_bytes().expert;
+        stats_.weight_bytes +=
+            touched * expert_bytes(a.mtp ? w.mtp_layer : w.layers[static_cast<size_t>(first_moe + l)], c);
     }
     // Stage by stage, a device pass is timed by report("stages"), not here.
     const WeightBytes& b = model_.weight_bytes();
@@ -201,9 +203,10 @@ Result<DeviceDecodeState> Session::decode_finish() {
     stats_.rows += s.rows + s.mtp_rows;
     stats_.mtp_passes += s.mtp_passes;
     stats_.mtp_rows += s.mtp_rows;
-    stats_.experts_touched += s.experts;
+    stats_.experts_touched += s.experts + s.mtp_experts;
     stats_.weight_bytes += s.passes * (b.fixed + b.head) + s.mtp_passes * (b.mtp_fixed + b.mtp_head) +
-                           (s.rows + s.mtp_rows) * b.embed_row + s.experts * b.expert;
+                           (s.rows + s.mtp_rows) * b.embed_row + s.mtp_experts * b.mtp_expert +
+                           s.experts * b.experts / std::max(b.n_moe_layers, 1);  // of all layers alike
     stats_.cache_bytes += cache_.row_bytes() * (s.cache_rows * cache_.n_layers() + s.mtp_cache_rows);
     if (keep_mtp_ && n_pending() > kMaxPending) DC_TRY_STATUS(catch_up(nullptr, 0));
     return s;
