@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 
-# A shell's background job starts with SIGINT ignored, and so would every process that the tests interrupt.
+# A shell's background job starts with SIGINT ignored, one under nohup with SIGHUP, and so would every process that the
+# tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The oracles' matrices are tiny: more BLAS threads only spin, and compete with the thread pool under test.
 for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")

@@ -376,6 +376,24 @@ def test_an_interrupt_leaves_no_answer_behind() -> None:
     assert t.render([], x=2) == "2"
 
 
+def test_a_child_forked_beside_a_rendering_renders_for_itself() -> None:
+    """It neither waits for another thread's lock nor asks the parent's process."""
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    process = template._process
+    assert template._lock.acquire()  # as a thread in the middle of a rendering
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        try:
+            os._exit(template.render([{"role": "user", "content": "child"}]) != "child")
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    template._lock.release()
+    assert template.render([{"role": "user", "content": "parent"}]) == "parent"
+    assert template._process is process, "the child left it alone"
+
+
 def test_a_template_sees_nothing_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "1")
     t = ChatTemplate("x", TOKENS)

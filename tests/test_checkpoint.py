@@ -252,6 +252,11 @@ def test_compressed_tensors_formats_and_groups(copy: Callable[[str], Path]) -> N
         "config_groups is {}",
         ConfigError,
     )
+    refused(
+        edit_config(folder, lambda c: c["quantization_config"].update(config_groups={"a\nb": False})),
+        r"config_groups: 'a\\nb' is False, expected an object or null$",
+        ConfigError,
+    )
 
 
 JSON_TEXTS = [

@@ -49,6 +49,7 @@ class ChatTemplate:
         if (length := sum(map(len, self._sources.values()))) > MAX_TEMPLATE_CHARS:
             raise Error(f"chat template: {length} characters, at most {MAX_TEMPLATE_CHARS} are accepted")
         self._lock = threading.Lock()
+        _TEMPLATES.add(self)
         self._literals: dict[str, str] = self._start()
 
     @classmethod
@@ -187,6 +188,19 @@ def _end(process: subprocess.Popen[bytes]) -> int:
             if pipe is not None:
                 pipe.close()
     return process.wait()
+
+
+# A child of fork() has the locks that other threads held then, and no thread to release them. (It has no process:
+# waiting for the parent's fails there, and the next rendering starts another.)
+_TEMPLATES: weakref.WeakSet[ChatTemplate] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for template in _TEMPLATES:
+        template._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 @functools.lru_cache(maxsize=8)

@@ -34,9 +34,14 @@ class _Keys:
         self.raw = raw
         self.where = where
 
+    @staticmethod
+    def _name(key: str) -> str:
+        """A key for a message; a stranger's own (a name of a group) may hold anything."""
+        return key if key.isprintable() and len(key) <= 80 else show(key)
+
     def refuse(self, key: str, expected: str) -> ConfigError:
         found = show(self.raw[key]) if key in self.raw else "missing"
-        return ConfigError(f"{self.where}: {key} is {found}, expected {expected}")
+        return ConfigError(f"{self.where}: {self._name(key)} is {found}, expected {expected}")
 
     def integer(self, key: str, default: Any = _REQUIRED, null: int | None = None) -> int:
         """An int; ``default`` when the key is absent, ``null`` when it is null (None: null is refused)."""
@@ -83,7 +88,7 @@ class _Keys:
             return None
         if not isinstance(value, dict):
             raise self.refuse(key, "an object or null")
-        return _Keys(value, f"{self.where}: {key}")
+        return _Keys(value, f"{self.where}: {self._name(key)}")
 
     def must_be(self, key: str, allowed: tuple[Any, ...], why: str) -> None:
         """The key may be absent or null; any value not in ``allowed`` is refused."""
