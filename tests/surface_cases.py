@@ -39,7 +39,7 @@ def checkpoint(preset: str = "v3", seed: int = 0) -> Path:
 def packed(preset: str = "v3", seed: int = 0, dtype: str = "source") -> Path:
     """Its packed file."""
     path = root() / f"{preset}-{seed}-{dtype}.dcalm"
-    deepcalm.pack(checkpoint(preset, seed), path, dtype=dtype)
+    deepcalm.pack(checkpoint(preset, seed), path, dtype=dtype, force=True)
     return path
 
 

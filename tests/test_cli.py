@@ -612,10 +612,10 @@ def test_progress_bar_only_on_a_terminal(tmp_path: Path) -> None:
 
 
 def test_hub_download_is_optional(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    asked: list[tuple[str, str | None]] = []
 
-    def snapshot_download(repo: str, allow_patterns: list[str]) -> str:
-        asked.append(repo)
+    def snapshot_download(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo, revision))
         assert "*.safetensors" in allow_patterns
         return str(surface_cases.checkpoint())
 
@@ -623,9 +623,24 @@ def test_hub_download_is_optional(run: Run, tmp_path: Path, monkeypatch: pytest.
     fake.snapshot_download = snapshot_download  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     assert run("pack", "some-org/some.model", tmp_path / "m.dcalm")[0] == 0
-    assert asked == ["some-org/some.model"] and (tmp_path / "m.dcalm").is_file()
+    assert asked == [("some-org/some.model", None)] and (tmp_path / "m.dcalm").is_file()
+    assert "exists; add --force to replace it" in error(run("pack", "some-org/some.model", tmp_path / "m.dcalm"))
+    assert len(asked) == 1  # not downloaded for nothing
+    assert run("pack", "some-org/x", tmp_path / "m.dcalm", "--force", "--revision", "v1")[0] == 0
+    assert asked[1:] == [("some-org/x", "v1")]
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for src in ("models/foo", "./models/foo", "models/foo/", "a/b/c", "foo", "org/x.gguf", "~/x", "org/\u00e9"):
+        assert f"{src.rstrip('/').removeprefix('./')}: no such folder" in error(run("pack", src, "n.dcalm"))
+    assert "a model of the Hub? Then add --revision main" in error(run("pack", "models/foo", "n.dcalm"))
+    assert len(asked) == 2
+    assert run("pack", "models/foo", "--dry-run", "--revision", "main")[0] == 0
+    assert asked[2:] == [("models/foo", "main")]
+    for where in ("models", "foo", surface_cases.checkpoint()):
+        assert run("pack", where, "n.dcalm", "--revision", "main")[0] == 2
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install 'deepcalm[hub]'" in error(run("pack", "some-org/some.model", tmp_path / "n.dcalm"))
+    assert "pip install huggingface_hub" in error(run("pack", "some-org/some.model", tmp_path / "n.dcalm"))
 
 
 # ---- inspect

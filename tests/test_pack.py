@@ -114,7 +114,7 @@ def test_targets_are_within_their_rounding(case: str, dtype: str, checkpoints: d
 def test_plan_is_what_is_written(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     for case, dtype in [("gigachat3", "source"), ("kimi_k2", "source"), ("v3", "q4"), ("v2_lite", "f8")]:
         before = plan(checkpoints[case], dtype)
-        after = pack(checkpoints[case], tmp_path / "x", dtype)
+        after = pack(checkpoints[case], tmp_path / "x", dtype, force=True)
         assert before == after
         with packed.read(tmp_path / "x") as f:
             assert f.check() == []
@@ -233,7 +233,7 @@ def same_tensors(a: Path, b: Path, dtype: str = "source") -> bool:
     """Whether two checkpoints pack to the same bytes, of whichever file they say they come from."""
     stored = []
     for folder in (a, b):
-        pack(folder, folder / f"{dtype}.dcalm", dtype)
+        pack(folder, folder / f"{dtype}.dcalm", dtype, force=True)
         with packed.read(folder / f"{dtype}.dcalm") as f:
             stored.append({n: (e.sha256, e.entry()) for n, e in f.entries.items()})
     return stored[0] == stored[1]
@@ -404,7 +404,7 @@ def test_a_head_of_its_own_is_what_transformers_uses(preset: str, tmp_path: Path
         files = {n: ("F32", w.shape, np.ascontiguousarray(w).tobytes()) for n, w in (stored[k] for k in names)}
         tiny.rewrite(d, lambda t, f=files: (t.pop("model.embed_tokens.weight", None), t.update(f)))
         m: Any = transformers.AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32)
-        pack(d, tmp_path / "x", "f32")
+        pack(d, tmp_path / "x", "f32", force=True)
         with packed.read(tmp_path / "x") as f:
             np.testing.assert_array_equal(f.unpack("head"), m.lm_head.weight.detach().numpy())
             np.testing.assert_array_equal(f.unpack("embed"), m.model.embed_tokens.weight.detach().numpy())
@@ -472,7 +472,7 @@ def test_kimi_k25_wrapper(tmp_path: Path) -> None:
 
 def test_container_is_valid_for_the_safetensors_package(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     for case, dtype in [("gigachat3", "source"), ("v3", "q4")]:
-        pack(checkpoints[case], tmp_path / "x", dtype)
+        pack(checkpoints[case], tmp_path / "x", dtype, force=True)
         blob = (tmp_path / "x").read_bytes()
         entries = dict(safetensors.deserialize(blob))
         with packed.read(tmp_path / "x") as f:
@@ -494,9 +494,9 @@ def test_stored_files_are_the_checkpoint_s(checkpoints: dict[str, Path], tmp_pat
 def test_packing_again_gives_the_same_bytes_and_replaces(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "x").write_text("something else")
     reached: list[tuple[int, int]] = []
-    pack(checkpoints["v3"], tmp_path / "x", "q4", progress=lambda done, total: reached.append((done, total)))
+    pack(checkpoints["v3"], tmp_path / "x", "q4", None, None, None, lambda *n: reached.append(n), force=True)
     first = (tmp_path / "x").read_bytes()
-    pack(checkpoints["v3"], tmp_path / "x", "q4")
+    pack(checkpoints["v3"], tmp_path / "x", "q4", force=True)
     assert (tmp_path / "x").read_bytes() == first
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
     assert reached == sorted(reached) and reached[-1] == (len(first), len(first))
@@ -506,10 +506,10 @@ def test_slab_size_does_not_change_the_bytes(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for case, dtype in [("gigachat3", "source"), ("v3", "f8"), ("v2_lite", "q4"), ("kimi_k2", "source")]:
-        pack(checkpoints[case], tmp_path / "x", dtype)
+        pack(checkpoints[case], tmp_path / "x", dtype, force=True)
         with monkeypatch.context() as m:
             m.setattr(PACK, "SLAB_BYTES", 3000)
-            pack(checkpoints[case], tmp_path / "y", dtype)
+            pack(checkpoints[case], tmp_path / "y", dtype, force=True)
         assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
@@ -710,7 +710,7 @@ def test_near_zero_groups_are_counted_by_format_and_tensor(tmp_path: Path) -> No
     assert np.abs(got[5, :32] - values[5, :32]).max() <= 2.0**-25 and bits[5, 0] == 1
     tiny.rewrite(d, lambda t: t.update({n: (k, s, (np.frombuffer(b, "<f4") * 1e-20).astype("<f4").tobytes())
                                    for n, (k, s, b) in t.items() if ".up_proj" in n}))  # fmt: skip
-    notes = pack(d, tmp_path / "q8", "q8").notes
+    notes = pack(d, tmp_path / "q8", "q8", force=True).notes
     interrupted(d, tmp_path / "x", 25)  # a resumed pack counts what was packed before as well
     assert pack(d, tmp_path / "x", "q8").notes[1:] == notes
     assert len(notes) == 1 and " near-zero groups of 6 tensors (layers.0.w_gate_up, ...) are too small" in notes[0]
@@ -825,6 +825,72 @@ def test_disk_problems_are_resource_errors(
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
+def test_an_existing_target_is_replaced_only_with_force(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    src = checkpoints["moonlight"]
+    (tmp_path / "x").write_text("precious")
+    (tmp_path / "x").chmod(0o444)
+    (tmp_path / "link").symlink_to("x")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("x", "link", "dangling"):
+        with pytest.raises(ResourceError, match=f"{name}: exists; add --force to replace it"):
+            pack(src, tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "link", "x"]
+    for name in ("dangling", "link"):  # the link is replaced, not what it points to
+        pack(src, tmp_path / name, force=True)
+        assert not (tmp_path / name).is_symlink()
+    assert (tmp_path / "x").read_text() == "precious" and not (tmp_path / "nowhere").exists()
+    pack(src, tmp_path / "x", force=True)
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "link").read_bytes()
+
+
+def test_a_target_that_appears_while_packing_stays(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    src, dst = checkpoints["moonlight"], tmp_path / "x"
+    with pytest.raises(ResourceError, match="x: exists; add --force"):
+        pack(src, dst, progress=lambda *_: dst.exists() or dst.write_text("precious"))
+    assert dst.read_text() == "precious"
+    n = len(plan(src).tensors) + len(plan(src).files)
+    assert pack(src, dst, force=True).notes[0].startswith(f"resumed: {n} of {n} tensors were packed already")
+    with packed.read(dst) as f:
+        assert f.check() == []
+
+
+def hub_cache(folder: Path, src: Path, commit: str = "c0ffee" * 6) -> Path:
+    """The checkpoint as huggingface_hub keeps it: links into a folder of blobs."""
+    repo = folder / "models--some-org--Some.Model"
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    for i, file in enumerate(sorted(src.iterdir())):
+        shutil.copy(file, repo / "blobs" / str(i))
+        (repo / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{i}")
+    return repo / "snapshots" / commit
+
+
+def test_files_of_the_checkpoint_are_never_replaced(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    src = hub_cache(tmp_path, checkpoints["moonlight"])
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    (tmp_path / "link").symlink_to(src / "config.json")
+    (tmp_path / "folder").symlink_to(src)
+    for dst in (src / "config.json", src / "model.safetensors", src.parents[1] / "blobs" / "0", tmp_path / "link",
+                tmp_path / "folder" / "config.json"):  # fmt: skip
+        for force in (False, True):
+            with pytest.raises(ResourceError, match="would overwrite a file of the checkpoint itself"):
+                pack(src, dst, force=force)
+    assert before == {p: p.read_bytes() for p in before} and (src / "config.json").is_symlink()
+    pack(src, src / "own.dcalm")
+    pack(src, src / "own.dcalm", force=True)
+
+
+def test_the_name_of_a_model_in_a_hub_cache_is_the_model_s(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    src = hub_cache(tmp_path, checkpoints["moonlight"])
+    source = plan(src).source
+    assert (source["name"], source["revision"]) == ("some-org/Some.Model", "c0ffee" * 6)
+    other = Path(os.fsdecode(os.fsencode(tmp_path) + b"/na\xffme"))
+    shutil.copytree(checkpoints["moonlight"], other)
+    pack(other, tmp_path / "x.dcalm")
+    with packed.read(tmp_path / "x.dcalm") as f:
+        assert f.source["name"] == "na\\xffme" and "revision" not in f.source
+
+
 def test_two_packs_of_one_target_do_not_mix(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     seen: list[str] = []
 
@@ -840,12 +906,40 @@ def test_two_packs_of_one_target_do_not_mix(checkpoints: dict[str, Path], tmp_pa
         assert f.check() == []
 
 
-def test_a_link_in_the_way_is_not_followed(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["x.partial", "x.partial.journal"])
+@pytest.mark.parametrize("kind", ["symbolic", "dangling", "hard", "pipe"])
+def test_a_link_in_the_way_is_not_followed(kind: str, name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("precious")
-    (tmp_path / "x.partial").symlink_to(tmp_path / "victim")
-    with pytest.raises(ResourceError, match="cannot write the packed file"):
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    elif kind == "hard":
+        (tmp_path / name).hardlink_to(tmp_path / "victim")
+    else:
+        (tmp_path / name).symlink_to(tmp_path / ("victim" if kind == "symbolic" else "nowhere"))
+    with pytest.raises(ResourceError, match=f"{name}: cannot write the packed file: this name is taken by a link or"):
         pack(checkpoints["v3"], tmp_path / "x", "q8")
-    assert (tmp_path / "victim").read_text() == "precious"
+    assert (tmp_path / "victim").read_text() == "precious" and not (tmp_path / "nowhere").exists()
+    assert not (tmp_path / "x").exists()
+    (tmp_path / name).unlink()
+    pack(checkpoints["v3"], tmp_path / "x", "q8")
+
+
+def test_a_pack_that_ends_while_another_starts(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever opened DST.partial just before it got its name must not write into the finished file."""
+    flock = PACK.fcntl.flock
+
+    def late(fd: int, how: int) -> None:
+        monkeypatch.undo()
+        pack(checkpoints["v3"], tmp_path / "x", "q8", force=True)
+        flock(fd, how)
+
+    pack(checkpoints["v3"], tmp_path / "y", "q8")
+    monkeypatch.setattr(PACK.fcntl, "flock", late)
+    with pytest.raises(ResourceError, match="another pack is writing this file"):
+        pack(checkpoints["v3"], tmp_path / "x", "q8", force=True)
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

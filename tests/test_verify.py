@@ -41,7 +41,7 @@ def checkpoint(preset: str, dtype: str | None = None, **overrides: Any) -> Path:
 @functools.cache
 def pack(folder: Path, **options: str) -> Path:
     path = folder.with_name(folder.name + "-" + "-".join(options.values()) + ".dcalm")
-    deepcalm.pack(folder, path, **options)
+    deepcalm.pack(folder, path, force=True, **options)
     return path
 
 

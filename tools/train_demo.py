@@ -422,4 +422,4 @@ def arguments() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     options = arguments().parse_args()
     train(options)
-    deepcalm.pack(options.out, options.out / "demo.dcalm", dtype="q8")
+    deepcalm.pack(options.out, options.out / "demo.dcalm", dtype="q8", force=True)

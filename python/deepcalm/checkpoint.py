@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -418,6 +419,7 @@ class Checkpoint:
     def identity(self) -> dict[str, Any]:
         """What the packed file records about its source: {name, files: {name: bytes}, config_sha256, index_sha256}.
 
+        From a hub's cache with the revision too, the commit; the name is then the model's, ORG/NAME.
         index_sha256 covers the shard names and headers: every tensor's name, shape, dtype and place.
         """
         index = hashlib.sha256()
@@ -425,7 +427,7 @@ class Checkpoint:
             index.update(shard.encode() + b"\0" + header.raw)
         config = read_file(self.path / "config.json", MAX_CONFIG_BYTES, CheckpointError)
         return {
-            "name": self.path.resolve().name,
+            **_origin(self.path.resolve()),
             "files": {shard: f.size for shard, f in self._files.items()},
             "config_sha256": hashlib.sha256(config).hexdigest(),
             "index_sha256": index.hexdigest(),
@@ -448,6 +450,14 @@ def _some(names: list[str], limit: int = 8) -> str:
     """A list of names for a message; a stranger's are escaped."""
     shown = ", ".join(n if n.isprintable() else repr(n) for n in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _origin(folder: Path) -> dict[str, str]:
+    """Name, and revision where .../models--ORG--NAME/snapshots/COMMIT tells it; bytes that are not UTF-8 as \\xNN."""
+    repo = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repo.startswith("models--"):
+        return {"name": repo.removeprefix("models--").replace("--", "/"), "revision": folder.name}
+    return {"name": os.fsencode(folder.name).decode("utf-8", "backslashreplace")}
 
 
 def _names_in(path: Path) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import shlex
 import sys
@@ -47,7 +48,7 @@ def size(n_bytes: int) -> str:
 Examples:
   deepcalm pack ~/models/DeepSeek-V2-Lite v2-lite.dcalm --dtype q8
   deepcalm pack ~/models/DeepSeek-V3 v3.dcalm --dtype q4 --dry-run
-  deepcalm pack deepseek-ai/DeepSeek-V2-Lite v2-lite.dcalm     (needs: pip install 'deepcalm[hub]')
+  deepcalm pack deepseek-ai/DeepSeek-V2-Lite v2-lite.dcalm --revision main     (downloaded from the Hugging Face Hub)
 A packing that was interrupted goes on where it stopped when the same command is given again (from DST.partial)."""
 )
 @click.argument("src")
@@ -64,12 +65,18 @@ A packing that was interrupted goes on where it stopped when the same command is
 @click.option("--draft-head", type=click.Choice([*DTYPES, "none"]),
               help="A copy of the head for drafts only (default: q4 with --dtype q8 and q4, else none).")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only print the plan: every tensor, from, to, bytes.")
+@click.option("--force", is_flag=True, help="Replace DST if it exists.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub (default: main).")
 @options("--json", "--quiet")
 def pack(
     src: str, dst: Path | None, dtype: str, attn_dtype: str | None, head_dtype: str | None, draft_head: str | None,
-    dry_run: bool, as_json: bool, quiet: bool,
+    dry_run: bool, force: bool, revision: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Pack the checkpoint folder SRC (or a Hub id) into the file DST, in the layout in which it runs."""
+    """Pack the checkpoint folder SRC (or a model of the Hub) into the file DST, in the layout in which it runs.
+
+    SRC is a model of the Hub if it reads ORG/NAME and neither it nor a folder ORG is here, or with --revision.
+    """
+    from .pack import check_target
     from .pack import pack as pack_checkpoint
     from .pack import plan as plan_packing
 
@@ -77,14 +84,16 @@ def pack(
         raise click.UsageError("Missing argument 'DST'.")
     if dst is not None and dst.is_dir():
         raise Error(f"{dst} is a directory, expected the name of the packed file")
-    folder = checkpoint_folder(src, quiet)
+    if dst is not None and not dry_run and not os.path.lexists(src):
+        check_target(dst, force)  # before a download of hours
+    folder = checkpoint_folder(src, revision, quiet)
     if dry_run:
         plan = plan_packing(folder, dtype, attn_dtype, head_dtype, draft_head)
         write_json(plan_dict(plan)) if as_json else write(plan_table(plan))
     else:
         assert dst is not None
         with progress(f"packing {dst.name}", quiet, "bytes") as update:
-            plan = pack_checkpoint(folder, dst, dtype, attn_dtype, head_dtype, draft_head, update)
+            plan = pack_checkpoint(folder, dst, dtype, attn_dtype, head_dtype, draft_head, update, force)
         if as_json:
             write_json(plan_dict(plan) | {"file": str(dst), "file_bytes": dst.stat().st_size})
     for line in plan_notes(plan):
@@ -94,18 +103,25 @@ def pack(
             f"{size(plan.active_bytes_per_token)} of weights per token", quiet)  # fmt: skip
 
 
-def checkpoint_folder(src: str, quiet: bool) -> Path:
-    """SRC as a local folder, downloaded if it is a Hub id and ``huggingface_hub`` is there."""
-    path = Path(src)
-    if path.exists() or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", src) is None:
+def checkpoint_folder(src: str, revision: str | None, quiet: bool) -> Path:
+    """SRC as a local folder, downloaded if it is a model of the Hub.
+
+    What can be meant as a path is not sent there: nothing called ORG may exist here, unless a revision is given.
+    """
+    path, is_id = Path(src), re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", src, re.ASCII) is not None
+    if revision is not None and (not is_id or os.path.lexists(path)):
+        raise click.UsageError(f"--revision goes with a model of the Hub, ORG/NAME; {src!r} is a path")
+    if not is_id or os.path.lexists(path) or path.suffix in (".dcalm", ".gguf", ".safetensors"):
         return path
+    if revision is None and os.path.lexists(path.parent):
+        raise CheckpointError(f"{src}: no such folder in {path.parent}; a model of the Hub? Then add --revision main")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise CheckpointError(f"{src}: no such folder (to download a Hub id: pip install 'deepcalm[hub]')") from None
+        raise CheckpointError(f"{src}: no such folder (to download it: pip install huggingface_hub)") from None
     say(f"downloading {src} from the Hugging Face Hub", quiet)
     try:
-        return Path(snapshot_download(src, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(src, revision=revision, allow_patterns=list(HUB_FILES)))
     except Exception as e:  # the package's own family and that of its HTTP client
         raise CheckpointError(f"{src}: no such folder, and downloading failed: {one_line(e)}") from None
 
@@ -207,7 +223,8 @@ def description(info: dict[str, Any]) -> str:
             for t in info["tensors"]]  # fmt: skip
     text += columns(rows) + "\n"
     lines = [("file", f"{size(info['file_bytes'])}, header sha256 {info['header_sha256']}")]
-    lines += [("source", str(info["source"].get("name", "unknown")))]
+    source = info["source"]
+    lines += [("source", " ".join(str(source[k]) for k in ("name", "revision") if k in source) or "unknown")]
     lines += [("formats", ", ".join(f"{k} {size(n)}" for k, n in info["formats"].items()))]
     lines += [("files", ", ".join(f"{k} {size(n)}" for k, n in info["files"].items()) or "none")]
     lines += [("weights", f"{size(info['weight_bytes'])}, {size(info['active_bytes_per_token'])} read per token")]

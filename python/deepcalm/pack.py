@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -67,19 +68,23 @@ def pack(
     head_dtype: str | None = None,
     draft_head_dtype: str | None = None,
     progress: Progress | None = None,
+    force: bool = False,
 ) -> Plan:
     """Packs the checkpoint folder ``src`` into the file ``dst`` and returns the plan that was carried out.
 
     dtypes: see ``plan``. progress(done_bytes, total_bytes) is called from this thread every few
-    MiB. ``dst`` appears only when complete (fsynced, then renamed). After an interruption or a full disk
-    ``dst.partial`` stays, and the same call resumes it with the same result; after a refusal it is removed. Raises
-    CheckpointError, ConfigError, UnsupportedError, ResourceError (disk, permissions).
+    MiB. ``dst`` appears only when complete (fsynced, then renamed); one that exists is replaced with ``force`` only, a
+    file of the checkpoint never. After an interruption or a full disk ``dst.partial`` stays, and the same call resumes
+    it with the same result; after a refusal it is removed. Raises CheckpointError, ConfigError, UnsupportedError,
+    ResourceError (disk, permissions, ``dst``).
     """
     dst = Path(dst)
     with Checkpoint(src) as ckpt:
-        p = make_plan(ckpt, dtype, attn_dtype, head_dtype, draft_head_dtype)
-        if dst.resolve().parent == ckpt.path.resolve() and (ckpt.path / dst.name).exists() and dst.suffix != ".dcalm":
+        sources = {os.path.realpath(file) for file in ckpt.path.iterdir() if file.suffix != ".dcalm"}
+        if os.path.realpath(dst) in sources:  # a hub's cache has links to files elsewhere
             raise ResourceError(f"{dst}: would overwrite a file of the checkpoint itself")
+        check_target(dst, force)
+        p = make_plan(ckpt, dtype, attn_dtype, head_dtype, draft_head_dtype)
         jobs = [Job(t, t.stored) for t in p.tensors]
         jobs += [Job(None, [stored_file(name, len(data))], blob=data) for name, data in p.files.items()]
         header = file_header(p, jobs)
@@ -90,12 +95,35 @@ def pack(
                 end += stored.container()[2]
         identity = json.dumps([_core.__version__, ckpt.mtimes()]).encode() + header + b"".join(p.files.values())
         try:
-            _write(ckpt, p, jobs, _Partial(dst, jobs, end, hashlib.sha256(identity).hexdigest()), end, progress)
+            _write(ckpt, p, jobs, _Partial(dst, jobs, end, hashlib.sha256(identity).hexdigest(), force), end, progress)
         except OSError as e:
             full = e.errno in (errno.ENOSPC, errno.EDQUOT)
             hint = f"; {dst.name}.partial is kept: make room and run again, or delete it" if full else ""
             raise ResourceError(f"{dst}: cannot write the packed file: {e.strerror}{hint}") from None
     return p
+
+
+def check_target(dst: Path, force: bool) -> None:
+    """Raises ResourceError for a target that cannot be written, or that exists and is not to be replaced."""
+    if dst.is_dir() or not dst.parent.is_dir():
+        raise ResourceError(f"{dst}: {'is a folder' if dst.is_dir() else 'its folder does not exist'}")
+    if os.path.lexists(dst) and not force:
+        raise ResourceError(f"{dst}: exists; add --force to replace it (in Python force=True)")
+
+
+def _work_file(path: Path) -> int:
+    """A descriptor of a file beside the target, made if it is not there. No link is followed, symbolic or hard."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags, 0o644)
+        info = os.fstat(fd)
+        if stat.S_ISREG(info.st_mode) and info.st_nlink == 1:
+            return fd
+        os.close(fd)
+    except OSError as e:
+        if e.errno != errno.ELOOP:
+            raise
+    raise ResourceError(f"{path}: cannot write the packed file: this name is taken by a link or a device; remove it")
 
 
 @dataclass(slots=True)
@@ -155,36 +183,41 @@ class _Partial:
     took).
     """
 
-    def __init__(self, dst: Path, jobs: list[Job], total: int, key: str) -> None:
+    def __init__(self, dst: Path, jobs: list[Job], total: int, key: str, force: bool) -> None:
         self.dst = dst
+        self.force = force
         self.path = dst.with_name(dst.name + ".partial")
         self.journal = dst.with_name(dst.name + ".partial.journal")
         self.restarted = False
-        if dst.is_dir() or not dst.parent.is_dir():
-            raise ResourceError(f"{dst}: {'is a folder' if dst.is_dir() else 'its folder does not exist'}")
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        try:
-            with contextlib.suppress(BlockingIOError):
+        with contextlib.ExitStack() as stack:
+            self.fd = _work_file(self.path)
+            stack.callback(os.close, self.fd)
+            try:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._open(jobs, total, key)
-                return
-            raise ResourceError(f"{self.path}: another pack is writing this file")
-        except BaseException:
-            os.close(self.fd)
-            raise
+                if not os.path.samestat(os.fstat(self.fd), self.path.lstat()):
+                    raise FileNotFoundError  # the other one has ended in between, and this is the file that it made
+            except (BlockingIOError, FileNotFoundError):
+                raise ResourceError(f"{self.path}: another pack is writing this file") from None
+            self._make_room(total)
+            self.log = stack.enter_context(os.fdopen(_work_file(self.journal), "r+", encoding="utf-8"))
+            self._resume(jobs, total, key)
+            stack.pop_all()
 
-    def _open(self, jobs: list[Job], total: int, key: str) -> None:
+    def _make_room(self, total: int) -> None:
         info, disk = os.fstat(self.fd), os.statvfs(self.dst.parent)
         room = disk.f_bavail * disk.f_frsize + info.st_blocks * 512
         if room < total:
             if info.st_size == 0:
                 self.path.unlink()
             raise ResourceError(f"{self.dst.parent}: {room} bytes free, the packed file needs {total}")
-        self.n_done = self._verified(jobs, key, info.st_size == total)
+
+    def _resume(self, jobs: list[Job], total: int, key: str) -> None:
+        self.n_done = self._verified(jobs, key, os.fstat(self.fd).st_size == total)
         if self.n_done == 0:
             os.ftruncate(self.fd, 0)  # padding is never written: it must read as zeros
         os.ftruncate(self.fd, total)
-        self.log = self.journal.open("w")
+        self.log.seek(0)
+        self.log.truncate()
         self._note({"key": key})
         for job in jobs[: self.n_done]:
             self.done(job)
@@ -193,7 +226,7 @@ class _Partial:
         """How many leading jobs the journal calls done and whose bytes have the recorded checksums."""
         lines = []
         with contextlib.suppress(OSError, ValueError):
-            for line in self.journal.read_text().splitlines():
+            for line in self.log.read().splitlines():
                 lines.append(json.loads(line))
         self.restarted = bool(lines) and lines[0] != {"key": key}
         n = 0
@@ -225,6 +258,7 @@ class _Partial:
     def commit(self) -> None:
         """Makes the file durable and gives it its name."""
         os.fsync(self.fd)
+        check_target(self.dst, self.force)  # it may have appeared meanwhile; the finished DST.partial stays then
         self.path.replace(self.dst)
         self.journal.unlink()
         folder = os.open(self.dst.parent, os.O_RDONLY)
