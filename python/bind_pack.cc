@@ -17,7 +17,10 @@ void throw_error(const dc::Error& error) {
     static constexpr const char* kNames[] = {"ConfigError", "PackedFileError", "SessionError", "ResourceError",
                                              "UnsupportedError"};
     const py::object type = py::module_::import("deepcalm.errors").attr(kNames[static_cast<int>(error.code)]);
-    PyErr_SetString(type.ptr(), error.message.c_str());
+    // a path in it may hold bytes that are not UTF-8
+    const auto text = py::reinterpret_steal<py::object>(
+        PyUnicode_DecodeUTF8(error.message.data(), static_cast<py::ssize_t>(error.message.size()), "surrogateescape"));
+    if (text) PyErr_SetObject(type.ptr(), text.ptr());
     throw py::error_already_set();
 }
 

@@ -8,10 +8,12 @@ import functools
 import importlib
 import io
 import json
+import math
 import os
 import pty
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +28,7 @@ import deepcalm
 import device_cases
 import surface_cases
 import tiny
-from deepcalm import _core, cli, cli_common
+from deepcalm import _core, cli, cli_common, packed
 from deepcalm.generate import Generation
 from deepcalm.session import Stats
 
@@ -641,6 +643,42 @@ def test_hub_download_is_optional(run: Run, tmp_path: Path, monkeypatch: pytest.
         assert run("pack", where, "n.dcalm", "--revision", "main")[0] == 2
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install huggingface_hub" in error(run("pack", "some-org/some.model", tmp_path / "n.dcalm"))
+
+
+# ---- names
+
+
+def test_file_names_need_not_be_utf8(run: Run, path: Path, tmp_path: Path) -> None:
+    """No traceback, whatever a file is called; --json stays JSON, and a name in it can be turned back."""
+    def name(text: bytes) -> Path:
+        return Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + text))
+
+    folder, file, text = name(b"f\xff"), name(b"m\xff.dcalm"), name(b"t\xff")
+    shutil.copytree(surface_cases.checkpoint(), folder)
+    text.write_text("the other hour " * 9)
+    assert json.loads(run("pack", folder, file, "--json")[1])["file"] == str(file)
+    assert error(run("pack", folder, file)).endswith(": exists; add --force to replace it (in Python force=True)\n")
+    info = json.loads(run("inspect", file, "--json")[1])
+    assert (info["file"], info["source"]["name"]) == (str(file), "f\\xff")
+    assert run("inspect", file, "--dump", "layers.0.wo", name(b"o\xff.npy"))[0] == 0
+    assert run("generate", "-m", file, "-n", "3", "--file", text)[0] == 0
+    assert json.loads(run("generate", "-m", file, "-n", "3", "the", "--json")[1])["model"] == str(file)
+    assert json.loads(run("perplexity", file, text, "--ctx", "64", "--json", "--kl-against", file)[1])
+    with packed.read(file) as f:
+        os.truncate(file, 100_000)
+        with pytest.raises(deepcalm.PackedFileError, match=r"m\udcff\.dcalm"):  # from C++
+            _core.Model(os.fsencode(file), f.fileno(), f.config, f.tensor_table(), None, 1)
+    generate = ("generate", "-m", path)
+    for bad in (("generate", "-m", file, "x"), ("generate", "-m", folder, "x"), ("inspect", name(b"no\xff")),
+                ("pack", name(b"\xff"), "x"), ("pack", "org/\udcff", "x"),
+                (*generate, "--file", name(b"no\xff"))):  # fmt: skip
+        error(run(*bad))
+    assert run(*generate, "--isa", "\udcff", "x")[0] == 2
+
+
+def test_json_output_has_no_nan(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    cli_common.write_json({"a": [math.nan, -math.inf, 1.5], "b": {"c": math.inf}})
+    assert json.loads(capsysbinary.readouterr().out) == {"a": [None, None, 1.5], "b": {"c": None}}
 
 
 # ---- inspect

@@ -90,13 +90,13 @@ def gumbel(seed: int, pos: int, v: int) -> float: ...
 class Model:
     def __init__(
         self,
-        path: str,
+        path: str | bytes,
         fd: int,
         cfg: Mapping[str, Any],
         tensors: Sequence[Mapping[str, Any]],
         isa: str | None = None,
         threads: int = 0,
-        device: str | None = None,
+        device: str | bytes | None = None,
         fill_seed: int = 0,
         adaptive: bool = False,
     ) -> None: ...
@@ -111,7 +111,7 @@ class Model:
     @property
     def file_bytes(self) -> int: ...
     def fileno(self) -> int: ...
-    def lock(self, path: str) -> None: ...
+    def lock(self, path: str | bytes) -> None: ...
     def active_bytes_per_token(self, ctx_pos: int, kv: str) -> int: ...
 
 class Session:

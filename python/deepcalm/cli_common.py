@@ -100,17 +100,18 @@ def options(*names: str) -> Callable[[F], F]:
 def say(message: str, quiet: bool = False) -> None:
     """A line on stderr, unless ``quiet``."""
     if not quiet:
-        click.echo(message, err=True)
+        click.echo(message.encode("utf-8", "backslashreplace").decode(), err=True)
 
 
 def write(text: str) -> None:
-    """Text on stdout at once, UTF-8 whatever the locale."""
-    sys.stdout.buffer.write(text.encode("utf-8"))
+    """Text on stdout at once, UTF-8 whatever the locale; a file name's other bytes as \\udcNN, which JSON has too."""
+    sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
     sys.stdout.buffer.flush()
 
 
 def write_json(value: object) -> None:
-    """One JSON object on stdout."""
+    """One JSON object on stdout; a number that JSON has no word for is null."""
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
     write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
@@ -277,7 +278,7 @@ def progress(label: str, quiet: bool, unit: str = "") -> Iterator[Callable[[int,
     from rich.console import Console
 
     amount = (rp.DownloadColumn(), rp.TransferSpeedColumn()) if unit == "bytes" else (rp.MofNCompleteColumn(),)
-    columns = (rp.TextColumn("{task.description}"), rp.BarColumn(), *amount, rp.TimeRemainingColumn())
+    columns = (rp.TextColumn("{task.description}", markup=False), rp.BarColumn(), *amount, rp.TimeRemainingColumn())
     with rp.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -81,7 +81,7 @@ class Model:
         self.path = Path(path)
         #: What was turned off or replaced, one line each.
         self.notes: tuple[str, ...] = ()
-        isa = isa or os.environ.get("DEEPCALM_ISA") or None
+        isa = (isa or os.environ.get("DEEPCALM_ISA") or "").encode("utf-8", "backslashreplace").decode() or None
         if threads is None:
             text = os.environ.get("DEEPCALM_THREADS", "")
             if text and not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_THREADS):
@@ -94,14 +94,14 @@ class Model:
             self.header_sha256 = file.header_sha256
             files = {name: file.tokenizer_file(name) for name in (*FILES, *LEGACY)}
             self._text = TextFiles(files, f"{self.path}: ", PackedFileError)
-            opened = (str(self.path), file.fileno(), file.config, file.tensor_table())
+            opened = (os.fsencode(path), file.fileno(), file.config, file.tensor_table())  # a name need not be UTF-8
             #: "cpu", "cuda" or "sim": where passes run.
             self.device = "cpu"
             if device != "cpu":
                 name = "cuda" if device == "auto" else device
                 library = Path(_core.__file__).with_name(f"libdeepcalm_{name}.so")
                 try:
-                    self.core = _core.Model(*opened, device=str(library))
+                    self.core = _core.Model(*opened, device=os.fsencode(library))
                     self.device = name
                 except (UnsupportedError, ResourceError) as e:
                     if device != "auto":
@@ -137,7 +137,7 @@ class Model:
         Raises:
             ResourceError: the limit of locked memory (``ulimit -l``) or the memory is too small; the message has both.
         """
-        self.core.lock(str(self.path))
+        self.core.lock(os.fsencode(self.path))
 
     def cold_share(self) -> float:
         """How much of the file is not in the page cache, 0..1, from 256 samples; 0 where the system does not tell."""
