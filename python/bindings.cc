@@ -223,9 +223,18 @@ class PySession {
         unwrap(call(&Session::decode_start, token, p, n_valid, max_tokens, ids));
     }
     void decode_step(int k) { unwrap(call(&Session::decode_step, k)); }
+    // At least one round unless none is queued or one failed. Ctrl-C works however long that takes, as do other threads.
+    Result<std::vector<DeviceRound>> wait_rounds(int& left) {
+        for (;;) {
+            auto rounds = without_gil([&] { return s_->decode_poll(left, std::chrono::milliseconds(50)); });
+            if (!rounds.ok() || !rounds.value().empty() || left == 0) return rounds;
+            if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+        }
+    }
     py::list decode_poll() {
         static constexpr const char* kStops[] = {"", "eos", "length", "context", "not finite"};
-        const std::vector<DeviceRound> rounds = unwrap(call(&Session::decode_poll));
+        int left = 0;
+        const std::vector<DeviceRound> rounds = unwrap(wait_rounds(left));
         py::list out;
         for (const DeviceRound& r : rounds) {
             py::dict d;
@@ -240,7 +249,11 @@ class PySession {
         }
         return out;
     }
-    void decode_finish() { unwrap(call(&Session::decode_finish)); }
+    void decode_finish() {
+        for (int left = 1; left > 0 && wait_rounds(left).ok();) {
+        }
+        unwrap(call(&Session::decode_finish));
+    }
     // (address, shape, type string) of a device buffer; for the oracles
     py::tuple device_view(const std::string& name) {
         DeviceView v;

@@ -20,6 +20,7 @@
 #include "runtime/state.h"
 #include "runtime/trace.h"
 
+#include <chrono>
 #include <span>
 
 namespace deepcalm {
@@ -103,7 +104,9 @@ class Session {
     Status decode_start(int32_t token, const SampleParams& sample, int n_valid, int64_t max_tokens,
                         std::span<const int32_t> eos);
     Status decode_step(int k);
-    Result<std::vector<DeviceRound>> decode_poll();
+    // Rounds that have ended since the last call; where none has, waits for one, but not longer than `patience` and without
+    // the mutex. left: rounds that are queued and not returned yet.
+    Result<std::vector<DeviceRound>> decode_poll(int& left, std::chrono::milliseconds patience);
     Result<DeviceDecodeState> decode_finish();
     DeviceSession* device() const { return device_.get(); }
     int max_rows() const { return state_.max_rows; }
@@ -141,7 +144,7 @@ class Session {
     Status copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_cache) const;  // cache rows 0..n-1
     Result<CacheRows> copy_cache(bool mtp) const;
     Status not_decoding(const char* what) const;
-    Result<std::vector<DeviceRound>> poll_rounds();
+    Result<std::vector<DeviceRound>> poll_rounds(int& left);
     // MTP rows for every pending position whose next token is known; `next` (may be null) follows the last cached token.
     Status catch_up(const int32_t* next, int n_logits);
     void keep_hidden();  // appends the last main pass's hidden rows to pending_

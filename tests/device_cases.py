@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ def missing(device: str) -> str | None:
 
 def library(device: str) -> Path:
     return Path(_core.__file__).with_name(f"libdeepcalm_{device}.so")
+
+
+def play(name: str, value: int) -> int:
+    """Sets what the simulated device plays (``sim::Device`` in kernels/cuda/sim.h); returns what it was."""
+    set_it = ctypes.CDLL(str(library("sim"))).deepcalm_sim
+    set_it.argtypes, set_it.restype = (ctypes.c_char_p, ctypes.c_int64), ctypes.c_int64
+    return int(set_it(name.encode(), value))
 
 
 def need(device: str) -> None:

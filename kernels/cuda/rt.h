@@ -37,7 +37,6 @@ DC_DEVICE void sync_block() { __syncthreads(); }
 DC_DEVICE void sync_warp() { __syncwarp(); }
 template <class T> DC_DEVICE T shfl(T v, int src) { return __shfl_sync(~0U, v, src); }
 template <class T> DC_DEVICE T shfl_xor(T v, int mask) { return __shfl_xor_sync(~0U, v, mask); }
-DC_DEVICE unsigned ballot(bool p) { return __ballot_sync(~0U, p); }
 
 DC_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DC_DEVICE float sqrt(float x) { return __fsqrt_rn(x); }
@@ -236,12 +235,6 @@ template <class T> T shfl_xor(T v, int mask) {
     std::memcpy(&r, sim::meet(sim::WarpOp::kShflXor, &v, sizeof v, nullptr, nullptr)[lane ^ mask], sizeof r);
     return r;
 }
-inline unsigned ballot(bool p) {
-    const auto* in = sim::meet(sim::WarpOp::kBallot, &p, 1, nullptr, nullptr);
-    unsigned r = 0;
-    for (unsigned i = 0; i < 32; ++i) r |= static_cast<unsigned>(in[i][0]) << i;
-    return r;
-}
 
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline float sqrt(float x) { return std::sqrt(x); }
@@ -324,16 +317,15 @@ struct LaunchConfig {
     bool dependent = false;
     Stream stream = nullptr;
 };
-template <class... P> Error allow_smem(void (*)(P...), int64_t) { return 0; }
+template <class... P> Error allow_smem(void (*)(P...), int64_t bytes) { return bytes > sim::device.smem ? 1 : 0; }
 // Queued; runs at synchronize(). Arguments are copied, as a real launch does.
 template <class... P, class... A> Error launch(const LaunchConfig& c, void (*kernel)(P...), A... args) {
+    if (c.smem > sim::device.smem) return 1;
+    if (const Error e = c.stream->capturing ? 0 : sim::call(); e != 0) return e;
     c.stream->queue.push_back({{c.grid, c.block, c.smem, c.dependent}, [=] { kernel(static_cast<P>(args)...); }});
     return 0;
 }
-inline Error synchronize(Stream s) {
-    sim::sync(*s);
-    return 0;
-}
+inline Error synchronize(Stream s) { return sim::sync(*s); }
 
 }  // namespace deepcalm::rt
 

@@ -13,6 +13,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <new>
+#include <thread>
 #include <vector>
 
 namespace deepcalm::sim {
@@ -31,7 +33,7 @@ void sync_block(const char* file, unsigned line);
 void sync_warp();
 void dependency_wait();  // the end of the prologue of a dependent launch
 
-enum class WarpOp : uint8_t { kNone, kSync, kShfl, kShflXor, kBallot, kMmaBF16, kMmaF16, kMmaS8, kLdmatrix };
+enum class WarpOp : uint8_t { kNone, kSync, kShfl, kShflXor, kMmaBF16, kMmaF16, kMmaS8, kLdmatrix };
 inline constexpr int kIn = 48, kOut = 16;  // bytes that a lane gives to and takes from a warp operation
 using WarpFn = void (*)(const unsigned char (*in)[kIn], unsigned char (*out)[kOut]);
 // All 32 lanes meet: each gives `bytes`, the last one runs fn (may be null), each gets its own kOut bytes in `out` (may be
@@ -54,6 +56,22 @@ void ldmatrix_x4_trans(const unsigned char (*in)[kIn], unsigned char (*out)[kOut
 
 // --- on the host ----------------------------------------------------------------------------------------------------
 
+// What the simulated device plays; tests change it through deepcalm_sim().
+struct Device {
+    std::atomic<int64_t> smem{227 << 10};  // bytes of dynamic shared memory that a block may have
+    std::atomic<int64_t> calls{0};         // of the seam, so far
+    std::atomic<int64_t> fail_at{0};       // the call that fails ...
+    std::atomic<int64_t> throw_at{0};      // ... or throws
+    std::atomic<int64_t> hang{0};          // not 0: nothing that is queued ends
+};
+inline Device device;
+// Every call of the seam passes here: 0, or the error that a test asked for.
+inline int call() {
+    const int64_t n = ++device.calls;
+    if (n == device.throw_at) throw std::bad_alloc();
+    return n == device.fail_at ? 1 : 0;
+}
+
 struct Launch {
     int grid = 1, block = 32;
     int64_t smem = 0;
@@ -66,13 +84,20 @@ struct Job {
 // A queue of work in order. Nothing runs before sync().
 struct Stream {
     std::vector<Job> queue;
-    bool capturing = false;
+    bool capturing = false;  // its queue becomes a graph
 };
 void run(std::vector<Job> jobs);
-inline void sync(Stream& s) {
+inline void drain(Stream& s) {
+    while (device.hang != 0) std::this_thread::yield();
     std::vector<Job> jobs;
     jobs.swap(s.queue);
     run(std::move(jobs));
+}
+inline int sync(Stream& s) {
+    const int e = call();
+    if (e != 0) s.queue.clear();  // the device is lost, and what was queued with it
+    drain(s);
+    return e;
 }
 
 }  // namespace deepcalm::sim

@@ -60,7 +60,7 @@ def device_view(session: Session, name: str) -> DeviceArray:
         name: "x" residual stream and "hidden" post-norm rows [rows, at least hidden_size] f32; "logits" [rows, at
             least vocab_size] f32; "cache" [layers, ctx, row bytes], "mtp_cache" [1, ctx, row bytes] uint8; or a tap
             ("layers.3.c_kv", "mtp.embed", "final_norm") that ``session.trace`` recorded, f32 or int32, shaped as there:
-            of the last pass with taps (of its last 512 rows), and gone with the next one.
+            of the last pass with taps (main and "mtp." each), and gone with the next one.
 
     Raises:
         SessionError: no such buffer, or the session runs on the CPU.

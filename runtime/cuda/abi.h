@@ -4,6 +4,9 @@
 //
 // Ownership: every object the library makes is closed through the table; memory never changes sides. The runtime's own types
 // (configuration, bound weights, rope) are read through inline accessors during open_model() only and copied.
+// Errors: no exception crosses in either direction, the two sides may have different C++ libraries. After a call that failed
+// nothing runs on that still uses the caller's memory, and the session is as if the call had not been made: cache rows from
+// the caller's length on may hold anything.
 // Threads: calls on one model and its sessions are serialised by the caller (Model::pass_mutex).
 #pragma once
 
@@ -12,7 +15,7 @@
 
 namespace deepcalm {
 
-inline constexpr int kDeviceAbi = 1;
+inline constexpr int kDeviceAbi = 2;
 // Changes when a struct that both sides read does; a library of another build is refused.
 inline constexpr int64_t kDeviceFingerprint = int64_t{sizeof(ModelConfig)} << 48 | int64_t{sizeof(LayerWeights)} << 32 |
                                               int64_t{sizeof(ModelWeights)} << 16 | int64_t{sizeof(Rope)};
@@ -45,13 +48,13 @@ struct DeviceSessionArgs {
 };
 
 // Receives taps and says which are wanted; data is host memory, valid during the call. Layout as Trace::record.
-// take() gives the n f32 values that replace a tap once it is recorded (Trace::feed), or null; valid during the pass.
+// They do not throw. take() gives the n f32 values that replace a tap once it is recorded (Trace::feed), or null; valid during the pass.
 struct DeviceTrace {
     void* ctx = nullptr;
-    bool (*wants)(void* ctx, const char* name) = nullptr;
+    bool (*wants)(void* ctx, const char* name) noexcept = nullptr;
     void (*record)(void* ctx, const char* name, const void* data, bool is_int, int64_t rows, const int64_t* dims,
-                   int n_dims, int64_t stride) = nullptr;
-    const float* (*take)(void* ctx, const char* name, int64_t* n) = nullptr;
+                   int n_dims, int64_t stride) noexcept = nullptr;
+    const float* (*take)(void* ctx, const char* name, int64_t* n) noexcept = nullptr;
 };
 
 // One pass: PassArgs of runtime/session.h with host pointers. All outputs are there on return.
@@ -74,6 +77,7 @@ struct DevicePass {
 struct DeviceDecode {
     const int32_t* tokens = nullptr;  // [n + 1] t_0..t_n; the last is known but not in the cache yet
     int n = 0;                        // tokens in the main cache
+    bool keeps_mtp = false;           // the MTP cache and its pending rows are kept up to date: drafts can be asked for
     int n_pending = 0;                // the MTP cache holds rows 0..n - n_pending - 1; at most kMaxPending
     const float* pending = nullptr;   // [n_pending, hidden_size] h_{n - n_pending}..h_{n-1}
     int64_t max_tokens = 0;           // tokens to emit at most
@@ -130,28 +134,31 @@ struct DeviceApi {
     const char* name = "";  // cuda | sim
 
     // True: a device is there; text is its name, arch names its bits ("sm_90", "sim"). False: text is what is missing.
-    bool (*probe)(int device, char* text, size_t size, char arch[16]) = nullptr;
-    DeviceModel* (*open_model)(const DeviceModelArgs& args, DeviceError& error) = nullptr;
-    void (*close_model)(DeviceModel* model) = nullptr;
-    DeviceSession* (*open_session)(DeviceModel* model, const DeviceSessionArgs& args, DeviceError& error) = nullptr;
-    void (*close_session)(DeviceSession* session) = nullptr;
-    bool (*forward)(DeviceSession* session, const DevicePass& pass, DeviceError& error) = nullptr;
+    bool (*probe)(int device, char* text, size_t size, char arch[16]) noexcept = nullptr;
+    DeviceModel* (*open_model)(const DeviceModelArgs& args, DeviceError& error) noexcept = nullptr;
+    void (*close_model)(DeviceModel* model) noexcept = nullptr;
+    DeviceSession* (*open_session)(DeviceModel* model, const DeviceSessionArgs& args,
+                                   DeviceError& error) noexcept = nullptr;
+    void (*close_session)(DeviceSession* session) noexcept = nullptr;
+    bool (*forward)(DeviceSession* session, const DevicePass& pass, DeviceError& error) noexcept = nullptr;
     // n_rows cache rows of one layer from `row` on, between the device and host [n_rows, row_bytes].
     bool (*copy_cache)(DeviceSession* session, bool mtp, int layer, int row, int n_rows, void* host, bool to_device,
-                       DeviceError& error) = nullptr;
+                       DeviceError& error) noexcept = nullptr;
     // Starts decoding; then step() queues one round of k < kMaxRound drafts and returns at once, poll() returns the rounds
-    // that have ended since the last poll (waiting for one unless none is queued; -1: failed), and finish() waits for what
-    // is queued and returns the state and its pending rows [kMaxPending + kMaxRound, hidden_size].
-    bool (*decode_start)(DeviceSession* session, const DeviceDecode& decode, DeviceError& error) = nullptr;
-    bool (*decode_step)(DeviceSession* session, int k, DeviceError& error) = nullptr;
-    int (*decode_poll)(DeviceSession* session, DeviceRound* rounds, int capacity, DeviceError& error) = nullptr;
+    // that have ended since the last poll without waiting for one (-1: failed) and how many are still to be returned, and
+    // finish() waits for what is queued and returns the state and its pending rows [kMaxPending + kMaxRound, hidden_size].
+    bool (*decode_start)(DeviceSession* session, const DeviceDecode& decode, DeviceError& error) noexcept = nullptr;
+    bool (*decode_step)(DeviceSession* session, int k, DeviceError& error) noexcept = nullptr;
+    int (*decode_poll)(DeviceSession* session, DeviceRound* rounds, int capacity, int& left,
+                       DeviceError& error) noexcept = nullptr;
     bool (*decode_finish)(DeviceSession* session, DeviceDecodeState& state, float* pending,
-                          DeviceError& error) = nullptr;
-    // Named buffers of a session ("logits", "x", "cache", ...), and the taps of the last pass that recorded any, valid until
-    // the next one; false: no such name.
-    bool (*view)(DeviceSession* session, const char* name, DeviceView& view) = nullptr;
-    // A row of JSON text about the device or the last passes: "device", "stages" (measured when `measure` is set).
-    bool (*report)(DeviceSession* session, const char* what, char* text, size_t size, DeviceError& error) = nullptr;
+                          DeviceError& error) noexcept = nullptr;
+    // Named buffers of a session ("logits", "x", "cache", ...), and the taps of the last main pass and of the last MTP pass
+    // that recorded any, valid until the next one; false: no such name.
+    bool (*view)(DeviceSession* session, const char* name, DeviceView& view) noexcept = nullptr;
+    // JSON text about the device, or a measurement that leaves the session as it is: see report.h.
+    bool (*report)(DeviceSession* session, const char* what, char* text, size_t size,
+                   DeviceError& error) noexcept = nullptr;
 };
 
 using DeviceEntry = const DeviceApi* (*)(int abi);

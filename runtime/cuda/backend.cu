@@ -8,6 +8,7 @@
 #include "runtime/cuda/host.h"
 
 #include <cerrno>
+#include <chrono>
 #include <map>
 #include <memory>
 #include <tuple>
@@ -77,9 +78,46 @@ bool check(rt::Error code, const char* what, DeviceError& e) {
 #define DC_RT(call)                                                                                                    \
     if (!check(call, #call, error)) return false
 
+// fn(), or `failed` with an error where it throws: nothing is thrown across the table.
+template <class R, class Fn> R guarded(DeviceError& error, R failed, Fn&& fn) noexcept {
+    try {
+        return fn();
+    } catch (const std::bad_alloc&) {
+        fail(error, ErrorCode::kResource, "device: no host memory left");
+    } catch (const std::exception& e) {
+        fail(error, ErrorCode::kResource, "device: %s", e.what());
+    } catch (...) {
+        fail(error, ErrorCode::kResource, "device: an unknown exception");
+    }
+    return failed;
+}
+
 double gb(int64_t bytes) { return 1e-9 * static_cast<double>(bytes); }
 
 }  // namespace
+
+// Device memory that goes with its owner.
+struct Memory {
+    void* p = nullptr;
+    int64_t bytes = 0;
+    Memory() = default;
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    ~Memory() { reset(); }
+    void reset() {
+        if (p != nullptr) rt::release(p);
+        p = nullptr;
+        bytes = 0;
+    }
+    rt::Error allocate(int64_t n) {
+        reset();
+        const rt::Error e = rt::allocate(&p, n);
+        if (e != 0) p = nullptr;
+        bytes = e == 0 ? n : 0;
+        return e;
+    }
+};
+
 }  // namespace gpu
 
 using namespace gpu;
@@ -92,10 +130,11 @@ struct DeviceModel {
     std::string path;
     rt::DeviceInfo info;
     int index = 0;
-    std::byte* memory = nullptr;  // the packed file, byte for byte
+    bool hangs = false;  // a session of it did not come to rest
+    Memory memory;       // the packed file, byte for byte
     WeightsDevice weights;
 
-    ~DeviceModel() { rt::release(memory); }
+    std::byte* base() const { return static_cast<std::byte*>(memory.p); }
 
     // Reads the file in pieces through pinned memory: one is read while another travels; no second copy on the host.
     bool upload(int fd, int64_t bytes, DeviceError& error) {
@@ -104,8 +143,8 @@ struct DeviceModel {
             void* pinned = nullptr;
             rt::Stream stream = nullptr;
             ~Lane() {
-                if (pinned != nullptr) rt::release_pinned(pinned);
                 if (stream != nullptr) rt::destroy(stream);
+                if (pinned != nullptr) rt::release_pinned(pinned);
             }
         } lanes[2];
         for (Lane& l : lanes) {
@@ -126,7 +165,7 @@ struct DeviceModel {
                 }
                 got += r;
             }
-            DC_RT(rt::copy(memory + at, l.pinned, n, l.stream));
+            DC_RT(rt::copy(base() + at, l.pinned, n, l.stream));
         }
         for (const Lane& l : lanes) DC_RT(rt::synchronize(l.stream));
         return true;
@@ -141,22 +180,25 @@ struct Replay {
     rt::Graph graph;
 };
 
+class JsonText;  // report.h
+
 struct DeviceSession {
     DeviceModel& m;
     const DeviceSessionArgs args;
     rt::Stream stream = nullptr;
-    void *memory = nullptr, *tap_memory = nullptr, *pinned = nullptr;
-    void* kept = nullptr;  // copies of the taps of the last traced pass
-    int64_t kept_bytes = 0;
-    std::map<std::string, DeviceView> kept_taps;
+    Memory memory, tap_memory, kept[2];  // kept: copies of the taps of the last traced main pass, and MTP pass
+    void* pinned = nullptr;
+    std::map<std::string, DeviceView> kept_taps[2];
     Buffers b;
     TokenRing* ring = nullptr;
     int threads = kThreads, blocks = 1;
+    int pass_rows = kMaxPassRows;  // of the longest sub-pass
     // (mtp, n, n_logits, long context) of passes from the host; (k, parts, long context, sampled) of rounds
-    std::map<std::tuple<int, int, int, bool, bool>, std::unique_ptr<Replay>> replays;
+    using ReplayKey = std::tuple<int, int, int, bool, bool>;
+    std::map<ReplayKey, std::unique_ptr<Replay>> replays;
     // a run of decoding
     DeviceDecode run;
-    bool keeps_mtp = false;
+    bool closed = false;             // it does not hold what it should: nothing more is computed
     unsigned queued = 0, taken = 0;  // rounds queued, rounds handed over
     int pend_bound = 0;              // pending rows at most
     int64_t pos_bound = 0;           // position that the queued rounds cannot pass
@@ -164,12 +206,9 @@ struct DeviceSession {
     DeviceSession(DeviceModel& model, const DeviceSessionArgs& a) : m(model), args(a) {}
     ~DeviceSession() {
         if (stream != nullptr) {
-            rt::synchronize(stream);
+            rt::drain(stream);
             replays.clear();
             rt::destroy(stream);
-        }
-        for (void* p : {memory, tap_memory, kept}) {
-            if (p != nullptr) rt::release(p);
         }
         if (pinned != nullptr) rt::release_pinned(pinned);
     }
@@ -251,6 +290,7 @@ struct DeviceSession {
         blocks = m.info.sms;
 #if !defined(__CUDACC__)
         threads = 64;
+        pass_rows = 48;  // so that tests meet passes of several
 #endif
         DC_RT(rt::set_device(m.index));
         const int64_t bytes = lay_out(nullptr);
@@ -263,8 +303,8 @@ struct DeviceSession {
                 "a smaller ctx or max_rows, or another kv type",
                 args.ctx, gb(bytes), gb(now.free), gb(now.total), now.name);
         }
-        DC_RT(rt::allocate(&memory, bytes));
-        lay_out(static_cast<std::byte*>(memory));
+        DC_RT(memory.allocate(bytes));
+        lay_out(static_cast<std::byte*>(memory.p));
         DC_RT(rt::create(&stream));
         DC_RT(rt::allocate_pinned(&pinned, sizeof(TokenRing)));
         ring = new (pinned) TokenRing;
@@ -284,8 +324,7 @@ struct DeviceSession {
     // Every shape that this session can launch, or false and the stage that needs more shared memory than a block has.
     bool fits(DeviceError& error) const {
         Program p;
-        for (const int n :
-             {1, std::min(args.max_rows, kBlockRows), kBlockRows, std::min(args.max_rows, kMaxPassRows)}) {
+        for (const int n : {1, std::min(args.max_rows, kBlockRows), kBlockRows, std::min(args.max_rows, pass_rows)}) {
             for (const bool long_context : {false, args.ctx > kShortContext})
                 writer(p).pass(shape(n, false, n, long_context, false));
         }
@@ -334,13 +373,36 @@ struct DeviceSession {
     rt::Error prepare(Replay& r) const {
         return r.graph.record(stream, [&](rt::Stream s) { return launch_all(r.program, s); });
     }
+    bool at_rest() const {
+        using Clock = std::chrono::steady_clock;
+#if defined(__CUDACC__)
+        constexpr auto kPatience = std::chrono::seconds(10);
+#else
+        constexpr auto kPatience = std::chrono::milliseconds(100);
+#endif
+        rt::Error e = 0;
+        for (const auto end = Clock::now() + kPatience; Clock::now() < end;) {
+            if (rt::idle(stream, e)) return true;
+        }
+        return false;
+    }
+    // What was prepared under `key`, now or earlier; null: failed.
+    template <class Write> Replay* replay(const ReplayKey& key, Write&& write, DeviceError& error) {
+        if (const auto it = replays.find(key); it != replays.end()) return it->second.get();
+        auto r = std::make_unique<Replay>();
+        write(r->program);
+        if (!check(prepare(*r), "recording a graph", error)) return nullptr;
+        return (replays[key] = std::move(r)).get();
+    }
 
     // ---- passes from the host --------------------------------------------------------------------------------------
 
     bool forward(const DevicePass& p, DeviceError& error) {
         DC_RT(rt::set_device(m.index));
-        for (int at = 0; at < p.n; at += kMaxPassRows) {  // sub-passes: the same bits (law L1)
-            const int n = std::min(kMaxPassRows, p.n - at);
+        if (p.trace != nullptr) kept_taps[p.mtp].clear();
+        std::map<std::string, DeviceView> taps;
+        for (int at = 0; at < p.n; at += pass_rows) {  // sub-passes: the same bits (law L1)
+            const int n = std::min(pass_rows, p.n - at);
             DevicePass part = p;
             const int64_t first_logit = p.n - p.n_logits;
             part.ids = p.ids + at;
@@ -350,12 +412,13 @@ struct DeviceSession {
             part.logits = p.logits + std::max<int64_t>(at - first_logit, 0) * p.logits_stride;
             if (p.hidden != nullptr) part.hidden = p.hidden + int64_t{at} * m.cfg.hidden_size;
             if (p.final_h != nullptr) part.final_h = p.final_h + at * p.hidden_stride;
-            if (!forward_part(part, at, p.n, error)) return false;
+            if (!forward_part(part, at, p.n, taps, error)) return false;
         }
-        return true;
+        return p.trace == nullptr || record(p, std::move(taps), error);
     }
     // Rows [first, first + p.n) of a pass of n_all.
-    bool forward_part(const DevicePass& p, int first, int n_all, DeviceError& error) {
+    bool forward_part(const DevicePass& p, int first, int n_all, std::map<std::string, DeviceView>& taps,
+                      DeviceError& error) {
         const int n = p.n;
         const int64_t d = m.cfg.hidden_size;
         std::vector<int32_t> pos(static_cast<size_t>(n));
@@ -367,18 +430,16 @@ struct DeviceSession {
         const bool long_context = p.pos + n > kShortContext;
         const PassShape s = shape(n, p.mtp, p.n_logits, long_context, p.trace != nullptr);
         if (p.trace != nullptr) {
-            if (!traced(s, p, error)) return false;
+            if (!traced(s, p, first, n_all, taps, error)) return false;
         } else if (n > kBlockRows) {
             Program program;
             writer(program).pass(s);
             DC_RT(launch_all(program, stream));
         } else {
-            auto& r = replays[{p.mtp ? -2 : -1, n, p.n_logits, long_context, false}];
-            if (r == nullptr) {
-                r = std::make_unique<Replay>();
-                writer(r->program).pass(s);
-                DC_RT(prepare(*r));
-            }
+            Replay* r = replay(
+                {p.mtp ? -2 : -1, n, p.n_logits, long_context, false},
+                [&](Program& program) { writer(program).pass(s); }, error);
+            if (r == nullptr) return false;
             DC_RT(r->graph.launch(stream));
         }
         const auto take_logits = [&](int rows, int64_t to) {
@@ -405,69 +466,78 @@ struct DeviceSession {
                                 4 * n * k, layers, stream));
         }
         DC_RT(rt::synchronize(stream));
-        if (p.trace != nullptr && p.n_logits > 0) {
-            const char* name = p.mtp ? "mtp.logits" : "logits";
-            const int64_t vocab = m.cfg.vocab_size;
-            if (p.trace->wants(p.trace->ctx, name))
-                p.trace->record(p.trace->ctx, name, p.logits, false, p.n_logits, &vocab, 1, p.logits_stride);
-        }
         return true;
     }
 
-    // The same stages one by one; behind each its intermediates are copied out, or replaced by what the host feeds.
-    bool traced(const PassShape& s, const DevicePass& p, DeviceError& error) {
-        if (tap_memory == nullptr) {
-            DC_RT(rt::allocate(&tap_memory, 4 * b.rows * b.tap_stride));
-            b.taps = static_cast<float*>(tap_memory);
-        }
+    // The same stages one by one; behind each its intermediates are copied to `kept`, or replaced by what the host feeds.
+    // taps: [n_all, ...] views into `kept`.
+    bool traced(const PassShape& s, const DevicePass& p, int first, int n_all, std::map<std::string, DeviceView>& taps,
+                DeviceError& error) {
+        if (tap_memory.p == nullptr) DC_RT(tap_memory.allocate(4 * b.rows * b.tap_stride));
+        b.taps = static_cast<float*>(tap_memory.p);
         Program program;
         writer(program).pass(s);
-        const auto wanted = [&](const TapOut& t) { return p.trace->wants(p.trace->ctx, t.name.c_str()); };
-        int64_t bytes = 0;
-        for (const TapOut& t : program.taps) bytes += wanted(t) ? round_up(4 * t.vectors * t.width, 256) : 0;
-        kept_taps.clear();
-        if (bytes > kept_bytes) {
-            if (kept != nullptr) rt::release(kept);
-            kept = nullptr;
-            kept_bytes = 0;
-            DC_RT(rt::allocate(&kept, bytes));
-            kept_bytes = bytes;
+        const auto row_bytes = [&](const TapOut& t) { return 4 * t.vectors / t.rows * t.width; };
+        if (first == 0) {
+            std::map<std::string, int64_t> at;
+            int64_t bytes = 0;
+            for (const TapOut& t : program.taps) {
+                if (!p.trace->wants(p.trace->ctx, t.name.c_str())) continue;
+                at[t.name] = bytes;
+                bytes += round_up(row_bytes(t) * n_all, 256);
+            }
+            if (bytes > kept[p.mtp].bytes) DC_RT(kept[p.mtp].allocate(bytes));
+            for (const TapOut& t : program.taps) {
+                if (!at.contains(t.name)) continue;
+                DeviceView& v = taps[t.name];
+                v = {.data = static_cast<std::byte*>(kept[p.mtp].p) + at[t.name],
+                     .type = t.is_int ? "<i4" : "<f4",
+                     .n_dims = static_cast<int>(t.dims.size()) + 1};
+                v.dims[0] = n_all;
+                std::copy(t.dims.begin(), t.dims.end(), v.dims + 1);
+            }
         }
-        auto* to = static_cast<std::byte*>(kept);
         size_t next = 0;
         for (size_t i = 0; i < program.ops.size(); ++i) {
             DC_RT(launch(program.ops[i], i > 0, stream));
             for (; next < program.taps.size() && program.taps[next].op == i; ++next) {
                 const TapOut& t = program.taps[next];
-                const int64_t size = t.vectors * t.width;
-                if (wanted(t)) {
-                    DC_RT(rt::copy_rows(to, 4 * t.width, t.data, 4 * t.stride, 4 * t.width, t.vectors, stream));
-                    DeviceView& v = kept_taps[t.name];
-                    v = {.data = to, .type = t.is_int ? "<i4" : "<f4", .n_dims = static_cast<int>(t.dims.size()) + 1};
-                    v.dims[0] = t.rows;
-                    std::copy(t.dims.begin(), t.dims.end(), v.dims + 1);
-                    to += round_up(4 * size, 256);
+                if (const auto v = taps.find(t.name); v != taps.end()) {
+                    DC_RT(rt::copy_rows(static_cast<std::byte*>(v->second.data) + first * row_bytes(t), 4 * t.width,
+                                        t.data, 4 * t.stride, 4 * t.width, t.vectors, stream));
                 }
                 int64_t fed = 0;
                 const float* feed = t.input ? p.trace->take(p.trace->ctx, t.name.c_str(), &fed) : nullptr;
                 if (feed == nullptr) continue;
-                if (fed != size) {
+                if (fed != row_bytes(t) / 4 * n_all) {
                     return fail(error, ErrorCode::kSession, "feed: %s has %lld values, expected %lld", t.name.c_str(),
-                                static_cast<long long>(fed), static_cast<long long>(size));
+                                static_cast<long long>(fed), static_cast<long long>(row_bytes(t) / 4 * n_all));
                 }
-                DC_RT(rt::copy_rows(t.data, 4 * t.stride, feed, 4 * t.width, 4 * t.width, t.vectors, stream));
+                DC_RT(rt::copy_rows(t.data, 4 * t.stride, feed + first * row_bytes(t) / 4, 4 * t.width, 4 * t.width,
+                                    t.vectors, stream));
             }
         }
+        return true;
+    }
+    // Hands the taps of all rows to the host.
+    bool record(const DevicePass& p, std::map<std::string, DeviceView> taps, DeviceError& error) {
+        const DeviceTrace& to = *p.trace;
         std::vector<float> host;
-        for (const auto& [name, v] : kept_taps) {
+        const rt::Settled settled{stream};
+        for (const auto& [name, v] : taps) {
             int64_t per_row = 1;
             for (int i = 1; i < v.n_dims; ++i) per_row *= v.dims[i];
             host.resize(static_cast<size_t>(v.dims[0] * per_row));
             DC_RT(rt::copy(host.data(), v.data, static_cast<int64_t>(host.size()) * 4, stream));
             DC_RT(rt::synchronize(stream));
-            p.trace->record(p.trace->ctx, name.c_str(), host.data(), v.type[1] == 'i', v.dims[0], v.dims + 1,
-                            v.n_dims - 1, per_row);
+            to.record(to.ctx, name.c_str(), host.data(), v.type[1] == 'i', v.dims[0], v.dims + 1, v.n_dims - 1,
+                      per_row);
         }
+        kept_taps[p.mtp] = std::move(taps);
+        const char* name = p.mtp ? "mtp.logits" : "logits";
+        const int64_t vocab = m.cfg.vocab_size;
+        if (p.n_logits > 0 && to.wants(to.ctx, name))
+            to.record(to.ctx, name, p.logits, false, p.n_logits, &vocab, 1, p.logits_stride);
         return true;
     }
 
@@ -495,8 +565,8 @@ struct DeviceSession {
         queued = taken = 0;
         pend_bound = d.n_pending;
         pos_bound = d.n;
-        keeps_mtp = args.mtp && (d.n_pending > 0 || d.n == 0);
         Loop l;
+        const rt::Settled settled{stream};
         l.s.pos = d.n;
         l.s.n = 1;
         l.s.tokens[0] = d.tokens[d.n];
@@ -512,7 +582,6 @@ struct DeviceSession {
         l.n_eos = d.n_eos;
         std::copy_n(d.eos, d.n_eos, l.eos);
         l.stop = d.max_tokens <= 0 ? kStopLength : d.n + 1 >= args.ctx ? kStopContext : kStopNone;
-        const rt::Settled settled{stream};
         DC_RT(rt::copy(b.loop, &l, sizeof l, stream));
         DC_RT(rt::copy(b.tokens, d.tokens, 4 * (int64_t{d.n} + 1), stream));
         if (d.n_pending > 0) DC_RT(rt::copy(b.pend, d.pending, 4 * int64_t{d.n_pending} * m.cfg.hidden_size, stream));
@@ -598,7 +667,7 @@ struct DeviceSession {
                          .logits_stride = b.logits_stride,
                          .h = b.h,
                          .h_stride = b.x_stride,
-                         .pend = keeps_mtp ? b.pend : nullptr,
+                         .pend = run.keeps_mtp ? b.pend : nullptr,
                          .d = d,
                          .routed = {b.topk_idx, static_cast<int>(moe_layers()), rows, topk}});
     }
@@ -610,45 +679,42 @@ struct DeviceSession {
                         kRingRounds);
         }
         const bool long_context = pos_bound + kMaxRound > kShortContext;
-        const bool catch_up = keeps_mtp && (k > 0 || pend_bound + 1 > kMaxPending);
+        const bool catch_up = run.keeps_mtp && (k > 0 || pend_bound + 1 > kMaxPending);
         const int parts = catch_up ? static_cast<int>(ceil_div(pend_bound, kBlockRows)) : 0;
         // The writer keeps run.n_valid in the program: a run over another vocabulary is another program.
-        auto& r = replays[{k, parts, run.n_valid * 2 + (keeps_mtp ? 1 : 0), long_context, run.temp > 0}];
-        if (r == nullptr) {
-            r = std::make_unique<Replay>();
-            write_round(r->program, parts > 0 ? k : 0, parts, long_context, run.temp > 0);
-            DC_RT(prepare(*r));
-        }
+        Replay* r = replay(
+            {k, parts, run.n_valid * 2 + (run.keeps_mtp ? 1 : 0), long_context, run.temp > 0},
+            [&](Program& p) { write_round(p, parts > 0 ? k : 0, parts, long_context, run.temp > 0); }, error);
+        if (r == nullptr) return false;
         DC_RT(r->graph.launch(stream));
         ++queued;
-        pend_bound = !keeps_mtp ? 0 : catch_up ? k + 1 : pend_bound + 1;
+        pend_bound = !run.keeps_mtp ? 0 : catch_up ? k + 1 : pend_bound + 1;
         pos_bound += k + 1;
         return true;
     }
 
-    int decode_poll(DeviceRound* rounds, int capacity, DeviceError& error) {
-        for (;;) {
-            rt::Error e = 0;
-            const bool idle = rt::idle(stream, e);
-            if (!check(e, "decoding", error)) return -1;
-            const unsigned done = __atomic_load_n(&ring->done, __ATOMIC_ACQUIRE);
-            if (done == taken && idle && done != queued) {
-                fail(error, ErrorCode::kResource, "device: %u rounds were queued, %u have ended", queued, done);
-                return -1;
-            }
-            if (done == taken && done != queued) continue;
-            int n = 0;
-            for (; n < capacity && taken != done; ++n, ++taken) rounds[n] = ring->rounds[taken % kRingRounds];
-            return n;
+    int decode_poll(DeviceRound* rounds, int capacity, int& left, DeviceError& error) {
+        rt::Error e = 0;
+        const bool idle = rt::idle(stream, e);
+        if (!check(e, "decoding", error)) return -1;
+        const unsigned done = __atomic_load_n(&ring->done, __ATOMIC_ACQUIRE);
+        if (done == taken && idle && done != queued) {
+            fail(error, ErrorCode::kResource, "device: %u rounds were queued, %u have ended", queued, done);
+            return -1;
         }
+        int n = 0;
+        for (; n < capacity && taken != done; ++n, ++taken) rounds[n] = ring->rounds[taken % kRingRounds];
+        left = static_cast<int>(queued - taken);
+        return n;
     }
 
     bool decode_finish(DeviceDecodeState& state, float* pending, DeviceError& error) {
         DC_RT(rt::set_device(m.index));
         Loop l;
+        const rt::Settled settled{stream};
         DC_RT(rt::copy(&l, b.loop, sizeof l, stream));
         DC_RT(rt::synchronize(stream));
-        if (l.n_pend < 0 || l.n_pend > kMaxPending + kMaxRound)
+        if (l.n_pend < 0 || l.n_pend > (run.keeps_mtp ? kMaxPending + kMaxRound : 0))
             return fail(error, ErrorCode::kResource, "device: %d pending rows", l.n_pend);
         if (l.n_pend > 0) {
             DC_RT(rt::copy(pending, b.pend, 4 * int64_t{l.n_pend} * m.cfg.hidden_size, stream));
@@ -675,14 +741,19 @@ struct DeviceSession {
             {"cache", cache(b.cache, c.num_hidden_layers)},
             {"mtp_cache", cache(b.mtp_cache, 1)},
         };
-        auto it = views.find(name);
-        if (it == views.end() && (it = kept_taps.find(name)) == kept_taps.end()) return false;
-        if (it->second.data == nullptr) return false;
-        v = it->second;
-        return true;
+        for (const auto& named : {views, kept_taps[0], kept_taps[1]}) {
+            const auto it = named.find(name);
+            if (it == named.end() || it->second.data == nullptr) continue;
+            v = it->second;
+            return true;
+        }
+        return false;
     }
 
+    // report.h
     bool report(const char* what, char* text, size_t size, DeviceError& error);
+    bool report_stages(int n, int pos, JsonText& out, DeviceError& error);
+    double seconds(int repeats, DeviceError& error, const std::function<rt::Error()>& queue);
 };
 
 #include "runtime/cuda/report.h"
@@ -712,15 +783,13 @@ DeviceModel* open_model(const DeviceModelArgs& a, DeviceError& error) {
                         "%s needs %.2f GB of device memory, %.2f GB of %.2f GB are free on %s", a.path, gb(a.bytes),
                         gb(m->info.free), gb(m->info.total), m->info.name);
         }
-        void* p = nullptr;
-        DC_RT(rt::allocate(&p, a.bytes));
-        m->memory = static_cast<std::byte*>(p);
+        DC_RT(m->memory.allocate(a.bytes));
         if (a.fill_seed != 0) {
-            DC_RT(fill_weights(*a.weights, a.base, m->memory, a.fill_seed, m->cfg, m->info.sms));
+            DC_RT(fill_weights(*a.weights, a.base, m->base(), a.fill_seed, m->cfg, m->info.sms));
         } else if (!m->upload(a.fd, a.bytes, error)) {
             return false;
         }
-        m->weights = place(*a.weights, m->cfg, a.base, m->memory);
+        m->weights = place(*a.weights, m->cfg, a.base, m->base());
         return true;
     };
     return open() ? m.release() : nullptr;
@@ -731,6 +800,20 @@ DeviceSession* open_session(DeviceModel* m, const DeviceSessionArgs& a, DeviceEr
     return s->open(error) ? s.release() : nullptr;
 }
 
+// fn() of a session. Where it fails nothing that is queued may still use the caller's memory.
+template <class R, class Fn> R session_call(DeviceSession* s, DeviceError& error, R failed, Fn&& fn) noexcept {
+    if (s->closed) {
+        fail(error, ErrorCode::kSession, "device: this session is closed, a report could not put its cache rows back");
+        return failed;
+    }
+    const R r = guarded(error, failed, fn);
+    if (r == failed) rt::drain(s->stream);
+    return r;
+}
+// A method of a session as a function of the table (nvcc takes no member pointers here).
+#define DC_ENTRY(failed, parameters, call)                                                                             \
+    [] parameters noexcept { return session_call(s, e, failed, [&] { return s->call; }); }
+
 constexpr DeviceApi kApi = {
     .abi = kDeviceAbi,
     .fingerprint = kDeviceFingerprint,
@@ -739,24 +822,54 @@ constexpr DeviceApi kApi = {
 #else
     .name = "sim",
 #endif
-    .probe = probe,
-    .open_model = open_model,
-    .close_model = [](DeviceModel* m) { delete m; },
-    .open_session = open_session,
-    .close_session = [](DeviceSession* s) { delete s; },
-    .forward = [](DeviceSession* s, const DevicePass& p, DeviceError& e) { return s->forward(p, e); },
-    .copy_cache = [](DeviceSession* s, bool mtp, int layer, int row, int n, void* host, bool to_device,
-                     DeviceError& e) { return s->copy_cache(mtp, layer, row, n, host, to_device, e); },
-    .decode_start = [](DeviceSession* s, const DeviceDecode& d, DeviceError& e) { return s->decode_start(d, e); },
-    .decode_step = [](DeviceSession* s, int k, DeviceError& e) { return s->decode_step(k, e); },
-    .decode_poll = [](DeviceSession* s, DeviceRound* rounds, int capacity,
-                      DeviceError& e) { return s->decode_poll(rounds, capacity, e); },
-    .decode_finish = [](DeviceSession* s, DeviceDecodeState& state, float* pending,
-                        DeviceError& e) { return s->decode_finish(state, pending, e); },
-    .view = [](DeviceSession* s, const char* name, DeviceView& v) { return s->view(name, v); },
-    .report = [](DeviceSession* s, const char* what, char* text, size_t size,
-                 DeviceError& e) { return s->report(what, text, size, e); },
+    .probe =
+        [](int device, char* text, size_t size, char arch[16]) noexcept {
+            DeviceError e;
+            const bool found = guarded(e, false, [&] { return probe(device, text, size, arch); });
+            if (!found && e.text[0] != 0) std::snprintf(text, size, "%s", e.text);
+            return found;
+        },
+    .open_model =
+        [](const DeviceModelArgs& a, DeviceError& e) noexcept {
+            return guarded(e, static_cast<DeviceModel*>(nullptr), [&] { return open_model(a, e); });
+        },
+    .close_model =
+        [](DeviceModel* m) noexcept {
+            if (!m->hangs) delete m;
+        },
+    .open_session =
+        [](DeviceModel* m, const DeviceSessionArgs& a, DeviceError& e) noexcept {
+            return guarded(e, static_cast<DeviceSession*>(nullptr), [&] { return open_session(m, a, e); });
+        },
+    // What a device that hangs may still write to is given up, not waited for: the process can end.
+    .close_session =
+        [](DeviceSession* s) noexcept {
+            DeviceError e;
+            if (guarded(e, false, [&] { return s->at_rest(); })) {
+                delete s;
+            } else {
+                s->m.hangs = true;
+            }
+        },
+    .forward = DC_ENTRY(false, (DeviceSession * s, const DevicePass& p, DeviceError& e), forward(p, e)),
+    .copy_cache = DC_ENTRY(
+        false, (DeviceSession * s, bool mtp, int layer, int row, int n, void* host, bool to_device, DeviceError& e),
+        copy_cache(mtp, layer, row, n, host, to_device, e)),
+    .decode_start = DC_ENTRY(false, (DeviceSession * s, const DeviceDecode& d, DeviceError& e), decode_start(d, e)),
+    .decode_step = DC_ENTRY(false, (DeviceSession * s, int k, DeviceError& e), decode_step(k, e)),
+    .decode_poll = DC_ENTRY(-1, (DeviceSession * s, DeviceRound* rounds, int capacity, int& left, DeviceError& e),
+                            decode_poll(rounds, capacity, left, e)),
+    .decode_finish = DC_ENTRY(false, (DeviceSession * s, DeviceDecodeState& state, float* pending, DeviceError& e),
+                              decode_finish(state, pending, e)),
+    .view =
+        [](DeviceSession* s, const char* name, DeviceView& v) noexcept {
+            DeviceError e;
+            return guarded(e, false, [&] { return s->view(name, v); });
+        },
+    .report = DC_ENTRY(false, (DeviceSession * s, const char* what, char* text, size_t size, DeviceError& e),
+                       report(what, text, size, e)),
 };
+#undef DC_ENTRY
 
 }  // namespace
 }  // namespace deepcalm
@@ -819,3 +932,18 @@ deepcalm_stage_fit(const char* name, const void* args, int64_t size, int long_pa
 extern "C" __attribute__((visibility("default"))) const deepcalm::DeviceApi* deepcalm_backend(int abi) {
     return abi == deepcalm::kDeviceAbi ? &deepcalm::kApi : nullptr;
 }
+
+#if !defined(__CUDACC__)
+// Sets what the simulated device plays (sim::Device) and returns what it was; -1: no such name.
+extern "C" __attribute__((visibility("default"))) int64_t deepcalm_sim(const char* name, int64_t value) {
+    namespace sim = deepcalm::sim;
+    const std::string n = name;
+    auto* field = n == "smem"       ? &sim::device.smem
+                  : n == "calls"    ? &sim::device.calls
+                  : n == "fail_at"  ? &sim::device.fail_at
+                  : n == "throw_at" ? &sim::device.throw_at
+                  : n == "hang"     ? &sim::device.hang
+                                    : nullptr;
+    return field == nullptr ? -1 : field->exchange(value);
+}
+#endif

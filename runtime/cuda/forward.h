@@ -108,9 +108,8 @@ inline WeightsDevice place(const ModelWeights& w, const ModelConfig& c, const st
     return d;
 }
 
-inline constexpr int kLogitRows = 32;        // rows of one head stage in long passes
-inline constexpr int kShortContext = 8192;   // below, attention units are single chunks: more of them than SMs
-inline constexpr int kMaxUploadRows = 4096;  // rows of the largest pass that a session may ask for
+inline constexpr int kLogitRows = 32;       // rows of one head stage in long passes
+inline constexpr int kShortContext = 8192;  // below, attention units are single chunks: more of them than SMs
 
 // Device buffers of a session, sized once for R = max_rows rows (at least kBlockRows); n = rows of the pass. Strides are in
 // elements, multiples of 4.
@@ -159,8 +158,7 @@ struct PassShape {
     bool trace = false;
 };
 
-// Appends the stages of a pass. `sink(begin, end)` is called where logits rows [begin, end) of a long pass have to be taken
-// away, before the next block of rows overwrites them.
+// Appends the stages of a pass.
 class PassWriter {
   public:
     PassWriter(const ModelConfig& c, const WeightsDevice& w, const Buffers& b, const DeviceSessionArgs& session,

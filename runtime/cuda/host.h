@@ -14,7 +14,7 @@ namespace deepcalm::rt {
 struct DeviceInfo {
     char name[256] = "", arch[16] = "";
     int sms = 0;                  // multiprocessors: blocks that run at once, one each
-    int64_t smem = 0;             // dynamic shared memory that one block may have
+    int64_t smem = 0;             // dynamic shared memory that one block may have (Fit in kernels/cuda/stages.h)
     bool dependent = false;       // programmatic dependent launches work (sm_90 and later)
     int64_t free = 0, total = 0;  // bytes of device memory
 };
@@ -49,7 +49,8 @@ inline bool find_device(int index, DeviceInfo& info, char* text, size_t size) {
         std::snprintf(text, size, "no CUDA device: its properties cannot be read");
         return false;
     }
-    if (p.major < 8) {
+    if (p.major <
+        8) {  // sm_80: A100; sm_86, sm_89, sm_120: RTX 30, 40, 50, A10, L4, L40; sm_90: H100, H200; sm_100: B200
         std::snprintf(text, size, "no CUDA device: %s is sm_%d%d, this build needs sm_80 or later", p.name, p.major,
                       p.minor);
         return false;
@@ -87,6 +88,10 @@ inline Error copy_rows(void* dst, int64_t dst_stride, const void* src, int64_t s
 }
 inline Error zero(void* p, int64_t bytes, Stream s) { return cudaMemsetAsync(p, 0, static_cast<size_t>(bytes), s); }
 inline Error last_error() { return cudaGetLastError(); }
+// Waits until nothing that was queued can run any more, be it because the device is lost.
+inline void drain(Stream s) {
+    if (cudaStreamSynchronize(s) != cudaSuccess) cudaGetLastError();
+}
 // True: everything queued has run, or failed (then error is set).
 inline bool idle(Stream s, Error& error) {
     const cudaError_t e = cudaStreamQuery(s);
@@ -115,7 +120,6 @@ class Graph {
         if (error == 0) error = cudaGraphUpload(exec_, s);
         return error;
     }
-    bool ready() const { return exec_ != nullptr; }
     Error launch(Stream s) const { return cudaGraphLaunch(exec_, s); }
 
   private:
@@ -141,17 +145,22 @@ class Event {
 
 #else  // ---- the simulator -------------------------------------------------------------------------------------------
 
-inline Error set_device(int) { return 0; }
-inline bool find_device(int, DeviceInfo& info, char*, size_t) {
+inline Error set_device(int) { return sim::call(); }
+inline bool find_device(int, DeviceInfo& info, char* text, size_t size) {
+    if (sim::call() != 0) {
+        std::snprintf(text, size, "no CUDA device: a test asked for none");
+        return false;
+    }
     std::snprintf(info.name, sizeof info.name, "simulated GPU");
     std::snprintf(info.arch, sizeof info.arch, "sim");
     info.sms = 3;  // few and odd: work never divides evenly
-    info.smem = 227 << 10;
+    info.smem = sim::device.smem;
     info.dependent = true;
     info.free = info.total = int64_t{8} << 30;
     return true;
 }
 inline Error allocate(void** p, int64_t bytes) {  // poisoned: NaN in every float format
+    if (const Error e = sim::call(); e != 0) return e;
     const size_t n = static_cast<size_t>((bytes + 255) / 256 * 256);
     *p = std::aligned_alloc(256, n);
     if (*p == nullptr) return 1;
@@ -162,11 +171,13 @@ inline void release(void* p) { std::free(p); }
 inline Error allocate_pinned(void** p, int64_t bytes) { return allocate(p, bytes); }
 inline void release_pinned(void* p) { std::free(p); }
 inline Error create(Stream* s) {
+    if (const Error e = sim::call(); e != 0) return e;
     *s = new sim::Stream;
     return 0;
 }
 inline void destroy(Stream s) { delete s; }
 inline Error host_work(Stream s, std::function<void()> fn) {
+    if (const Error e = sim::call(); e != 0) return e;
     s->queue.push_back({{.grid = 0}, std::move(fn)});
     return 0;
 }
@@ -185,7 +196,10 @@ inline Error zero(void* p, int64_t bytes, Stream s) {
     return host_work(s, [=] { std::memset(p, 0, static_cast<size_t>(bytes)); });
 }
 inline Error last_error() { return 0; }
+inline void drain(Stream s) { sim::drain(*s); }
 inline bool idle(Stream s, Error& error) {  // nothing runs by itself: waiting is running
+    error = 0;
+    if (sim::device.hang != 0) return false;
     error = synchronize(s);
     return true;
 }
@@ -193,14 +207,20 @@ inline bool idle(Stream s, Error& error) {  // nothing runs by itself: waiting i
 class Graph {
   public:
     template <class Fn> Error record(Stream, Fn&& enqueue) {
-        enqueue_ = enqueue;
+        sim::Stream capture{.queue = {}, .capturing = true};
+        Error e = sim::call();
+        if (e == 0) e = enqueue(&capture);
+        if (e == 0) jobs_ = std::move(capture.queue);
+        return e;
+    }
+    Error launch(Stream s) const {
+        if (const Error e = sim::call(); e != 0) return e;
+        s->queue.insert(s->queue.end(), jobs_.begin(), jobs_.end());
         return 0;
     }
-    bool ready() const { return enqueue_ != nullptr; }
-    Error launch(Stream s) const { return enqueue_(s); }
 
   private:
-    std::function<Error(Stream)> enqueue_;
+    std::vector<sim::Job> jobs_;
 };
 
 class Event {
@@ -219,7 +239,7 @@ class Event {
 // Waits on leaving a scope, whose buffers work that is queued may use: an early return too.
 struct Settled {
     Stream stream;
-    ~Settled() { synchronize(stream); }
+    ~Settled() { drain(stream); }
 };
 
 }  // namespace deepcalm::rt

@@ -17,6 +17,8 @@ DC_KERNEL(512, 3) kernel_read(const Words* data, int64_t n, uint32_t* out) {
     if (sum == 0x12345678U) *out = sum;  // never known to be false
 }
 
+}  // namespace
+
 // Text is cut at `size`; the caller sees broken JSON then, not memory errors.
 class JsonText {
   public:
@@ -31,26 +33,31 @@ class JsonText {
     size_t size_, used_ = 0;
 };
 
-}  // namespace
+// The best of `repeats` times of what queue() queues, in seconds; < 0: failed.
+double DeviceSession::seconds(int repeats, DeviceError& error, const std::function<rt::Error()>& queue) {
+    rt::Event begin, end;
+    const rt::Settled settled{stream};
+#if !defined(__CUDACC__)
+    repeats = 1;  // no figure counts there
+#endif
+    double best = 1e30;
+    for (int i = 0; i < repeats; ++i) {
+        rt::Error e = begin.record(stream);
+        if (e == 0) e = queue();
+        if (e == 0) e = end.record(stream);
+        if (e == 0) e = rt::synchronize(stream);
+        if (!check(e, "measurement", error)) return -1;
+        best = std::min(best, end.seconds_since(begin));
+    }
+    return best;
+}
 
 // "device"; "bandwidth:BYTES"; "stages:N:POS", a main pass of N <= 8 rows at position POS: seconds of the whole pass and of every
 // kind of stage by itself (all layers' stages of that kind in a row, so that weights come from memory and not from the L2
-// cache).
+// cache). No report changes what the session computes or shows.
 bool DeviceSession::report(const char* what, char* text, size_t size, DeviceError& error) {
     DC_RT(rt::set_device(m.index));
     JsonText out(text, size);
-    rt::Event begin, end;
-    const auto seconds = [&](int repeats, auto queue) -> double {  // < 0: failed
-        double best = 1e30;
-        for (int i = 0; i < repeats; ++i) {
-            begin.record(stream);
-            if (!check(queue(), "measurement", error)) return -1;
-            end.record(stream);
-            if (!check(rt::synchronize(stream), "measurement", error)) return -1;
-            best = std::min(best, end.seconds_since(begin));
-        }
-        return best;
-    };
     const std::string name = what;
     if (name == "device") {
         rt::DeviceInfo now;
@@ -62,14 +69,14 @@ bool DeviceSession::report(const char* what, char* text, size_t size, DeviceErro
     }
     if (name.starts_with("bandwidth:")) {
         const int64_t bytes = std::max<int64_t>(std::atoll(what + 10), 1 << 16) / 16 * 16;
-        void* buffer = nullptr;
-        DC_RT(rt::allocate(&buffer, bytes));
-        DC_RT(rt::zero(buffer, bytes, stream));
-        const double t = seconds(7, [&] {
+        Memory buffer;
+        const rt::Settled settled{stream};
+        DC_RT(buffer.allocate(bytes));
+        DC_RT(rt::zero(buffer.p, bytes, stream));
+        const double t = seconds(7, error, [&] {
             return rt::launch({.grid = 3 * m.info.sms, .block = 512, .smem = 0, .dependent = false, .stream = stream},
-                              kernel_read, static_cast<const Words*>(buffer), bytes / 16, b.arrived);
+                              kernel_read, static_cast<const Words*>(buffer.p), bytes / 16, b.arrived);
         });
-        rt::release(buffer);
         if (t < 0) return false;
         out.add("{\"bytes\": %lld, \"seconds\": %.9g, \"gbps\": %.6g}", static_cast<long long>(bytes), t,
                 1e-9 * static_cast<double>(bytes) / t);
@@ -78,13 +85,52 @@ bool DeviceSession::report(const char* what, char* text, size_t size, DeviceErro
     int n = 0, pos = 0;
     if (std::sscanf(what, "stages:%d:%d", &n, &pos) != 2 || n < 1 || n > kBlockRows || pos < 0 || pos + n > args.ctx)
         return fail(error, ErrorCode::kSession, "device report: '%s' is not known", what);
-    std::vector<int32_t> at(static_cast<size_t>(n), pos);
+    if (queued != taken) return fail(error, ErrorCode::kSession, "device report: rounds of decoding are running");
+    // Where the pass writes and a reader of the session looks: kept aside, and put back however this ends.
+    struct Kept {
+        void* at;
+        int64_t stride, bytes, rows, to;
+    } kept_rows[] = {
+        {b.cache + pos * b.row_stride, args.ctx * b.row_stride, n * b.row_stride, m.cfg.num_hidden_layers, 0},
+        {b.x, 4 * b.x_stride, 4 * b.x_stride, n, 0},
+        {b.h, 4 * b.x_stride, 4 * b.x_stride, n, 0},
+        {b.logits, 4 * b.logits_stride, 4 * b.logits_stride, n, 0},
+    };
+    int64_t aside_bytes = 0;
+    for (Kept& k : kept_rows) {
+        k.to = aside_bytes;
+        aside_bytes += round_up(k.bytes * k.rows, 256);
+    }
+    Memory aside;
     const rt::Settled settled{stream};
-    DC_RT(rt::copy(b.pos, at.data(), 4, stream));
+    DC_RT(aside.allocate(aside_bytes));
+    const auto move_rows = [&](bool back) -> rt::Error {
+        rt::Error e = 0;
+        for (const Kept& k : kept_rows) {
+            void* there = static_cast<std::byte*>(aside.p) + k.to;
+            if (e == 0)
+                e = back ? rt::copy_rows(k.at, k.stride, there, k.bytes, k.bytes, k.rows, stream)
+                         : rt::copy_rows(there, k.bytes, k.at, k.stride, k.bytes, k.rows, stream);
+        }
+        return e == 0 ? rt::synchronize(stream) : e;
+    };
+    DC_RT(move_rows(false));
+    const bool measured = guarded(error, false, [&] { return report_stages(n, pos, out, error); });
+    rt::drain(stream);
+    closed = true;  // until everything is back
+    DC_RT(move_rows(true));
+    closed = false;
+    return measured;
+}
+
+// Seconds of a pass of n rows at `pos`, and of its stages by kind.
+bool DeviceSession::report_stages(int n, int pos, JsonText& out, DeviceError& error) {
+    const rt::Settled settled{stream};
+    DC_RT(rt::copy(b.pos, &pos, 4, stream));
     Replay whole;
     writer(whole.program).pass(shape(n, false, n, pos + n > kShortContext, false));
     DC_RT(prepare(whole));
-    const double pass = seconds(20, [&] { return whole.graph.launch(stream); });
+    const double pass = seconds(20, error, [&] { return whole.graph.launch(stream); });
     if (pass < 0) return false;
     out.add("{\"rows\": %d, \"pos\": %d, \"seconds\": %.9g, \"stages\": [", n, pos, pass);
     std::map<std::string, Replay> kinds;
@@ -94,7 +140,7 @@ bool DeviceSession::report(const char* what, char* text, size_t size, DeviceErro
         DC_RT(prepare(r));
         int64_t bytes = 0;
         for (const Op& op : r.program.ops) bytes += op.bytes + int64_t{pos + n} * op.row_bytes;
-        const double t = seconds(20, [&, &r = r] { return r.graph.launch(stream); });
+        const double t = seconds(20, error, [&, &r = r] { return r.graph.launch(stream); });
         if (t < 0) return false;
         out.add("%s{\"stage\": \"%s\", \"calls\": %zu, \"bytes\": %lld, \"seconds\": %.9g}", comma, name_of.c_str(),
                 r.program.ops.size(), static_cast<long long>(bytes), t);

@@ -3,8 +3,62 @@
 
 #include <algorithm>
 #include <cstring>
+#include <thread>
 
 namespace deepcalm {
+namespace {
+
+// What a device pass asks of a trace and hands to it. The library's frames are no place for an exception.
+struct Taps {
+    Trace& to;
+    std::map<std::string, std::vector<float>>& feed;
+    std::vector<std::string> fed{};
+    bool out_of_memory = false;
+    template <class Fn> void guarded(Fn&& fn) noexcept {
+        try {
+            fn();
+        } catch (const std::bad_alloc&) {
+            out_of_memory = true;
+        }
+    }
+};
+DeviceTrace callbacks(Taps& taps) {
+    return {.ctx = &taps,
+            .wants =
+                [](void* ctx, const char* name) noexcept {
+                    auto* t = static_cast<Taps*>(ctx);
+                    bool wanted = false;
+                    t->guarded([&] { wanted = t->to.wants(name); });
+                    return wanted;
+                },
+            .record =
+                [](void* ctx, const char* name, const void* data, bool is_int, int64_t rows, const int64_t* dims,
+                   int n_dims, int64_t stride) noexcept {
+                    auto* t = static_cast<Taps*>(ctx);
+                    t->guarded([&] {
+                        std::vector<int64_t> shape(dims, dims + n_dims);
+                        if (is_int) {
+                            t->to.record(name, static_cast<const int32_t*>(data), rows, std::move(shape), stride);
+                        } else {
+                            t->to.record(name, static_cast<const float*>(data), rows, std::move(shape), stride);
+                        }
+                    });
+                },
+            .take = [](void* ctx, const char* name, int64_t* n) noexcept -> const float* {
+                auto* t = static_cast<Taps*>(ctx);
+                const float* data = nullptr;
+                t->guarded([&] {
+                    const auto it = t->feed.find(name);
+                    if (it == t->feed.end()) return;
+                    t->fed.push_back(it->first);
+                    *n = static_cast<int64_t>(it->second.size());
+                    data = it->second.data();
+                });
+                return data;
+            }};
+}
+
+}  // namespace
 
 Status Session::not_decoding(const char* what) const {
     if (!decoding_) return {};
@@ -20,33 +74,8 @@ Status Session::forward_device(const PassArgs& a) {
     std::vector<int32_t> topk(static_cast<size_t>(moe_layers) * a.ids.size() * static_cast<size_t>(k));
     std::map<std::string, std::vector<float>> feed;
     feed.swap(a.trace.feed);
-    struct Taps {
-        Trace& to;
-        std::map<std::string, std::vector<float>>& feed;
-        std::vector<std::string> fed;
-    } taps{a.trace, feed, {}};
-    const DeviceTrace trace{
-        .ctx = &taps,
-        .wants = [](void* t, const char* name) { return static_cast<Taps*>(t)->to.wants(name); },
-        .record =
-            [](void* t, const char* name, const void* data, bool is_int, int64_t rows, const int64_t* dims, int n_dims,
-               int64_t stride) {
-                std::vector<int64_t> shape(dims, dims + n_dims);
-                Trace* to = &static_cast<Taps*>(t)->to;
-                if (is_int) {
-                    to->record(name, static_cast<const int32_t*>(data), rows, std::move(shape), stride);
-                } else {
-                    to->record(name, static_cast<const float*>(data), rows, std::move(shape), stride);
-                }
-            },
-        .take = [](void* t, const char* name, int64_t* n) -> const float* {
-            auto* from = static_cast<Taps*>(t);
-            const auto it = from->feed.find(name);
-            if (it == from->feed.end()) return nullptr;
-            from->fed.push_back(it->first);
-            *n = static_cast<int64_t>(it->second.size());
-            return it->second.data();
-        }};
+    Taps taps{a.trace, feed};
+    const DeviceTrace trace = callbacks(taps);
     DeviceError error;
     const DevicePass pass{.ids = a.ids.data(),
                           .n = n,
@@ -62,6 +91,7 @@ Status Session::forward_device(const PassArgs& a) {
                           .trace = a.trace.on() || !feed.empty() ? &trace : nullptr};
     const int64_t start = now_ns();
     if (!model_.device().api->forward(device_.get(), pass, error)) return to_error(error);
+    if (taps.out_of_memory) return Error{ErrorCode::kResource, "trace: no memory for the taps of this pass"};
     for (const std::string& name : taps.fed) feed.erase(name);
     if (!feed.empty()) {
         return Error{ErrorCode::kSession,
@@ -121,6 +151,7 @@ Status Session::decode_start(int32_t token, const SampleParams& p, int n_valid, 
     DeviceError error;
     const DeviceDecode d{.tokens = emitted_.data(),
                          .n = cache_.len,
+                         .keeps_mtp = keep_mtp_,
                          .n_pending = keep_mtp_ ? n_pending() : 0,
                          .pending = pending_.data(),
                          .max_tokens = max_tokens,
@@ -151,16 +182,21 @@ Status Session::decode_step(int k) {
     return {};
 }
 
-Result<std::vector<DeviceRound>> Session::decode_poll() {
-    const std::lock_guard lock(model_.pass_mutex());
-    if (!decoding_) return Error{ErrorCode::kSession, "decode: not started"};
-    return poll_rounds();
+Result<std::vector<DeviceRound>> Session::decode_poll(int& left, std::chrono::milliseconds patience) {
+    using Clock = std::chrono::steady_clock;
+    for (const auto end = Clock::now() + patience;; std::this_thread::sleep_for(std::chrono::microseconds(20))) {
+        const std::lock_guard lock(model_.pass_mutex());
+        if (!decoding_) return Error{ErrorCode::kSession, "decode: not started"};
+        auto rounds = poll_rounds(left);
+        if (!rounds.ok() || !rounds.value().empty() || left == 0 || Clock::now() >= end) return rounds;
+    }
 }
 
-Result<std::vector<DeviceRound>> Session::poll_rounds() {
+Result<std::vector<DeviceRound>> Session::poll_rounds(int& left) {
     std::vector<DeviceRound> out(64);
     DeviceError error;
-    const int n = model_.device().api->decode_poll(device_.get(), out.data(), static_cast<int>(out.size()), error);
+    const int n =
+        model_.device().api->decode_poll(device_.get(), out.data(), static_cast<int>(out.size()), left, error);
     if (n < 0) return to_error(error);
     out.resize(static_cast<size_t>(n));
     for (const DeviceRound& r : out) {
@@ -181,9 +217,8 @@ Result<DeviceDecodeState> Session::decode_finish() {
     DeviceDecodeState s;
     DeviceError error;
     bool ok = api->decode_finish(device_.get(), s, pending.data(), error);
-    for (size_t n = 1; ok && n > 0;) {  // what nobody polled
-        DC_TRY(const std::vector<DeviceRound> rounds, poll_rounds());
-        n = rounds.size();
+    for (int left = 1; ok && left > 0;) {  // what nobody polled
+        DC_TRY([[maybe_unused]] const auto rounds, poll_rounds(left));
     }
     if (ok && (s.n < cache_.len || s.n > cache_.ctx() || s.n >= static_cast<int64_t>(emitted_.size()))) {
         ok = false;
