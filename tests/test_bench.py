@@ -236,6 +236,7 @@ def test_bench_synthetic_command(capsys: pytest.CaptureFixture[str], tmp_path: P
         (["--threads", "1,5000"], "expected numbers 1..1024"),
         (["--draft", "1", "--contexts", "0"], "a context of at least 1"),
         (["--draft", "1", "--prompt", "64"], "--context N is the length of its prompt"),
+        (["--draft", "2", "--tokens", "4"], "--tokens 4: with --draft 2 expected at least 5"),
         (["--synthetic", "v2-lite:99"], "layers '99', expected a number 1..27"),
         (["--accept", "0.5"], "--draft K"),
         (["--draft", "1", "--contexts", "1,2"], "one context"),

@@ -44,7 +44,7 @@ def test_device_arrays_show_what_a_pass_left(device: str) -> None:
 @pytest.mark.parametrize("device", device_cases.DEVICES)
 def test_device_arrays_show_taps(device: str) -> None:
     xp = device_cases.array_module(device)
-    s = deepcalm.Model(surface_cases.packed(), device=device).session(32, mtp=False)
+    s = deepcalm.Model(surface_cases.packed(), device=device).session(32)
     with s.trace("q", "topk_idx", "layers.1.layer_out") as taps:
         s.prefill([3, 1, 4, 1, 5])
     assert len(taps) > 4 and taps["layers.0.q"].ndim == 3 and taps["layers.2.topk_idx"].dtype == np.int32

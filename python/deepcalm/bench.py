@@ -527,8 +527,10 @@ def bench_draft(
     limit = int(model.config["max_position_embeddings"])
     if context is None:
         context = max(1, min(128, limit - decode_tokens - k - 1))
-    if not 1 <= k <= 7 or not (accept is None or 0 <= accept <= 1) or min(context, decode_tokens, repeats) < 1:
-        raise ValueError("draft: expected 1..7, accept 0..1, context, tokens and repeats >= 1")
+    if not 1 <= k <= 7 or not (accept is None or 0 <= accept <= 1) or min(context, repeats) < 1:
+        raise ValueError("draft: expected 1..7, accept 0..1, context and repeats >= 1")
+    if decode_tokens < k + 3:
+        raise ValueError(f"{decode_tokens} tokens, expected at least {k + 3}: the first round is not timed")
     if not model.config["num_nextn_predict_layers"]:
         raise SessionError("this model has no MTP layer: nothing to draft with")
     rng = np.random.default_rng(seed)

@@ -431,6 +431,8 @@ def bench(
         raise click.UsageError("--draft needs a context of at least 1")
     if draft is not None and prompt is not None:
         raise click.UsageError("--prompt does not go with --draft: --context N is the length of its prompt")
+    if draft is not None and tokens < draft + 3:
+        raise click.UsageError(f"--tokens {tokens}: with --draft {draft} expected at least {draft + 3}")
     if plot is not None:
         report.check_plot(plot)
     for out in (plot, json_file):
