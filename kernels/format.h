@@ -105,6 +105,8 @@ struct PackedTensor {
     DC_CONSTEXPR int64_t slice_bytes() const { return row_tiles() * row_tile_bytes(); }
     DC_CONSTEXPR int64_t n_bytes() const { return n_slices * slice_bytes(); }
     DC_CONSTEXPR int64_t slice_scales() const { return ceil_div(rows, scale_rows) * ceil_div(cols, scale_cols); }
+    // What a product with one slice reads: tiles and scales.
+    DC_CONSTEXPR int64_t read_bytes() const { return slice_bytes() + (scales != nullptr ? 4 * slice_scales() : 0); }
 };
 
 // Key/value cache row of one position and layer: the normed latent c_kv and the rotated k_rope, nothing else.

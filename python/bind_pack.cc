@@ -565,9 +565,8 @@ py::list expected_tensors(const py::dict& cfg) {
         for (const int rows : t.parts) parts.append(rows);
         for (int i = 0; i < dc::kNumFormats; ++i) {
             const auto f = static_cast<dc::Format>(i);
-            const bool plain_ok = f == dc::Format::kF32 || f == dc::Format::kBF16 || f == dc::Format::kF16;
             const char* name = dc::info(f).name;
-            if (dc::format_allowed(t.role, f) && (t.tiled || plain_ok) && !allowed.contains(name)) allowed.append(name);
+            if (dc::format_allowed(t.role, f) && !allowed.contains(name)) allowed.append(name);
         }
         d["name"] = t.name;
         d["role"] = dc::kRoleNames[static_cast<int>(t.role)];

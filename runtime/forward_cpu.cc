@@ -57,7 +57,7 @@ class Pass {
         end(Stage::kEhProj);
         tap("embed", s_.x, {d_}, d_stride());
         layer(w_.mtp_layer, 0);
-        head(w_.mtp_head, w_.mtp_final_norm);
+        head(w_.draft_head(), w_.mtp_final_norm);
     }
 
   private:
@@ -197,17 +197,17 @@ class Pass {
     }
 
     void embed(int32_t id, float* out) const {
-        const int64_t row_bytes = int64_t{d_} * (w_.embed_format == Format::kF32 ? 4 : 2);
-        const std::byte* row = w_.embed + id * row_bytes;
-        clock_.bytes += row_bytes;
-        if (w_.embed_format == Format::kF32) {
+        const PlainTensor& t = w_.embed;
+        const std::byte* row = t.data + id * t.row_bytes();
+        clock_.bytes += t.row_bytes();
+        if (t.format == Format::kF32) {
             std::memcpy(out, row, static_cast<size_t>(d_) * 4);
             return;
         }
         for (int j = 0; j < d_; ++j) {
             uint16_t v;
             std::memcpy(&v, row + 2 * int64_t{j}, 2);
-            out[j] = w_.embed_format == Format::kBF16 ? bf16_to_f32(v) : f16_to_f32(v);
+            out[j] = t.format == Format::kBF16 ? bf16_to_f32(v) : f16_to_f32(v);
         }
     }
 

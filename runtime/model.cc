@@ -5,42 +5,22 @@
 namespace deepcalm {
 namespace {
 
-int64_t tensor_bytes(const PackedTensor& t) {
-    if (t.rows == 0) return 0;
-    return t.n_bytes() + (t.scales != nullptr ? 4 * t.n_slices * t.slice_scales() : 0);
-}
-
-int64_t fixed_bytes(const LayerWeights& w, const ModelConfig& c) {
-    int64_t n = 4 * (2 * int64_t{c.hidden_size} + c.kv_lora_rank + c.q_lora_rank);
-    for (const PackedTensor* t : {&w.wqkv_a, &w.wq_b, &w.w_uk, &w.w_uv, &w.wo, &w.w_gate_up, &w.w_down, &w.router,
-                                  &w.shared_gate_up, &w.shared_down}) {
-        n += tensor_bytes(*t);
-    }
-    return n + (w.router_bias != nullptr ? 4 * int64_t{c.n_routed_experts} : 0);
-}
-
-}  // namespace
-
-int64_t expert_bytes(const LayerWeights& w, const ModelConfig& c) {
-    return w.moe ? (tensor_bytes(w.experts_gate_up) + tensor_bytes(w.experts_down)) / c.n_routed_experts : 0;
-}
-
-namespace {
-
 WeightBytes count_bytes(const ModelWeights& w, const ModelConfig& c) {
     WeightBytes b;
+    visit(w, c, [&](const TensorSpec& spec, const auto& member) {
+        const bool mtp = spec.name.starts_with("mtp."), layer = spec.name.starts_with("layers.");
+        if (spec.role == Role::kEmbed || spec.role == Role::kExpert || spec.role == Role::kDraftHead) return;
+        pieces(spec, member, [&](auto*, int64_t bytes, auto) {
+            (mtp ? b.mtp_fixed : layer ? b.fixed : b.head) += bytes;
+        });
+    });
     for (const LayerWeights& l : w.layers) {
-        b.fixed += fixed_bytes(l, c);
         b.n_moe_layers += l.moe ? 1 : 0;
-        b.experts += expert_bytes(l, c);
+        b.experts += l.expert_bytes();
     }
-    b.head = tensor_bytes(w.head) + 4 * int64_t{c.hidden_size};
-    b.embed_row = int64_t{c.hidden_size} * (w.embed_format == Format::kF32 ? 4 : 2);
-    if (c.num_nextn_predict_layers > 0) {
-        b.mtp_head = tensor_bytes(w.mtp_head);
-        b.mtp_expert = expert_bytes(w.mtp_layer, c);
-        b.mtp_fixed = fixed_bytes(w.mtp_layer, c) + tensor_bytes(w.mtp_eh_proj) + 12 * int64_t{c.hidden_size};
-    }
+    b.embed_row = w.embed.row_bytes();
+    b.mtp_expert = w.mtp_layer.expert_bytes();
+    if (c.num_nextn_predict_layers > 0) b.mtp_head = w.draft_head().read_bytes();
     return b;
 }
 

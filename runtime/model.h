@@ -24,9 +24,6 @@ struct WeightBytes {
     int64_t mtp_expert = 0;  // one of its routed experts
 };
 
-// Of one routed expert of a layer; 0 for a dense layer.
-int64_t expert_bytes(const LayerWeights& layer, const ModelConfig& cfg);
-
 class Model {
   public:
     // isa: null = best supported. n_threads: 0 = default_threads(). adaptive: at most so many, as it pays (ThreadChoice).

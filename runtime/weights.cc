@@ -8,36 +8,9 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include <variant>
 
 namespace deepcalm {
 namespace {
-
-using TensorSlot = std::variant<PackedTensor LayerWeights::*, const float* LayerWeights::*>;
-
-// Name inside a layer -> where it is bound. Names and shapes come from the manifest; this is the only other list.
-const std::map<std::string, TensorSlot>& layer_slots() {
-    static const std::map<std::string, TensorSlot> slots = {
-        {"attn_norm", &LayerWeights::attn_norm},
-        {"wqkv_a", &LayerWeights::wqkv_a},
-        {"q_a_norm", &LayerWeights::q_a_norm},
-        {"wq_b", &LayerWeights::wq_b},
-        {"kv_a_norm", &LayerWeights::kv_a_norm},
-        {"w_uk", &LayerWeights::w_uk},
-        {"w_uv", &LayerWeights::w_uv},
-        {"wo", &LayerWeights::wo},
-        {"ffn_norm", &LayerWeights::ffn_norm},
-        {"w_gate_up", &LayerWeights::w_gate_up},
-        {"w_down", &LayerWeights::w_down},
-        {"router", &LayerWeights::router},
-        {"router_bias", &LayerWeights::router_bias},
-        {"experts.w_gate_up", &LayerWeights::experts_gate_up},
-        {"experts.w_down", &LayerWeights::experts_down},
-        {"shared.w_gate_up", &LayerWeights::shared_gate_up},
-        {"shared.w_down", &LayerWeights::shared_down},
-    };
-    return slots;
-}
 
 std::string shape_text(int64_t slices, bool stacked, int64_t rows, int64_t cols) {
     std::string s = "[";
@@ -55,53 +28,17 @@ class Binder {
         for (const TensorEntry& e : entries) by_name_.emplace(e.name, &e);
     }
 
-    Result<ModelWeights> bind() {
-        ModelWeights w;
-        w.layers.resize(static_cast<size_t>(cfg_.num_hidden_layers));
-        for (int i = 0; i < cfg_.num_hidden_layers; ++i) w.layers[static_cast<size_t>(i)].moe = cfg_.is_moe(i);
-        w.mtp_layer.moe = cfg_.is_moe(cfg_.num_hidden_layers);
-        for (const TensorSpec& spec : expected_tensors(cfg_)) {
-            DC_TRY(const Bound b, check(spec));
-            const auto vector = static_cast<const float*>(static_cast<const void*>(b.data));
-            if (spec.name == "embed") {
-                w.embed = b.data;
-                w.embed_format = b.tensor.format;
-            } else if (spec.name == "final_norm") {
-                w.final_norm = vector;
-            } else if (spec.name == "head") {
-                w.head = w.mtp_head = b.tensor;
-            } else if (spec.name == "mtp.head") {
-                w.mtp_head = b.tensor;
-            } else if (spec.name == "mtp.enorm") {
-                w.mtp_enorm = vector;
-            } else if (spec.name == "mtp.hnorm") {
-                w.mtp_hnorm = vector;
-            } else if (spec.name == "mtp.final_norm") {
-                w.mtp_final_norm = vector;
-            } else if (spec.name == "mtp.eh_proj") {
-                w.mtp_eh_proj = b.tensor;
-            } else {
-                const bool mtp = spec.name.starts_with("mtp.");
-                const size_t prefix = mtp ? 4 : spec.name.find('.', 7) + 1;  // "mtp." or "layers.{i}."
-                LayerWeights& layer = mtp ? w.mtp_layer : w.layers[static_cast<size_t>(std::stoi(spec.name.substr(7)))];
-                const auto slot = layer_slots().find(spec.name.substr(prefix));
-                DC_CHECK(slot != layer_slots().end());
-                if (const auto* t = std::get_if<PackedTensor LayerWeights::*>(&slot->second)) {
-                    layer.*(*t) = b.tensor;
-                } else {
-                    layer.*(std::get<const float* LayerWeights::*>(slot->second)) = vector;
-                }
-            }
-        }
+    Result<ModelWeights> bind() const {
+        ModelWeights w(cfg_);
+        Status status;
+        visit(w, cfg_, [&](const TensorSpec& spec, auto& member) {
+            if (status.ok()) status = bind(spec, member);
+        });
+        if (!status.ok()) return status.error();
         return w;
     }
 
   private:
-    struct Bound {
-        const std::byte* data = nullptr;
-        PackedTensor tensor;
-    };
-
     Error error(const std::string& name, const std::string& what) const {
         return {ErrorCode::kPackedFile, path_ + ": tensor " + name + ": " + what};
     }
@@ -112,68 +49,69 @@ class Binder {
         return it->second;
     }
 
-    // The entry's bytes lie inside the file, are aligned and as many as its shape needs.
-    Result<const std::byte*> range(const TensorEntry& e, int64_t expected_bytes) const {
-        if (e.bytes != expected_bytes) {
-            return error(e.name, std::to_string(e.bytes) + " bytes, expected " + std::to_string(expected_bytes));
+    // Where the entry's bytes are: inside the file, aligned and as many as its shape needs.
+    template <class T> Status locate(const std::string& name, int64_t bytes, const T*& p) const {
+        DC_TRY(const TensorEntry* e, find(name));
+        if (e->bytes != bytes)
+            return error(name, std::to_string(e->bytes) + " bytes, expected " + std::to_string(bytes));
+        if (e->offset < 0 || e->offset % 64 != 0)
+            return error(name, "offset " + std::to_string(e->offset) + " is not a multiple of 64");
+        if (e->offset > file_.size() || bytes > file_.size() - e->offset) {
+            return error(name, "bytes " + std::to_string(e->offset) + " + " + std::to_string(bytes) +
+                                   " lie beyond the file's " + std::to_string(file_.size()) + " bytes: truncated?");
         }
-        if (e.offset < 0 || e.offset % 64 != 0)
-            return error(e.name, "offset " + std::to_string(e.offset) + " is not a multiple of 64");
-        if (e.offset > file_.size() || e.bytes > file_.size() - e.offset) {
-            return error(e.name, "bytes " + std::to_string(e.offset) + " + " + std::to_string(e.bytes) +
-                                     " lie beyond the file's " + std::to_string(file_.size()) + " bytes: truncated?");
-        }
-        return file_.data() + e.offset;
+        p = static_cast<const T*>(static_cast<const void*>(file_.data() + e->offset));
+        return {};
     }
 
-    Result<Bound> check(const TensorSpec& spec) const {
-        DC_TRY(const TensorEntry* e, find(spec.name));
-        if (e->kind != (spec.tiled ? "tiled" : "plain")) {
-            return error(spec.name, "kind '" + e->kind + "', expected '" + (spec.tiled ? "tiled" : "plain") + "'");
+    // The format of an entry that is as the manifest says.
+    Result<Format> check(const TensorSpec& spec, const TensorEntry& e) const {
+        if (e.kind != (spec.tiled ? "tiled" : "plain")) {
+            return error(spec.name, "kind '" + e.kind + "', expected '" + (spec.tiled ? "tiled" : "plain") + "'");
         }
-        const int64_t cols = spec.cols > 0 ? spec.cols : 0;
-        if (e->n_slices != spec.n_slices || e->rows != spec.rows || e->cols != cols) {
-            return error(spec.name, "shape " + shape_text(e->n_slices, spec.stacked, e->rows, e->cols) + ", expected " +
-                                        shape_text(spec.n_slices, spec.stacked, spec.rows, cols) +
+        if (e.n_slices != spec.n_slices || e.rows != spec.rows || e.cols != spec.cols) {
+            return error(spec.name, "shape " + shape_text(e.n_slices, spec.stacked, e.rows, e.cols) + ", expected " +
+                                        shape_text(spec.n_slices, spec.stacked, spec.rows, spec.cols) +
                                         " from the configuration");
         }
-        int format = -1;
         for (int i = 0; i < kNumFormats; ++i) {
-            if (e->format == kFormats[i].name && (!spec.tiled || e->scale == kFormats[i].scale)) {
-                format = i;
-                break;
-            }
+            const auto format = static_cast<Format>(i);
+            if (e.format == kFormats[i].name && (!spec.tiled || e.scale == kFormats[i].scale) &&
+                format_allowed(spec.role, format))
+                return format;
         }
-        if (format < 0 || !format_allowed(spec.role, static_cast<Format>(format))) {
-            return error(spec.name,
-                         "format '" + e->format + "' (scale '" + e->scale + "') is not one that this tensor may have");
+        return error(spec.name,
+                     "format '" + e.format + "' (scale '" + e.scale + "') is not one that this tensor may have");
+    }
+
+    template <class T> Status bind(const TensorSpec& spec, T& t) const {
+        DC_TRY(const TensorEntry* e, find(spec.name));
+        DC_TRY([[maybe_unused]] const Format format, check(spec, *e));
+        if constexpr (!std::is_pointer_v<T>) {
+            t.format = format;
+            t.rows = spec.rows;
+            t.cols = spec.cols;
         }
-        Bound b;
-        PackedTensor& t = b.tensor;
-        t.format = static_cast<Format>(format);
-        t.n_slices = spec.n_slices;
-        t.rows = spec.rows;
-        t.cols = spec.tiled ? spec.cols : static_cast<int>(cols);
-        if (!spec.tiled) {
-            const int64_t elem = t.format == Format::kF32 ? 4 : 2;
-            DC_TRY(b.data, range(*e, elem * spec.rows * (cols > 0 ? cols : 1)));
-            return b;
+        if constexpr (std::is_same_v<T, PackedTensor>) {
+            t.n_slices = spec.n_slices;
+            if (format == Format::kF8) DC_TRY_STATUS(set_scale_block(*e, t));
         }
-        DC_TRY(b.data, range(*e, t.n_bytes()));
-        t.data = b.data;
-        if (t.format == Format::kF8) {
-            if (e->scale_rows < kTileRows || e->scale_rows > (1 << 20) || e->scale_rows % kTileRows != 0 ||
-                e->scale_cols < kTileCols || e->scale_cols > (1 << 20) || e->scale_cols % kTileCols != 0) {
-                return error(spec.name, "scale block [" + std::to_string(e->scale_rows) + ", " +
-                                            std::to_string(e->scale_cols) + "], expected multiples of [16, 32]");
-            }
-            t.scale_rows = static_cast<int>(e->scale_rows);
-            t.scale_cols = static_cast<int>(e->scale_cols);
-            DC_TRY(const TensorEntry* s, find(spec.name + ".scale"));
-            DC_TRY(const std::byte* scales, range(*s, 4 * t.n_slices * t.slice_scales()));
-            t.scales = static_cast<const float*>(static_cast<const void*>(scales));
+        Status status;
+        pieces(spec, t, [&](auto*& p, int64_t bytes, const char* suffix) {
+            if (status.ok()) status = locate(spec.name + suffix, bytes, p);
+        });
+        return status;
+    }
+
+    Status set_scale_block(const TensorEntry& e, PackedTensor& t) const {
+        if (e.scale_rows < kTileRows || e.scale_rows > (1 << 20) || e.scale_rows % kTileRows != 0 ||
+            e.scale_cols < kTileCols || e.scale_cols > (1 << 20) || e.scale_cols % kTileCols != 0) {
+            return error(e.name, "scale block [" + std::to_string(e.scale_rows) + ", " + std::to_string(e.scale_cols) +
+                                     "], expected multiples of [16, 32]");
         }
-        return b;
+        t.scale_rows = static_cast<int>(e.scale_rows);
+        t.scale_cols = static_cast<int>(e.scale_cols);
+        return {};
     }
 
     const ModelConfig& cfg_;

@@ -2,7 +2,6 @@
 // the manifest and the format table before it was made.
 #pragma once
 
-#include "runtime/config.h"
 #include "runtime/manifest.h"
 
 #include <string>
@@ -43,39 +42,6 @@ class MappedFile {
     const std::byte* data_ = nullptr;
     int64_t bytes_ = 0;
     int fd_ = -1;
-};
-
-struct LayerWeights {
-    bool moe = false;
-    const float* attn_norm = nullptr;  // [hidden_size]
-    PackedTensor wqkv_a;  // [pad16(q_lora_rank or n_heads * qk_head_dim) + pad16(kv_lora_rank + dr), hidden_size]
-    const float* q_a_norm = nullptr;   // [q_lora_rank], null without q_lora
-    PackedTensor wq_b;                 // [n_heads * qk_head_dim, q_lora_rank], empty without q_lora
-    const float* kv_a_norm = nullptr;  // [kv_lora_rank]
-    PackedTensor w_uk;                 // [n_heads][kv_lora_rank, qk_nope_head_dim]
-    PackedTensor w_uv;                 // [n_heads][v_head_dim, kv_lora_rank]
-    PackedTensor wo;                   // [hidden_size, n_heads * v_head_dim]
-    const float* ffn_norm = nullptr;   // [hidden_size]
-    PackedTensor w_gate_up,
-        w_down;           // dense: [2 * pad16(intermediate_size), hidden_size], [hidden_size, intermediate_size]
-    PackedTensor router;  // [n_routed_experts, hidden_size] f32
-    const float* router_bias = nullptr;  // [n_routed_experts], null unless noaux_tc
-    PackedTensor experts_gate_up,
-        experts_down;  // [n_routed_experts] slices of the same two shapes, moe_intermediate_size
-    PackedTensor shared_gate_up, shared_down;  // width n_shared_experts * moe_intermediate_size; rows == 0 when absent
-};
-
-struct ModelWeights {
-    const std::byte* embed = nullptr;  // [vocab_size, hidden_size] in embed_format (f32, bf16, f16), row-major
-    Format embed_format = Format::kF32;
-    std::vector<LayerWeights> layers;
-    const float* final_norm = nullptr;  // [hidden_size]
-    PackedTensor head;                  // [vocab_size, hidden_size]
-    // MTP layer, when cfg.num_nextn_predict_layers > 0 (docs/model.md 6.1)
-    const float *mtp_enorm = nullptr, *mtp_hnorm = nullptr, *mtp_final_norm = nullptr;  // [hidden_size]
-    PackedTensor mtp_eh_proj;  // [hidden_size, 2 * hidden_size]: embedding half, hidden half
-    PackedTensor mtp_head;     // [vocab_size, hidden_size]: what drafts read, `head` itself without mtp_draft_head
-    LayerWeights mtp_layer;
 };
 
 // Checks every entry (64-bit arithmetic, real file size, manifest shape, allowed format) and binds it. `path` is for messages.

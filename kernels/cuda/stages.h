@@ -28,7 +28,7 @@ inline constexpr int kChunk = 64;         // cache positions of one attention ch
 inline constexpr int kPartialChunks = 8;  // chunks merged in order into a partial; partials are merged in order
 inline constexpr int kMaxPassRows = 512;  // rows of one pass
 
-// A packed matrix on the device: PackedTensor with what a kernel would have to look up in the table of formats.
+// A packed matrix as kernels take it: PackedTensor with what they would have to look up in the table of formats.
 struct Matrix {
     const std::byte* data = nullptr;  // [n_slices, row_tiles, col_tiles] tiles, bytes as in the file (kernels/format.h)
     const float* scales = nullptr;    // f8: [n_slices, ceil(rows/scale_rows), ceil(cols/scale_cols)] f32; else null
@@ -38,22 +38,13 @@ struct Matrix {
     int tile_bytes = 0;
     int scale_rows = 128, scale_cols = 128;
     int64_t slice_bytes = 0, slice_scales = 0;
+
+    Matrix() = default;
+    constexpr Matrix(const PackedTensor& t)  // NOLINT: implicit on purpose
+        : data(t.data), scales(t.scales), format(t.format), rows(t.rows), cols(t.cols), row_tiles(t.row_tiles()),
+          col_tiles(t.col_tiles()), tile_bytes(info(t.format).tile_bytes), scale_rows(t.scale_rows),
+          scale_cols(t.scale_cols), slice_bytes(t.slice_bytes()), slice_scales(t.scales ? t.slice_scales() : 0) {}
 };
-// `data`, `scales`: where the tensor lies in device memory.
-constexpr Matrix matrix(const PackedTensor& t, const std::byte* data, const float* scales) {
-    return {.data = data,
-            .scales = scales,
-            .format = t.format,
-            .rows = t.rows,
-            .cols = t.cols,
-            .row_tiles = t.row_tiles(),
-            .col_tiles = t.col_tiles(),
-            .tile_bytes = info(t.format).tile_bytes,
-            .scale_rows = t.scale_rows,
-            .scale_cols = t.scale_cols,
-            .slice_bytes = t.slice_bytes(),
-            .slice_scales = t.format == Format::kF8 ? t.slice_scales() : 0};
-}
 
 // What decoding keeps in device memory; the stages see it only through the pointers in Rows, EmbedArgs and HeadArgs.
 struct DecodeState {

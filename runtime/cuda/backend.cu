@@ -130,9 +130,9 @@ struct DeviceModel {
     std::string path;
     rt::DeviceInfo info;
     int index = 0;
-    bool hangs = false;  // a session of it did not come to rest
-    Memory memory;       // the packed file, byte for byte
-    WeightsDevice weights;
+    bool hangs = false;    // a session of it did not come to rest
+    Memory memory;         // the packed file, byte for byte
+    ModelWeights weights;  // pointers into `memory`
 
     std::byte* base() const { return static_cast<std::byte*>(memory.p); }
 
@@ -784,12 +784,14 @@ DeviceModel* open_model(const DeviceModelArgs& a, DeviceError& error) {
                         gb(m->info.free), gb(m->info.total), m->info.name);
         }
         DC_RT(m->memory.allocate(a.bytes));
-        if (a.fill_seed != 0) {
-            DC_RT(fill_weights(*a.weights, a.base, m->base(), a.fill_seed, m->cfg, m->info.sms));
-        } else if (!m->upload(a.fd, a.bytes, error)) {
-            return false;
-        }
-        m->weights = place(*a.weights, m->cfg, a.base, m->base());
+        m->weights = *a.weights;
+        visit(m->weights, m->cfg, [&](const TensorSpec& spec, auto& member) {
+            pieces(spec, member, [&]<class T>(const T*& at, int64_t, const char*) {
+                at = reinterpret_cast<const T*>(m->base() + (reinterpret_cast<const std::byte*>(at) - a.base));
+            });
+        });
+        if (a.fill_seed == 0) return m->upload(a.fd, a.bytes, error);
+        DC_RT(fill_weights(m->weights, m->base(), a.fill_seed, m->cfg, m->info.sms));
         return true;
     };
     return open() ? m.release() : nullptr;

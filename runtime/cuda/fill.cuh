@@ -14,7 +14,6 @@ struct FillArgs {
     uint32_t* data = nullptr;  // [words]
     int64_t words = 0;
     Format format = Format::kF32;
-    bool tiled = false;  // q8, q4: with scales inside the tiles
     bool constant = false;
     float a = 1;  // values in (-a, a); constant: all a (f32)
     uint64_t seed = 0;
@@ -56,53 +55,29 @@ DC_KERNEL(256) kernel_fill(const __grid_constant__ FillArgs f) {
     }
 }
 
-// Everything that `w` (bound to a file mapped at base, whose contents do not matter) points at, in its place on the device.
-inline rt::Error fill_weights(const ModelWeights& w, const std::byte* base, std::byte* device, uint64_t seed,
-                              const ModelConfig& c, int sms) {
+// Everything that `w` points at in the copy of a file at `memory` on the device.
+inline rt::Error fill_weights(const ModelWeights& w, const std::byte* memory, uint64_t seed, const ModelConfig& c,
+                              int sms) {
     rt::Stream stream = nullptr;
     rt::Error error = rt::create(&stream);
-    const auto run = [&](const void* at, int64_t bytes, Format format, float a, bool tiled, bool constant) {
-        if (at == nullptr || bytes == 0 || error != 0) return;
-        const int64_t offset = static_cast<const std::byte*>(at) - base;
-        error = rt::launch({.grid = sms, .block = 256, .smem = 0, .dependent = false, .stream = stream}, kernel_fill,
-                           FillArgs{.data = reinterpret_cast<uint32_t*>(device + offset),
-                                    .words = bytes / 4,
-                                    .format = format,
-                                    .tiled = tiled,
-                                    .constant = constant,
-                                    .a = a,
-                                    .seed = seed * 0x9E3779B97F4A7C15U + static_cast<uint64_t>(offset)});
-    };
-    const auto matrix = [&](const PackedTensor& t) {
-        if (t.rows == 0) return;
-        const float a = std::sqrt(3.0F / static_cast<float>(t.cols));
-        run(t.data, t.n_bytes(), t.format, a, true, false);
-        if (t.format == Format::kF8) run(t.scales, 4 * t.n_slices * t.slice_scales(), Format::kF32, a, false, true);
-    };
-    const auto vector = [&](const float* p, int64_t n, float value) {
-        run(p, 4 * n, Format::kF32, value, false, true);
-    };
-    const auto layer = [&](const LayerWeights& l) {
-        for (const PackedTensor* t : {&l.wqkv_a, &l.wq_b, &l.w_uk, &l.w_uv, &l.wo, &l.w_gate_up, &l.w_down, &l.router,
-                                      &l.experts_gate_up, &l.experts_down, &l.shared_gate_up, &l.shared_down})
-            matrix(*t);
-        vector(l.attn_norm, c.hidden_size, 1);
-        vector(l.ffn_norm, c.hidden_size, 1);
-        vector(l.q_a_norm, c.q_lora_rank, 1);
-        vector(l.kv_a_norm, c.kv_lora_rank, 1);
-        vector(l.router_bias, c.n_routed_experts, 0);
-    };
-    run(w.embed, int64_t{c.vocab_size} * c.hidden_size * (w.embed_format == Format::kF32 ? 4 : 2), w.embed_format, 1,
-        false, false);
-    for (const LayerWeights& l : w.layers) layer(l);
-    vector(w.final_norm, c.hidden_size, 1);
-    matrix(w.head);
-    if (c.num_nextn_predict_layers > 0) {
-        layer(w.mtp_layer);
-        matrix(w.mtp_eh_proj);
-        if (w.mtp_head.data != w.head.data) matrix(w.mtp_head);
-        for (const float* p : {w.mtp_enorm, w.mtp_hnorm, w.mtp_final_norm}) vector(p, c.hidden_size, 1);
-    }
+    visit(w, c, [&](const TensorSpec& spec, const auto& member) {
+        const float a = spec.role == Role::kBias ? 0 : spec.tiled ? std::sqrt(3.0F / static_cast<float>(spec.cols)) : 1;
+        pieces(spec, member, [&](const auto* p, int64_t bytes, const char*) {
+            FillArgs args{.data = const_cast<uint32_t*>(reinterpret_cast<const uint32_t*>(p)),
+                          .words = bytes / 4,
+                          .constant = true,  // vectors and scales
+                          .a = a};
+            const auto offset = static_cast<uint64_t>(reinterpret_cast<const std::byte*>(p) - memory);
+            args.seed = seed * 0x9E3779B97F4A7C15U + offset;
+            if constexpr (!std::is_pointer_v<std::remove_cvref_t<decltype(member)>>) {
+                args.format = member.format;
+                args.constant = static_cast<const void*>(p) != member.data;
+            }
+            if (error != 0) return;
+            error = rt::launch({.grid = sms, .block = 256, .smem = 0, .dependent = false, .stream = stream},
+                               kernel_fill, args);
+        });
+    });
     if (error == 0) error = rt::synchronize(stream);
     if (stream != nullptr) rt::destroy(stream);
     return error;

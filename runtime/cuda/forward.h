@@ -48,66 +48,6 @@ struct Program {
     std::vector<TapOut> taps;
 };
 
-// A layer's weights where they lie on the device.
-struct LayerDevice {
-    bool moe = false;
-    Matrix wqkv_a, wq_b, w_uk, w_uv, wo, w_gate_up, w_down, router, experts_gate_up, experts_down, shared_gate_up,
-        shared_down;
-    const float *attn_norm = nullptr, *q_a_norm = nullptr, *kv_a_norm = nullptr, *ffn_norm = nullptr,
-                *router_bias = nullptr;
-};
-struct WeightsDevice {
-    const std::byte* embed = nullptr;
-    Format embed_format = Format::kF32;
-    std::vector<LayerDevice> layers;  // main layers, then MTP's
-    Matrix head, mtp_head, eh_proj;
-    const float *final_norm = nullptr, *enorm = nullptr, *hnorm = nullptr, *mtp_final_norm = nullptr;
-};
-// `shift`: device address of the file minus `base`.
-inline WeightsDevice place(const ModelWeights& w, const ModelConfig& c, const std::byte* base, std::byte* device) {
-    const auto ptr = [&](const auto* p) {
-        using T = std::remove_reference_t<decltype(*p)>;
-        if (p == nullptr) return static_cast<T*>(nullptr);
-        return reinterpret_cast<T*>(device + (reinterpret_cast<const std::byte*>(p) - base));
-    };
-    const auto mat = [&](const PackedTensor& t) {
-        return t.rows > 0 ? matrix(t, ptr(t.data), ptr(t.scales)) : Matrix{};
-    };
-    const auto layer = [&](const LayerWeights& l) {
-        return LayerDevice{.moe = l.moe,
-                           .wqkv_a = mat(l.wqkv_a),
-                           .wq_b = mat(l.wq_b),
-                           .w_uk = mat(l.w_uk),
-                           .w_uv = mat(l.w_uv),
-                           .wo = mat(l.wo),
-                           .w_gate_up = mat(l.w_gate_up),
-                           .w_down = mat(l.w_down),
-                           .router = mat(l.router),
-                           .experts_gate_up = mat(l.experts_gate_up),
-                           .experts_down = mat(l.experts_down),
-                           .shared_gate_up = mat(l.shared_gate_up),
-                           .shared_down = mat(l.shared_down),
-                           .attn_norm = ptr(l.attn_norm),
-                           .q_a_norm = ptr(l.q_a_norm),
-                           .kv_a_norm = ptr(l.kv_a_norm),
-                           .ffn_norm = ptr(l.ffn_norm),
-                           .router_bias = ptr(l.router_bias)};
-    };
-    WeightsDevice d{.embed = ptr(w.embed),
-                    .embed_format = w.embed_format,
-                    .layers = {},
-                    .head = mat(w.head),
-                    .mtp_head = mat(w.mtp_head),
-                    .eh_proj = mat(w.mtp_eh_proj),
-                    .final_norm = ptr(w.final_norm),
-                    .enorm = ptr(w.mtp_enorm),
-                    .hnorm = ptr(w.mtp_hnorm),
-                    .mtp_final_norm = ptr(w.mtp_final_norm)};
-    for (const LayerWeights& l : w.layers) d.layers.push_back(layer(l));
-    if (c.num_nextn_predict_layers > 0) d.layers.push_back(layer(w.mtp_layer));
-    return d;
-}
-
 inline constexpr int kLogitRows = 32;       // rows of one head stage in long passes
 inline constexpr int kShortContext = 8192;  // below, attention units are single chunks: more of them than SMs
 
@@ -161,7 +101,7 @@ struct PassShape {
 // Appends the stages of a pass.
 class PassWriter {
   public:
-    PassWriter(const ModelConfig& c, const WeightsDevice& w, const Buffers& b, const DeviceSessionArgs& session,
+    PassWriter(const ModelConfig& c, const ModelWeights& w, const Buffers& b, const DeviceSessionArgs& session,
                float softmax_scale, int sms, int threads, int64_t smem, Program& program)
         : c_(c), w_(w), b_(b), s_(session), softmax_scale_(softmax_scale), sms_(sms), threads_(threads), smem_(smem),
           p_(program) {}
@@ -173,16 +113,17 @@ class PassWriter {
         if (t_.mtp) {
             prefix_ = "mtp.";
             embed(b_.eh, b_.eh_stride);
-            add(ProductArgs{.rows = rows(),
-                            .w = w_.eh_proj,
-                            .x = b_.eh,
-                            .x_stride = b_.eh_stride,
-                            .norm = {.w = w_.enorm, .w2 = w_.hnorm, .width = c_.hidden_size, .eps = c_.rms_norm_eps},
-                            .y = b_.x,
-                            .y_stride = b_.x_stride});
+            add(ProductArgs{
+                .rows = rows(),
+                .w = w_.mtp_eh_proj,
+                .x = b_.eh,
+                .x_stride = b_.eh_stride,
+                .norm = {.w = w_.mtp_enorm, .w2 = w_.mtp_hnorm, .width = c_.hidden_size, .eps = c_.rms_norm_eps},
+                .y = b_.x,
+                .y_stride = b_.x_stride});
             tap("embed", b_.x, {d}, b_.x_stride);
-            layer(w_.layers.back(), 0, c_.num_hidden_layers);
-            head(w_.mtp_head, w_.mtp_final_norm);
+            layer(w_.mtp_layer, 0, c_.num_hidden_layers);
+            head(w_.draft_head(), w_.mtp_final_norm);
             return;
         }
         embed(b_.x, b_.x_stride);
@@ -216,9 +157,7 @@ class PassWriter {
 
   private:
     Rows rows() const { return {.n = n_, .n_live = t_.n_live, .pos = t_.pos}; }
-    void reads(const Matrix& m, int64_t slices = 1) {
-        if (m.rows > 0) bytes_ += slices * (m.slice_bytes + 4 * m.slice_scales);
-    }
+    void reads(const PackedTensor& t, int64_t slices = 1) { bytes_ += slices * t.read_bytes(); }
 
     void tap(const char* name, void* data, std::vector<int64_t> dims, int64_t stride, bool is_int = false) {
         int64_t width = 1;
@@ -245,23 +184,23 @@ class PassWriter {
     }
 
     void embed(float* x, int64_t stride) {
-        bytes_ = int64_t{c_.hidden_size} * (w_.embed_format == Format::kF32 ? 4 : 2);
+        bytes_ = w_.embed.row_bytes();
         add(EmbedArgs{.rows = rows(),
                       .ids = t_.ids,
-                      .table = w_.embed,
-                      .format = w_.embed_format,
+                      .table = w_.embed.data,
+                      .format = w_.embed.format,
                       .vocab = c_.vocab_size,
                       .d = c_.hidden_size,
                       .x = x,
                       .x_stride = stride,
                       .hidden = t_.hidden,
                       .hidden_stride = t_.hidden_stride});
-        if (t_.mtp) reads(w_.eh_proj);
+        if (t_.mtp) reads(w_.mtp_eh_proj);
     }
 
     // ---- attention -------------------------------------------------------------------------------------------------
 
-    void attention(const LayerDevice& w, int cache_layer) {
+    void attention(const LayerWeights& w, int cache_layer) {
         const int heads = c_.num_attention_heads, dn = c_.qk_nope_head_dim, dr = c_.qk_rope_head_dim,
                   r = c_.kv_lora_rank, dv = c_.v_head_dim;
         const int64_t d = c_.hidden_size, dqk = dn + dr;
@@ -390,8 +329,10 @@ class PassWriter {
 
     // ---- FFN -------------------------------------------------------------------------------------------------------
 
-    void ffn(const LayerDevice& w, int layer_idx) {
+    void ffn(const LayerWeights& w, int layer_idx) {
         const int64_t d = c_.hidden_size, d4 = round_up(d, 4);
+        const PackedTensor &gate_up = w.moe ? w.shared_gate_up : w.w_gate_up,
+                           &shared = w.moe ? w.shared_down : w.w_down;
         float* norm_tap = room(d);
         const Norm norm{.w = w.ffn_norm, .width = c_.hidden_size, .eps = c_.rms_norm_eps};
         FfnInArgs in;
@@ -401,7 +342,7 @@ class PassWriter {
         in.norm = norm;
         in.norm.out = norm_tap;
         in.norm.out_stride = d4;
-        in.w_gate_up = w.moe ? w.shared_gate_up : w.w_gate_up;
+        in.w_gate_up = gate_up;
         in.width = w.moe ? c_.n_shared_experts * c_.moe_intermediate_size : c_.intermediate_size;
         in.h = b_.ffn_h;
         in.h_stride = b_.ffn_stride;
@@ -410,8 +351,8 @@ class PassWriter {
             in.logits = b_.gate_logits;
             in.logits_stride = b_.gate_stride;
         }
-        reads(in.w_gate_up);
-        reads(in.router);
+        reads(gate_up);
+        reads(w.router);
         add(in);
         tap("ffn_norm", norm_tap, {d}, d4);
         DownArgs down;
@@ -451,17 +392,17 @@ class PassWriter {
             down.h = b_.expert_h;
             down.h_stride = b_.expert_stride;
         }
-        down.shared = w.moe ? w.shared_down : w.w_down;
+        down.shared = shared;
         down.shared_h = b_.ffn_h;
         down.shared_h_stride = b_.ffn_stride;
         down.x = b_.x;
         down.x_stride = b_.x_stride;
         down.routed = !w.moe ? nullptr : n_ > kBlockRows ? b_.routed : room(d);
-        down.shared_tap = down.shared.rows > 0 ? room(d) : nullptr;
-        reads(down.shared);
+        down.shared_tap = shared.rows > 0 ? room(d) : nullptr;
+        reads(shared);
         add(down);
         if (w.moe) tap("routed_out", down.routed, {d}, b_.x_stride);
-        if (down.shared.rows > 0) tap(w.moe ? "shared_out" : "ffn_out", down.shared_tap, {d}, b_.x_stride);
+        if (shared.rows > 0) tap(w.moe ? "shared_out" : "ffn_out", down.shared_tap, {d}, b_.x_stride);
     }
 
     // Experts of each layer stay for the host and the counts: [moe layer, rows, topk].
@@ -470,7 +411,7 @@ class PassWriter {
         return b_.topk_idx + slot * b_.rows * c_.num_experts_per_tok;
     }
 
-    void layer(const LayerDevice& w, int cache_layer, int layer_idx) {
+    void layer(const LayerWeights& w, int cache_layer, int layer_idx) {
         tap_used_ = 0;
         attention(w, cache_layer);
         ffn(w, layer_idx);
@@ -480,7 +421,7 @@ class PassWriter {
     // ---- head ------------------------------------------------------------------------------------------------------
 
     // Final norm of every row (MTP reads all of them); logits of the last n_logits. A long pass leaves that to rows_head().
-    void head(const Matrix& w, const float* norm) {
+    void head(const PackedTensor& w, const float* norm) {
         const bool all = n_ <= kBlockRows || t_.n_logits <= 1;
         if (t_.n_logits > 0 && all) reads(w);
         add(HeadArgs{
@@ -505,7 +446,7 @@ class PassWriter {
     // Logits of rows [begin, begin + n) of a long pass whose head() only made the norm.
     void rows_head(bool mtp, int begin, int n, int n_valid, const int32_t* pos) {
         n_ = n;
-        const Matrix& w = mtp ? w_.mtp_head : w_.head;
+        const PackedTensor& w = mtp ? w_.draft_head() : w_.head;
         reads(w);
         add(HeadArgs{
             .rows = {.n = n, .n_live = nullptr, .pos = pos + begin},
@@ -525,7 +466,7 @@ class PassWriter {
 
   private:
     const ModelConfig& c_;
-    const WeightsDevice& w_;
+    const ModelWeights& w_;
     const Buffers& b_;
     const DeviceSessionArgs& s_;
     const float softmax_scale_;

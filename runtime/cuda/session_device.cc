@@ -119,7 +119,7 @@ Status Session::forward_device(const PassArgs& a) {
         }
         stats_.experts_touched += touched;
         stats_.weight_bytes +=
-            touched * expert_bytes(a.mtp ? w.mtp_layer : w.layers[static_cast<size_t>(first_moe + l)], c);
+            touched * (a.mtp ? w.mtp_layer : w.layers[static_cast<size_t>(first_moe + l)]).expert_bytes();
     }
     // Stage by stage, a device pass is timed by report("stages"), not here.
     const WeightBytes& b = model_.weight_bytes();
