@@ -47,9 +47,15 @@ std::string show(py::handle value) {
     return s.size() <= 64 ? s : s.substr(0, 64) + "...";
 }
 
+enum class RopeLayout { kHalf };
+constexpr std::array<const char*, 1> names_of(RopeLayout) { return {"half"}; }
+
 class ConfigReader {
   public:
-    explicit ConfigReader(const py::dict& d) : d_(d) {}
+    explicit ConfigReader(const py::dict& d) : d_(d.attr("copy")()) {
+        d_.attr("setdefault")("mtp_draft_head", 0);  // two keys that a file may lack
+        d_.attr("setdefault")("rope_layout", "half");
+    }
 
     void get(const char* key, int& out) {
         const py::object v = take(key);
@@ -92,11 +98,13 @@ class ConfigReader {
         }
         out.assign(text, static_cast<size_t>(size));
     }
-    template <class E> void get(const char* key, E& out, std::initializer_list<const char*> names) {
+    template <class E>
+        requires std::is_enum_v<E>
+    void get(const char* key, E& out) {
         std::string text, all;
         get(key, text);
         int i = 0;
-        for (const char* name : names) {
+        for (const char* name : names_of(E{})) {
             if (text == name) {
                 out = static_cast<E>(i);
                 return;
@@ -125,7 +133,7 @@ class ConfigReader {
         bad_config(key, " is a " + found + ", expected " + expected);
     }
 
-    const py::dict& d_;
+    const py::dict d_;
     std::set<std::string> seen_;
 };
 
@@ -134,46 +142,11 @@ class ConfigReader {
 dc::ModelConfig config_from_dict(const py::dict& d) {
     dc::ModelConfig c;
     ConfigReader r(d);
-    r.get("model_type", c.model_type);
-    r.get("hidden_size", c.hidden_size);
-    r.get("num_hidden_layers", c.num_hidden_layers);
-    r.get("num_attention_heads", c.num_attention_heads);
-    r.get("q_lora_rank", c.q_lora_rank);
-    r.get("kv_lora_rank", c.kv_lora_rank);
-    r.get("qk_nope_head_dim", c.qk_nope_head_dim);
-    r.get("qk_rope_head_dim", c.qk_rope_head_dim);
-    r.get("v_head_dim", c.v_head_dim);
-    r.get("intermediate_size", c.intermediate_size);
-    r.get("moe_intermediate_size", c.moe_intermediate_size);
-    r.get("n_routed_experts", c.n_routed_experts);
-    r.get("num_experts_per_tok", c.num_experts_per_tok);
-    r.get("n_shared_experts", c.n_shared_experts);
-    r.get("first_k_dense_replace", c.first_k_dense_replace);
-    r.get("n_group", c.n_group);
-    r.get("topk_group", c.topk_group);
-    r.get("topk_method", c.topk_method, {"greedy", "group_limited_greedy", "noaux_tc"});
-    r.get("scoring_func", c.scoring_func, {"softmax", "sigmoid"});
-    r.get("norm_topk_prob", c.norm_topk_prob);
-    r.get("routed_scaling_factor", c.routed_scaling_factor);
-    r.get("rms_norm_eps", c.rms_norm_eps);
-    r.get("rope_theta", c.rope_theta);
-    r.get("rope_type", c.rope_type, {"default", "yarn"});
-    r.get("rope_factor", c.rope_factor);
-    r.get("original_max_position_embeddings", c.original_max_position_embeddings);
-    r.get("beta_fast", c.beta_fast);
-    r.get("beta_slow", c.beta_slow);
-    r.get("mscale", c.mscale);
-    r.get("mscale_all_dim", c.mscale_all_dim);
-    r.get("attention_factor", c.attention_factor);
-    r.get("rope_truncate", c.rope_truncate);
-    r.get("max_position_embeddings", c.max_position_embeddings);
-    r.get("vocab_size", c.vocab_size);
-    r.get("num_nextn_predict_layers", c.num_nextn_predict_layers);
-    if (d.contains("mtp_draft_head")) r.get("mtp_draft_head", c.mtp_draft_head);
-    if (d.contains("rope_layout")) {
-        enum class Layout { kHalf } layout{};
-        r.get("rope_layout", layout, {"half"});
-    }
+#define X(type, name, values) r.get(#name, c.name);
+    DEEPCALM_CONFIG(X)
+#undef X
+    RopeLayout layout{};
+    r.get("rope_layout", layout);
     for (const char* key : {"bos_token_id", "eos_token_ids", "tie_word_embeddings"}) r.python_only(key);
     r.refuse_unknown();
     unwrap(dc::validate(c));

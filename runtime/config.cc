@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace deepcalm {
 namespace {
@@ -16,26 +17,31 @@ Error bad(const char* key, const std::string& found, const std::string& expected
     return {ErrorCode::kConfig, std::string("config: ") + key + " is " + found + ", expected " + expected};
 }
 
-Status in_range(const char* key, int64_t v, int64_t lo, int64_t hi) {
-    if (v >= lo && v <= hi) return {};
-    return bad(key, std::to_string(v), std::to_string(lo) + ".." + std::to_string(hi));
-}
+// What a field may be; `least` minus infinity: anything.
+struct Values {
+    double least = -std::numeric_limits<double>::infinity(), most = std::numeric_limits<double>::infinity();
+    bool above = false;  // least itself is excluded
+};
+Values any() { return {}; }
+Values in(double least, double most) { return {.least = least, .most = most}; }
+Values from(double least) { return {.least = least}; }
+Values above(double limit) { return {.least = limit, .above = true}; }
 
-// lo is excluded when `open`; infinity and NaN never pass.
-Status real(const char* key, double v, double lo, bool open) {
-    if (std::isfinite(v) && (open ? v > lo : v >= lo)) return {};
-    return bad(key, number(v), std::string("a finite number ") + (open ? "> " : ">= ") + number(lo));
+template <class T> Status check(const char* key, const T& v, const Values& may) {
+    if constexpr (std::is_floating_point_v<T>) {
+        if (std::isinf(may.least) || (std::isfinite(v) && (may.above ? v > may.least : v >= may.least))) return {};
+        return bad(key, number(v), std::string("a finite number ") + (may.above ? "> " : ">= ") + number(may.least));
+    } else if constexpr (std::is_integral_v<T>) {
+        const auto d = static_cast<double>(v);
+        if (d >= may.least && d <= may.most) return {};
+        return bad(key, std::to_string(v), number(may.least) + ".." + number(may.most));
+    }
+    return {};
 }
 
 Status validate_moe(const ModelConfig& c) {
-    DC_TRY_STATUS(in_range("num_experts_per_tok", c.num_experts_per_tok, 1, c.n_routed_experts));
-    DC_TRY_STATUS(in_range("n_shared_experts", c.n_shared_experts, 0, kMaxExperts));
-    DC_TRY_STATUS(in_range("moe_intermediate_size", c.moe_intermediate_size, 1, kMaxFfnSize));
-    DC_TRY_STATUS(in_range("n_shared_experts * moe_intermediate_size",
-                           int64_t{c.n_shared_experts} * c.moe_intermediate_size, 0, kMaxFfnSize));
-    DC_TRY_STATUS(in_range("n_group", c.n_group, 1, c.n_routed_experts));
-    DC_TRY_STATUS(in_range("topk_group", c.topk_group, 1, c.n_group));
-    DC_TRY_STATUS(real("routed_scaling_factor", c.routed_scaling_factor, 0, true));
+    DC_TRY_STATUS(check("n_shared_experts * moe_intermediate_size",
+                        int64_t{c.n_shared_experts} * c.moe_intermediate_size, in(0, kMaxFfnSize)));
     const bool noaux = c.topk_method == TopkMethod::kNoauxTc;
     if (noaux != (c.scoring_func == ScoringFunc::kSigmoid)) {
         return bad("scoring_func", noaux ? "softmax" : "sigmoid",
@@ -56,7 +62,7 @@ Status validate_moe(const ModelConfig& c) {
         return bad("n_group", std::to_string(c.n_group),
                    "groups of at least 2 experts (noaux_tc adds the two best of a group)");
     }
-    return in_range("num_experts_per_tok", c.num_experts_per_tok, 1, int64_t{group_size} * c.topk_group);
+    return check("num_experts_per_tok", c.num_experts_per_tok, in(1, double{1} * group_size * c.topk_group));
 }
 
 }  // namespace
@@ -67,36 +73,13 @@ Status validate(const ModelConfig& c) {
         !std::all_of(c.model_type.begin(), c.model_type.end(), printable)) {
         return bad("model_type", "no such name", "1..64 printable characters");
     }
-    DC_TRY_STATUS(in_range("hidden_size", c.hidden_size, 1, kMaxHiddenSize));
-    DC_TRY_STATUS(in_range("num_hidden_layers", c.num_hidden_layers, 1, kMaxLayers));
-    DC_TRY_STATUS(in_range("num_attention_heads", c.num_attention_heads, 1, kMaxHeads));
-    DC_TRY_STATUS(in_range("q_lora_rank", c.q_lora_rank, 0, kMaxLoraRank));
-    DC_TRY_STATUS(in_range("kv_lora_rank", c.kv_lora_rank, 1, kMaxLoraRank));
-    DC_TRY_STATUS(in_range("qk_nope_head_dim", c.qk_nope_head_dim, 1, kMaxHeadDim));
-    DC_TRY_STATUS(in_range("qk_rope_head_dim", c.qk_rope_head_dim, 2, kMaxHeadDim));
+    const auto if_moe = [&](const Values& may) { return c.n_routed_experts > 0 ? may : any(); };
+#define X(type, name, values) DC_TRY_STATUS(check(#name, c.name, values));
+    DEEPCALM_CONFIG(X)
+#undef X
     if (c.qk_rope_head_dim % 2 != 0)
         return bad("qk_rope_head_dim", std::to_string(c.qk_rope_head_dim), "an even number");
-    DC_TRY_STATUS(in_range("v_head_dim", c.v_head_dim, 1, kMaxHeadDim));
-    DC_TRY_STATUS(in_range("n_routed_experts", c.n_routed_experts, 0, kMaxExperts));
-    DC_TRY_STATUS(in_range("first_k_dense_replace", c.first_k_dense_replace, 0, c.num_hidden_layers));
-    const bool any_dense = c.n_routed_experts == 0 || c.first_k_dense_replace > 0;
-    DC_TRY_STATUS(in_range("intermediate_size", c.intermediate_size, any_dense ? 1 : 0, kMaxFfnSize));
-    if (c.n_routed_experts > 0) DC_TRY_STATUS(validate_moe(c));
-    DC_TRY_STATUS(real("rms_norm_eps", c.rms_norm_eps, 0, true));
-    DC_TRY_STATUS(real("rope_theta", c.rope_theta, 1, true));
-    const int original_min = c.rope_type == RopeType::kYarn ? 1 : 0;  // 0: absent
-    DC_TRY_STATUS(
-        in_range("original_max_position_embeddings", c.original_max_position_embeddings, original_min, kMaxPositions));
-    DC_TRY_STATUS(real("rope_factor", c.rope_factor, 1, false));
-    DC_TRY_STATUS(real("beta_fast", c.beta_fast, 0, true));
-    DC_TRY_STATUS(real("beta_slow", c.beta_slow, 0, true));
-    DC_TRY_STATUS(real("mscale", c.mscale, 0, false));
-    DC_TRY_STATUS(real("mscale_all_dim", c.mscale_all_dim, 0, false));
-    DC_TRY_STATUS(real("attention_factor", c.attention_factor, 0, false));
-    DC_TRY_STATUS(in_range("max_position_embeddings", c.max_position_embeddings, 1, kMaxPositions));
-    DC_TRY_STATUS(in_range("vocab_size", c.vocab_size, 1, kMaxVocab));
-    DC_TRY_STATUS(in_range("num_nextn_predict_layers", c.num_nextn_predict_layers, 0, 1));
-    return in_range("mtp_draft_head", c.mtp_draft_head, 0, c.num_nextn_predict_layers);
+    return c.n_routed_experts > 0 ? validate_moe(c) : Status();
 }
 
 }  // namespace deepcalm

@@ -1,55 +1,22 @@
-// The typed model configuration. Field names are those of config.json; Python (deepcalm/checkpoint.py) resolves defaults
-// and old and new key styles, C++ checks every number again before anything is allocated.
+// The typed model configuration: one list of fields, read here, by the reader of Python's dict (python/bind_pack.cc) and by
+// validate(). Field names are those of config.json; Python (deepcalm/hf_config.py) resolves defaults and old and new key
+// styles, C++ checks every number again before anything is allocated.
 #pragma once
 
 #include "kernels/kernels.h"
 #include "runtime/result.h"
 
+#include <array>
 #include <string>
 
 namespace deepcalm {
 
 enum class RopeType : uint8_t { kDefault, kYarn };
 
-struct ModelConfig {
-    std::string
-        model_type;  // deepseek_v2 | deepseek_v3 | kimi_k2 | glm4_moe_lite; informative, no branch depends on it
-    int hidden_size = 0;
-    int num_hidden_layers = 0;
-    int num_attention_heads = 0;
-    int q_lora_rank = 0;  // 0: plain q_proj
-    int kv_lora_rank = 0;
-    int qk_nope_head_dim = 0, qk_rope_head_dim = 0, v_head_dim = 0;
-    int intermediate_size = 0;      // dense FFN width
-    int moe_intermediate_size = 0;  // routed expert width
-    int n_routed_experts = 0;       // 0: every layer is dense
-    int num_experts_per_tok = 0;
-    int n_shared_experts = 0;
-    int first_k_dense_replace = 0;
-    int n_group = 1, topk_group = 1;
-    TopkMethod topk_method = TopkMethod::kGreedy;
-    ScoringFunc scoring_func = ScoringFunc::kSoftmax;
-    bool norm_topk_prob = false;
-    float routed_scaling_factor = 1;
-    float rms_norm_eps = 1e-6F;  // layer norms; the two latent norms use kLatentNormEps (docs/model.md 3.1)
-    double rope_theta = 1e4;
-    RopeType rope_type = RopeType::kDefault;
-    double rope_factor = 1;
-    int original_max_position_embeddings = 0;
-    double beta_fast = 32, beta_slow = 1;
-    double mscale = 0, mscale_all_dim = 0;  // 0: absent
-    double attention_factor = 0;            // 0: absent
-    bool rope_truncate = true;
-    int max_position_embeddings = 0;
-    int vocab_size = 0;
-    int num_nextn_predict_layers = 0;  // 0 or 1: an MTP layer is in the file
-    int mtp_draft_head = 0;            // 0 or 1: so is mtp.head, a copy of the head that drafts read
-
-    int qk_head_dim() const { return qk_nope_head_dim + qk_rope_head_dim; }
-    bool is_moe(int layer) const { return n_routed_experts > 0 && layer >= first_k_dense_replace; }
-};
-
-inline constexpr float kLatentNormEps = 1e-6F;
+// The names of an enum's values in the configuration, in order.
+constexpr std::array<const char*, 3> names_of(TopkMethod) { return {"greedy", "group_limited_greedy", "noaux_tc"}; }
+constexpr std::array<const char*, 2> names_of(ScoringFunc) { return {"softmax", "sigmoid"}; }
+constexpr std::array<const char*, 2> names_of(RopeType) { return {"default", "yarn"}; }
 
 // Published limits; a value outside is refused by name.
 inline constexpr int kMaxHiddenSize = 65536;
@@ -61,6 +28,59 @@ inline constexpr int kMaxFfnSize = 1 << 20;
 inline constexpr int kMaxExperts = 4096;
 inline constexpr int kMaxVocab = 1 << 22;
 inline constexpr int kMaxPositions = 1 << 24;
+
+// X(type, name, values that validate(c) lets pass): in(least, most); of reals from(least) or above(limit), finite; any();
+// if_moe(...): any where no layer has experts.
+// clang-format off
+#define DEEPCALM_CONFIG(X) \
+    X(std::string, model_type, any()) /* deepseek_v2 | deepseek_v3 | kimi_k2 | glm4_moe_lite; no branch depends on it */ \
+    X(int, hidden_size, in(1, kMaxHiddenSize)) \
+    X(int, num_hidden_layers, in(1, kMaxLayers)) \
+    X(int, num_attention_heads, in(1, kMaxHeads)) \
+    X(int, q_lora_rank, in(0, kMaxLoraRank)) /* 0: plain q_proj */ \
+    X(int, kv_lora_rank, in(1, kMaxLoraRank)) \
+    X(int, qk_nope_head_dim, in(1, kMaxHeadDim)) \
+    X(int, qk_rope_head_dim, in(2, kMaxHeadDim)) \
+    X(int, v_head_dim, in(1, kMaxHeadDim)) \
+    X(int, intermediate_size, in(c.is_moe(0) ? 0 : 1, kMaxFfnSize)) /* dense FFN width */ \
+    X(int, moe_intermediate_size, if_moe(in(1, kMaxFfnSize))) /* routed expert width */ \
+    X(int, n_routed_experts, in(0, kMaxExperts)) /* 0: every layer is dense */ \
+    X(int, num_experts_per_tok, if_moe(in(1, c.n_routed_experts))) \
+    X(int, n_shared_experts, if_moe(in(0, kMaxExperts))) \
+    X(int, first_k_dense_replace, in(0, c.num_hidden_layers)) \
+    X(int, n_group, if_moe(in(1, c.n_routed_experts))) \
+    X(int, topk_group, if_moe(in(1, c.n_group))) \
+    X(TopkMethod, topk_method, any()) \
+    X(ScoringFunc, scoring_func, any()) \
+    X(bool, norm_topk_prob, any()) \
+    X(float, routed_scaling_factor, if_moe(above(0))) \
+    X(float, rms_norm_eps, above(0)) /* layer norms; the latent norms use kLatentNormEps (docs/model.md 3.1) */ \
+    X(double, rope_theta, above(1)) \
+    X(RopeType, rope_type, any()) \
+    X(double, rope_factor, from(1)) \
+    X(int, original_max_position_embeddings, in(c.rope_type == RopeType::kYarn ? 1 : 0, kMaxPositions)) /* 0: absent */ \
+    X(double, beta_fast, above(0)) \
+    X(double, beta_slow, above(0)) \
+    X(double, mscale, from(0)) /* 0: absent, as the next two */ \
+    X(double, mscale_all_dim, from(0)) \
+    X(double, attention_factor, from(0)) \
+    X(bool, rope_truncate, any()) \
+    X(int, max_position_embeddings, in(1, kMaxPositions)) \
+    X(int, vocab_size, in(1, kMaxVocab)) \
+    X(int, num_nextn_predict_layers, in(0, 1)) /* an MTP layer is in the file */ \
+    X(int, mtp_draft_head, in(0, c.num_nextn_predict_layers)) /* so is mtp.head, a copy of the head that drafts read */
+// clang-format on
+
+struct ModelConfig {
+#define X(type, name, values) type name{};
+    DEEPCALM_CONFIG(X)
+#undef X
+
+    int qk_head_dim() const { return qk_nope_head_dim + qk_rope_head_dim; }
+    bool is_moe(int layer) const { return n_routed_experts > 0 && layer >= first_k_dense_replace; }
+};
+
+inline constexpr float kLatentNormEps = 1e-6F;
 
 Status validate(const ModelConfig& cfg);
 
