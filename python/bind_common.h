@@ -50,3 +50,6 @@ deepcalm::ModelConfig config_from_dict(const py::dict& d);
 
 // The Format with this name and scale dtype, as in kFormats; ValueError if there is none.
 deepcalm::Format format_from_name(const std::string& name, const std::string& scale);
+
+// The cache type with this name; SessionError if there is none.
+deepcalm::CacheType cache_type(const std::string& name);

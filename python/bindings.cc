@@ -2,7 +2,6 @@
 // Whatever takes the model's mutex runs without the GIL; arrays returned are fresh copies owned by Python, and arrays of ids
 // are copied before they are checked, because another thread may write to them.
 #include "bind_common.h"
-#include "runtime/probe.h"
 #include "runtime/sampler.h"
 #include "runtime/session.h"
 #include "runtime/speculate.h"
@@ -15,8 +14,15 @@
 using namespace deepcalm;
 
 void init_pack(py::module_& m);     // bind_pack.cc: formats, manifest, packing
-void init_testing(py::module_& m);  // bind_testing.cc: single kernels, for the oracles
-void init_probes(py::module_& m);   // bind_testing.cc: rates of the bare instructions and kernels
+void init_probes(py::module_& m);   // bind_probe.cc: rates of the machine and of kernels
+void init_testing(py::module_& m);  // bind_probe.cc: addresses of kernels, hooks
+
+CacheType cache_type(const std::string& name) {
+    for (int i = 0; i < kNumCacheTypes; ++i) {
+        if (name == kCacheTypeNames[i]) return static_cast<CacheType>(i);
+    }
+    throw_error({ErrorCode::kSession, "kv: '" + name + "', expected f16, bf16, f32 or q8"});
+}
 
 namespace {
 
@@ -49,13 +55,6 @@ TensorEntry entry_from_dict(const py::dict& d) {
             .scale_cols = get<int64_t>(d, "scale_cols"),
             .offset = get<int64_t>(d, "offset"),
             .bytes = get<int64_t>(d, "bytes")};
-}
-
-CacheType cache_type(const std::string& name) {
-    for (int i = 0; i < kNumCacheTypes; ++i) {
-        if (name == kCacheTypeNames[i]) return static_cast<CacheType>(i);
-    }
-    throw_error(session_error("kv: '" + name + "', expected f16, bf16, f32 or q8"));
 }
 
 WantLogits want_logits(const std::string& name) {
@@ -408,7 +407,7 @@ PYBIND11_MODULE(_core, m) {
         }
     });
     init_pack(m);
-    py::module_ testing = m.def_submodule("testing", "Single kernels, called by the test oracles.");
+    py::module_ testing = m.def_submodule("testing", "Addresses of the CPU kernels, and hooks, for tests.");
     init_testing(testing);
 
     m.def(
@@ -442,14 +441,6 @@ PYBIND11_MODULE(_core, m) {
         },
         py::arg("mode"),
         "Sets this thread's floating-point mode (None: the default); returns what it was, opaque bytes.");
-    m.def(
-        "read_bandwidth",
-        [](int threads, int mib, int repeats) {
-            return unwrap(without_gil([&] { return read_bandwidth(threads, int64_t{mib} << 20, repeats); }));
-        },
-        py::arg("threads"), py::arg("mib") = 512, py::arg("repeats") = 3,
-        "Measured read bandwidth in GB/s (1e9 bytes) of `threads` threads over a buffer of `mib` MiB, best of "
-        "`repeats`.");
     init_probes(m);
     m.def(
         "sample",

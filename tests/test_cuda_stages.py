@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cpu_kernels
 import cuda_stages as cs
 import device_cases
-from deepcalm import _core
 from ref import formats
 from ref.rounding import cache_round
 
@@ -328,7 +328,7 @@ class Attention:
 
     def cached(self, begin: int, end: int) -> Array:
         """Cache rows as the CPU reads them, f32 [end - begin, c_pad + r_pad]."""
-        return _core.testing.cache_read(
+        return cpu_kernels.cache_read(
             "scalar", self.kind, self.cache[begin:end, : self.natural].copy(), self.c_pad, self.r_pad
         )
 
@@ -412,7 +412,7 @@ def test_attention_bits_depend_on_the_position_alone(stages: cs.Stages, kind: st
     latent = rng.standard_normal((past, 32)).astype(np.float32)
     rope = rng.standard_normal((past, 8)).astype(np.float32)
     a.cache[:past, :] = 0
-    cached = _core.testing.cache_write("scalar", kind, latent, rope)
+    cached = cpu_kernels.cache_write("scalar", kind, latent, rope)
     a.cache[:past, : cached.shape[1]] = cached
     one = []
     for i in range(9):
@@ -504,7 +504,7 @@ def test_route_has_the_bits_of_the_cpu(stages: cs.Stages, name: str, order: str)
     routing = routing_args(logits, bias, e, k, groups, top_groups, scoring, method, norm, scale, idx, weight)
     with cs.thread_order(order):
         stages("route", cs.ARGS["route"](cs.rows(12), routing), grid=2, threads=96)
-    want_idx, want_weight = _core.testing.route(logits, bias, k, groups, top_groups, scoring, method, norm, scale)
+    want_idx, want_weight = cpu_kernels.route(logits, bias, k, groups, top_groups, scoring, method, norm, scale)
     assert np.array_equal(idx, want_idx)
     assert np.array_equal(weight.view(np.uint32), np.asarray(want_weight, np.float32).view(np.uint32))
 
@@ -619,7 +619,7 @@ def test_experts_and_down_match_the_oracle(
     m = Moe(fmt, shared_fmt, shared=shared_fmt is not None)
     with cs.thread_order(order):
         o = m.run(stages, 0, n)
-    idx, weight = _core.testing.route(m.logits[:n].copy(), None, m.k, 1, 1, "softmax", "greedy", True, 1.5)
+    idx, weight = cpu_kernels.route(m.logits[:n].copy(), None, m.k, 1, 1, "softmax", "greedy", True, 1.5)
     assert np.array_equal(o["idx"], idx) and np.array_equal(o["weight"], np.asarray(weight, np.float32))
     assert np.isnan(o["h"][..., m.width :]).all()
     h = o["h"][..., : m.width]

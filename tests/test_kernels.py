@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cpu_kernels as T
+from cpu_kernels import ISAS, PARTIAL
 from deepcalm import _core
 from ref import formats as F
 from ref import rounding
 
-T = _core.testing
-ISAS = [str(i["name"]) for i in _core.isas() if i["supported"]]
-PARTIAL = 512  # cache positions of a partial result: kPartialLen
 CACHE_TYPES = ["f32", "f16", "bf16", "q8"]
 Array = np.ndarray[Any, Any]
 pytestmark = pytest.mark.sanitize
@@ -35,8 +34,20 @@ def test_isas_are_those_of_the_processor() -> None:
     avx512 = avx2 and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags
     avx512x = avx512 and {"avx512_vnni", "avx512vbmi", "avx512_bf16"} <= flags
     compiled = {str(i["name"]) for i in _core.isas()}
+    assert [str(i["name"]) for i in _core.isas() if i["supported"]] == ISAS
     expected = {"scalar": True, "avx2": avx2, "avx512": avx512, "avx512x": avx512x}
     assert {name for name in compiled if expected[name]} == set(ISAS)
+
+
+def test_what_a_kernel_writes_beside_its_output_is_seen() -> None:
+    before, between, behind = range(-64, 0), range(5, 128), range(133, 256)
+    for at in [*before, *between, *behind]:
+        out = T.Guarded(2, 5)
+        assert out.row(0) % 64 == out.row(1) % 64 == 0
+        one = np.ones(1, np.float32)
+        T.table("scalar").rmsnorm(one.ctypes.data, one.ctypes.data, out.data + 4 * at, 1, 1e-6)
+        with pytest.raises(RuntimeError, match="kernel wrote outside its output"):
+            out.check()
 
 
 # --- element-wise ---------------------------------------------------------------------------------------------------

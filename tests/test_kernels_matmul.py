@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cpu_kernels as T
+from cpu_kernels import ISAS
 from deepcalm import _core
 from ref import formats as F
 
-T = _core.testing
-ISAS = [str(i["name"]) for i in _core.isas() if i["supported"]]
 TOL = {name: entry["dot_tol"] for name, entry in zip(F.FORMATS, _core.formats(), strict=True)}
 SHAPES = [  # rows, cols, activation rows
     (1, 1, 1), (1, 32, 1), (16, 32, 2), (17, 33, 3), (5, 100, 4), (40, 7, 5), (24, 127, 6), (33, 129, 7),
