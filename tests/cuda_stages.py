@@ -1,4 +1,4 @@
-"""ctypes view of the single stages of a device library: the structs in ``kernels/cuda/stages.h``, and their launch.
+"""The single stages of a device library: the structs in ``kernels/cuda/stages.h`` as ctypes, and their launch.
 
 Arrays are passed by address, so every array given to a struct must stay alive until :func:`Stages.run` returns: numpy's
 in the simulator, cupy's on a GPU, or numpy's there too where a :class:`Mirror` is in place.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes as c
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,59 +18,17 @@ from typing import Any
 import numpy as np
 
 from deepcalm import _core
+from kernel_headers import TEXT, ctype, enum
 from ref import formats
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMAT = {"f32": 0, "bf16": 1, "f16": 2, "f8": 3, "q8": 4, "q4": 5, "q4b": 6}
-CACHE = {"f32": 0, "f16": 1, "bf16": 2, "q8": 3}
+FORMAT, CACHE = enum("Format"), enum("CacheType")
 PREFILL_BLOCKS = 4
 FIT = {PREFILL_BLOCKS: 0, 2: 1, 1: 3}  # the generous way of each number of column blocks in kFits, which has 8
 FITS = 8
 I32, I64 = c.c_int32, c.c_int64
-_TYPES: dict[str, Any] = {"p": c.c_void_p, "i": I32, "l": I64, "f": c.c_float, "u": c.c_uint8, "b": c.c_bool}
-
-
-def _struct(name: str, fields: str) -> Any:
-    """A mirror from "field:type ..." in the header's order: p pointer, i int, l int64_t, f float, u enum, b bool."""
-    pairs = [word.split(":") for word in fields.split()]
-    kind = type(name, (c.Structure,), {"_fields_": [(f, _TYPES[t]) for f, t in pairs]})
-    _TYPES[name] = kind
-    return kind
-
-
-Matrix = _struct(
-    "Matrix",
-    "data:p scales:p format:u rows:i cols:i row_tiles:i col_tiles:i tile_bytes:i scale_rows:i scale_cols:i"
-    " slice_bytes:l slice_scales:l",
-)
-Rows = _struct("Rows", "n:i n_live:p pos:p")
-Norm = _struct("Norm", "w:p w2:p width:i eps:f out:p out_stride:l")
-Routing = _struct(
-    "Routing",
-    "logits:p logits_stride:l bias:p n_experts:i topk:i n_group:i topk_group:i scoring_func:u topk_method:u"
-    " norm_topk_prob:b scale:f topk_idx:p topk_weight:p",
-)
-ARGS = {
-    name: _struct(name, fields)
-    for name, fields in {
-        "embed": "rows:Rows ids:p table:p format:u vocab:i d:i x:p x_stride:l hidden:p hidden_stride:l",
-        "product": "rows:Rows w:Matrix x:p x_stride:l norm:Norm y:p y_stride:l add:b tap:p tap_stride:l",
-        "absorb": "rows:Rows w_uk:Matrix n_heads:i dn:i dr:i r:i c_pad:i r_pad:i q:p q_stride:l kv:p kv_stride:l"
-        " kv_norm:p eps:f cos:p sin:p ctx:i type:u cache:p row_bytes:l q_full:p q_tap:p c_tap:p k_tap:p",
-        "attend": "rows:Rows n_heads:i c_pad:i r_pad:i ctx:i softmax_scale:f q_full:p type:u cache:p row_bytes:l"
-        " unit_chunks:i max_units:i part_o:p part_ml:p",
-        "value": "rows:Rows w_uv:Matrix n_heads:i dv:i c_pad:i ctx:i unit_chunks:i max_units:i part_o:p part_ml:p v:p"
-        " v_stride:l latent_tap:p",
-        "ffn_in": "rows:Rows x:p x_stride:l norm:Norm w_gate_up:Matrix width:i h:p h_stride:l router:Matrix logits:p"
-        " logits_stride:l",
-        "route": "rows:Rows routing:Routing",
-        "experts": "rows:Rows x:p x_stride:l norm:Norm w:Matrix width:i routing:Routing h:p h_stride:l",
-        "down": "rows:Rows experts:Matrix routing:Routing h:p h_stride:l shared:Matrix shared_h:p shared_h_stride:l x:p"
-        " x_stride:l routed:p shared_tap:p",
-        "head": "rows:Rows first_row:i x:p x_stride:l norm:Norm w:Matrix n_valid:i logits:p logits_stride:l choice:p"
-        " best_value:p best_id:p arrived:p",
-    }.items()
-}
+Matrix, Rows, Norm, Routing = (ctype(name) for name in ("Matrix", "Rows", "Norm", "Routing"))
+ARGS = {stage: ctype(args) for stage, args in re.findall(r"X\((\w+), (\w+Args)\)", TEXT)}
 
 
 class LaunchSpec(c.Structure):
