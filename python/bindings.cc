@@ -494,9 +494,7 @@ PYBIND11_MODULE(_core, m) {
         .def(
             "active_bytes_per_token",
             [](const Model& s, int ctx_pos, const std::string& kv) {
-                const int c_pad = static_cast<int>(round_up(s.cfg().kv_lora_rank, 32));
-                const int r_pad = static_cast<int>(round_up(s.cfg().qk_rope_head_dim, 16));
-                return s.active_bytes(ctx_pos, cache_row_bytes(cache_type(kv), c_pad, r_pad));
+                return s.active_bytes(ctx_pos, s.cfg().cache_row_bytes(cache_type(kv)));
             },
             py::arg("ctx_pos"), py::arg("kv"), "Bytes that decoding one token at this cache length reads.");
 

@@ -78,6 +78,21 @@ struct ModelConfig {
 
     int qk_head_dim() const { return qk_nope_head_dim + qk_rope_head_dim; }
     bool is_moe(int layer) const { return n_routed_experts > 0 && layer >= first_k_dense_replace; }
+
+    // Rows that a pass makes, in elements; products write whole tiles, so strides of what they write are multiples of 16.
+    int q_width() const { return num_attention_heads * qk_head_dim(); }          // queries of all heads
+    int q_a_width() const { return q_lora_rank > 0 ? q_lora_rank : q_width(); }  // what wqkv_a makes of them
+    int64_t kv_offset() const { return round_up(q_a_width(), kTileRows); }       // of c_kv | k_rope behind it
+    int64_t qkv_a_stride() const { return kv_offset() + round_up(kv_lora_rank + qk_rope_head_dim, kTileRows); }
+    // Of the queries, which without q_lora stay in wqkv_a's rows.
+    int64_t q_stride() const { return q_lora_rank > 0 ? round_up(q_width(), kTileRows) : qkv_a_stride(); }
+    int64_t gate_logits_stride() const { return round_up(n_routed_experts, kTileRows); }
+    int64_t logits_stride() const { return round_up(vocab_size, kTileRows); }
+    // Parts of a cache row (kernels/format.h), and of a head's query against it: q_absorbed | rotated q_rope.
+    int c_pad() const { return static_cast<int>(round_up(kv_lora_rank, 32)); }
+    int r_pad() const { return static_cast<int>(round_up(qk_rope_head_dim, 16)); }
+    int q_full_width() const { return c_pad() + r_pad(); }
+    int64_t cache_row_bytes(CacheType type) const { return deepcalm::cache_row_bytes(type, c_pad(), r_pad()); }
 };
 
 inline constexpr float kLatentNormEps = 1e-6F;

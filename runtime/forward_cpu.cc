@@ -214,10 +214,10 @@ class Pass {
     // ---- attention -------------------------------------------------------------------------------------------------
 
     void attention(const LayerWeights& w, int layer_idx) {
-        const int dr = c_.qk_rope_head_dim, dqk = c_.qk_head_dim(), r = c_.kv_lora_rank;
+        const int dr = c_.qk_rope_head_dim, r = c_.kv_lora_rank;
         const Range rows = split(n_, tid_, threads_);
         const bool q_lora = c_.q_lora_rank > 0;
-        const int64_t kv_offset = round_up(q_lora ? c_.q_lora_rank : heads_ * dqk, kTileRows);
+        const int64_t qkv_stride = c_.qkv_a_stride();
 
         for (int i = rows.begin; i < rows.end; ++i) {
             k_.rmsnorm(x_row(i), w.attn_norm, s_.h.row(i), d_, c_.rms_norm_eps);
@@ -227,13 +227,13 @@ class Pass {
         end(Stage::kAttnNorm);
         tap("attn_norm", s_.h.f32, {d_}, d_stride());
 
-        product(w.wqkv_a, s_.h, s_.qkv_a, s_.qkv_a_stride);
+        product(w.wqkv_a, s_.h, s_.qkv_a, qkv_stride);
         end(Stage::kQkvA);
 
         // latent norms, key rotation, cache write; the cache row is what every later reader sees, this pass included
         for (int i = rows.begin; i < rows.end; ++i) {
             const int pos = a_.pos + i;
-            float* kv = s_.qkv_a + i * s_.qkv_a_stride + kv_offset;
+            float* kv = s_.qkv_a + i * qkv_stride + c_.kv_offset();
             float* c_kv = s_.c_kv + int64_t{i} * r;
             float* k_rope = s_.k_rope + int64_t{i} * dr;
             k_.rmsnorm(kv, w.kv_a_norm, c_kv, r, kLatentNormEps);
@@ -243,7 +243,7 @@ class Pass {
             k_.cache_write(a_.cache.type(), c_kv, r, k_rope, dr, a_.cache.row(layer_idx, pos));
             s_.row_end[i] = pos + 1;
             if (q_lora) {
-                k_.rmsnorm(s_.qkv_a + i * s_.qkv_a_stride, w.q_a_norm, s_.q_a.row(i), c_.q_lora_rank, kLatentNormEps);
+                k_.rmsnorm(s_.qkv_a + i * qkv_stride, w.q_a_norm, s_.q_a.row(i), c_.q_lora_rank, kLatentNormEps);
                 prepare(s_.q_a, i, {&w.wq_b});
             }
         }
@@ -253,7 +253,7 @@ class Pass {
         tap("k_rope", s_.k_rope, {dr}, dr);
         if (q_lora) {
             tap("q_a", s_.q_a.f32, {c_.q_lora_rank}, s_.q_a.stride());
-            product(w.wq_b, s_.q_a, s_.q, s_.q_stride);
+            product(w.wq_b, s_.q_a, s_.q, c_.q_stride());
             end(Stage::kQB);
         }
 
@@ -268,26 +268,26 @@ class Pass {
     void head_block(const LayerWeights& w, int layer_idx, Range block) {
         const int n = block.end - block.begin, r = c_.kv_lora_rank, dv = c_.v_head_dim;
         const int dn = c_.qk_nope_head_dim, dr = c_.qk_rope_head_dim, dqk = dn + dr;
-        const int64_t v_pad = round_up(dv, kTileRows);
+        const int64_t v_pad = round_up(dv, kTileRows), q_stride = c_.q_stride(), q_full = c_.q_full_width();
         const auto done = [&](Stage stage) { block.end == n_ ? end(stage) : meet(stage); };
 
         // rotate query heads; nope parts become operands of W_UK, rope parts stand beside its output
         const Range row_heads = split(int64_t{n} * heads_, tid_, threads_);
         for (int u = row_heads.begin; u < row_heads.end; ++u) {
             const int i = block.begin + u / heads_, h = u % heads_;
-            float* q = s_.q + i * s_.q_stride + int64_t{h} * dqk;
+            float* q = s_.q + i * q_stride + int64_t{h} * dqk;
             if (u == row_heads.begin || h == 0) a_.model.rope().fill(a_.pos + i, cos_.data(), sin_.data());
             k_.rope(q + dn, cos_.data(), sin_.data(), dr / 2);
             std::copy(q, q + dn, s_.q_nope.row(u));
             prepare(s_.q_nope, u, {&w.w_uk});
-            std::copy(q + dn, q + dqk, s_.q_full + u * s_.q_width + a_.cache.c_pad());
+            std::copy(q + dn, q + dqk, s_.q_full + u * q_full + c_.c_pad());
         }
         done(Stage::kQRope);
-        tap_heads("q", s_.q + block.begin * s_.q_stride, s_.q_stride, dqk, n, dqk);
+        tap_heads("q", s_.q + block.begin * q_stride, q_stride, dqk, n, dqk);
 
-        product_of_heads(w.w_uk, s_.q_nope, block, s_.q_full, s_.q_width, heads_ * s_.q_width);
+        product_of_heads(w.w_uk, s_.q_nope, block, s_.q_full, q_full, heads_ * q_full);
         done(Stage::kWUk);
-        tap_heads("q_absorbed", s_.q_full, heads_ * s_.q_width, s_.q_width, n, r);
+        tap_heads("q_absorbed", s_.q_full, heads_ * q_full, q_full, n, r);
 
         latent_attention(w, layer_idx, block);
         done(Stage::kAttention);
@@ -326,13 +326,14 @@ class Pass {
     // docs/model.md 4.1 over the cache: partials of kPartialLen positions, combined in order. Passes of up to kSplitRows
     // rows deal partials to threads, which meet in shared memory; longer ones deal whole (row block, head block) units.
     void latent_attention(const LayerWeights& w, int layer_idx, Range block) {
-        const int64_t c_pad = a_.cache.c_pad();
+        const int c_pad = c_.c_pad();
+        const int64_t q_full = c_.q_full_width();
         MlaPartialArgs m{.type = a_.cache.type(),
                          .cache = a_.cache.layer(layer_idx),
                          .row_bytes = a_.cache.row_bytes(),
-                         .c_pad = a_.cache.c_pad(),
-                         .r_pad = a_.cache.r_pad(),
-                         .q_row_stride = heads_ * s_.q_width,
+                         .c_pad = c_pad,
+                         .r_pad = c_.r_pad(),
+                         .q_row_stride = heads_ * q_full,
                          .softmax_scale = a_.model.rope().softmax_scale,
                          .scratch = s_.mla_scratch[static_cast<size_t>(tid_)],
                          .bf16_dot = amd_core()};
@@ -341,7 +342,7 @@ class Pass {
         const auto partial = [&](int i0, int i1, int h0, int h1, int p, int next, int64_t slot, int64_t row_stride) {
             for (int i = i0; i < i1; ++i)
                 ends_[static_cast<size_t>(i - i0)] = std::min(s_.row_end[i], (p + 1) * kPartialLen);
-            const float* q = s_.q_full + (int64_t{i0 - block.begin} * heads_ + h0) * s_.q_width;
+            const float* q = s_.q_full + (int64_t{i0 - block.begin} * heads_ + h0) * q_full;
             m.same_q = q == m.q && i1 - i0 == m.n_rows && h1 - h0 == m.n_heads;
             m.n_rows = i1 - i0;
             m.n_heads = h1 - h0;
@@ -363,8 +364,8 @@ class Pass {
         const auto combine = [&](int i, int h, int64_t slot, int64_t partial_stride) {
             const int64_t u = int64_t{i - block.begin} * heads_ + h;
             k_.mla_combine(s_.part_m + slot, s_.part_l + slot, partial_stride, s_.part_o + slot * c_pad,
-                           partial_stride * c_pad, static_cast<int>(ceil_div(s_.row_end[i], kPartialLen)),
-                           a_.cache.c_pad(), s_.attn_latent.row(u));
+                           partial_stride * c_pad, static_cast<int>(ceil_div(s_.row_end[i], kPartialLen)), c_pad,
+                           s_.attn_latent.row(u));
             prepare(s_.attn_latent, u, {&w.w_uv});
         };
         if (n_ <= kSplitRows) {
@@ -451,14 +452,14 @@ class Pass {
 
     void moe(const LayerWeights& w) {
         norm_ffn_input(w);
-        product(w.router, s_.h, s_.gate_logits, s_.gate_logits_stride);
+        product(w.router, s_.h, s_.gate_logits, c_.gate_logits_stride());
         end(Stage::kRouter);
-        tap("gate_logits", s_.gate_logits, {c_.n_routed_experts}, s_.gate_logits_stride);
+        tap("gate_logits", s_.gate_logits, {c_.n_routed_experts}, c_.gate_logits_stride());
 
         const int k = c_.num_experts_per_tok;
         const Range rows = split(n_, tid_, threads_);
         for (int i = rows.begin; i < rows.end; ++i) {
-            route({.gate_logits = s_.gate_logits + i * s_.gate_logits_stride,
+            route({.gate_logits = s_.gate_logits + i * c_.gate_logits_stride(),
                    .bias = w.router_bias,
                    .n_routed_experts = c_.n_routed_experts,
                    .num_experts_per_tok = k,
@@ -593,7 +594,7 @@ class Pass {
         end(Stage::kFinalNorm);
         tap("final_norm", s_.final_h.f32, {d_}, d_stride());
         if (a_.n_logits == 0) return;
-        const int64_t stride = round_up(c_.vocab_size, kTileRows);
+        const int64_t stride = c_.logits_stride();
         pool_.deal(w.row_tiles(), kDealtTiles, [&](Range tiles) {
             float* y = a_.logits + 16 * int64_t{tiles.begin};
             matmul(w, 0, tiles, s_.final_h, a_.n_logits, y, stride, n_ - a_.n_logits);

@@ -105,13 +105,12 @@ template <class Fn> auto named(std::string prefix, Fn& fn) {
 template <class Layer, class Fn> void visit_layer(Layer& w, const ModelConfig& c, const std::string& prefix, Fn& fn) {
     using Spec = TensorSpec;
     const auto on = named(prefix, fn);
-    const int d = c.hidden_size, heads = c.num_attention_heads, q_rows = heads * c.qk_head_dim(), r = c.kv_lora_rank;
-    const bool q_lora = c.q_lora_rank > 0;
+    const int d = c.hidden_size, heads = c.num_attention_heads, r = c.kv_lora_rank;
     on("attn_norm", Spec::vector(Role::kNorm, d), w.attn_norm);
-    on("wqkv_a", Spec::joined(Role::kAttn, {q_lora ? c.q_lora_rank : q_rows, r + c.qk_rope_head_dim}, d), w.wqkv_a);
-    if (q_lora) {
+    on("wqkv_a", Spec::joined(Role::kAttn, {c.q_a_width(), r + c.qk_rope_head_dim}, d), w.wqkv_a);
+    if (c.q_lora_rank > 0) {
         on("q_a_norm", Spec::vector(Role::kNorm, c.q_lora_rank), w.q_a_norm);
-        on("wq_b", Spec::matrix(Role::kAttn, q_rows, c.q_lora_rank), w.wq_b);
+        on("wq_b", Spec::matrix(Role::kAttn, c.q_width(), c.q_lora_rank), w.wq_b);
     }
     on("kv_a_norm", Spec::vector(Role::kNorm, r), w.kv_a_norm);
     on("w_uk", Spec::stack(heads, Spec::matrix(Role::kAttn, r, c.qk_nope_head_dim)), w.w_uk);

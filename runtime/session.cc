@@ -29,10 +29,9 @@ Result<std::unique_ptr<Session>> Session::make(Model& model, int ctx, CacheType 
     }
     std::unique_ptr<Session> s(new Session(model));
     s->keep_mtp_ = keep_mtp;
-    DC_TRY(s->cache_,
-           KvCache::make(kv, c.num_hidden_layers, ctx, c.kv_lora_rank, c.qk_rope_head_dim, model.on_device()));
+    DC_TRY(s->cache_, KvCache::make(kv, c.num_hidden_layers, ctx, c, model.on_device()));
     if (c.num_nextn_predict_layers > 0) {
-        DC_TRY(s->mtp_cache_, KvCache::make(kv, 1, ctx, c.kv_lora_rank, c.qk_rope_head_dim, model.on_device()));
+        DC_TRY(s->mtp_cache_, KvCache::make(kv, 1, ctx, c, model.on_device()));
     }
     if (model.on_device()) {
         DeviceError error;
@@ -80,8 +79,7 @@ Status Session::check(const KvCache& cache, std::span<const int32_t> ids, const 
 }
 
 const float* Session::logits_row(int64_t i) const {
-    return static_cast<const float*>(static_cast<const void*>(logits_.data())) +
-           i * round_up(model_.cfg().vocab_size, kTileRows);
+    return static_cast<const float*>(static_cast<const void*>(logits_.data())) + i * model_.cfg().logits_stride();
 }
 
 void Session::copy_logits(int n_logits, float* logits) const {
@@ -90,7 +88,7 @@ void Session::copy_logits(int n_logits, float* logits) const {
 }
 
 Status Session::run(std::span<const int32_t> ids, const float* hidden, int n_logits, KvCache& cache) {
-    const int64_t logits_bytes = n_logits * round_up(model_.cfg().vocab_size, kTileRows) * 4;
+    const int64_t logits_bytes = n_logits * model_.cfg().logits_stride() * 4;
     if (logits_.size() < logits_bytes) {
         DC_TRY(logits_, ZeroedBuffer::make(logits_bytes, "logits"));
     }

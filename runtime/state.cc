@@ -33,9 +33,8 @@ class Arena {
 };
 
 void lay_out(State& s, Arena& a, const ModelConfig& c, int n_threads) {
-    const int64_t n = s.max_rows, heads = c.num_attention_heads, q_rows = heads * c.qk_head_dim();
+    const int64_t n = s.max_rows, heads = c.num_attention_heads, q_full = c.q_full_width();
     const int64_t d_pad = round_up(c.hidden_size, kTileCols), v_pad = round_up(c.v_head_dim, kTileCols);
-    const int64_t c_pad = round_up(c.kv_lora_rank, 32), r_pad = round_up(c.qk_rope_head_dim, 16);
     // Buffers that take turns share memory unless columns past a width must stay zero.
     const auto widths = {c.hidden_size,          c.q_lora_rank, c.kv_lora_rank,      c.qk_nope_head_dim,
                          2 * c.qk_rope_head_dim, c.v_head_dim,  c.intermediate_size, c.moe_intermediate_size};
@@ -62,20 +61,16 @@ void lay_out(State& s, Arena& a, const ModelConfig& c, int n_threads) {
     s.head_rows = static_cast<int>(b);
     s.uv_tmp = a.take<float>(b * heads * std::max(nope_pad, v_pad));
     a.site(s.q_nope, b * heads, c.qk_nope_head_dim, s.uv_tmp, shared ? nope_pad : 0);
-    s.q_width = c_pad + r_pad;
-    s.q_full = a.take<float>(b * heads * s.q_width);
-    a.site(s.attn_latent, b * heads, c.kv_lora_rank, s.q_full, shared ? s.q_width : 0);
+    s.q_full = a.take<float>(b * heads * q_full);
+    a.site(s.attn_latent, b * heads, c.kv_lora_rank, s.q_full, shared ? q_full : 0);
     a.go_to(std::max(a.used(), block));
 
-    s.qkv_a_stride = round_up(c.q_lora_rank > 0 ? c.q_lora_rank : q_rows, kTileRows) +
-                     round_up(c.kv_lora_rank + c.qk_rope_head_dim, kTileRows);
-    s.qkv_a = a.take<float>(n * s.qkv_a_stride);
-    s.q_stride = c.q_lora_rank > 0 ? round_up(q_rows, kTileRows) : s.qkv_a_stride;
-    s.q = c.q_lora_rank > 0 ? a.take<float>(n * s.q_stride) : s.qkv_a;
+    s.qkv_a = a.take<float>(n * c.qkv_a_stride());
+    s.q = c.q_lora_rank > 0 ? a.take<float>(n * c.q_stride()) : s.qkv_a;
     if (c.q_lora_rank > 0) a.site(s.q_a, n, c.q_lora_rank);
     // A row's values come after the last reader of its queries.
     a.site(s.attn_v, n, c.num_attention_heads * c.v_head_dim, s.q,
-           shared && heads * v_pad <= s.q_stride ? s.q_stride : 0);
+           shared && heads * v_pad <= c.q_stride() ? c.q_stride() : 0);
     s.c_kv = a.take<float>(n * c.kv_lora_rank);
     s.k_rope = a.take<float>(n * c.qk_rope_head_dim);
     s.row_end = a.take<int32_t>(n);
@@ -85,9 +80,8 @@ void lay_out(State& s, Arena& a, const ModelConfig& c, int n_threads) {
         s.max_partials * std::max(kSplitRows * heads, int64_t{n_threads} * kAttnRowBlock * kAttnHeadBlock);
     s.part_m = a.take<float>(slots);
     s.part_l = a.take<float>(slots);
-    s.part_o = a.take<float>(slots * c_pad);
-    const int64_t scratch =
-        mla_scratch_bytes(static_cast<int>(c_pad), static_cast<int>(r_pad), kSplitRows, static_cast<int>(heads));
+    s.part_o = a.take<float>(slots * c.c_pad());
+    const int64_t scratch = mla_scratch_bytes(c.c_pad(), c.r_pad(), kSplitRows, c.num_attention_heads);
     s.mla_scratch.resize(static_cast<size_t>(n_threads));
     for (auto& p : s.mla_scratch) p = a.take<std::byte>(scratch);
     instead_of(block);
@@ -101,8 +95,7 @@ void lay_out(State& s, Arena& a, const ModelConfig& c, int n_threads) {
         instead_of(hidden);
         a.site(s.expert_h, n * k, c.moe_intermediate_size);
         if (c.n_shared_experts > 0) a.site(s.shared_h, n, c.n_shared_experts * c.moe_intermediate_size);
-        s.gate_logits_stride = round_up(c.n_routed_experts, kTileRows);
-        s.gate_logits = a.take<float>(n * s.gate_logits_stride);
+        s.gate_logits = a.take<float>(n * c.gate_logits_stride());
         s.route_scratch = a.take<float>(n_threads * (2 * int64_t{c.n_routed_experts} + c.n_group));
         s.topk_idx = a.take<int32_t>(n * k);
         s.topk_weight = a.take<float>(n * k);

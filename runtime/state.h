@@ -1,5 +1,6 @@
 // Activation buffers of a session, sized once for max_rows rows; zeroed at allocation so that columns past a natural width
-// stay zero (docs/model.md 7.2). n = rows of the pass, d = hidden_size. Rows have 32 k columns unless said otherwise.
+// stay zero (docs/model.md 7.2). n = rows of the pass, d = hidden_size. Rows have 32 k columns unless said otherwise,
+// by ModelConfig's strides.
 #pragma once
 
 #include "kernels/kernels.h"
@@ -30,20 +31,17 @@ struct State {
     static Result<State> make(const ModelConfig& cfg, int max_rows, int max_partials, int n_threads);
 
     int max_rows = 0;
-    float* x = nullptr;      // [n, d_pad] residual stream
-    ActSite h;               // [n, d] normed input of a block; the router reads its f32 form
-    ActSite eh;              // [n, 2d] MTP: normed embedding | normed hidden
-    float* qkv_a = nullptr;  // [n, qkv_a_stride] stacked q_a (or q) | c_kv | k_rope, each part padded to 16
-    int64_t qkv_a_stride = 0;
-    ActSite q_a;         // [n, q_lora_rank] after q_a_layernorm
-    float* q = nullptr;  // [n, q_stride] per head nope | rope; aliases qkv_a without q_lora
-    int64_t q_stride = 0;
+    float* x = nullptr;          // [n, d_pad] residual stream
+    ActSite h;                   // [n, d] normed input of a block; the router reads its f32 form
+    ActSite eh;                  // [n, 2d] MTP: normed embedding | normed hidden
+    float* qkv_a = nullptr;      // [n, qkv_a_stride()] stacked q_a (or q) | c_kv | k_rope, each part padded to 16
+    ActSite q_a;                 // [n, q_lora_rank] after q_a_layernorm
+    float* q = nullptr;          // [n, q_stride()] per head nope | rope; aliases qkv_a without q_lora
     int head_rows = 0;           // rows b of the pass whose heads are computed at a time: at most max_rows
     ActSite q_nope;              // [b * n_heads, qk_nope_head_dim], may share with uv_tmp
     float* c_kv = nullptr;       // [n, kv_lora_rank] after kv_a_layernorm
     float* k_rope = nullptr;     // [n, qk_rope_head_dim] rotated
-    float* q_full = nullptr;     // [b, n_heads, c_pad + r_pad] q_absorbed | rotated q_rope
-    int64_t q_width = 0;         // c_pad + r_pad
+    float* q_full = nullptr;     // [b, n_heads, q_full_width()] q_absorbed | rotated q_rope
     int32_t* row_end = nullptr;  // [n] one past the last position that a row sees
     float *part_m = nullptr, *part_l = nullptr;  // [partial_slots, part_heads]
     float* part_o = nullptr;                     // [partial_slots, part_heads, c_pad]
@@ -54,12 +52,11 @@ struct State {
     ActSite attn_v;                       // [n, n_heads * v_head_dim], may lie in q
     float* out = nullptr;                 // [n, d_pad] output of a block before the residual, may be final_h
     float* expert_out = nullptr;          // [n, d_pad] rows of one routed expert, then of the shared ones
-    std::vector<float*> gate_up;   // one per thread: [n * 32 * kPairsAtOnce] gate and up tiles before silu(gate) * up
-    ActSite ffn_h;                 // [n, intermediate_size]; dense FFN hidden rows
-    ActSite shared_h;              // [n, n_shared_experts * moe_intermediate_size]
-    ActSite expert_h;              // [n * k, moe_intermediate_size], by slot
-    float* gate_logits = nullptr;  // [n, pad16(E)]
-    int64_t gate_logits_stride = 0;
+    std::vector<float*> gate_up;     // one per thread: [n * 32 * kPairsAtOnce] gate and up tiles before silu(gate) * up
+    ActSite ffn_h;                   // [n, intermediate_size]; dense FFN hidden rows
+    ActSite shared_h;                // [n, n_shared_experts * moe_intermediate_size]
+    ActSite expert_h;                // [n * k, moe_intermediate_size], by slot
+    float* gate_logits = nullptr;    // [n, gate_logits_stride()]
     float* route_scratch = nullptr;  // [n_threads, 2E + n_group]
     int32_t* topk_idx = nullptr;     // [n, k] ascending
     float* topk_weight = nullptr;    // [n, k]

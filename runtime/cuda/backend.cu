@@ -223,33 +223,28 @@ struct DeviceSession {
             used += round_up(n * static_cast<int64_t>(sizeof(T)), 256);
         };
         const int64_t rows = std::max(args.max_rows, kBlockRows), heads = c.num_attention_heads;
-        const int64_t c_pad = round_up(c.kv_lora_rank, 32), r_pad = round_up(c.qk_rope_head_dim, 16);
-        const int64_t q_rows = heads * c.qk_head_dim(), d = c.hidden_size;
-        const bool q_lora = c.q_lora_rank > 0, moe = c.n_routed_experts > 0;
+        const int64_t d = c.hidden_size;
+        const bool moe = c.n_routed_experts > 0;
         b.rows = rows;
         b.x_stride = round_up(d, 4);
         b.eh_stride = round_up(2 * d, 4);
-        b.qkv_stride = round_up(q_lora ? c.q_lora_rank : q_rows, kTileRows) +
-                       round_up(c.kv_lora_rank + c.qk_rope_head_dim, kTileRows);
-        b.q_stride = round_up(q_rows, kTileRows);
         b.v_stride = round_up(heads * c.v_head_dim, 4);
         b.ffn_stride = round_up(
             std::max(c.is_moe(0) ? 0 : c.intermediate_size, moe ? c.n_shared_experts * c.moe_intermediate_size : 0), 4);
         b.expert_stride = round_up(c.moe_intermediate_size, 4);
-        b.gate_stride = round_up(c.n_routed_experts, kTileRows);
-        b.logits_stride = round_up(c.vocab_size, kTileRows);
-        b.row_stride = round_up(cache_row_bytes(args.kv, static_cast<int>(c_pad), static_cast<int>(r_pad)), 16);
+        b.row_stride = round_up(c.cache_row_bytes(args.kv), 16);
         take(b.x, rows * b.x_stride);
         take(b.h, rows * b.x_stride);
-        take(b.qkv, rows * b.qkv_stride);
-        if (q_lora) take(b.q, rows * b.q_stride);
-        take(b.q_full, rows * heads * (c_pad + r_pad));
+        take(b.qkv, rows * c.qkv_a_stride());
+        b.q = b.qkv;
+        if (c.q_lora_rank > 0) take(b.q, rows * c.q_stride());
+        take(b.q_full, rows * heads * c.q_full_width());
         take(b.v, rows * b.v_stride);
         take(b.ffn_h, rows * b.ffn_stride);
         if (moe) {
             const int64_t k = c.num_experts_per_tok;
             take(b.expert_h, rows * k * b.expert_stride);
-            take(b.gate_logits, rows * b.gate_stride);
+            take(b.gate_logits, rows * c.gate_logits_stride());
             take(b.topk_idx, (moe_layers() + 1) * rows * k);
             take(b.topk_weight, rows * k);
             if (rows > kBlockRows) take(b.routed, rows * b.x_stride);
@@ -257,9 +252,9 @@ struct DeviceSession {
         const int64_t ctx = args.ctx, one = ceil_div(std::min<int64_t>(ctx, kShortContext), kChunk),
                       long_units = ceil_div(ctx, int64_t{kChunk} * kPartialChunks);
         b.part_units = kBlockRows * std::max(one, long_units);
-        take(b.part_o, b.part_units * heads * c_pad);
+        take(b.part_o, b.part_units * heads * c.c_pad());
         take(b.part_ml, b.part_units * heads * 2);
-        take(b.logits, kLogitRows * b.logits_stride);
+        take(b.logits, kLogitRows * c.logits_stride());
         take(b.best_value, kLogitRows * int64_t{blocks});
         take(b.best_id, kLogitRows * int64_t{blocks});
         take(b.arrived, 1);
@@ -278,7 +273,7 @@ struct DeviceSession {
             take(b.pend, (kMaxPending + kMaxRound) * d);
             take(b.g, d);
         }
-        b.tap_stride = heads * c.qk_head_dim() + 2 * round_up(heads * c.kv_lora_rank, 4) + round_up(c.q_lora_rank, 4) +
+        b.tap_stride = c.q_width() + 2 * round_up(heads * c.kv_lora_rank, 4) + round_up(c.q_lora_rank, 4) +
                        4 * b.x_stride + round_up(c.kv_lora_rank, 4) + round_up(c.qk_rope_head_dim, 4) + 64;
         return used;
     }
@@ -443,8 +438,8 @@ struct DeviceSession {
             DC_RT(r->graph.launch(stream));
         }
         const auto take_logits = [&](int rows, int64_t to) {
-            return rt::copy_rows(p.logits + to * p.logits_stride, 4 * p.logits_stride, b.logits, 4 * b.logits_stride,
-                                 4 * int64_t{m.cfg.vocab_size}, rows, stream);
+            return rt::copy_rows(p.logits + to * p.logits_stride, 4 * p.logits_stride, b.logits,
+                                 4 * m.cfg.logits_stride(), 4 * int64_t{m.cfg.vocab_size}, rows, stream);
         };
         if (n <= kBlockRows || p.n_logits <= 1) {
             if (p.n_logits > 0) DC_RT(take_logits(p.n_logits, 0));
@@ -543,8 +538,7 @@ struct DeviceSession {
 
     bool copy_cache(bool mtp, int layer, int row, int n, void* host, bool to_device, DeviceError& error) {
         DC_RT(rt::set_device(m.index));
-        const int64_t bytes = cache_row_bytes(args.kv, static_cast<int>(round_up(m.cfg.kv_lora_rank, 32)),
-                                              static_cast<int>(round_up(m.cfg.qk_rope_head_dim, 16)));
+        const int64_t bytes = m.cfg.cache_row_bytes(args.kv);
         std::byte* at = (mtp ? b.mtp_cache : b.cache) + (int64_t{layer} * args.ctx + row) * b.row_stride;
         if (to_device) {
             DC_RT(rt::copy_rows(at, b.row_stride, host, bytes, bytes, n, stream));
@@ -599,7 +593,7 @@ struct DeviceSession {
         const auto choose = [&](const int32_t* n_live, int n, bool last, int offset, int32_t* choice) {
             if (!sampled) return;
             w.add(ChooseArgs{.logits = b.logits,
-                             .stride = b.logits_stride,
+                             .stride = m.cfg.logits_stride(),
                              .rows = n,
                              .n_live = n_live,
                              .last = last,
@@ -664,7 +658,7 @@ struct DeviceSession {
                          .tokens = b.tokens,
                          .caught_up = parts > 0,
                          .logits = b.logits,
-                         .logits_stride = b.logits_stride,
+                         .logits_stride = m.cfg.logits_stride(),
                          .h = b.h,
                          .h_stride = b.x_stride,
                          .pend = run.keeps_mtp ? b.pend : nullptr,
@@ -737,7 +731,7 @@ struct DeviceSession {
         const std::map<std::string, DeviceView> views = {
             {"x", f32(b.x, b.rows, b.x_stride)},
             {"hidden", f32(b.h, b.rows, b.x_stride)},
-            {"logits", f32(b.logits, kLogitRows, b.logits_stride)},
+            {"logits", f32(b.logits, kLogitRows, m.cfg.logits_stride())},
             {"cache", cache(b.cache, c.num_hidden_layers)},
             {"mtp_cache", cache(b.mtp_cache, 1)},
         };

@@ -58,13 +58,11 @@ struct Buffers {
     float *x = nullptr, *eh = nullptr, *h = nullptr, *qkv = nullptr, *q = nullptr, *q_full = nullptr, *v = nullptr;
     float *ffn_h = nullptr, *expert_h = nullptr, *gate_logits = nullptr, *topk_weight = nullptr;
     float* routed = nullptr;  // [R, x_stride] routed sums of long passes
-    int64_t x_stride = 0, eh_stride = 0, qkv_stride = 0, q_stride = 0, v_stride = 0, ffn_stride = 0, expert_stride = 0,
-            gate_stride = 0;
+    int64_t x_stride = 0, eh_stride = 0, v_stride = 0, ffn_stride = 0, expert_stride = 0;
     int32_t* topk_idx = nullptr;  // [moe layers + 1 for MTP, R, topk]
     float *part_o = nullptr, *part_ml = nullptr;
     int64_t part_units = 0;   // (row, unit) pairs of `part`
-    float* logits = nullptr;  // [max(kLogitRows, kBlockRows), logits_stride]
-    int64_t logits_stride = 0;
+    float* logits = nullptr;  // [max(kLogitRows, kBlockRows), logits_stride()]
     float* best_value = nullptr;
     int32_t* best_id = nullptr;
     unsigned* arrived = nullptr;
@@ -204,9 +202,7 @@ class PassWriter {
         const int heads = c_.num_attention_heads, dn = c_.qk_nope_head_dim, dr = c_.qk_rope_head_dim,
                   r = c_.kv_lora_rank, dv = c_.v_head_dim;
         const int64_t d = c_.hidden_size, dqk = dn + dr;
-        const bool q_lora = c_.q_lora_rank > 0;
-        const int c_pad = static_cast<int>(round_up(r, 32)), r_pad = static_cast<int>(round_up(dr, 16));
-        const int64_t kv_offset = round_up(q_lora ? c_.q_lora_rank : heads * dqk, kTileRows);
+        const int c_pad = c_.c_pad(), r_pad = c_.r_pad();
         std::byte* cache = (t_.mtp ? b_.mtp_cache : b_.cache) + cache_layer * s_.ctx * b_.row_stride;
 
         float* norm_tap = room(d);
@@ -221,9 +217,9 @@ class PassWriter {
                                  .out = norm_tap,
                                  .out_stride = round_up(d, 4)},
                         .y = b_.qkv,
-                        .y_stride = b_.qkv_stride});
+                        .y_stride = c_.qkv_a_stride()});
         tap("attn_norm", norm_tap, {d}, round_up(d, 4));
-        if (q_lora) {
+        if (c_.q_lora_rank > 0) {
             const int64_t rq = round_up(c_.q_lora_rank, 4);
             float* q_a_tap = room(rq);
             reads(w.wq_b);
@@ -231,14 +227,14 @@ class PassWriter {
                 .rows = rows(),
                 .w = w.wq_b,
                 .x = b_.qkv,
-                .x_stride = b_.qkv_stride,
+                .x_stride = c_.qkv_a_stride(),
                 .norm =
                     {.w = w.q_a_norm, .width = c_.q_lora_rank, .eps = kLatentNormEps, .out = q_a_tap, .out_stride = rq},
                 .y = b_.q,
-                .y_stride = b_.q_stride});
+                .y_stride = c_.q_stride()});
             tap("q_a", q_a_tap, {c_.q_lora_rank}, rq);
         }
-        float *q_tap = room(heads * dqk), *c_tap = room(r), *k_tap = room(dr);
+        float *q_tap = room(c_.q_width()), *c_tap = room(r), *k_tap = room(dr);
         reads(w.w_uk, heads);
         add(AbsorbArgs{.rows = rows(),
                        .w_uk = w.w_uk,
@@ -248,10 +244,10 @@ class PassWriter {
                        .r = r,
                        .c_pad = c_pad,
                        .r_pad = r_pad,
-                       .q = q_lora ? b_.q : b_.qkv,
-                       .q_stride = q_lora ? b_.q_stride : b_.qkv_stride,
-                       .kv = b_.qkv + kv_offset,
-                       .kv_stride = b_.qkv_stride,
+                       .q = b_.q,
+                       .q_stride = c_.q_stride(),
+                       .kv = b_.qkv + c_.kv_offset(),
+                       .kv_stride = c_.qkv_a_stride(),
                        .kv_norm = w.kv_a_norm,
                        .eps = kLatentNormEps,
                        .cos = b_.cos,
@@ -266,9 +262,9 @@ class PassWriter {
                        .k_tap = k_tap});
         tap("c_kv", c_tap, {r}, r);
         tap("k_rope", k_tap, {dr}, dr);
-        tap("q", q_tap, {heads, dqk}, heads * dqk);
+        tap("q", q_tap, {heads, dqk}, c_.q_width());
         if (t_.trace) {
-            tap("q_absorbed", b_.q_full, {heads, r}, c_pad + r_pad);
+            tap("q_absorbed", b_.q_full, {heads, r}, c_.q_full_width());
             TapOut& q = p_.taps.back();  // one vector per (row, head)
             q.vectors = int64_t{n_} * heads;
             q.width = r;
@@ -288,7 +284,7 @@ class PassWriter {
                            .r_pad = r_pad,
                            .ctx = s_.ctx,
                            .softmax_scale = softmax_scale_,
-                           .q_full = b_.q_full + int64_t{i} * heads * (c_pad + r_pad),
+                           .q_full = b_.q_full + int64_t{i} * heads * c_.q_full_width(),
                            .type = s_.kv,
                            .cache = cache,
                            .row_bytes = b_.row_stride,
@@ -349,7 +345,7 @@ class PassWriter {
         if (w.moe) {
             in.router = w.router;
             in.logits = b_.gate_logits;
-            in.logits_stride = b_.gate_stride;
+            in.logits_stride = c_.gate_logits_stride();
         }
         reads(gate_up);
         reads(w.router);
@@ -359,9 +355,9 @@ class PassWriter {
         down.rows = rows();
         if (w.moe) {
             const int k = c_.num_experts_per_tok;
-            tap("gate_logits", b_.gate_logits, {c_.n_routed_experts}, b_.gate_stride);
+            tap("gate_logits", b_.gate_logits, {c_.n_routed_experts}, c_.gate_logits_stride());
             const Routing routing{.logits = b_.gate_logits,
-                                  .logits_stride = b_.gate_stride,
+                                  .logits_stride = c_.gate_logits_stride(),
                                   .bias = w.router_bias,
                                   .n_experts = c_.n_routed_experts,
                                   .topk = k,
@@ -434,7 +430,7 @@ class PassWriter {
             .w = w,
             .n_valid = t_.n_valid,
             .logits = b_.logits,
-            .logits_stride = b_.logits_stride,
+            .logits_stride = c_.logits_stride(),
             .choice = t_.choice,
             .best_value = b_.best_value,
             .best_id = b_.best_id,
@@ -457,7 +453,7 @@ class PassWriter {
             .w = w,
             .n_valid = n_valid,
             .logits = b_.logits,
-            .logits_stride = b_.logits_stride,
+            .logits_stride = c_.logits_stride(),
             .choice = b_.choice,
             .best_value = b_.best_value,
             .best_id = b_.best_id,

@@ -94,7 +94,7 @@ bool DeviceSession::report(const char* what, char* text, size_t size, DeviceErro
         {b.cache + pos * b.row_stride, args.ctx * b.row_stride, n * b.row_stride, m.cfg.num_hidden_layers, 0},
         {b.x, 4 * b.x_stride, 4 * b.x_stride, n, 0},
         {b.h, 4 * b.x_stride, 4 * b.x_stride, n, 0},
-        {b.logits, 4 * b.logits_stride, 4 * b.logits_stride, n, 0},
+        {b.logits, 4 * m.cfg.logits_stride(), 4 * m.cfg.logits_stride(), n, 0},
     };
     int64_t aside_bytes = 0;
     for (Kept& k : kept_rows) {

@@ -84,7 +84,7 @@ Status Session::forward_device(const PassArgs& a) {
                           .pos = a.pos,
                           .n_logits = a.n_logits,
                           .logits = a.logits,
-                          .logits_stride = round_up(c.vocab_size, kTileRows),
+                          .logits_stride = c.logits_stride(),
                           .final_h = state_.final_h.f32,
                           .hidden_stride = state_.final_h.stride(),
                           .topk = topk.data(),
