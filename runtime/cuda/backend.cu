@@ -9,6 +9,7 @@
 
 #include <cerrno>
 #include <chrono>
+#include <cstdarg>
 #include <map>
 #include <memory>
 #include <tuple>
@@ -65,9 +66,12 @@ rt::Error allow_smem(int64_t bytes) {
 
 // --- errors ---------------------------------------------------------------------------------------------------------
 
-template <class... A> bool fail(DeviceError& e, ErrorCode code, const char* format, A... args) {
+__attribute__((format(printf, 3, 4))) bool fail(DeviceError& e, ErrorCode code, const char* format, ...) {
     e.code = code;
-    std::snprintf(e.text, sizeof e.text, format, args...);
+    std::va_list args;
+    va_start(args, format);
+    std::vsnprintf(e.text, sizeof e.text, format, args);
+    va_end(args);
     return false;
 }
 bool check(rt::Error code, const char* what, DeviceError& e) {
