@@ -37,7 +37,8 @@ def take(a: Any, dtype: Any, *shape: int | None) -> Array:
     assert np.can_cast(a.dtype, dtype), a.dtype
     assert len(a.shape) == len(shape), a.shape
     assert all(want in (None, n) for n, want in zip(a.shape, shape, strict=True)), (a.shape, shape)
-    return np.ascontiguousarray(a, dtype)
+    out: Array = np.ascontiguousarray(a, dtype)
+    return out
 
 
 class Guarded:
@@ -49,7 +50,7 @@ class Guarded:
         self.width, self.stride = width, round_up(width, 64) + 64
         raw = np.full((64 + n * self.stride) * size + 64, 0xA7, np.uint8)
         start = -raw.ctypes.data % 64
-        self.all = raw[start : start + (64 + n * self.stride) * size].view(dtype)
+        self.all: Array = raw[start : start + (64 + n * self.stride) * size].view(dtype)
         self.rows = self.all[64:].reshape(n, self.stride)[:, :width]
         self.rows[...] = np.full(size, fill, np.uint8).view(dtype)[0]
 
@@ -58,7 +59,7 @@ class Guarded:
         return self.row(0)
 
     def row(self, i: int) -> int:
-        return self.all.ctypes.data + (64 + i * self.stride) * self.all.itemsize
+        return int(self.all.ctypes.data) + (64 + i * self.stride) * self.all.itemsize
 
     def check(self) -> Array:
         """The rows, after a look at what lies before, between and behind them."""
@@ -66,10 +67,11 @@ class Guarded:
         for guard in (self.all[:64], np.ascontiguousarray(between)):
             if (guard.view(np.uint8) != 0xA7).any():
                 raise RuntimeError("kernel wrote outside its output")
-        return self.rows.copy()
+        out: Array = self.rows.copy()
+        return out
 
 
-def prepare(isa: str, kind: str, x: Array) -> tuple[Array, Array | None, Array | None]:
+def prepare(isa: str, kind: str, x: Array) -> tuple[Array, Any, Any]:
     """x f32 [n, cols] rounded for kind f32|bf16|i8: (x [n, round_up(cols, 32)], d, sum); d, sum only for i8."""
     x = take(x, np.float32, None, None)
     n, cols = x.shape
@@ -141,7 +143,7 @@ def rmsnorm(isa: str, x: Array, w: Array, eps: float, in_place: bool = False) ->
     if in_place:
         out.rows[0] = x
     table(isa).rmsnorm(out.data if in_place else x.ctypes.data, w.ctypes.data, out.data, len(x), eps)
-    return out.check()[0]
+    return out.check().reshape(-1)
 
 
 def rope(isa: str, v: Array, cos: Array, sin: Array) -> Array:
@@ -150,14 +152,14 @@ def rope(isa: str, v: Array, cos: Array, sin: Array) -> Array:
     out.rows[0] = take(v, np.float32, 2 * half)
     cos, sin = take(cos, np.float32, half), take(sin, np.float32, half)
     table(isa).rope(out.data, cos.ctypes.data, sin.ctypes.data, half)
-    return out.check()[0]
+    return out.check().reshape(-1)
 
 
 def swiglu(isa: str, gate_up: Array, n: int) -> Array:
     """silu(gate) * up of 16-interleaved gate_up, f32 [n]."""
     gate_up, out = take(gate_up, np.float32, 2 * round_up(n, 16)), Guarded(1, n)
     table(isa).swiglu(gate_up.ctypes.data, out.data, n)
-    return out.check()[0]
+    return out.check().reshape(-1)
 
 
 def axpy(isa: str, a: float, x: Array, y: Array) -> Array:
@@ -165,7 +167,7 @@ def axpy(isa: str, a: float, x: Array, y: Array) -> Array:
     x, out = take(x, np.float32, None), Guarded(1, len(x))
     out.rows[0] = take(y, np.float32, len(x))
     table(isa).axpy(a, x.ctypes.data, out.data, len(x))
-    return out.check()[0]
+    return out.check().reshape(-1)
 
 
 def cache_write(isa: str, kind: str, c_kv: Array, k_rope: Array) -> Array:
@@ -232,7 +234,7 @@ def mla_combine(isa: str, m: Array, l: Array, o: Array) -> Array:
     assert c_pad % 32 == 0
     m, l, out = take(m, np.float32, p), take(l, np.float32, p), Guarded(1, c_pad)
     table(isa).mla_combine(m.ctypes.data, l.ctypes.data, 1, o.ctypes.data, c_pad, p, c_pad, out.data)
-    return out.check()[0]
+    return out.check().reshape(-1)
 
 
 def route(gate_logits: Array, bias: Array | None, k: int, n_group: int, topk_group: int, scoring: str, method: str,
