@@ -80,7 +80,7 @@ DC_CONSTEXPR int64_t mla_scratch_bytes(int c_pad, int r_pad, int n_rows, int n_h
 inline constexpr int kPeakBytes = 33 * 64;
 
 struct CpuKernels {
-    const char* isa;    // "scalar" | "avx2" | "avx512" | "avx512x"
+    const char* isa;    // name: kernels/cpu/simd_NAME.h
     uint32_t required;  // CpuFeature bits that the OS must have enabled
 
     // The bare multiply-add of f32, the dot instruction of bf16 and of int8 (null where the set has none), `rounds` times

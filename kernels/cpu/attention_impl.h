@@ -194,7 +194,7 @@ struct Ahead {
 };
 
 // acc + a * b; with kPairs, of the two bf16 in every lane of a and of b.
-template <bool kPairs, class Op = PeakBF16> DC_INLINE F multiply_add(F a, F b, F acc) {
+template <bool kPairs, class Op = DotBF16> DC_INLINE F multiply_add(F a, F b, F acc) {
     if constexpr (kPairs) {
         return Op::dot(acc, as_i(a), as_i(b));
     } else {
@@ -326,7 +326,7 @@ DC_INLINE void softmax_step(bool bf16, int begin, int n, const float* lane_end, 
     store(sums.alpha, alpha);
 }
 
-template <bool kPairs, class Op = PeakBF16> void partial(const MlaPartialArgs& a) noexcept {
+template <bool kPairs, class Op = DotBF16> void partial(const MlaPartialArgs& a) noexcept {
     const int width = a.c_pad + a.r_pad, n_lanes = a.n_rows * a.n_heads, n_vectors = (n_lanes + kLanes - 1) / kLanes;
     const bool bf16 = a.type == CacheType::kBF16, direct = !kPairs && kDirectValues && a.type != CacheType::kQ8;
     const auto address = (reinterpret_cast<uintptr_t>(a.scratch) + 63) & ~uintptr_t{63};

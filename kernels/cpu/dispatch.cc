@@ -1,6 +1,7 @@
 // Which kernel tables are compiled in, and which of them this processor and operating system can run.
 #include "kernels/kernels.h"
 
+#include <array>
 #include <cstring>
 
 #if defined(__x86_64__)
@@ -9,26 +10,16 @@
 
 namespace deepcalm {
 
-extern const CpuKernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx512x;
+extern const CpuKernels DEEPCALM_TABLES;  // of CMakeLists.txt, best first: kernels_avx2, kernels_scalar
 
 namespace {
-constexpr const CpuKernels* kTables[] = {
-#if DEEPCALM_HAVE_AVX512X
-    &kernels_avx512x,
-#endif
-#if DEEPCALM_HAVE_AVX512
-    &kernels_avx512,
-#endif
-#if DEEPCALM_HAVE_AVX2
-    &kernels_avx2,
-#endif
-#if DEEPCALM_HAVE_SCALAR
-    &kernels_scalar,
-#endif
-    nullptr};
+constexpr auto null_terminated(const auto&... table) {
+    return std::array<const CpuKernels*, sizeof...(table) + 1>{&table..., nullptr};
+}
+constexpr auto kTables = null_terminated(DEEPCALM_TABLES);
 }  // namespace
 
-const CpuKernels* const* all_cpu_kernels() noexcept { return kTables; }
+const CpuKernels* const* all_cpu_kernels() noexcept { return kTables.data(); }
 
 uint32_t cpu_features() noexcept {
     uint32_t features = 0;
@@ -60,7 +51,7 @@ bool amd_core() noexcept {
 
 const CpuKernels* select_cpu_kernels(const char* name) noexcept {
     const uint32_t features = cpu_features();
-    for (const CpuKernels* const* t = kTables; *t; ++t) {
+    for (const CpuKernels* const* t = kTables.data(); *t; ++t) {
         const bool supported = ((*t)->required & ~features) == 0;
         if (supported && (!name || std::strcmp(name, (*t)->isa) == 0)) return *t;
     }

@@ -1,4 +1,4 @@
-// How each weight format is read and multiplied, on top of a SIMD layer (included before this file).
+// How each weight format is read and multiplied, on top of a SIMD layer.
 //
 // Every format is a stream of 64-byte units: kCols columns x 16 rows, lane = row. A chained format (f32, f16, bf16, f8)
 // multiplies a unit into a running sum Acc; the int formats (q8, q4) sum a tile of 32 columns in integers first.
@@ -6,8 +6,6 @@
 
 namespace deepcalm {
 namespace {
-
-struct NoDot {};  // in place of a dot instruction that the set lacks
 
 struct WeightF32 {
     using X = float;
@@ -51,7 +49,7 @@ struct Pair {
 DC_INLINE Pair bf16_pair(I v) { return {as_f(shl<16>(v)), as_f(v & iset1(-65536))}; }
 
 // Without a bf16 dot instruction: the same columns, one fused multiply-add each.
-struct WeightBF16Plain {
+template <> struct WeightBF16<NoDot> {
     using X = uint16_t;
     using Acc = F;
     using Unit = Pair;
@@ -77,7 +75,7 @@ DC_INLINE F e4m3_lanes(I v) {
     return as_f(as_i(magnitude) | (v & iset1(INT32_MIN)));
 }
 
-struct WeightF8Plain {
+template <> struct WeightF8<NoDot> {
     using X = uint16_t;
     using Acc = F;
     struct Unit {

@@ -1,15 +1,4 @@
-// Every CPU kernel, written once against a SIMD layer; an isa_*.cc file includes its simd_*.h, then this, and exports
-// one table. Everything here has internal linkage: code compiled for one instruction set must not be merged with
-// another's copy.
-//
-// The layer: F and I are 16 lanes of f32 and i32 (one lane = one row of a weight tile), with
-//   F: set1 load store load_n store_n + - * / fma max min select_lt (max, min: the second operand if one is NaN)
-//   I: iset1 iload + - & | shl<k> shr<k> imax iselect_lt (signed);  as_f as_i (bits)  to_f (value)
-//   load_u16 load_i8 (widening to I)  store_u16 store_i8 (low bits)  load_f16 store_f16 f16_pair
-//   first, max_lane of I, sum (a fixed tree), prefetch, prefetch_far (second level)
-//   DotQ8, DotQ4: exact integer dots of a tile; register block sizes kBlockRows .. kValueAccs;
-//   WeightBF16, WeightF8: either formats.h's plain ones or its own; PeakBF16, PeakI8: its dot instructions or NoDot (bf16: dot of F and
-//   two I of bf16 pairs, zip of two rows into pairs).
+// Every CPU kernel, written once on a SIMD layer (simd.h) and its formats.
 #pragma once
 
 #include "kernels/cpu/attention_impl.h"
@@ -121,21 +110,21 @@ template <class Op> constexpr decltype(&peak<PeakF32>) peak_of() {
     }
 }
 
-constexpr CpuKernels make_table(const char* isa, uint32_t required) {
+constexpr CpuKernels make_table(const char* isa) {
     return {
         .isa = isa,
-        .required = required,
-        .peak = {peak<PeakF32>, peak_of<PeakBF16>(), peak_of<PeakI8>()},  // in the order of ActKind
-        .prepare = {prepare_f32, prepare_bf16, prepare_i8},               // in the order of ActKind
-        .matmul = {matmul<WeightF32>, matmul<WeightBF16>, matmul<WeightF16>, matmul<WeightF8>, matmul<WeightQ8>,
-                   matmul<WeightQ4>, matmul<WeightQ4B>},  // in the order of Format
+        .required = kRequired,
+        .peak = {peak<PeakF32>, peak_of<DotBF16>(), peak_of<DotI8>()},  // in the order of ActKind
+        .prepare = {prepare_f32, prepare_bf16, prepare_i8},             // in the order of ActKind
+        .matmul = {matmul<WeightF32>, matmul<WeightBF16<DotBF16>>, matmul<WeightF16>, matmul<WeightF8<DotBF16>>,
+                   matmul<WeightQ8>, matmul<WeightQ4>, matmul<WeightQ4B>},  // in the order of Format
         .rmsnorm = rmsnorm,
         .rope = rope,
         .swiglu = swiglu,
         .axpy = axpy,
         .cache_write = cache_write,
         .cache_read = cache_read,
-        .mla_partial = mla_partial<PeakBF16>,
+        .mla_partial = mla_partial<DotBF16>,
         .mla_combine = mla_combine,
     };
 }

@@ -1,15 +1,14 @@
 // The SIMD layer on no particular processor: 16 lanes as four GNU vectors of four, which every compiler target has.
 // A multiply-add rounds twice here (a baseline x86 has no fused one and libm's takes 20 times as long), so `scalar`
-// gives the same bits on every machine. The layer is described at the top of kernels_impl.h.
+// gives the same bits on every machine. The layer is described in simd.h.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-
-#define DC_INLINE __attribute__((always_inline)) inline
+#include "kernels/cpu/simd.h"
 
 namespace deepcalm {
 namespace {
+
+constexpr uint32_t kRequired = 0;  // CpuFeature bits
 
 constexpr int kBlockRows = 2, kBlockTiles = 1;  // matmul: register block of many rows, in rows x row tiles
 constexpr int kWideTiles = 1;                   // matmul: row tiles at once for fewer rows
@@ -212,6 +211,9 @@ struct DotQ4 {
     }
     static DC_INLINE F value(Acc acc) { return acc; }
 };
+
+using DotBF16 = NoDot;
+using DotI8 = NoDot;
 
 }  // namespace
 }  // namespace deepcalm

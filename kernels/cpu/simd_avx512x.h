@@ -1,12 +1,13 @@
-// The kernel table `avx512x`: AVX-512 with VNNI (int8 dot), BF16 (bf16 dot) and VBMI (byte tables for e4m3).
-#include "kernels/kernels.h"
+// The SIMD layer on AVX-512 with VNNI (int8 dot), BF16 (bf16 dot) and VBMI (byte tables for e4m3).
+#pragma once
 
-#include "kernels/cpu/simd_avx512.h"
+#include "kernels/cpu/vectors_avx512.h"
 
 namespace deepcalm {
 namespace {
 
-DC_INLINE __m512i broadcast_4(const void* x) { return _mm512_set1_epi32(load_32(x)); }
+constexpr uint32_t kRequired = kCpuAvx2 | kCpuAvx512 | kCpuAvx512X;
+
 DC_INLINE __m512 dot_bf16(__m512 acc, __m512i w, __m512i x) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
 }
@@ -21,16 +22,9 @@ struct DotQ8 {
     static DC_INLINE F value(Acc acc) { return to_f({acc}); }
 };
 
-struct DotQ4 {
+struct DotQ4 : Nibbles {
     using Acc = __m512i;
-    struct Unit {
-        __m512i lo, hi;
-    };
     static DC_INLINE Acc start(int32_t group_sum) { return _mm512_set1_epi32(-8 * group_sum); }
-    static DC_INLINE Unit load(const std::byte* p) {
-        const __m512i v = _mm512_loadu_si512(p), low = _mm512_set1_epi8(15);
-        return {_mm512_and_si512(v, low), _mm512_and_si512(_mm512_srli_epi16(v, 4), low)};
-    }
     static DC_INLINE void mac(Acc& acc, const Unit& u, const int8_t* x) {
         acc = _mm512_dpbusd_epi32(acc, u.lo, broadcast_4(x));
         acc = _mm512_dpbusd_epi32(acc, u.hi, broadcast_4(x + 16));
@@ -38,15 +32,27 @@ struct DotQ4 {
     static DC_INLINE F value(Acc acc) { return to_f({acc}); }
 };
 
-}  // namespace
-}  // namespace deepcalm
+struct DotBF16 {
+    using Reg = __m512i;
+    static constexpr int64_t kOps = 2 * 32;
+    static DC_INLINE Reg step(Reg acc, Reg a) { return _mm512_castps_si512(dot_bf16(_mm512_castsi512_ps(acc), a, a)); }
+    static DC_INLINE F dot(F acc, I a, I b) { return {dot_bf16(acc.v, a.v, b.v)}; }
+    // even, odd [32] bf16 -> out [32] words: even's in the low halves, odd's in the high ones
+    static DC_INLINE void zip(const std::byte* even, const std::byte* odd, float* out) {
+        const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd), half = _mm512_set1_epi16(16);
+        const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,  //
+                                               39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+        _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, order, b));
+        _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi16(a, _mm512_add_epi16(order, half), b));
+    }
+};
+struct DotI8 {
+    using Reg = __m512i;
+    static constexpr int64_t kOps = 2 * 64;
+    static DC_INLINE Reg step(Reg acc, Reg a) { return _mm512_dpbusd_epi32(acc, a, a); }
+};
 
-#include "kernels/cpu/formats.h"
-
-namespace deepcalm {
-namespace {
-
-struct WeightBF16 {
+template <> struct WeightBF16<DotBF16> {
     using X = uint16_t;
     using Acc = __m512;
     using Unit = __m512i;
@@ -82,7 +88,7 @@ constexpr E4m3Table kE4m3 = make_e4m3_table();
 // Unpacking bytes inside 128-bit lanes gives dwords
 //   a: row 4i columns (0, 1), (2, 3), row 4i + 1 columns (0, 1), (2, 3)        b: the same of rows 4i + 2, 4i + 3
 // so a lane keeps half of a row's columns, and value() adds the two halves and restores the row order.
-struct WeightF8 {
+template <> struct WeightF8<DotBF16> {
     using X = uint16_t;
     struct Acc {
         __m512 a, b;
@@ -123,32 +129,5 @@ struct WeightF8 {
     }
 };
 
-struct PeakBF16 {
-    using Reg = __m512i;
-    static constexpr int64_t kOps = 2 * 32;
-    static DC_INLINE Reg step(Reg acc, Reg a) { return _mm512_castps_si512(dot_bf16(_mm512_castsi512_ps(acc), a, a)); }
-    static DC_INLINE F dot(F acc, I a, I b) { return {dot_bf16(acc.v, a.v, b.v)}; }
-    // even, odd [32] bf16 -> out [32] words: even's in the low halves, odd's in the high ones
-    static DC_INLINE void zip(const std::byte* even, const std::byte* odd, float* out) {
-        const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd), half = _mm512_set1_epi16(16);
-        const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,  //
-                                               39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-        _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, order, b));
-        _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi16(a, _mm512_add_epi16(order, half), b));
-    }
-};
-struct PeakI8 {
-    using Reg = __m512i;
-    static constexpr int64_t kOps = 2 * 64;
-    static DC_INLINE Reg step(Reg acc, Reg a) { return _mm512_dpbusd_epi32(acc, a, a); }
-};
-
 }  // namespace
-}  // namespace deepcalm
-
-#include "kernels/cpu/kernels_impl.h"
-
-namespace deepcalm {
-extern const CpuKernels kernels_avx512x;
-constinit const CpuKernels kernels_avx512x = make_table("avx512x", kCpuAvx2 | kCpuAvx512 | kCpuAvx512X);
 }  // namespace deepcalm
