@@ -119,10 +119,14 @@ enum CpuFeature : uint32_t {
     kCpuAvx512X = 1U << 2,  // VNNI VBMI BF16 (and the above)
 };
 uint32_t cpu_features() noexcept;  // CPUID and XCR0
-// AMD (measured on Zen 4): vdpbf16ps has twice the rate of f32's multiply-add; asking the first-level cache for what is in
-// memory costs a quarter to a third of the read bandwidth, the second level nothing; one stream of a thread reads faster
-// than four. On Intel none of this holds.
-bool amd_core() noexcept;
+// How this processor is best used, whatever the table: both are AMD's (measured on Zen 4), where vdpbf16ps has twice the rate of
+// f32's multiply-add; asking the first-level cache for what is in memory costs a quarter to a third of the read bandwidth,
+// the second level nothing; one stream of a thread reads faster than four. On Intel none of this holds.
+struct CpuPolicy {
+    bool one_stream = false;  // of MatmulArgs
+    bool bf16_dot = false;    // of MlaPartialArgs
+};
+CpuPolicy cpu_policy() noexcept;
 const CpuKernels* const* all_cpu_kernels() noexcept;  // null-terminated, best first; only those compiled in
 // The first supported table, or the one called `name`; null if unknown or unsupported by this processor.
 const CpuKernels* select_cpu_kernels(const char* name /* may be null */) noexcept;

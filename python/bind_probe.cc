@@ -135,6 +135,9 @@ void init_testing(py::module_& m) {
     m.def("thread_choice", &thread_choice, "passes"_a, "crowded"_a = false, "kind"_a = 1,
           "Which of the passes (cost on all threads, cost alone, share of waiting) are chosen to run alone.");
     m.def("hold_passes", &hold_passes, "model"_a, "fn"_a, "Calls fn() as if a pass of the model ran meanwhile.");
+    m.def(
+        "set_policy", [](Model& model, bool one_stream, bool bf16_dot) { model.set_policy({one_stream, bf16_dot}); },
+        "model"_a, "one_stream"_a, "bf16_dot"_a, "Later passes use the kernels as another processor would.");
     m.def("exp", py::vectorize(exp_f64), "x"_a, "e^x, f64.");
     m.def("log", py::vectorize(log_f64), "x"_a, "Natural logarithm, f64.");
     m.def("sin", py::vectorize([](float x) { return sincos_f32(x).sin; }), "x"_a, "f32, radians.");

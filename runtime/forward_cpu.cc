@@ -141,7 +141,7 @@ class Pass {
                                                .n = n,
                                                .y = y,
                                                .y_stride = y_stride,
-                                               .one_stream = amd_core()});
+                                               .one_stream = a_.model.policy().one_stream});
     }
     // A plain product over all rows of the pass; then(tiles) where row tiles of y are done.
     template <class Fn>
@@ -336,7 +336,7 @@ class Pass {
                          .q_row_stride = heads_ * q_full,
                          .softmax_scale = a_.model.rope().softmax_scale,
                          .scratch = s_.mla_scratch[static_cast<size_t>(tid_)],
-                         .bf16_dot = amd_core()};
+                         .bf16_dot = a_.model.policy().bf16_dot};
         // Rows [i0, i1) x heads [h0, h1) x partial p; (row, head) goes to slot + (row - i0) * row_stride + (head - h0).
         // Meanwhile rows of partial `next` are asked for, which this thread is likely to come to then.
         const auto partial = [&](int i0, int i1, int h0, int h1, int p, int next, int64_t slot, int64_t row_stride) {

@@ -40,6 +40,8 @@ class Model {
     const ModelConfig& cfg() const { return cfg_; }
     const ModelWeights& weights() const { return weights_; }
     const CpuKernels& kernels() const { return *kernels_; }
+    const CpuPolicy& policy() const { return policy_; }
+    void set_policy(const CpuPolicy& policy) { policy_ = policy; }  // for tests: another processor's
     const char* isa() const { return on_device() ? device_.arch.c_str() : kernels_->isa; }
     bool on_device() const { return device_model_ != nullptr; }
     const Device& device() const { return device_; }
@@ -64,6 +66,7 @@ class Model {
     MappedFile file_;
     ModelWeights weights_;
     const CpuKernels* kernels_ = nullptr;
+    CpuPolicy policy_ = cpu_policy();
     Rope rope_;
     WeightBytes weight_bytes_;
     std::unique_ptr<ThreadPool> pool_;

@@ -150,7 +150,7 @@ Result<double> attention_rate(const CpuKernels& k, CacheType kv, int heads, int 
     }
     std::vector<int32_t> ends(static_cast<size_t>(row_block));
     MlaPartialArgs a{.type = kv, .cache = buffer.data(), .row_bytes = row_bytes, .c_pad = kC, .r_pad = kR};
-    a.bf16_dot = amd_core();
+    a.bf16_dot = cpu_policy().bf16_dot;
     a.q_row_stride = row_q;
     a.row_end = ends.data();
     a.softmax_scale = 0.1F;

@@ -307,6 +307,21 @@ def test_isa_names_name_one_set_of_bits(isa: str) -> None:
     assert np.abs(run.logits - best.logits).max() <= 1e-4
 
 
+@pytest.mark.parametrize("isa", rc.ISAS)
+@pytest.mark.parametrize("i", [0, 3])
+def test_bits_do_not_depend_on_the_processor(i: int, isa: str) -> None:
+    """The policy that a model takes from its processor sets paths through memory and instructions, not results."""
+    file, kv, ids = _case(*CASES[i])
+
+    def bits(one_stream: bool, bf16_dot: bool) -> bytes:
+        m = rc.open_model(file, isa)
+        _core.testing.set_policy(m, one_stream, bf16_dot)
+        run = rc.Run(m, ids[:40], kv, [32, *[1] * 8])
+        return run.logits.tobytes() + run.hidden.tobytes()
+
+    assert len({bits(*policy) for policy in [(False, False), (True, True)]}) == 1
+
+
 # SHA-256 of the logits below. A change of arithmetic renews them, on purpose and with its reason.
 BITS = {
     "avx512x": "f358303a6ac98795",

@@ -41,12 +41,11 @@ uint32_t cpu_features() noexcept {
     return features;
 }
 
-bool amd_core() noexcept {
+CpuPolicy cpu_policy() noexcept {
 #if defined(__x86_64__)
-    return __builtin_cpu_is("amd");
-#else
-    return false;
+    if (__builtin_cpu_is("amd")) return {.one_stream = true, .bf16_dot = true};
 #endif
+    return {};
 }
 
 const CpuKernels* select_cpu_kernels(const char* name) noexcept {
