@@ -164,15 +164,13 @@ DC_INLINE void swap_blocks(Vector& a, Vector& b, std::integer_sequence<int, kLan
     a = lo;
 }
 template <int kStep> DC_INLINE void transpose_step(Vector (&v)[16]) {
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i)
+    DC_EACH (i, 16)
         if ((i & kStep) == 0) swap_blocks<kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, 16>());
 }
 // rows [16] of 16 f32 -> out [16, 16], out[d, i] = rows[i][d]
 DC_INLINE void transpose(const float* const (&rows)[16], float* out) {
     Vector v[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) __builtin_memcpy(&v[i], rows[i], 64);
+    DC_EACH (i, 16) __builtin_memcpy(&v[i], rows[i], 64);
     transpose_step<8>(v);
     transpose_step<4>(v);
     transpose_step<2>(v);
@@ -210,30 +208,23 @@ template <bool kPairs, int NV, int kPos>
 DC_INLINE void score_block(const float* q, int64_t q_stride, const float* k, int n, bool first, float* s,
                            Ahead& ahead) {
     F acc[NV][kPos];
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v)
-#pragma GCC unroll 16
-        for (int p = 0; p < kPos; ++p) acc[v][p] = first ? set1(0) : load(s + v * kVectorScores + p * kLanes);
+    DC_EACH (v, NV)
+        DC_EACH (p, kPos) acc[v][p] = first ? set1(0) : load(s + v * kVectorScores + p * kLanes);
     for (int d0 = 0; d0 < n; d0 += 2) {
         ahead.template ask<kPairs>();
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
             const int d = kPairs ? d0 + i : d0 + 1 - i;
             F qv[NV];
-#pragma GCC unroll 16
-            for (int v = 0; v < NV; ++v) qv[v] = load(q + v * q_stride + d * kLanes);
-#pragma GCC unroll 16
-            for (int p = 0; p < kPos; ++p) {
+            DC_EACH (v, NV) qv[v] = load(q + v * q_stride + d * kLanes);
+            DC_EACH (p, kPos) {
                 const F kv = set1(k[p * kSlice + d]);
-#pragma GCC unroll 16
-                for (int v = 0; v < NV; ++v) acc[v][p] = multiply_add<kPairs>(qv[v], kv, acc[v][p]);
+                DC_EACH (v, NV) acc[v][p] = multiply_add<kPairs>(qv[v], kv, acc[v][p]);
             }
         }
     }
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v)
-#pragma GCC unroll 16
-        for (int p = 0; p < kPos; ++p) store(s + v * kVectorScores + p * kLanes, acc[v][p]);
+    DC_EACH (v, NV)
+        DC_EACH (p, kPos) store(s + v * kVectorScores + p * kLanes, acc[v][p]);
 }
 
 // Running softmax of a vector: maximum, sum of exponentials, and what the last chunk multiplies older sums by.
@@ -246,22 +237,17 @@ template <bool kPairs, CacheType kType, int NH, int ND>
 DC_INLINE void value_block(const float* alpha, const float* p, const std::byte* c, int64_t row_bytes, int d, int n_pos,
                            float* o, int c_pad) {
     F acc[NH][ND];
-#pragma GCC unroll 16
-    for (int h = 0; h < NH; ++h)
-#pragma GCC unroll 16
-        for (int v = 0; v < ND; ++v) acc[h][v] = alpha ? load(o + h * c_pad + 16 * v) * set1(alpha[h]) : set1(0);
+    DC_EACH (h, NH)
+        DC_EACH (v, ND) acc[h][v] = alpha ? load(o + h * c_pad + 16 * v) * set1(alpha[h]) : set1(0);
     const auto add = [&](int j, I used) __attribute__((always_inline)) {
         F cv[ND];
-#pragma GCC unroll 16
-        for (int v = 0; v < ND; ++v) {
+        DC_EACH (v, ND) {
             cv[v] = read_dims<kType>(c + j * row_bytes, d + 16 * v);
             if (kPairs) cv[v] = as_f(as_i(cv[v]) & used);
         }
-#pragma GCC unroll 16
-        for (int h = 0; h < NH; ++h) {
+        DC_EACH (h, NH) {
             const F pv = set1(p[j * kLanes + h]);
-#pragma GCC unroll 16
-            for (int v = 0; v < ND; ++v) acc[h][v] = multiply_add<kPairs>(pv, cv[v], acc[h][v]);
+            DC_EACH (v, ND) acc[h][v] = multiply_add<kPairs>(pv, cv[v], acc[h][v]);
         }
     };
     const I all = iset1(-1);
@@ -276,10 +262,8 @@ DC_INLINE void value_block(const float* alpha, const float* p, const std::byte* 
         }
         if (j < n_pos) add(j, all);
     }
-#pragma GCC unroll 16
-    for (int h = 0; h < NH; ++h)
-#pragma GCC unroll 16
-        for (int v = 0; v < ND; ++v) store(o + h * c_pad + 16 * v, acc[h][v]);
+    DC_EACH (h, NH)
+        DC_EACH (v, ND) store(o + h * c_pad + 16 * v, acc[h][v]);
 }
 // Two vectors of dims for n_heads lanes from `lane` on, which are one row's: in blocks of heads that stay inside a vector.
 // sums: what older chunks have summed up to, null if there are none.

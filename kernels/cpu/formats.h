@@ -7,29 +7,26 @@
 namespace deepcalm {
 namespace {
 
-struct WeightF32 {
-    using X = float;
+// What the chained formats share where columns are multiplied in f32, one after the other.
+template <class Tile, class XType> struct Chain {
+    using X = XType;
     using Acc = F;
-    using Unit = F;
-    static constexpr int kTileBytes = sizeof(TileF32);
-    static constexpr int kCols = 1;
+    static constexpr int kTileBytes = sizeof(Tile), kCols = 64 * kTileCols / kTileBytes;
     static constexpr bool kScaled = false;
     static DC_INLINE Acc start() { return set1(0); }
-    static DC_INLINE Unit load(const std::byte* p) { return ::deepcalm::load(reinterpret_cast<const float*>(p)); }
-    static DC_INLINE void mac(Acc& acc, Unit w, const X* x) { acc = fma(w, set1(x[0]), acc); }
     static DC_INLINE F value(Acc acc) { return acc; }
 };
 
-struct WeightF16 {
-    using X = float;
-    using Acc = F;
+struct WeightF32 : Chain<TileF32, float> {
+    using Unit = F;
+    static DC_INLINE Unit load(const std::byte* p) { return ::deepcalm::load(reinterpret_cast<const float*>(p)); }
+    static DC_INLINE void mac(Acc& acc, Unit w, const X* x) { acc = fma(w, set1(x[0]), acc); }
+};
+
+struct WeightF16 : Chain<Tile16, float> {
     struct Unit {
         F even, odd;
     };
-    static constexpr int kTileBytes = sizeof(Tile16);
-    static constexpr int kCols = 2;
-    static constexpr bool kScaled = false;
-    static DC_INLINE Acc start() { return set1(0); }
     static DC_INLINE Unit load(const std::byte* p) {
         Unit u;
         f16_pair(iload(p), u.even, u.odd);
@@ -39,7 +36,6 @@ struct WeightF16 {
         acc = fma(w.even, set1(x[0]), acc);
         acc = fma(w.odd, set1(x[1]), acc);
     }
-    static DC_INLINE F value(Acc acc) { return acc; }
 };
 
 // A bf16 pair in each 32-bit lane -> f32 of the low and of the high half.
@@ -49,21 +45,14 @@ struct Pair {
 DC_INLINE Pair bf16_pair(I v) { return {as_f(shl<16>(v)), as_f(v & iset1(-65536))}; }
 
 // Without a bf16 dot instruction: the same columns, one fused multiply-add each.
-template <> struct WeightBF16<NoDot> {
-    using X = uint16_t;
-    using Acc = F;
+template <> struct WeightBF16<NoDot> : Chain<Tile16, uint16_t> {
     using Unit = Pair;
-    static constexpr int kTileBytes = sizeof(Tile16);
-    static constexpr int kCols = 2;
-    static constexpr bool kScaled = false;
-    static DC_INLINE Acc start() { return set1(0); }
     static DC_INLINE Unit load(const std::byte* p) { return bf16_pair(iload(p)); }
     static DC_INLINE void mac(Acc& acc, const Unit& w, const X* x) {
         const Pair xp = bf16_pair(iset1(load_32(x)));
         acc = fma(w.even, xp.even, acc);
         acc = fma(w.odd, xp.odd, acc);
     }
-    static DC_INLINE F value(Acc acc) { return acc; }
 };
 
 // e4m3 in the top byte of each lane -> f32, exact, without denormal operands (slow, and zero where a thread has set DAZ):
@@ -75,16 +64,11 @@ DC_INLINE F e4m3_lanes(I v) {
     return as_f(as_i(magnitude) | (v & iset1(INT32_MIN)));
 }
 
-template <> struct WeightF8<NoDot> {
-    using X = uint16_t;
-    using Acc = F;
+template <> struct WeightF8<NoDot> : Chain<TileF8, uint16_t> {
+    static constexpr bool kScaled = true;
     struct Unit {
         F w[4];
     };
-    static constexpr int kTileBytes = sizeof(TileF8);
-    static constexpr int kCols = 4;
-    static constexpr bool kScaled = true;
-    static DC_INLINE Acc start() { return set1(0); }
     static DC_INLINE Unit load(const std::byte* p) {
         const I v = iload(p);
         return {{e4m3_lanes(shl<24>(v)), e4m3_lanes(shl<16>(v)), e4m3_lanes(shl<8>(v)), e4m3_lanes(v)}};
@@ -96,7 +80,6 @@ template <> struct WeightF8<NoDot> {
         acc = fma(w.w[2], hi.even, acc);
         acc = fma(w.w[3], hi.odd, acc);
     }
-    static DC_INLINE F value(Acc acc) { return acc; }
 };
 
 struct WeightQ8 : DotQ8 {

@@ -66,8 +66,7 @@ template <class W> struct Cached {
     }
     DC_INLINE F scale(int s, int c) const { return W::scale(w + s * step + column_bytes<W>(c) + W::kScaleAt); }
     template <int T> DC_INLINE const Cached& at(int c) const {
-#pragma GCC unroll 16
-        for (int s = 0; s < T; ++s) fetch(w + s * step + ahead + column_bytes<W>(c) + 64 * lo, 64 * (hi - lo));
+        DC_EACH (s, T) fetch(w + s * step + ahead + column_bytes<W>(c) + 64 * lo, 64 * (hi - lo));
         return *this;
     }
 };
@@ -85,9 +84,7 @@ template <class W> struct Unpacked {
         first = begin;
         for (int c = begin; c < end; c += kTileCols)
             for (int s = 0; s < kWideTiles; ++s)
-#pragma GCC unroll 16
-                for (int u = 0; u < kPerTile; ++u)
-                    units[s][(c - begin) / kTileCols * kPerTile + u] = from.unit(s, c, u);
+                DC_EACH (u, kPerTile) units[s][(c - begin) / kTileCols * kPerTile + u] = from.unit(s, c, u);
     }
 };
 // Row tiles s0, s0 + 1, ... of an unpacked panel.
@@ -104,8 +101,7 @@ template <class W> struct InPanel {
 template <class W, int R> struct Rows {
     const typename W::X* x[R];
     Rows(const MatmulArgs& a, int i) {
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
+        DC_EACH (r, R)
             x[r] = static_cast<const typename W::X*>(a.x.x) + (a.x_row ? a.x_row[i + r] : i + r) * a.x.stride;
     }
 };
@@ -116,8 +112,7 @@ struct Rows<W, R> {
     const float* d[R];
     const int32_t* sum[R];
     Rows(const MatmulArgs& a, int i) {
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
+        DC_EACH (r, R) {
             const int64_t row = a.x_row ? a.x_row[i + r] : i + r;
             x[r] = static_cast<const int8_t*>(a.x.x) + row * a.x.stride;
             d[r] = a.x.d + row * (a.x.stride / kTileCols);
@@ -163,23 +158,17 @@ template <class W> struct Blocks {
 template <class W, int R, int S, class Src>
 DC_INLINE void chain(const Src& src, const Rows<W, R>& rows, int c, int n_cols, F (&out)[R][S]) {
     typename W::Acc sum[R][S];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-        for (int s = 0; s < S; ++s) sum[r][s] = W::start();
+    DC_EACH (r, R)
+        DC_EACH (s, S) sum[r][s] = W::start();
     const int units = n_cols / W::kCols;
     for (int u = 0; u < units; ++u) {
-#pragma GCC unroll 16
-        for (int s = 0; s < S; ++s) {
+        DC_EACH (s, S) {
             const auto& unit = src.unit(s, c, u);  // no copy: g++ makes it in pieces that loads wait for
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) W::mac(sum[r][s], unit, rows.x[r] + c + u * W::kCols);
+            DC_EACH (r, R) W::mac(sum[r][s], unit, rows.x[r] + c + u * W::kCols);
         }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-        for (int s = 0; s < S; ++s) out[r][s] = W::value(sum[r][s]);
+    DC_EACH (r, R)
+        DC_EACH (s, S) out[r][s] = W::value(sum[r][s]);
 }
 
 // acc[r][j] += row r x row tile t + j over columns [c, end), which begin and end with a sum block.
@@ -191,10 +180,8 @@ DC_INLINE void accumulate(const MatmulArgs& a, const Blocks<W>& blocks, const Sr
         const int next = blocks.end(c);
         F sums[R][T];
         chain<W, R, T>(src.template at<T>(c), rows, c, next - c, sums);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-            for (int j = 0; j < T; ++j) acc[r][j] = blocks.add(a, acc[r][j], sums[r][j], t + j, c);
+        DC_EACH (r, R)
+            DC_EACH (j, T) acc[r][j] = blocks.add(a, acc[r][j], sums[r][j], t + j, c);
         c = next;
     }
 }
@@ -211,23 +198,16 @@ DC_INLINE void accumulate(const MatmulArgs&, const IntBlocks&, const Src& src, i
         const int group = c / kTileCols;
         const auto& now = src.template at<T>(c);
         typename W::Acc sum[R][T];
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-            for (int j = 0; j < T; ++j) sum[r][j] = W::start(rows.sum[r][group]);
-#pragma GCC unroll 16
-        for (int u = 0; u < W::kUnits; ++u)
-#pragma GCC unroll 16
-            for (int j = 0; j < T; ++j) {
+        DC_EACH (r, R)
+            DC_EACH (j, T) sum[r][j] = W::start(rows.sum[r][group]);
+        DC_EACH (u, W::kUnits)
+            DC_EACH (j, T) {
                 const typename W::Unit unit = now.unit(j, c, u);
-#pragma GCC unroll 16
-                for (int r = 0; r < R; ++r) W::mac(sum[r][j], unit, rows.x[r] + c + 4 * u);
+                DC_EACH (r, R) W::mac(sum[r][j], unit, rows.x[r] + c + 4 * u);
             }
-#pragma GCC unroll 16
-        for (int j = 0; j < T; ++j) {
+        DC_EACH (j, T) {
             const F dw = now.scale(j, c);
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) acc[r][j] = fma(W::value(sum[r][j]), dw * set1(rows.d[r][group]), acc[r][j]);
+            DC_EACH (r, R) acc[r][j] = fma(W::value(sum[r][j]), dw * set1(rows.d[r][group]), acc[r][j]);
         }
     }
 }
@@ -260,16 +240,12 @@ template <class W, int R, int kT, class Src>
 DC_INLINE void whole_rows(const MatmulArgs& a, const Src& src, int cols_end, int t, int i) {
     const typename BlocksFor<W>::Type blocks(a);
     F acc[R][kT];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-        for (int s = 0; s < kT; ++s) acc[r][s] = set1(0);
+    DC_EACH (r, R)
+        DC_EACH (s, kT) acc[r][s] = set1(0);
     accumulate<W, R, kT>(a, blocks, src, t, Rows<W, R>(a, i), 0, cols_end, acc);
     float* y = a.y + i * a.y_stride + int64_t{t - a.tile_begin} * kTileRows;
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-        for (int s = 0; s < kT; ++s) store(y + r * a.y_stride + kTileRows * s, acc[r][s]);
+    DC_EACH (r, R)
+        DC_EACH (s, kT) store(y + r * a.y_stride + kTileRows * s, acc[r][s]);
 }
 
 // Row tiles t .. t+T-1, w the first: few rows, or the tiles that no block of many rows takes.
@@ -310,10 +286,8 @@ template <class W> void by_panels(const MatmulArgs& a, const std::byte* w, int64
             const std::byte* next = end == blocks.cols ? w + kWideTiles * w_step : w + column_bytes<W>(end);
             const auto part = [&]<int R>(const auto& src, int i, int j) {
                 F acc[R][kBlockTiles];
-#pragma GCC unroll 16
-                for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-                    for (int s = 0; s < kBlockTiles; ++s) acc[r][s] = begin == 0 ? set1(0) : load(sums[i + r][j + s]);
+                DC_EACH (r, R)
+                    DC_EACH (s, kBlockTiles) acc[r][s] = begin == 0 ? set1(0) : load(sums[i + r][j + s]);
                 accumulate<W, R, kBlockTiles>(a, blocks, src, t + j, Rows<W, R>(a, i0 + i), begin, end, acc);
                 float* to = sums[i][j];
                 int64_t stride = kWideTiles * kTileRows;
@@ -321,10 +295,8 @@ template <class W> void by_panels(const MatmulArgs& a, const std::byte* w, int64
                     to = a.y + (i0 + i) * a.y_stride + int64_t{t + j - a.tile_begin} * kTileRows;
                     stride = a.y_stride;
                 }
-#pragma GCC unroll 16
-                for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-                    for (int s = 0; s < kBlockTiles; ++s) store(to + r * stride + kTileRows * s, acc[r][s]);
+                DC_EACH (r, R)
+                    DC_EACH (s, kBlockTiles) store(to + r * stride + kTileRows * s, acc[r][s]);
             };
             const auto all_rows =
                 [&](auto source) {  // source(j, ask): row tile j and on; ask for the next panel meanwhile
