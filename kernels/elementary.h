@@ -4,6 +4,8 @@
 // hosts and on devices (nvcc takes constexpr functions for both).
 #pragma once
 
+#include "kernels/format.h"
+
 #include <cstdint>
 
 namespace deepcalm {
@@ -64,6 +66,24 @@ constexpr SinCos sincos_f32(float angle) {
     const uint64_t q = bits(shifted);
     const double sine = q & 1 ? c : s, cosine = q & 1 ? s : c;
     return {static_cast<float>(q & 2 ? -sine : sine), static_cast<float>((q + 1) & 2 ? -cosine : cosine)};
+}
+
+// exp(x) for -87 <= x <= 0 as p 2^n, about 1 ulp off, in f32, of one float or of many lanes. n is in the low bits of n_biased,
+// to be shifted to p's exponent. splat(c): a constant in every lane; fma(a, b, c) = a * b + c, which rounds once or twice.
+template <class F> struct ExpParts {
+    F p, n_biased;
+};
+template <class F, class Splat, class Fma> DC_CONSTEXPR ExpParts<F> exp_parts(F x, Splat splat, Fma fma) {
+    const F magic = splat(12582912.0F);  // 1.5 * 2^23: rounds to an integer that stays in the low bits
+    const F n_biased = fma(x, splat(1.44269504088896341F), magic), n = n_biased - magic;
+    const F r = fma(n, splat(2.12194440e-4F), fma(n, splat(-0.693359375F), x));  // ln 2 in two parts
+    F p = splat(1.9875691500e-4F);                                               // Cephes expf
+    p = fma(p, r, splat(1.3981999507e-3F));
+    p = fma(p, r, splat(8.3334519073e-3F));
+    p = fma(p, r, splat(4.1665795894e-2F));
+    p = fma(p, r, splat(1.6666665459e-1F));
+    p = fma(p, r, splat(5.0000001201e-1F));
+    return {fma(p, r * r, r) + splat(1.0F), n_biased};
 }
 
 }  // namespace deepcalm

@@ -11,6 +11,8 @@
 // products and sums below 2^-126, which it takes for 0.
 #pragma once
 
+#include "kernels/elementary.h"
+
 #include <utility>
 
 namespace deepcalm {
@@ -20,17 +22,7 @@ constexpr float kMinusInf = -__builtin_inff();
 
 // exp(x) for x <= 0, about 1 ulp; 0 below -87, where results leave the normal range; NaN stays NaN.
 DC_INLINE F exp_neg(F x) {
-    const F magic = set1(12582912.0F);  // 1.5 * 2^23: rounds to an integer that stays in the low bits
-    const F n_biased = fma(x, set1(1.44269504088896341F), magic);
-    const F n = n_biased - magic;
-    const F r = fma(n, set1(2.12194440e-4F), fma(n, set1(-0.693359375F), x));  // ln 2 in two parts
-    F p = set1(1.9875691500e-4F);                                              // Cephes expf
-    p = fma(p, r, set1(1.3981999507e-3F));
-    p = fma(p, r, set1(8.3334519073e-3F));
-    p = fma(p, r, set1(4.1665795894e-2F));
-    p = fma(p, r, set1(1.6666665459e-1F));
-    p = fma(p, r, set1(5.0000001201e-1F));
-    p = fma(p, r * r, r) + set1(1.0F);
+    const auto [p, n_biased] = exp_parts(x, set1, fma);
     return select_lt(x, set1(-87.0F), set1(0), as_f(as_i(p) + shl<23>(as_i(n_biased))));
 }
 DC_INLINE float exp_neg(float x) { return first(exp_neg(set1(x))); }

@@ -1,33 +1,22 @@
 // Routing of one token (docs/model.md section 5). Plain f32 code without vectors: the same bits for every
 // instruction set of one architecture, and no libm, whose expf differs between machines.
+#include "kernels/elementary.h"
 #include "kernels/kernels.h"
 
-#include <cstring>
+#include <bit>
 
 namespace deepcalm {
 namespace {
 
 constexpr float kInf = __builtin_inff();
 
-// exp(x) for x <= 0, about 1 ulp; 0 below -87 (the smallest normal results); NaN stays NaN. Cephes expf coefficients.
+// exp(x) for x <= 0; 0 below -87 (the smallest normal results); NaN stays NaN.
 float exp_neg(float x) {
     if (x < -87.0F) return 0.0F;
-    const float n_biased = x * 1.44269504088896341F + 12582912.0F;  // 1.5 * 2^23: the integer lands in the low bits
-    const float n = n_biased - 12582912.0F;
-    const float r = (x - n * 0.693359375F) - n * -2.12194440e-4F;
-    float p = 1.9875691500e-4F;
-    p = p * r + 1.3981999507e-3F;
-    p = p * r + 8.3334519073e-3F;
-    p = p * r + 4.1665795894e-2F;
-    p = p * r + 1.6666665459e-1F;
-    p = p * r + 5.0000001201e-1F;
-    p = p * (r * r) + r + 1.0F;
-    uint32_t bits = 0, shift = 0;
-    std::memcpy(&bits, &p, 4);
-    std::memcpy(&shift, &n_biased, 4);
-    bits += shift << 23;
-    std::memcpy(&p, &bits, 4);
-    return p;
+    const auto splat = [](float c) { return c; };
+    const auto fma = [](float a, float b, float c) { return a * b + c; };
+    const auto [p, n_biased] = exp_parts(x, splat, fma);
+    return std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(n_biased) << 23));
 }
 
 float sigmoid(float z) {
