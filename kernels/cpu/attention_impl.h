@@ -223,18 +223,23 @@ DC_INLINE void score_block(const float* q, int64_t q_stride, const float* k, int
 struct LaneSums {
     float m[kLanes], l[kLanes], alpha[kLanes];
 };
-// o[h, 16 ND dims] = o alpha[h] (alpha null: 0) + sum_j p[j, h] * c[j, d ..], j in order; alpha, p: lanes of a vector, c:
-// n_pos rows. With kPairs p and c hold two positions in a row; of an odd n_pos the last one is not used.
+// Dims from d on of n_pos rows of values, row_bytes apart. With kPairs a row holds two positions; of an odd n_pos the last
+// one's second half is not used.
+struct Values {
+    const std::byte* rows;
+    int64_t row_bytes;
+    int d, n_pos;
+};
+// o[h, 16 ND dims] = o alpha[h] (alpha null: 0) + sum_j p[j, h] * c[j, d ..], j in order; alpha, p: lanes of a vector.
 template <bool kPairs, CacheType kType, int NH, int ND>
-DC_INLINE void value_block(const float* alpha, const float* p, const std::byte* c, int64_t row_bytes, int d, int n_pos,
-                           float* o, int c_pad) {
+DC_INLINE void value_block(const float* alpha, const float* p, const Values& c, float* o, int c_pad) {
     F acc[NH][ND];
     DC_EACH (h, NH)
         DC_EACH (v, ND) acc[h][v] = alpha ? load(o + h * c_pad + 16 * v) * set1(alpha[h]) : set1(0);
     const auto add = [&](int j, I used) __attribute__((always_inline)) {
         F cv[ND];
         DC_EACH (v, ND) {
-            cv[v] = read_dims<kType>(c + j * row_bytes, d + 16 * v);
+            cv[v] = read_dims<kType>(c.rows + j * c.row_bytes, c.d + 16 * v);
             if (kPairs) cv[v] = as_f(as_i(cv[v]) & used);
         }
         DC_EACH (h, NH) {
@@ -245,14 +250,14 @@ DC_INLINE void value_block(const float* alpha, const float* p, const std::byte* 
     const I all = iset1(-1);
     int j = 0;
     if constexpr (kPairs) {
-        for (; 2 * j + 1 < n_pos; ++j) add(j, all);
-        if (2 * j < n_pos) add(j, iset1(0xffff));
+        for (; 2 * j + 1 < c.n_pos; ++j) add(j, all);
+        if (2 * j < c.n_pos) add(j, iset1(0xffff));
     } else {
-        for (; j + 1 < n_pos; j += 2) {
+        for (; j + 1 < c.n_pos; j += 2) {
             add(j + 1, all);
             add(j, all);
         }
-        if (j < n_pos) add(j, all);
+        if (j < c.n_pos) add(j, all);
     }
     DC_EACH (h, NH)
         DC_EACH (v, ND) store(o + h * c_pad + 16 * v, acc[h][v]);
@@ -260,19 +265,18 @@ DC_INLINE void value_block(const float* alpha, const float* p, const std::byte* 
 // Two vectors of dims for n_heads lanes from `lane` on, which are one row's: in blocks of heads that stay inside a vector.
 // sums: what older chunks have summed up to, null if there are none.
 template <bool kPairs, CacheType kType, int NH = kPairs ? kValueHeads / 2 : kValueHeads>
-DC_INLINE int value_heads(const LaneSums* sums, const float* scores, int lane, int n_heads, const std::byte* c,
-                          int64_t row_bytes, int d, int n_pos, float* o, int c_pad) {
+DC_INLINE int value_heads(const LaneSums* sums, const float* scores, int lane, int n_heads, const Values& c, float* o,
+                          int c_pad) {
     if constexpr (NH > 1) {
         if (lane % NH != 0 || n_heads < NH)
-            return value_heads<kPairs, kType, NH == 4 ? 1 : NH / 2>(sums, scores, lane, n_heads, c, row_bytes, d, n_pos,
-                                                                    o, c_pad);
+            return value_heads<kPairs, kType, NH == 4 ? 1 : NH / 2>(sums, scores, lane, n_heads, c, o, c_pad);
     }
     constexpr int ND = NH > kValueAccs / 2 ? 1 : 2;
     const float* alpha = sums ? sums[lane / kLanes].alpha + lane % kLanes : nullptr;
     const float* p = scores + lane / kLanes * kVectorScores + lane % kLanes;
 #pragma GCC unroll 2
     for (int v = 0; v < 2; v += ND)
-        value_block<kPairs, kType, NH, ND>(alpha, p, c, row_bytes, d + 16 * v, n_pos, o + 16 * v, c_pad);
+        value_block<kPairs, kType, NH, ND>(alpha, p, {c.rows, c.row_bytes, c.d + 16 * v, c.n_pos}, o + 16 * v, c_pad);
     return NH;
 }
 
@@ -302,18 +306,12 @@ DC_INLINE void softmax_step(bool bf16, int begin, int n, const float* lane_end, 
     store(sums.alpha, alpha);
 }
 
-template <bool kPairs, class Op = DotBF16> void partial(const MlaPartialArgs& a) noexcept {
-    const int width = a.c_pad + a.r_pad, n_lanes = a.n_rows * a.n_heads, n_vectors = (n_lanes + kLanes - 1) / kLanes;
-    const bool bf16 = a.type == CacheType::kBF16, direct = !kPairs && kDirectValues && a.type != CacheType::kQ8;
-    const auto address = (reinterpret_cast<uintptr_t>(a.scratch) + 63) & ~uintptr_t{63};
-    float* dims = reinterpret_cast<float*>(address);                      // [kChunkLen, kSlice]
-    float* q = dims + kChunkLen * kSlice;                                 // [n_vectors, width, 16]
-    float* scores = q + int64_t{n_vectors} * width * kLanes;              // [n_vectors, kChunkLen, 16]
-    float* ends = scores + int64_t{n_vectors} * kVectorScores;            // [n_vectors, 16] after pos_begin
-    auto* sums = reinterpret_cast<LaneSums*>(ends + n_vectors * kLanes);  // [n_vectors]
-
-    int end = a.pos_begin;
-    for (int i = 0; i < a.n_rows; ++i) end = a.row_end[i] > end ? a.row_end[i] : end;
+// What a partial begins with: ends [n_vectors, 16], sums of nothing, and q [n_vectors, c_pad + r_pad, 16], a (row, head) pair
+// to a lane, rounded as the type is; with kPairs two dims in a word.
+template <bool kPairs>
+DC_INLINE void begin_partial(const MlaPartialArgs& a, int n_vectors, float* q, float* ends, LaneSums* sums) {
+    const int width = a.c_pad + a.r_pad, n_lanes = a.n_rows * a.n_heads;
+    const bool bf16 = a.type == CacheType::kBF16;
     for (int u = 0; u < n_vectors * kLanes; ++u)
         ends[u] = u < n_lanes ? static_cast<float>(a.row_end[u / a.n_heads] - a.pos_begin) : 0.0F;
     for (int v = 0; v < n_vectors; ++v) {
@@ -337,6 +335,21 @@ template <bool kPairs, class Op = DotBF16> void partial(const MlaPartialArgs& a)
                 store(to + (u - d) / 2 * kLanes, pair_up(load(to + u * kLanes), load(to + (u + 1) * kLanes)));
         }
     }
+}
+
+template <bool kPairs, class Op = DotBF16> void partial(const MlaPartialArgs& a) noexcept {
+    const int width = a.c_pad + a.r_pad, n_lanes = a.n_rows * a.n_heads, n_vectors = (n_lanes + kLanes - 1) / kLanes;
+    const bool bf16 = a.type == CacheType::kBF16, direct = !kPairs && kDirectValues && a.type != CacheType::kQ8;
+    const auto address = (reinterpret_cast<uintptr_t>(a.scratch) + 63) & ~uintptr_t{63};
+    float* dims = reinterpret_cast<float*>(address);                      // [kChunkLen, kSlice]
+    float* q = dims + kChunkLen * kSlice;                                 // [n_vectors, width, 16]
+    float* scores = q + int64_t{n_vectors} * width * kLanes;              // [n_vectors, kChunkLen, 16]
+    float* ends = scores + int64_t{n_vectors} * kVectorScores;            // [n_vectors, 16] after pos_begin
+    auto* sums = reinterpret_cast<LaneSums*>(ends + n_vectors * kLanes);  // [n_vectors]
+
+    int end = a.pos_begin;
+    for (int i = 0; i < a.n_rows; ++i) end = a.row_end[i] > end ? a.row_end[i] : end;
+    begin_partial<kPairs>(a, n_vectors, q, ends, sums);
     const int words = kPairs ? width / 2 : width;
     // what score blocks ask for in a chunk: something for every two words of a query
     const int64_t asked =
@@ -375,7 +388,7 @@ template <bool kPairs, class Op = DotBF16> void partial(const MlaPartialArgs& a)
                 const int n_pos = a.row_end[i] - begin < filled ? a.row_end[i] - begin : filled;
                 for (int h = 0; h < a.n_heads;)
                     h += value_heads<kPairs, kType>(begin > a.pos_begin ? sums : nullptr, scores, i * a.n_heads + h,
-                                                    a.n_heads - h, c, row_bytes, d, n_pos,
+                                                    a.n_heads - h, {c, row_bytes, d, n_pos},
                                                     a.o + i * a.o_row_stride + int64_t{h} * a.c_pad + out, a.c_pad);
             }
         };
