@@ -206,7 +206,7 @@ CXX_FLAGS = "-std=c++20 -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hid
 
 def build(out: Path, source: str, *flags: str) -> Path:
     """Compiles `source` with the simulator behind it; a shared library unless the flags say otherwise."""
-    files = [str(ROOT / f) for f in (source, "kernels/cuda/sim.cc", "kernels/pack.cc", "runtime/rope.cc")]
+    files = [str(ROOT / f) for f in (source, "tests/sim/sim.cc", "kernels/pack.cc", "runtime/rope.cc")]
     compiler = [os.environ.get("CXX", "g++"), *CXX_FLAGS.split(), f"-I{ROOT}", *files, "-o", str(out), "-pthread"]
     subprocess.run([*compiler, *flags], check=True)
     return out
@@ -219,4 +219,4 @@ def library(folder: Path) -> Path:
         return Path(path)
     for found in Path(_core.__file__).parent.glob("libdeepcalm_sim.so"):
         return found
-    return build(folder / "libstages.so", "runtime/cuda/backend_sim.cc", "-O1", "-shared")
+    return build(folder / "libstages.so", "tests/sim/backend_sim.cc", "-O1", "-shared")

@@ -36,7 +36,7 @@ def library(device: str) -> Path:
 
 
 def play(name: str, value: int) -> int:
-    """Sets what the simulated device plays (``sim::Device`` in kernels/cuda/sim.h); returns what it was."""
+    """Sets what the simulated device plays (``sim::Device`` in tests/sim/sim.h); returns what it was."""
     set_it = ctypes.CDLL(str(library("sim"))).deepcalm_sim
     set_it.argtypes, set_it.restype = (ctypes.c_char_p, ctypes.c_int64), ctypes.c_int64
     return int(set_it(name.encode(), value))

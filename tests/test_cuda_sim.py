@@ -13,7 +13,7 @@ import pytest
 
 import cuda_stages as cs
 
-SOURCE = "tests/cuda_plants.cc"
+SOURCE = "tests/sim/plants.cc"
 SANITIZERS = {"plain": (), "thread": ("-fsanitize=thread", "-g"), "address": ("-fsanitize=address", "-g")}
 # plant: (build, what the process prints or dies with), beside the plain build's "right" without a plant
 PLANTS = {

@@ -198,7 +198,7 @@ inline Error synchronize(Stream s) { return cudaStreamSynchronize(s); }
 
 #else  // ---- g++: the simulator --------------------------------------------------------------------------------------
 
-#include "kernels/cuda/sim.h"
+#include "tests/sim/sim.h"
 #include "kernels/kernels.h"
 
 #include <chrono>

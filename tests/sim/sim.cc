@@ -1,4 +1,4 @@
-#include "kernels/cuda/sim.h"
+#include "tests/sim/sim.h"
 
 #include "kernels/kernels.h"
 

@@ -1,4 +1,4 @@
-// Kernels with one planted mistake each, for the tests of the simulator: cuda_plants NAME runs one and prints "right" or
+// Kernels with one planted mistake each, for the tests of the simulator: plants NAME runs one and prints "right" or
 // "wrong". What a plant must lead to stands in test_cuda_sim.py.
 #include "kernels/cuda/rt.h"
 
