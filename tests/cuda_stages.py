@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes as c
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from deepcalm import _core
 from kernel_headers import TEXT, ctype, enum
 from ref import formats
 
-ROOT = Path(__file__).resolve().parent.parent
 FORMAT, CACHE = enum("Format"), enum("CacheType")
 PREFILL_BLOCKS = 4
 FIT = {PREFILL_BLOCKS: 0, 2: 1, 1: 3}  # the generous way of each number of column blocks in kFits, which has 8
@@ -199,24 +196,3 @@ def rounded(fmt: str, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def generator(seed: int) -> np.random.Generator:
     """The values of a test; others where $DEEPCALM_TEST_SEED says so."""
     return np.random.default_rng(seed + 1000 * int(os.environ.get("DEEPCALM_TEST_SEED", "0")))
-
-
-CXX_FLAGS = "-std=c++20 -ffp-contract=off -fno-math-errno -fPIC -fvisibility=hidden"
-
-
-def build(out: Path, source: str, *flags: str) -> Path:
-    """Compiles `source` with the simulator behind it; a shared library unless the flags say otherwise."""
-    files = [str(ROOT / f) for f in (source, "tests/sim/sim.cc", "kernels/pack.cc", "runtime/rope.cc")]
-    compiler = [os.environ.get("CXX", "g++"), *CXX_FLAGS.split(), f"-I{ROOT}", *files, "-o", str(out), "-pthread"]
-    subprocess.run([*compiler, *flags], check=True)
-    return out
-
-
-def library(folder: Path) -> Path:
-    """$DEEPCALM_STAGES, or the simulator library beside the extension module, or a fresh build in `folder`."""
-    path = os.environ.get("DEEPCALM_STAGES")
-    if path:
-        return Path(path)
-    for found in Path(_core.__file__).parent.glob("libdeepcalm_sim.so"):
-        return found
-    return build(folder / "libstages.so", "tests/sim/backend_sim.cc", "-O1", "-shared")

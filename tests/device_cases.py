@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import surface_cases
 from deepcalm import _core
 from deepcalm.errors import ResourceError, UnsupportedError
 from ref import packed
+from sim import build
 
 DEVICES = ("sim", "cuda")
 
@@ -24,6 +26,7 @@ NO_CUDA = r"this build has no libdeepcalm_cuda\.so|the CUDA driver: .+|no CUDA d
 @functools.cache
 def missing(device: str) -> str | None:
     """What is missing for `device`, in the words a user reads; None where it can be used."""
+    library(device)
     try:
         deepcalm.Model(surface_cases.packed(), device=device)
     except (UnsupportedError, ResourceError) as e:
@@ -32,7 +35,11 @@ def missing(device: str) -> str | None:
 
 
 def library(device: str) -> Path:
-    return Path(_core.__file__).with_name(f"libdeepcalm_{device}.so")
+    """A device's library; the simulator's is built where it has to be, and opened for device="sim" from here on."""
+    if device == "sim":
+        os.environ["DEEPCALM_SIM"] = str(build.library())
+        return build.library()
+    return Path(_core.__file__).with_name("libdeepcalm_cuda.so")
 
 
 def play(name: str, value: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import cuda_stages as cs
+import device_cases
 
 KB = 1024
 # dynamic shared memory of a block -> column blocks that share a weight in passes of more than 8 rows
@@ -37,8 +38,8 @@ def stage_args(model: str, n: int, ctx: int, cache: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> cs.Stages:
-    return cs.Stages(cs.library(tmp_path_factory.mktemp("stages")))
+def stages() -> cs.Stages:
+    return cs.Stages(device_cases.library("sim"))
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import cuda_stages as cs
+from sim import build
 
-SOURCE = "tests/sim/plants.cc"
 SANITIZERS = {"plain": (), "thread": ("-fsanitize=thread", "-g"), "address": ("-fsanitize=address", "-g")}
 # plant: (build, what the process prints or dies with), beside the plain build's "right" without a plant
 PLANTS = {
@@ -31,9 +30,8 @@ PLANTS = {
 
 
 @pytest.fixture(scope="module", params=SANITIZERS if "DEEPCALM_SIM_SANITIZE" in os.environ else ["plain"])
-def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    out = tmp_path_factory.mktemp("plants") / request.param
-    return request.param, cs.build(out, SOURCE, "-O0", *SANITIZERS[request.param])
+def program(request: pytest.FixtureRequest) -> tuple[str, Path]:
+    return request.param, build.compile_with("tests/sim/plants.cc", "-O0", *SANITIZERS[request.param])
 
 
 def run(program: Path, plant: str, order: str = "fwd") -> str:
@@ -41,6 +39,26 @@ def run(program: Path, plant: str, order: str = "fwd") -> str:
     env.pop("LD_PRELOAD", None)
     r = subprocess.run([program, plant], env=env, capture_output=True, text=True, timeout=120, check=False)
     return r.stdout + r.stderr
+
+
+def test_a_build_is_kept_until_what_it_is_made_of_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SOURCES", ()), ("FLAGS", ()), ("CACHE", tmp_path / "cache")):
+        monkeypatch.setattr(build, name, value)
+    source, header = tmp_path / "a.cc", tmp_path / "a.h"
+    source.write_text('#include "a.h"\nint main() { return kValue; }\n')
+    header.write_text("constexpr int kValue = 3;\n")
+    first = build.compile_with(str(source))
+    assert subprocess.run([first], check=False).returncode == 3
+    made = first.stat().st_mtime_ns
+    assert build.compile_with(str(source)) == first and first.stat().st_mtime_ns == made
+    header.write_text("constexpr int kValue = 4;\n")
+    second = build.compile_with(str(source))
+    assert subprocess.run([second], check=False).returncode == 4
+    assert build.compile_with(str(source), "-O1") not in (first, second)
+    header.write_text("constexpr int kValue = none;\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        build.compile_with(str(source))
+    assert len(list(build.CACHE.iterdir())) == 3, "a build that failed leaves nothing"
 
 
 @pytest.mark.parametrize("order", ("fwd", "rev", "5"))

@@ -23,9 +23,9 @@ EPS = 1e-6
 
 
 @pytest.fixture(scope="module", params=device_cases.DEVICES)
-def stages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[cs.Stages]:
+def stages(request: pytest.FixtureRequest) -> Iterator[cs.Stages]:
     if request.param == "sim":
-        yield cs.Stages(cs.library(tmp_path_factory.mktemp("stages")))
+        yield cs.Stages(device_cases.library("sim"))
         return
     cupy = device_cases.array_module("cuda")
     cs.mirror = cs.Mirror(cupy)
@@ -172,12 +172,13 @@ def test_product_shows_activations_that_are_not_finite(stages: cs.Stages) -> Non
         assert np.isnan(y[0]).all() and np.isfinite(y[1]).all(), fmt
 
 
-def test_numpy_arrays_go_to_a_device_and_back(tmp_path: Any) -> None:
+def test_numpy_arrays_go_to_a_device_and_back() -> None:
     """What a GPU gets of these tests, with memory apart that is the host's too."""
     cs.mirror = cs.Mirror(np)
     try:
-        test_product_norms_adds_and_taps(cs.Stages(cs.library(tmp_path)), "fwd")
-        test_attention_matches_the_oracle(cs.Stages(cs.library(tmp_path)), "q8", "fwd")
+        stages = cs.Stages(device_cases.library("sim"))
+        test_product_norms_adds_and_taps(stages, "fwd")
+        test_attention_matches_the_oracle(stages, "q8", "fwd")
         assert len(cs.mirror.pairs) > 20
     finally:
         cs.mirror = None

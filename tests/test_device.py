@@ -46,6 +46,18 @@ def test_device_library_that_is_none_is_refused(tmp_path: Path) -> None:
             open_with(path)
 
 
+def test_device_sim_needs_the_library_that_the_tests_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DEEPCALM_SIM", raising=False)
+    with pytest.raises(UnsupportedError) as e:
+        deepcalm.Model(surface_cases.packed(), device="sim")
+    assert str(e.value) == (
+        "device 'sim': DEEPCALM_SIM is not set, expected the library that tests/sim/build.py builds and names"
+    )
+    monkeypatch.setenv("DEEPCALM_SIM", "nowhere/sim.so")
+    with pytest.raises(UnsupportedError, match=r"this build has no sim\.so"):
+        deepcalm.Model(surface_cases.packed(), device="sim")
+
+
 @pytest.mark.parametrize("device", ["cuda", "sim"])
 def test_device_library_exports_its_entries_alone(device: str) -> None:
     path = device_cases.library(device)
@@ -60,7 +72,7 @@ def test_device_library_exports_its_entries_alone(device: str) -> None:
     assert not {n for n in libraries if "cuda" in n or "stdc++" in n}, libraries
     entry = ctypes.CDLL(str(path)).deepcalm_backend
     entry.restype = ctypes.c_void_p
-    assert entry(2) and not entry(10**6), "another version of the interface is refused"
+    assert entry(3) and not entry(10**6), "another version of the interface is refused"
 
 
 def test_device_core_holds_no_cuda_symbol() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import subprocess
 from functools import cache
@@ -100,6 +101,15 @@ def test_project_versions_agree() -> None:
 def test_project_readme_names_the_compilers_that_the_build_accepts() -> None:
     oldest = dict(re.findall(r"^set\(oldest_(\w+) (\d+)\)", (ROOT / "CMakeLists.txt").read_text(), re.M))
     assert f"g++ {oldest['GNU']} or clang {oldest['Clang']}, or newer" in README
+
+
+def test_project_wheel_holds_no_simulator() -> None:
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    assert "tests/" not in cmake and set(re.findall(r"install\(TARGETS (\S+)", cmake)) == {"_core", "deepcalm_cuda"}
+    installed = [f.name for f in importlib.metadata.files("deepcalm") or () if f.suffix == ".so"]
+    assert not [n for n in installed if not re.fullmatch(r"_core\..*|libdeepcalm_cuda\.so", n)]
+    product = {p: t for p, t in text_files().items() if p.parts[0] in ("kernels", "runtime")}
+    assert {p.name for p, t in product.items() if '#include "tests/' in t} == {"rt.h", "host.h"}, "the two seams"
 
 
 def test_project_package_stays_small() -> None:

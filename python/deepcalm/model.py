@@ -59,7 +59,7 @@ class Model:
     Args:
         path: a ``.dcalm`` file.
         device: "cpu", "cuda" (one NVIDIA GPU), or "auto": the GPU if one can be used, else the CPU, said in ``notes``.
-            ("sim" is the CUDA code on a simulated GPU, for the tests: slow.)
+            ("sim" is the CUDA code on a simulated GPU, slow: the library that the tests build and DEEPCALM_SIM names.)
         threads: threads that every pass runs on; None: DEEPCALM_THREADS, else as many as pay, at most one per core.
         isa: instruction set by name; None: DEEPCALM_ISA, else the best one this processor has.
 
@@ -98,18 +98,16 @@ class Model:
             #: "cpu", "cuda" or "sim": where passes run.
             self.device = "cpu"
             if device != "cpu":
-                name = "cuda" if device == "auto" else device
-                library = Path(_core.__file__).with_name(f"libdeepcalm_{name}.so")
                 try:
-                    self.core = _core.Model(*opened, device=os.fsencode(library))
-                    self.device = name
+                    self.core = _core.Model(*opened, device=os.fsencode(_device_library(device)))
+                    self.device = "sim" if device == "sim" else "cuda"
                 except (UnsupportedError, ResourceError) as e:
                     if device != "auto":
                         raise type(e)(f"device {device!r}: {e}") from None
                     self.notes = (f"device auto: cpu, {e}",)
                 else:
                     if threads or isa:
-                        self.notes = (f"threads and isa have no effect on device {name}",)
+                        self.notes = (f"threads and isa have no effect on device {self.device}",)
             if self.device == "cpu":
                 n = threads or limits.default_threads()
                 self.core = _core.Model(*opened, isa, n, adaptive=not threads)
@@ -275,6 +273,14 @@ class Model:
         if mtp not in (None, True, False):
             raise TypeError(f"mtp: {one_line(repr(mtp), 40)}, expected True, False or None")
         return Session(self, ctx, kv, max_rows, bool(self.config["num_nextn_predict_layers"]) if mtp is None else mtp)
+
+
+def _device_library(device: str) -> Path:
+    if device != "sim":
+        return Path(_core.__file__).with_name("libdeepcalm_cuda.so")
+    if not (library := os.environ.get("DEEPCALM_SIM")):
+        raise UnsupportedError("DEEPCALM_SIM is not set, expected the library that tests/sim/build.py builds and names")
+    return Path(library)
 
 
 def demo_path() -> Path:

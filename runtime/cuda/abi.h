@@ -1,4 +1,4 @@
-// What the runtime and a device library (libdeepcalm_cuda.so, or libdeepcalm_sim.so: the same sources on the CPU) say to
+// What the runtime and a device library (libdeepcalm_cuda.so, or the tests' simulator: the same sources on the CPU) say to
 // each other. One C symbol, a table of functions, plain structs. The library is built from the same tree as the core and
 // opened next to it; version and struct sizes are compared before anything else is called.
 //
@@ -15,7 +15,7 @@
 
 namespace deepcalm {
 
-inline constexpr int kDeviceAbi = 2;
+inline constexpr int kDeviceAbi = 3;
 // Changes when a struct that both sides read does; a library of another build is refused.
 inline constexpr int64_t kDeviceFingerprint = int64_t{sizeof(ModelConfig)} << 48 | int64_t{sizeof(LayerWeights)} << 32 |
                                               int64_t{sizeof(ModelWeights)} << 16 | int64_t{sizeof(Rope)};
@@ -131,7 +131,6 @@ struct DeviceSession;
 struct DeviceApi {
     int abi = kDeviceAbi;
     int64_t fingerprint = kDeviceFingerprint;
-    const char* name = "";  // cuda | sim
 
     // True: a device is there; text is its name, arch names its bits ("sm_90", "sim"). False: text is what is missing.
     bool (*probe)(int device, char* text, size_t size, char arch[16]) noexcept = nullptr;

@@ -1,6 +1,5 @@
 // A device library: weights and sessions in device memory, passes as graphs of kernels, decoding, and the table of
-// functions that the core calls. Compiled by nvcc into libdeepcalm_cuda.so and, through backend_sim.cc, by g++ into
-// libdeepcalm_sim.so.
+// functions that the core calls. Compiled by nvcc into libdeepcalm_cuda.so and, for the tests, by g++ (tests/sim).
 #include "kernels/cuda/stages.cuh"
 #include "runtime/cuda/decode.cuh"
 #include "runtime/cuda/fill.cuh"
@@ -195,8 +194,8 @@ struct DeviceSession {
     std::map<std::string, DeviceView> kept_taps[2];
     Buffers b;
     TokenRing* ring = nullptr;
-    int threads = kThreads, blocks = 1;
-    int pass_rows = kMaxPassRows;  // of the longest sub-pass
+    int threads = std::min(kThreads, rt::kMaxThreads), blocks = 1;
+    int pass_rows = std::min(kMaxPassRows, rt::kMaxRows);  // of the longest sub-pass
     // (mtp, n, n_logits, long context) of passes from the host; (k, parts, long context, sampled) of rounds
     using ReplayKey = std::tuple<int, int, int, bool, bool>;
     std::map<ReplayKey, std::unique_ptr<Replay>> replays;
@@ -287,10 +286,6 @@ struct DeviceSession {
 
     bool open(DeviceError& error) {
         blocks = m.info.sms;
-#if !defined(__CUDACC__)
-        threads = 64;
-        pass_rows = 48;  // so that tests meet passes of several
-#endif
         DC_RT(rt::set_device(m.index));
         const int64_t bytes = lay_out(nullptr);
         rt::DeviceInfo now;
@@ -374,13 +369,8 @@ struct DeviceSession {
     }
     bool at_rest() const {
         using Clock = std::chrono::steady_clock;
-#if defined(__CUDACC__)
-        constexpr auto kPatience = std::chrono::seconds(10);
-#else
-        constexpr auto kPatience = std::chrono::milliseconds(100);
-#endif
         rt::Error e = 0;
-        for (const auto end = Clock::now() + kPatience; Clock::now() < end;) {
+        for (const auto end = Clock::now() + rt::kPatience; Clock::now() < end;) {
             if (rt::idle(stream, e)) return true;
         }
         return false;
@@ -817,11 +807,6 @@ template <class R, class Fn> R session_call(DeviceSession* s, DeviceError& error
 constexpr DeviceApi kApi = {
     .abi = kDeviceAbi,
     .fingerprint = kDeviceFingerprint,
-#if defined(__CUDACC__)
-    .name = "cuda",
-#else
-    .name = "sim",
-#endif
     .probe =
         [](int device, char* text, size_t size, char arch[16]) noexcept {
             DeviceError e;
@@ -932,18 +917,3 @@ deepcalm_stage_fit(const char* name, const void* args, int64_t size, int long_pa
 extern "C" __attribute__((visibility("default"))) const deepcalm::DeviceApi* deepcalm_backend(int abi) {
     return abi == deepcalm::kDeviceAbi ? &deepcalm::kApi : nullptr;
 }
-
-#if !defined(__CUDACC__)
-// Sets what the simulated device plays (sim::Device) and returns what it was; -1: no such name.
-extern "C" __attribute__((visibility("default"))) int64_t deepcalm_sim(const char* name, int64_t value) {
-    namespace sim = deepcalm::sim;
-    const std::string n = name;
-    auto* field = n == "smem"       ? &sim::device.smem
-                  : n == "calls"    ? &sim::device.calls
-                  : n == "fail_at"  ? &sim::device.fail_at
-                  : n == "throw_at" ? &sim::device.throw_at
-                  : n == "hang"     ? &sim::device.hang
-                                    : nullptr;
-    return field == nullptr ? -1 : field->exchange(value);
-}
-#endif

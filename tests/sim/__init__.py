@@ -1,0 +1,1 @@
+"""A GPU simulated on the CPU, for the tests; ``build`` compiles it."""
