@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "sim"  # a file per build; may be deleted at any time
 SOURCES = ("tests/sim/sim.cc", "kernels/pack.cc", "runtime/rope.cc")
 FLAGS = (
-    *("-std=c++20", "-O1", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread", "-I."),
+    *("-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread", "-I."),
     *("-Wall", "-Wextra", "-Wconversion", "-Wno-sign-conversion"),
 )
 LIBRARY = ("-shared", "-Wl,--version-script=runtime/cuda/exports.map")
