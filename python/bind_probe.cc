@@ -2,8 +2,8 @@
 // deepcalm._core.testing the kernels' addresses, which tests/cpu_kernels.py calls, and hooks into the runtime.
 #include "kernels/elementary.h"
 #include "python/bind_common.h"
+#include "runtime/cpu/probe.h"
 #include "runtime/model.h"
-#include "runtime/probe.h"
 
 #include <pybind11/stl.h>
 

@@ -2,8 +2,8 @@
 // on a device, its copy there instead of kernels and pool.
 #pragma once
 
+#include "runtime/cpu/pool.h"
 #include "runtime/cuda/device.h"
-#include "runtime/parallel.h"
 #include "runtime/rope.h"
 #include "runtime/weights.h"
 

@@ -41,7 +41,7 @@ Result<std::unique_ptr<Session>> Session::make(Model& model, int ctx, CacheType 
         s->device_ = {api->open_session(model.device_model(), args, error), {api}};
         if (s->device_ == nullptr) return to_error(error);
     }
-    DC_TRY(s->state_, State::make(c, max_rows, static_cast<int>(ceil_div(ctx, kPartialLen)), model.pool().size()));
+    DC_TRY(s->state_, Buffers::make(c, max_rows, static_cast<int>(ceil_div(ctx, kPartialLen)), model.pool().size()));
     return s;
 }
 
@@ -141,7 +141,7 @@ Status Session::mtp_pass(std::span<const int32_t> ids, const float* hidden, int 
 }
 
 void Session::count_union(int rows) {
-    const State& s = state_;
+    const Buffers& s = state_;
     const auto n = static_cast<size_t>(last_rows_);
     if (s.pass_experts.empty() || n > ExpertUnion::kMaxWindow) {
         recent_.clear();  // no window reaches across a long pass

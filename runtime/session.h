@@ -14,10 +14,10 @@
 // truncate(t) leaves m = min(m, t-1); h_{t-1} may then be gone and is recomputed (same bits) when it is next needed.
 #pragma once
 
+#include "runtime/cpu/buffers.h"
 #include "runtime/kv_cache.h"
 #include "runtime/model.h"
 #include "runtime/sampler.h"
-#include "runtime/state.h"
 #include "runtime/trace.h"
 
 #include <chrono>
@@ -160,7 +160,7 @@ class Session {
 
     Model& model_;
     KvCache cache_, mtp_cache_;
-    State state_;
+    Buffers state_;
     Trace trace_;
     SessionStats stats_;
     ZeroedBuffer logits_;    // [rows, pad16(vocab_size)] f32
@@ -178,11 +178,11 @@ class Session {
     std::vector<int32_t> emitted_;  // token of decode_start(), then every token polled
 };
 
-// forward_cpu.cc: the pass, CPU transcription. Runs on the model's pool; writes cache rows pos..pos+n-1 (not cache.len).
+// cpu/forward.cc: the pass, CPU transcription. Runs on the model's pool; writes cache rows pos..pos+n-1 (not cache.len).
 // An error (memory, threads after fork) leaves statistics and lengths as they were.
 struct PassArgs {
     Model& model;
-    State& state;
+    Buffers& state;
     KvCache& cache;
     Trace& trace;
     std::span<const int32_t> ids;   // [n]

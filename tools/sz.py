@@ -27,7 +27,7 @@ class Area:
 AREAS = (
     Area(
         "C++",
-        ("kernels/*.h", "kernels/*.cc", "kernels/cpu/*.h", "kernels/cpu/*.cc", "runtime/*.h", "runtime/*.cc"),
+        tuple(f"{d}/*.{e}" for d in ("kernels", "kernels/cpu", "runtime", "runtime/cpu") for e in ("h", "cc")),
         6350,
     ),
     Area("bindings", ("python/*.cc", "python/*.h"), 1350),

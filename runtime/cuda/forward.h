@@ -1,5 +1,5 @@
 // The forward pass, CUDA transcription: which stages run on which buffers, in order. Same sections and taps as
-// runtime/forward_cpu.cc and tests/ref/model.py. Here a pass is only written down, as a list of stage calls that backend.cu
+// runtime/cpu/forward.cc and tests/ref/model.py. Here a pass is only written down, as a list of stage calls that backend.cu
 // runs as a graph of kernels.
 #pragma once
 

@@ -605,7 +605,7 @@ class Pass {
     }
 
     const PassArgs& a_;
-    State& s_;
+    Buffers& s_;
     const ModelConfig& c_;
     const ModelWeights& w_;
     const CpuKernels& k_;

@@ -22,13 +22,13 @@ struct ActSite {
     float* row(int64_t i) const { return f32 + i * stride(); }
 };
 
-// Rows of one routed expert in a pass: slots [begin, end) of State::slot_*.
+// Rows of one routed expert in a pass: slots [begin, end) of Buffers::slot_*.
 struct ExpertRows {
     int expert, begin, end;
 };
 
-struct State {
-    static Result<State> make(const ModelConfig& cfg, int max_rows, int max_partials, int n_threads);
+struct Buffers {
+    static Result<Buffers> make(const ModelConfig& cfg, int max_rows, int max_partials, int n_threads);
 
     int max_rows = 0;
     float* x = nullptr;          // [n, d_pad] residual stream

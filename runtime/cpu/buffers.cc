@@ -1,4 +1,4 @@
-#include "runtime/state.h"
+#include "runtime/cpu/buffers.h"
 
 #include <algorithm>
 
@@ -32,7 +32,7 @@ class Arena {
     int64_t used_ = 0;
 };
 
-void lay_out(State& s, Arena& a, const ModelConfig& c, int n_threads) {
+void lay_out(Buffers& s, Arena& a, const ModelConfig& c, int n_threads) {
     const int64_t n = s.max_rows, heads = c.num_attention_heads, q_full = c.q_full_width();
     const int64_t d_pad = round_up(c.hidden_size, kTileCols), v_pad = round_up(c.v_head_dim, kTileCols);
     // Buffers that take turns share memory unless columns past a width must stay zero.
@@ -107,8 +107,8 @@ void lay_out(State& s, Arena& a, const ModelConfig& c, int n_threads) {
 
 }  // namespace
 
-Result<State> State::make(const ModelConfig& cfg, int max_rows, int max_partials, int n_threads) {
-    State s;
+Result<Buffers> Buffers::make(const ModelConfig& cfg, int max_rows, int max_partials, int n_threads) {
+    Buffers s;
     s.max_rows = max_rows;
     s.max_partials = max_partials;
     Arena count(nullptr);

@@ -1,4 +1,4 @@
-#include "runtime/parallel.h"
+#include "runtime/cpu/pool.h"
 
 #include "runtime/float_mode.h"
 

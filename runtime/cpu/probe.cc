@@ -1,7 +1,7 @@
-#include "runtime/probe.h"
+#include "runtime/cpu/probe.h"
 
+#include "runtime/cpu/buffers.h"
 #include "runtime/memory.h"
-#include "runtime/state.h"
 
 #include <algorithm>
 #include <chrono>

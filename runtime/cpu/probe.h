@@ -3,7 +3,7 @@
 #pragma once
 
 #include "kernels/kernels.h"
-#include "runtime/parallel.h"
+#include "runtime/cpu/pool.h"
 #include "runtime/result.h"
 
 namespace deepcalm {
