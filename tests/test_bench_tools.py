@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import bench_draft
 import bench_peers
 import bench_rows
 import gguf_synthetic
+import jsonl
 
 SIZES = ("hidden_size=64", "num_attention_heads=2", "kv_lora_rank=32", "qk_nope_head_dim=32", "qk_rope_head_dim=32",
          "v_head_dim=32", "intermediate_size=96", "moe_intermediate_size=32", "n_routed_experts=4", "vocab_size=64",
@@ -139,8 +141,22 @@ def test_speed_over_the_goal() -> None:
 
 
 def test_results_are_saved_row_by_row(tmp_path: Path) -> None:
-    first = bench_rows.Results(tmp_path / "r.json", again=False)
-    first.add("a", {"n": 1})
-    again = bench_rows.Results(tmp_path / "r.json", again=False)
-    assert again.has("a") and not again.has("b")
-    assert not bench_rows.Results(tmp_path / "r.json", again=True).has("a")
+    path = tmp_path / "r.jsonl"
+    first = bench_rows.Results(path, again=False)
+    first.head["command"] = "c"
+    first.add("a", {"n": 123456, "rate": [1.23456, {"low": 0.000123456}]})
+    again = bench_rows.Results(path, again=False)
+    assert again.has("a") and not again.has("b") and again.rows == first.rows and again.head == first.head
+    assert path.read_text() == (
+        '{"command": "c"}\n{"key": "a", "n": 123456, "rate": [1.235, {"low": 0.0001235}]}\n'
+    )  # a row a line, four significant digits
+    assert not bench_rows.Results(path, again=True).has("a")
+
+
+@pytest.mark.parametrize("folder", [bench_rows.DOCS, bench_rows.DOCS / "zen4"], ids=["xeon", "zen4"])
+def test_the_tables_of_the_docs_are_made_from_the_rows_beside_them(folder: Path) -> None:
+    for name, tool in (("rows", bench_rows), ("peers", bench_peers)):
+        results = bench_rows.Results(folder / f"{name}.jsonl", again=False)
+        assert tool.markdown(results) == (folder / f"{name}.md").read_text()
+    if folder == bench_rows.DOCS:
+        assert bench_draft.markdown(jsonl.read(folder / "draft.jsonl")) == (folder / "draft.md").read_text()

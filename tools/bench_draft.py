@@ -5,7 +5,7 @@
     tools/bench_draft.py speed --slice glm.dcalm ...           gain, predicted and measured: demo model and these files
     tools/bench_draft.py auto --slice glm.dcalm ...            "auto" against "off" in interleaved pairs
 
-Each part replaces its own in docs/perf/draft.json, from which draft.md is written. Texts: {source: [text, ...]} as
+Each part replaces its own in docs/perf/draft.jsonl, from which draft.md is written. Texts: {source: [text, ...]} as
 JSON, plain or xz; prompts are the first 40 tokens of a document, 120 new tokens each, greedy, with the demo model.
 Timed parts refuse to run when other processes use the machine (--max-load). Slices: `deepcalm bench --synthetic`.
 """
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import deepcalm
+import jsonl
 from deepcalm.bench import bench_draft
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +73,6 @@ def acceptance(model: deepcalm.Model, texts: dict[str, list[str]], n: int) -> li
                               for f in ("offered", "taken"))  # fmt: skip
             row = {
                 "source": source, "k": k, "prompts": len(prompts), **total,
-                "acceptance": total["accepted"] / total["drafted"],
                 "by_position": [t / max(o, 1) for t, o in zip(taken, offered, strict=True)],
                 "tokens_per_pass": tokens / rounds,
                 "bytes_gain": sum(p[2] for p in plain) / sum(d[2] for d in drafted),
@@ -113,26 +113,27 @@ def auto_against_off(model: deepcalm.Model, ids: list[int], new: int, limit: flo
             "bytes": statistics.median(read), "bytes_worst": max(read)}  # fmt: skip
 
 
-def counts_text(r: dict[str, Any]) -> list[str]:
+def counts_text(head: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "## Acceptance and bytes\n", source(r),
+        "## Acceptance and bytes\n", source(head),
         f"Demo model, greedy, {NEW} tokens after {PROMPT} held-out ones. Bytes gain: plain over drafted, counted.\n",
         "| text | K | prompts | accepted | by position | tokens a pass | bytes gain | same text |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for a in r["rows"]:
+    for a in rows:
         by = " / ".join(f"{x:.2f}" for x in a["by_position"])
-        lines.append(f"| {a['source']} | {a['k']} | {a['prompts']} | {100 * a['acceptance']:.1f} % | {by} | "
+        accepted = f"{100 * a['accepted'] / a['drafted']:.1f} %"
+        lines.append(f"| {a['source']} | {a['k']} | {a['prompts']} | {accepted} | {by} | "
                      f"{a['tokens_per_pass']:.2f} | {a['bytes_gain']:.3f} | "
                      f"{a['identical']} of {a['prompts']} |")  # fmt: skip
-    first = [a for a in r["rows"] if a["k"] == 1]
+    first = [a for a in rows if a["k"] == 1]
     total, drafted = (sum(a[key] for a in first) for key in ("accepted", "drafted"))
     return [*lines, f"\nAll texts, K = 1: {total} of {drafted} drafts accepted ({100 * total / drafted:.1f} %).\n"]
 
 
-def speed_text(r: dict[str, Any]) -> list[str]:
+def speed_text(head: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "## Gain, predicted and measured\n", source(r),
+        "## Gain, predicted and measured\n", source(head),
         "Drafted over plain speed on the same greedy text, median (lowest - highest) of interleaved repeats.",
         "Predicted: from the times of plain steps and of rounds whose drafts are all right, and the acceptance met.",
         "`accept`: every draft is the known next token, spoiled with probability 1 - accept, while the MTP layer runs",
@@ -141,7 +142,7 @@ def speed_text(r: dict[str, Any]) -> list[str]:
         "predicted | measured | error | read GB/s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for s in r["rows"]:
+    for s in rows:
         m, bandwidth = s["speedup"], s["read_bandwidth"]
         lines.append(
             f"| {Path(s['file']).name} | {s['threads']} | {s['k']} | {s['accept'] or 'own'} | {s['acceptance']:.2f} | "
@@ -149,29 +150,37 @@ def speed_text(r: dict[str, Any]) -> list[str]:
             f"{s['predicted_bytes']:.3f} | {s['predicted']:.3f} | {m['median']:.3f} ({m['low']:.3f} - "
             f"{m['high']:.3f}) | {100 * (s['predicted'] / m['median'] - 1):+.1f} % | {bandwidth['median']:.1f} |"
         )
-    errors = [abs(s["predicted"] / s["speedup"]["median"] - 1) for s in r["rows"]]
+    errors = [abs(s["predicted"] / s["speedup"]["median"] - 1) for s in rows]
     return [*lines, f"\nPrediction and measurement are {100 * statistics.median(errors):.1f} % apart in the median of "
             f"the {len(errors)} rows, {100 * max(errors):.1f} % at worst.\n"]  # fmt: skip
 
 
-def auto_text(r: dict[str, Any]) -> list[str]:
-    lines = ["## auto against off\n", source(r), "Time and bytes of `--draft auto` over `--draft off`, greedy.\n",
+def auto_text(head: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["## auto against off\n", source(head), "Time and bytes of `--draft auto` over `--draft off`, greedy.\n",
              "| file | threads | pairs | tokens | time: median | 95 % interval of the median | bytes: median | worst |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for a in r["rows"]:
+    for a in rows:
         lines.append(f"| {a['file']} | {a['threads']} | {a['pairs']} | {a['tokens']} | {a['seconds']:.3f} | "
                      f"{a['interval'][0]:.3f} - {a['interval'][1]:.3f} | {a['bytes']:.3f} | "
                      f"{a['bytes_worst']:.3f} |")  # fmt: skip
     return [*lines, ""]
 
 
-def source(r: dict[str, Any]) -> str:
+def source(head: dict[str, Any]) -> str:
     """Where a part's figures come from."""
-    loads = "" if r["load"] is None else f"; load average {r['load'][0]:.1f} before, {r['load'][1]:.1f} after"
-    return f"{r['machine']}, commit {r['commit']}, `{r['command']}`{loads}.\n"
+    load = head["load"]
+    loads = "" if load is None else f"; load average {load[0]:.1f} before, {load[1]:.1f} after"
+    return f"{head['machine']}, commit {head['commit']}, `{head['command']}`{loads}.\n"
 
 
 PARTS = {"counts": counts_text, "speed": speed_text, "auto": auto_text}
+
+
+def markdown(lines: list[dict[str, Any]]) -> str:
+    """The tables of the measurements' file: first a line that says where each part is from, then each part's rows."""
+    head, *rows = lines
+    texts = [text(head[part], [r for r in rows if r["part"] == part]) for part, text in PARTS.items() if part in head]
+    return "# Drafting\n\n" + "\n".join(line for text in texts for line in text)
 
 
 def machine() -> str:
@@ -215,18 +224,17 @@ def main() -> int:
             result = bench_draft(model, k, accept, 40, 128 if path is None else 48, args.repeats, prompt=ids)
             rows.append(dataclasses.asdict(result) | {"file": Path(result.file).name})
             print(json.dumps(rows[-1]), file=sys.stderr)
-    head = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    git = subprocess.run(head, capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False)
     words = ["tools/bench_draft.py", args.part, *(f"--slice {p.name}" for p in args.slice)]
     words += ["--threads", *map(str, args.threads)] if any(args.threads) else []
-    part = {"machine": machine(), "commit": git.stdout.strip(), "command": " ".join(words), "rows": rows,
+    part = {"machine": machine(), "commit": git.stdout.strip(), "command": " ".join(words),
             "load": None if load is None else [*load, os.getloadavg()[0]]}  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "draft.json"
-    results = (json.loads(path.read_text()) if path.exists() else {}) | {args.part: part}
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    lines = [line for name, text in PARTS.items() if name in results for line in text(results[name])]
-    (args.out / "draft.md").write_text("# Drafting\n\n" + "\n".join(lines))
+    path = args.out / "draft.jsonl"
+    head, *others = jsonl.read(path) or [{}]
+    others = [r for r in others if r["part"] != args.part]
+    jsonl.write(path, [head | {args.part: part}, *others, *({"part": args.part} | r for r in rows)])
+    path.with_suffix(".md").write_text(markdown(jsonl.read(path)))
     return 0
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure deepcalm beside llama.cpp (and transformers), pair by pair between probes of the read bandwidth.
 
-    tools/bench_peers.py --llama-bench PATH        everything, into docs/perf/peers.json and a table
+    tools/bench_peers.py --llama-bench PATH        everything, into docs/perf/peers.jsonl and a table
     tools/bench_peers.py --build FOLDER            first build llama.cpp natively there, from llama-cpp-python's sources
     tools/bench_peers.py --quick ...               1 round, contexts 0 and 4096, all threads only
     tools/bench_peers.py --dry-run                 what would run, and about how long
@@ -278,9 +278,9 @@ def summary(row: dict[str, Any], side: str = "ours") -> dict[str, Any]:
             "goal": statistics.median(goals)}  # fmt: skip
 
 
-def markdown(value: dict[str, Any]) -> str:
+def markdown(results: Results) -> str:
     """The rows as a table of ratios."""
-    m = value["machine"]
+    m = results.head["machine"]
     out = [
         "# deepcalm beside llama.cpp and transformers, CPU",
         "",
@@ -289,7 +289,7 @@ def markdown(value: dict[str, Any]) -> str:
         "attention on; transformers in bf16, with AMX where the processor has it and without. DeepSeek-V2-Lite",
         "geometry of 8, 14 or 27 layers, random weights, every matrix in one format on both sides, output included.",
         "",
-        f"    {value['command']}",
+        f"    {results.head['command']}",
         "",
         "A pair is probe, ours, peer, ours, probe; ratios are of pairs whose probes agree within 15 % (all pairs where",
         "none do); median (lowest - highest). Share: of the read bandwidth that our decoding reaches. lite27-q8: one",
@@ -302,7 +302,7 @@ def markdown(value: dict[str, Any]) -> str:
         "others | commit |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines = [(row, side) for row in value["rows"].values() for side in ("ours", "bf16")]
+    lines = [(row, side) for row in results.rows.values() for side in ("ours", "bf16")]
     for row, side in lines:
         if not any(side in r for r in row["rounds"]):
             continue
@@ -410,12 +410,12 @@ def run_case(case: Case, rows: list[Row], binary: Path, args: argparse.Namespace
                     half[row.key] = rounds
                     continue
                 value = {"case": case.name, "threads": row.threads, "what": row.what, "context": row.context,
-                         "peer": row.peer, "layers": row.case.layers, "commit": results.value["machine"]["commit"],
+                         "peer": row.peer, "layers": row.case.layers, "commit": results.head["machine"]["commit"],
                          "time": time.strftime("%Y-%m-%d %H:%M")}  # fmt: skip
                 value |= {"rounds": half[row.key], "peer_rounds": rounds} if case.apart else {"rounds": rounds}
                 results.add(row.key, value)
-                args.out.with_suffix(".md").write_text(markdown(results.value))
-                s = summary(value)
+                args.out.with_suffix(".md").write_text(markdown(results))
+                s = summary(results.rows[row.key])
                 say(f"{row.key}: {s['ours']:.2f} against {s['peer']:.2f}, ratio {s['ratio']:.2f}, "
                     f"{s['agree']} of {s['of']} agree, others {s['others']:.2f}")  # fmt: skip
     finally:
@@ -496,7 +496,7 @@ def main() -> int:
     parser.add_argument("--contexts", type=int, nargs="+", default=[0, 1024, 4096])
     parser.add_argument("--layers", type=int, help="fewer layers than the cases have: to try the script")
     parser.add_argument("--folder", type=Path, default=Path(os.environ.get("TMPDIR", "/tmp")), help="for the models")
-    parser.add_argument("--out", type=Path, default=bench_rows.DOCS / "peers.json")
+    parser.add_argument("--out", type=Path, default=bench_rows.DOCS / "peers.jsonl")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--repeats", type=int, default=2, help="of llama-bench")
     parser.add_argument("--tokens", type=int, default=16, help="decoded per measurement")
@@ -520,7 +520,7 @@ def main() -> int:
     if binary is None or not Path(binary).exists():
         raise SystemExit("llama-bench is not there: --llama-bench PATH, or --build FOLDER")
     command = "tools/bench_peers.py" + " --quick" * args.quick + " --build FOLDER"
-    results.value |= {"machine": machine(), "command": command}
+    results.head |= {"machine": machine(), "command": command}
     for case in dict.fromkeys(r.case for r in rows):
         mine = [r for r in rows if r.case is case]
         run_case(case, mine, Path(binary), args, results)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure every CPU row of the project's performance table: models x formats x threads x contexts.
 
-    tools/bench_rows.py                        all of it, into docs/perf/rows.json and a table beside it
+    tools/bench_rows.py                        all of it, into docs/perf/rows.jsonl and a table beside it
     tools/bench_rows.py --quick                2 repeats, 8 tokens, contexts 0 and 4096
     tools/bench_rows.py --only lite27-q8       one model; may be given several times
     tools/bench_rows.py --dry-run              what would run, disk, memory and about how long
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import deepcalm
+import jsonl
 from deepcalm import report, synthetic
 from deepcalm.bench import BenchResult
 
@@ -63,23 +63,21 @@ MODELS = (
 
 
 class Results:
-    """Rows in a JSON file, saved one by one."""
+    """Rows in a file of JSON lines, saved one by one: first the head (what holds for all), then a row and its key."""
 
     def __init__(self, path: Path, again: bool) -> None:
         self.path = path
-        self.value: dict[str, Any] = {"rows": {}}
-        if path.exists() and not again:
-            self.value = json.loads(path.read_text())
+        lines = jsonl.read(path)
+        self.head: dict[str, Any] = lines[0] if lines and not again else {}
+        self.rows = {} if again else {row["key"]: row for row in lines[1:]}
 
     def has(self, key: str) -> bool:
-        return key in self.value["rows"]
+        return key in self.rows
 
     def add(self, key: str, row: dict[str, Any]) -> None:
-        self.value["rows"][key] = row
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.value, indent=1) + "\n")
-        temporary.replace(self.path)
+        """Saves a row, and reads it as whoever opens the file will."""
+        self.rows[key] = jsonl.rounded({"key": key} | row)
+        jsonl.write(self.path, [self.head, *self.rows.values()])
 
 
 @contextlib.contextmanager
@@ -188,12 +186,12 @@ def of_goal(d: dict[str, Any], kv: str) -> float:
     return float(goal_seconds(1e-9 * weights, read, operations, d["attention_ceiling"], kv) * d["rate"]["median"])
 
 
-def markdown(value: dict[str, Any]) -> str:
+def markdown(results: Results) -> str:
     """The rows as a table."""
-    rows = value["rows"]
-    first = next(iter(rows.values()))
+    rows = list(results.rows.values())
+    first = rows[0]
     m = first["machine"]
-    commits = ", ".join(sorted({r["machine"]["commit"] for r in rows.values()}))
+    commits = ", ".join(sorted({r["machine"]["commit"] for r in rows}))
     out = [
         "# CPU: every row of the performance table",
         "",
@@ -202,7 +200,7 @@ def markdown(value: dict[str, Any]) -> str:
         "lite27 is DeepSeek-V2-Lite, lite8 its first 8 layers, v3s a dense and a MoE layer of DeepSeek-V3 with 16384",
         "tokens of vocabulary. Contexts are filled with random cache rows.",
         "",
-        f"    {value['command']}",
+        f"    {results.head['command']}",
         "",
         "Median of the repeats, lowest and highest in brackets. Read: a plain read of memory by as many threads",
         "before every run. Bound of decode: every byte at the read bandwidth, attention at its instruction's ceiling",
@@ -214,7 +212,7 @@ def markdown(value: dict[str, Any]) -> str:
         "% of instruction | others |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in rows.values():
+    for r in rows:
         lost = r["other_cores"] + r["stolen_cores"]
         others = f"{lost:.2f}" if lost > 0.05 else ""
         for d in r["decode"]:
@@ -228,7 +226,7 @@ def markdown(value: dict[str, Any]) -> str:
             )
     out += ["", "| model | threads | prefill tok/s | Gop/s | % of the kernels from L1 | % of the instructions |",
             "|---|---|---|---|---|---|"]  # fmt: skip
-    for r in rows.values():
+    for r in rows:
         if r["kv"] == "f16":
             p = r["prefill"]
             out.append(
@@ -241,7 +239,7 @@ def markdown(value: dict[str, Any]) -> str:
         "during the prompt |",
         "|---|---|---|---|---|---|---|",
     ]
-    for r in rows.values():
+    for r in rows:
         if r["linear"]:
             a, b, off = r["linear"]
             other, prefill = (r["memory"][k] / 1e6 for k in ("other", "prefill"))
@@ -251,14 +249,14 @@ def markdown(value: dict[str, Any]) -> str:
             )
     out += ["", "![cost of a step against the context](rows.png)"]
     out += ["", "| model | threads | GB | process start to first token, s |", "|---|---|---|---|"]
-    for r in rows.values():
+    for r in rows:
         if r["first_token"]:
             seconds = ", ".join(f"{s:.2f}" for s in r["first_token"])
             out.append(f"| {r['name']} | {r['threads']} | {r['file_bytes'] / 1e9:.1f} | {seconds} |")
     return "\n".join(out) + "\n"
 
 
-def plot(value: dict[str, Any], path: Path) -> None:
+def plot(results: Results, path: Path) -> None:
     """Milliseconds of a decode step against the context, f16 cache, with the lines through them; needs matplotlib."""
     try:
         from matplotlib.figure import Figure
@@ -266,7 +264,7 @@ def plot(value: dict[str, Any], path: Path) -> None:
         say(f"{path.name} not drawn: matplotlib is not installed")
         return
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    rows = [r for r in value["rows"].values() if r["linear"]]
+    rows = [r for r in results.rows.values() if r["linear"]]
     threads = sorted({r["threads"] for r in rows})
     for axes, t in zip(figure.subplots(1, len(threads), squeeze=False)[0], threads, strict=True):
         for i, r in enumerate(r for r in rows if r["threads"] == t):
@@ -290,7 +288,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=[m.name for m in MODELS], help="these models")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--folder", type=Path, default=Path(os.environ.get("TMPDIR", "/tmp")), help="for the models")
-    parser.add_argument("--out", type=Path, default=DOCS / "rows.json")
+    parser.add_argument("--out", type=Path, default=DOCS / "rows.jsonl")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--quick", action="store_true")
@@ -309,7 +307,7 @@ def main() -> int:
             say(f"{key(m, threads, kv)}: {m.gigabytes:.1f} GB, contexts {contexts}, "
                 f"about {estimate(m, threads, contexts, args.repeats, args.tokens):.0f} s")  # fmt: skip
         return 0
-    results.value["command"] = f"tools/bench_rows.py --repeats {args.repeats} --tokens {args.tokens}" + (
+    results.head["command"] = f"tools/bench_rows.py --repeats {args.repeats} --tokens {args.tokens}" + (
         " --quick" if args.quick else "")  # fmt: skip
     for m in dict.fromkeys(m for m, *_ in runs):
         if not (args.folder / f"{m.name}.dcalm").exists():
@@ -327,8 +325,8 @@ def main() -> int:
                     "linear": report.linear_cost(r.decode),
                 }
                 results.add(key(m, threads, kv), row | {"time": time.strftime("%Y-%m-%d %H:%M")})
-                args.out.with_suffix(".md").write_text(markdown(results.value))
-                plot(results.value, args.out.with_suffix(".png"))
+                args.out.with_suffix(".md").write_text(markdown(results))
+                plot(results, args.out.with_suffix(".png"))
                 best = ", ".join(f"{d.context}: {d.rate.median:.2f} ({100 * d.share.median:.0f} %)" for d in r.decode)
                 say(f"{key(m, threads, kv)}: prefill {r.prefill.rate.median:.0f} tok/s "
                     f"({100 * r.prefill.kernel_share.median:.0f} %); {best}")  # fmt: skip

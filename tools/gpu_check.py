@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Everything that needs a GPU, in one unattended run: build, tests, sanitizers, determinism, speed.
 
-    tools/gpu_check.py OUT                all phases; OUT gets a log per phase, gpu_check.json and the table
+    tools/gpu_check.py OUT                all phases; OUT gets a log per phase, gpu_check.jsonl and the table
     tools/gpu_check.py OUT --only speed   some phases (sanitizer and speed name several), may be given again; earlier
                                           results in OUT stay
     tools/gpu_check.py OUT --device sim   the script itself, on the simulated GPU with toy shapes: no figure counts
@@ -29,6 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jsonl
+
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 570  # seconds of a phase
 # phase -> (name, geometry, format, goal: share of the measured read bandwidth at contexts 128 and 4096)
@@ -55,7 +57,7 @@ class Check:
 
     def __init__(self, out: Path, device: str) -> None:
         self.out, self.device, self.toy = out, device, device == "sim"
-        self.result: Json = {"device": device, "phases": {}}
+        self.phases: dict[str, Json] = {}
         out.mkdir(parents=True, exist_ok=True)
 
     def command(self, name: str, *command: str, limit: int = LIMIT - 10, **env: str) -> tuple[bool, str]:
@@ -312,10 +314,10 @@ class Check:
     def table(self) -> str:
         """What a person reads; Markdown."""
         out = []
-        for name, phase in self.result["phases"].items():
+        for name, phase in self.phases.items():
             note = phase.get("error") or phase.get("note") or phase.get("end") or ""
             out.append(f"- {name}: {'ok' if phase.get('ok') else 'FAILED'} ({phase['wall']:.0f} s) {note}".rstrip())
-        speeds = [p for n, p in self.result["phases"].items() if n in MODELS and "model" in p]
+        speeds = [p for n, p in self.phases.items() if n in MODELS and "model" in p]
         if speeds:
             out += ["", "| model | read bandwidth | context | tok/s, share | goal |", "|---|---|---|---|---|"]
         for p in speeds:
@@ -342,10 +344,10 @@ class Check:
 
     def run(self, phases: list[str]) -> int:
         """Phase after phase, each in a process of its own, so that a hang or a crash ends that phase alone."""
-        path = self.out / "gpu_check.json"
-        earlier: Json = json.loads(path.read_text()) if path.is_file() else {}
-        if earlier.get("device") == self.device and phases != list(PHASES):
-            self.result["phases"] = earlier["phases"]
+        path = self.out / "gpu_check.jsonl"
+        head, *earlier = jsonl.read(path) or [{}]
+        if head.get("device") == self.device and phases != list(PHASES):
+            self.phases = {row.pop("phase"): row for row in earlier}
         for name in phases:
             start = time.time()
             done = self.out / f"{name}.json"
@@ -353,20 +355,19 @@ class Check:
             ok, tail = self.command(f"phase-{name}", sys.executable, str(Path(__file__)), str(self.out), "--device",
                                     self.device, "--inside", name, limit=LIMIT)  # fmt: skip
             phase = json.loads(done.read_text()) if ok and done.is_file() else {"ok": False, "error": tail[-300:]}
-            self.result["phases"][name] = {**phase, "wall": time.time() - start}
+            self.phases[name] = {**phase, "wall": time.time() - start}
             print(f"{name}: {'ok' if phase.get('ok') else 'FAILED'}, {time.time() - start:.0f} s", flush=True)
             self.save(path)  # after each: whoever ends this process loses one phase
         print(self.table())
-        return 0 if all(p.get("ok") for p in self.result["phases"].values()) else 1
+        return 0 if all(p.get("ok") for p in self.phases.values()) else 1
 
     def save(self, path: Path) -> None:
         """The results so far, in the order of the phases, and the table of them."""
-        done = self.result["phases"]
-        self.result["phases"] = {name: done[name] for name in PHASES if name in done}
+        self.phases = {name: self.phases[name] for name in PHASES if name in self.phases}
         program = shutil.which("nvidia-smi")
         facts = subprocess.run([program], capture_output=True, text=True, check=False).stdout if program else ""
-        self.result["nvidia_smi"] = facts
-        path.write_text(json.dumps(self.result, indent=1) + "\n")
+        head = {"device": self.device, "nvidia_smi": facts}
+        jsonl.write(path, [head, *({"phase": name} | phase for name, phase in self.phases.items())])
         (self.out / "table.txt").write_text(self.table() + "\n")
 
 
