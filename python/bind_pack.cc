@@ -1,5 +1,5 @@
 // formats, manifest, configuration and the packing primitives of deepcalm._core. Everything here takes and returns plain
-// buffers; which tensor goes where is decided in deepcalm/pack.py.
+// buffers; which tensor goes where is decided in deepcalm/files/plan.py.
 #include "python/bind_common.h"
 #include "runtime/manifest.h"
 

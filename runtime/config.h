@@ -1,5 +1,5 @@
 // The typed model configuration: one list of fields, read here, by the reader of Python's dict (python/bind_pack.cc) and by
-// validate(). Field names are those of config.json; Python (deepcalm/hf_config.py) resolves defaults and old and new key
+// validate(). Field names are those of config.json; Python (deepcalm/files/config.py) resolves defaults and old and new key
 // styles, C++ checks every number again before anything is allocated.
 #pragma once
 

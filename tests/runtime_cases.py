@@ -19,7 +19,7 @@ import numpy as np
 import golden_cases
 import tiny
 from deepcalm import _core
-from deepcalm.pack import pack as pack_checkpoint
+from deepcalm.files.pack import pack as pack_checkpoint
 from ref import model, packed
 
 Array = np.ndarray[Any, Any]

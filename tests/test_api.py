@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -21,9 +22,9 @@ import deepcalm
 import surface_cases
 import tiny
 from deepcalm import _core, limits, session
+from deepcalm.check.perplexity import log_softmax
 from deepcalm.errors import ConfigError, Error, PackedFileError, ResourceError, SessionError, UnsupportedError
-from deepcalm.generate import TextGeneration
-from deepcalm.perplexity import log_softmax
+from deepcalm.generation import TextGeneration
 
 F32 = npt.NDArray[np.float32]
 V = tiny.PRESETS["v3"].config["vocab_size"]
@@ -50,7 +51,9 @@ def reference() -> F32:
 
 
 def test_public_names_resolve_and_stay_functions() -> None:
-    importlib.import_module("deepcalm.pack")
+    for module in pkgutil.walk_packages(deepcalm.__path__, "deepcalm."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     for name in deepcalm.__all__:
         assert callable(getattr(deepcalm, name)), name
     with pytest.raises(AttributeError, match="nothing"):

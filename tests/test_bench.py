@@ -18,10 +18,12 @@ import pytest
 
 import deepcalm
 import surface_cases
-from deepcalm import _core, cli, packed, report, synthetic
+from deepcalm import _core, cli
 from deepcalm.errors import SessionError, UnsupportedError
+from deepcalm.files import packed
+from deepcalm.measure import report, synthetic
 
-bench = importlib.import_module("deepcalm.bench")
+bench = importlib.import_module("deepcalm.measure.bench")
 
 
 @pytest.fixture(autouse=True)

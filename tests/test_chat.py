@@ -1,4 +1,4 @@
-"""Chat templates (deepcalm.chat): the families' rules, transformers' results, control tokens, hostile templates."""
+"""Chat templates (deepcalm.template): the families' rules, transformers' results, control tokens, hostile templates."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import tiny
 from chat_templates import CONSTRUCTS, CONVERSATION, FAMILIES, QWEN3, R1, TOKENS, TOOL, V3, WITH_TOOLS
-from deepcalm import chat
-from deepcalm.chat import ChatTemplate
+from deepcalm import template
 from deepcalm.errors import Error
+from deepcalm.template import ChatTemplate
 from deepcalm.text import Vocabulary
 
 
@@ -289,7 +289,8 @@ HOSTILE = [
     "{{ " + "[" * 20000 + "]" * 20000 + " }}", "{{ " + "not " * 20000 + "x }}", "{{ x" + "|trim" * 20000 + " }}",
     "{{ x" + "[0]" * 20000 + " }}", "{% if x %}" * 20000 + "{% endif %}" * 20000,
     "{% if x %}" * 99 + "{% endif %}" * 99,
-    "{% for x in y %}" * 50 + "{% endfor %}" * 50, "{{ " + "-" * 20000 + "1 }}", "x" * (chat.MAX_TEMPLATE_CHARS + 1),
+    "{% for x in y %}" * 50 + "{% endfor %}" * 50, "{{ " + "-" * 20000 + "1 }}",
+    "x" * (template.MAX_TEMPLATE_CHARS + 1),
     "{{ raise_exception('x' * 10 ** 8) }}", "{{ messages[0]['x' * 10 ** 8].y }}",
 ]  # fmt: skip
 RUN = """
@@ -297,12 +298,12 @@ import json, resource, sys
 limit = 1 << 30
 if "libasan" not in sys.argv[1]:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))  # of this process; its children have their own
-from deepcalm import chat, errors
-chat.MAX_SECONDS, chat.MAX_BYTES = 0.04, 64 << 20
+from deepcalm import errors, template
+template.MAX_SECONDS, template.MAX_BYTES = 0.04, 64 << 20
 out = []
 for source in json.load(sys.stdin):
     try:
-        out.append("ok: " + chat.ChatTemplate(source, {}).render([{"role": "user", "content": "Hi"}])[:99])
+        out.append("ok: " + template.ChatTemplate(source, {}).render([{"role": "user", "content": "Hi"}])[:99])
     except errors.Error as e:
         out.append("Error: " + str(e))
 own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -327,7 +328,7 @@ def test_hostile_templates_end_within_their_budget() -> None:
 
 
 def test_time_is_bounded_and_the_next_rendering_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "MAX_SECONDS", 0.05)
+    monkeypatch.setattr(template, "MAX_SECONDS", 0.05)
     t = ChatTemplate("{% for a in range(n) %}{% for b in range(n) %}{% endfor %}{% endfor %}{{ n }}", {})
     for _ in range(2):
         with pytest.raises(Error, match=r"takes more than 0\.05 seconds$"):
@@ -337,7 +338,7 @@ def test_time_is_bounded_and_the_next_rendering_starts_anew(monkeypatch: pytest.
 
 def test_time_is_bounded_where_the_thread_blocks_signals(monkeypatch: pytest.MonkeyPatch) -> None:
     """Signal masks and ignored signals are inherited by processes."""
-    monkeypatch.setattr(chat, "MAX_SECONDS", 0.05)
+    monkeypatch.setattr(template, "MAX_SECONDS", 0.05)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     ignored = signal.signal(signal.SIGPROF, signal.SIG_IGN)
     try:

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 import tiny
 from deepcalm import _core
-from deepcalm.checkpoint import Checkpoint
-from deepcalm.container import File, read_header
 from deepcalm.errors import CheckpointError, ConfigError, Error
-from deepcalm.pack import plan
+from deepcalm.files.checkpoint import Checkpoint
+from deepcalm.files.pack import plan
+from deepcalm.files.safetensors import File, read_header
 from ref import checkpoint as ref_checkpoint
 from ref import model as ref_model
 
@@ -620,7 +620,7 @@ FUSED, SWITCH = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.s
 def test_weight_refusals_name_the_tensor(
     preset: str, add: dict[str, Any], message: str, copy: Callable[[str], Path]
 ) -> None:
-    from deepcalm.pack import plan
+    from deepcalm.files.pack import plan
 
     def change(tensors: dict[str, Any]) -> None:
         for name, value in add.items():

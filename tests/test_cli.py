@@ -28,8 +28,11 @@ import deepcalm
 import device_cases
 import surface_cases
 import tiny
-from deepcalm import _core, cli, cli_common, packed
-from deepcalm.generate import Generation
+from deepcalm import _core, cli
+from deepcalm.cli import common
+from deepcalm.cli import run as run_commands
+from deepcalm.files import packed
+from deepcalm.generation import Generation
 from deepcalm.session import Stats
 
 Run = Callable[..., tuple[int, bytes, str]]
@@ -173,7 +176,7 @@ def test_generate_ends_before_a_stop_string(run: Run, path: Path) -> None:
 
 def test_stop_strings_understand_escapes(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stops: list[tuple[str, ...]] = []
-    monkeypatch.setattr(cli, "start", lambda *_, stop, **__: stops.append(stop) or 1 / 0)
+    monkeypatch.setattr(run_commands, "start", lambda *_, stop, **__: stops.append(stop) or 1 / 0)
     typed = ("\\n", "a\\tb\\r", "\\\\n", "C:\\dir", "\\")
     with pytest.raises(ZeroDivisionError):
         run("generate", "-m", path, "the", *(x for s in typed for x in ("--stop", s)))
@@ -286,19 +289,19 @@ def test_no_arguments_shows_help(run: Run) -> None:
 
 def test_every_command_that_has_defaults_runs_without_arguments(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are wrong usage (test_wrong_usage_is_2)."""
-    measure = importlib.import_module("deepcalm.bench").bench
+    measure = importlib.import_module("deepcalm.measure.bench").bench
 
     def quick(*args: object, **_options: object) -> object:
         model, prompt, contexts, tokens, _repeats, kv = args
         return measure(model, prompt, contexts, tokens, 1, kv, 1)
 
-    monkeypatch.setattr(importlib.import_module("deepcalm.bench"), "bench", quick)
+    monkeypatch.setattr(importlib.import_module("deepcalm.measure.bench"), "bench", quick)
     needs_arguments = {"generate", "pack", "inspect", "verify", "perplexity"}
     assert {name for name in cli.cli.commands if run(name, stdin=b"")[0] != 0} == needs_arguments
 
 
 def test_isa_names_are_those_of_the_kernels() -> None:
-    assert set(cli_common.ISAS) == {isa["name"] for isa in _core.isas()}
+    assert set(common.ISAS) == {isa["name"] for isa in _core.isas()}
 
 
 @pytest.mark.parametrize("command", ["", *cli.cli.commands])
@@ -413,10 +416,10 @@ def test_interrupt_keeps_the_partial_text(run: Run, path: Path, monkeypatch: pyt
 
 def test_interrupt_while_writing_waits_for_the_write() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), cli_common.deferred_interrupt():
+    with pytest.raises(KeyboardInterrupt), common.deferred_interrupt():
         signal.raise_signal(signal.SIGINT)
         done.append(1)
-    with pytest.raises(KeyboardInterrupt), cli_common.deferred_interrupt():
+    with pytest.raises(KeyboardInterrupt), common.deferred_interrupt():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         done.append(2)
@@ -677,7 +680,7 @@ def test_file_names_need_not_be_utf8(run: Run, path: Path, tmp_path: Path) -> No
 
 
 def test_json_output_has_no_nan(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
-    cli_common.write_json({"a": [math.nan, -math.inf, 1.5], "b": {"c": math.inf}})
+    common.write_json({"a": [math.nan, -math.inf, 1.5], "b": {"c": math.inf}})
     assert json.loads(capsysbinary.readouterr().out) == {"a": [None, None, 1.5], "b": {"c": None}}
 
 
@@ -742,12 +745,12 @@ def test_long_runs_say_what_share_of_a_plain_read_they_reach(monkeypatch: pytest
     monkeypatch.setattr(_core, "read_bandwidth", lambda *_: 8.0)
     model = surface_cases.model()
     stats = Stats(decode_tokens=9, decode_seconds=1.5, decode_bytes=9_000_000_000)
-    read = cli.bandwidth_now(model, stats)
-    assert read == 8.0 and cli.bandwidth_now(model, Stats(decode_tokens=9, decode_seconds=0.4)) is None
-    answer, _ = cli.start(model.session(), [1, 2], 2, stop=(), seed=None, temp=0.0)
+    read = run_commands.bandwidth_now(model, stats)
+    assert read == 8.0 and run_commands.bandwidth_now(model, Stats(decode_tokens=9, decode_seconds=0.4)) is None
+    answer, _ = run_commands.start(model.session(), [1, 2], 2, stop=(), seed=None, temp=0.0)
     list(answer)
-    assert ", 6.00 GB/s, 75 % of a plain read" in cli.summary(answer, stats, None, read)
-    assert "plain read" not in cli.summary(answer, stats, None)
+    assert ", 6.00 GB/s, 75 % of a plain read" in run_commands.summary(answer, stats, None, read)
+    assert "plain read" not in run_commands.summary(answer, stats, None)
 
 
 def few_locked_pages() -> None:
@@ -778,8 +781,8 @@ def test_a_cold_file_is_read_once_from_end_to_end(path: Path, monkeypatch: pytes
     model.path.read_bytes()
     assert model.cold_share() < 0.05  # just read, or the system does not tell
     bar: list[tuple[int, int]] = []
-    monkeypatch.setattr(cli_common, "progress", lambda *_: contextlib.nullcontext(lambda *step: bar.append(step)))
-    cli_common.read_cold(model, quiet=False)
+    monkeypatch.setattr(common, "progress", lambda *_: contextlib.nullcontext(lambda *step: bar.append(step)))
+    common.read_cold(model, quiet=False)
     assert not bar
 
     def preadv(_fd: int, _buffers: object, offset: int, _flags: int) -> int:
@@ -789,11 +792,11 @@ def test_a_cold_file_is_read_once_from_end_to_end(path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "preadv", preadv)
     assert 0.4 < model.cold_share() < 0.6
-    cli_common.read_cold(model, quiet=False)
+    common.read_cold(model, quiet=False)
     assert bar[-1] == (model.file_bytes, model.file_bytes)
     bar.clear()
     monkeypatch.setattr("deepcalm.limits.available_memory", lambda: model.file_bytes // 4)  # pages would not stay
-    cli_common.read_cold(model, quiet=False)
+    common.read_cold(model, quiet=False)
     assert not bar
 
 

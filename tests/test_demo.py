@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import deepcalm
-from deepcalm.packed import PackedFile
-from deepcalm.perplexity import perplexity
+from deepcalm.check.perplexity import perplexity
+from deepcalm.files.packed import PackedFile
 
 DATA = Path(__file__).parent / "data"
 CARD = (deepcalm.demo_path().parent / "MODEL_CARD.md").read_text(encoding="utf-8")

@@ -12,8 +12,9 @@ import pytest
 import deepcalm
 import device_cases
 import surface_cases
-from deepcalm import _core, packed
+from deepcalm import _core
 from deepcalm.errors import UnsupportedError
+from deepcalm.files import packed
 
 
 def open_with(library: Path) -> object:

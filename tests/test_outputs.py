@@ -15,8 +15,8 @@ import pytest
 
 import deepcalm
 import surface_cases
-from deepcalm import container
 from deepcalm.errors import PackedFileError, ResourceError, SessionError
+from deepcalm.files import safetensors
 
 FULL = "No space left on device"
 
@@ -35,24 +35,24 @@ def test_whole_file_replaces_or_leaves_alone(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_text("old")
     (tmp_path / "link").symlink_to("f")
-    with pytest.raises(ZeroDivisionError), container.whole_file(path) as name:
+    with pytest.raises(ZeroDivisionError), safetensors.whole_file(path) as name:
         name.write_text("half")
         1 / 0  # noqa: B018
-    with pytest.raises(ResourceError, match=r"/f: cannot be written: No space"), container.whole_file(path):
+    with pytest.raises(ResourceError, match=r"/f: cannot be written: No space"), safetensors.whole_file(path):
         raise OSError(28, FULL)
     assert path.read_text() == "old"
-    with container.whole_file(tmp_path / "link") as one, container.whole_file(path) as other:
+    with safetensors.whole_file(tmp_path / "link") as one, safetensors.whole_file(path) as other:
         one.write_text("1")  # two writers do not meet
         other.write_text("2")
     assert path.read_text() == "1" and (tmp_path / "link").is_symlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "link"]
     for bad, reason in ((tmp_path, "Is a directory"), (tmp_path / "no" / "f", "No such file")):
-        with pytest.raises(ResourceError, match=reason), container.whole_file(bad):
+        with pytest.raises(ResourceError, match=reason), safetensors.whole_file(bad):
             pytest.fail("worked in vain")
 
 
 def test_whole_file_writes_to_devices_as_they_are() -> None:
-    with container.whole_file(Path(os.devnull)) as name:
+    with safetensors.whole_file(Path(os.devnull)) as name:
         assert name == Path(os.devnull)
         name.write_text("gone")
     assert Path(os.devnull).is_char_device()
@@ -164,13 +164,13 @@ def test_terminated_commands_leave_no_temporary_files(tmp_path: Path, number: si
     """The process stands in the middle of a temporary file, as ``bench --synthetic`` does for a long time."""
     script = (
         "import pathlib, sys, tempfile, time\n"
-        "import deepcalm.cli, deepcalm.cli_tools as tools\n"
+        "import deepcalm.cli.bench as bench, deepcalm.cli\n"
         "def write(path, *_):\n"
-        "    with tools.whole_file(path) as name:\n"
+        "    with bench.whole_file(path) as name:\n"
         "        name.write_text('half')\n"
         "        print(flush=True)\n"
         "        time.sleep(60)\n"
-        "tools.write_synthetic = write\n"
+        "bench.write_synthetic = write\n"
         "sys.argv[1:] = ['bench', '--synthetic', 'v2-lite:1']\n"
         "sys.exit(deepcalm.cli.main())\n"
     )

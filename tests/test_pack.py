@@ -20,16 +20,16 @@ import pytest
 import safetensors
 
 import tiny
-from deepcalm import packed
 from deepcalm.errors import CheckpointError, ResourceError, UnsupportedError
-from deepcalm.pack import DTYPES, pack, plan
+from deepcalm.files import packed
+from deepcalm.files.pack import DTYPES, pack, plan
 from ref import checkpoint as ref_checkpoint
 from ref import formats as F
 from ref import model as ref_model
 from ref import packed as ref_packed
 
 Array = np.ndarray[Any, Any]
-PACK = sys.modules["deepcalm.pack"]  # `deepcalm.pack` is the function
+PACK = sys.modules["deepcalm.files.pack"]
 
 
 def arrays(value: Any, name: str = "") -> Iterator[tuple[str, Array]]:

@@ -15,11 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
-from deepcalm import _core, inspect, packed
-from deepcalm.container import parse_json
+from deepcalm import _core
 from deepcalm.errors import PackedFileError
+from deepcalm.files import inspect, packed
+from deepcalm.files.pack import pack
+from deepcalm.files.safetensors import parse_json
 from deepcalm.model import Model
-from deepcalm.pack import pack
 from ref import checkpoint as ref_checkpoint
 from ref import packed as ref_packed
 

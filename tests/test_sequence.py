@@ -22,7 +22,7 @@ import device_cases
 import surface_cases
 import tiny
 from deepcalm.errors import SessionError
-from deepcalm.generate import Generation, TextGeneration
+from deepcalm.generation import Generation, TextGeneration
 
 PROMPT = tiny.token_ids(tiny.N_TOKENS, 9, 4).tolist()
 MORE = [5, 6, 7]
@@ -176,7 +176,7 @@ def test_a_full_context_ends_with_its_last_position() -> None:
 @pytest.mark.parametrize("draft", ["off", 2])
 def test_an_interrupt_anywhere_leaves_what_was_returned(draft: str | int) -> None:
     """Ctrl-C at every few lines of the loop and of the session: a sequence that is right, whatever was half done."""
-    files = {f"{Path(deepcalm.__file__).parent}/{name}.py" for name in ("generate", "session")}
+    files = {f"{Path(deepcalm.__file__).parent}/{name}.py" for name in ("generation", "session")}
     seen, at, reasons = 0, 0, set()
 
     def trace(frame: Any, event: str, _arg: object) -> Any:

@@ -23,9 +23,9 @@ import runtime_cases as rc
 import surface_cases
 import tiny
 from deepcalm import SessionError, _core, cli
-from deepcalm.bench import bench_draft
-from deepcalm.draft import LIMIT, LIMIT_TOKENS, PLAIN_EVERY, Controller, CostModel, expected_tokens
-from deepcalm.generate import TextGeneration
+from deepcalm.drafting import LIMIT, LIMIT_TOKENS, PLAIN_EVERY, Controller, CostModel, expected_tokens
+from deepcalm.generation import TextGeneration
+from deepcalm.measure.bench import bench_draft
 from test_bit_equality import assert_same_bits
 from test_sampling import chi_square_p, softmax
 

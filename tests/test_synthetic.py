@@ -1,5 +1,5 @@
 """Synthetic models: the geometry is the real one, the bytes are reproducible, transformers reads the checkpoints of
-tools/make_synthetic.py, and the packed files of deepcalm.synthetic run as they should."""
+tools/make_synthetic.py, and the packed files of deepcalm.measure.synthetic run as they should."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import safetensors
 
 import deepcalm
 import make_synthetic
-from deepcalm import packed, synthetic
 from deepcalm.errors import ResourceError, UnsupportedError
+from deepcalm.files import packed
+from deepcalm.measure import synthetic
 
 TINY = [
     "hidden_size=64", "num_attention_heads=2", "num_key_value_heads=2", "kv_lora_rank=32", "qk_nope_head_dim=16",

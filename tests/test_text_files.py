@@ -15,12 +15,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import tiny
 from deepcalm.errors import CheckpointError, Error
-from deepcalm.generate import Sampling
+from deepcalm.files.pack import pack, plan
+from deepcalm.files.packed import read
+from deepcalm.files.text_files import FILES, LEGACY, TextFiles
+from deepcalm.generation import Sampling
 from deepcalm.model import Model
-from deepcalm.pack import pack, plan
-from deepcalm.packed import read
 from deepcalm.text import token_content
-from deepcalm.text_files import FILES, LEGACY, TextFiles
 
 TEXT = "the <tool> a<bos>b<eos>\n<bos> <pic>é<end>"
 CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -14,10 +14,10 @@ import tiktoken
 from tokenizers import Tokenizer
 
 import tiny
-from deepcalm import packed
 from deepcalm.errors import CheckpointError
-from deepcalm.pack import pack
-from deepcalm.tiktoken_convert import PATTERN, convert
+from deepcalm.files import packed
+from deepcalm.files.pack import pack
+from deepcalm.files.tiktoken import PATTERN, convert
 
 TEXT = (
     "Once upon a time there was a robot who didn't like rain. It's raining, said the robot, and they'll laugh.\n"

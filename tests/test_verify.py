@@ -22,9 +22,9 @@ from safetensors.numpy import load_file, save_file
 import deepcalm
 import surface_cases as cases
 import tiny
-from deepcalm import reference
-from deepcalm.cli_tools import verify_text
-from deepcalm.verify import verify
+from deepcalm.check import reference
+from deepcalm.check.verify import verify
+from deepcalm.cli.check import verify_text
 from ref import packed as ref_packed
 
 Array = np.ndarray[Any, Any]
@@ -165,7 +165,7 @@ def test_without_the_extra_verify_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_large_models_are_said_to_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint("v3", "bf16")
-    module = sys.modules["deepcalm.verify"]  # `deepcalm.verify` is the function
+    module = sys.modules["deepcalm.check.verify"]
     monkeypatch.setattr(module, "OPINION_LIMIT", 1000)
     r = verify(pack(folder, dtype="q8"), folder, legs=("effects",))
     assert "kl" in r.effect and len(r.notes) == 1 and "no comparison with transformers" in r.notes[0]
@@ -176,7 +176,7 @@ def test_large_models_are_said_to_be_too_large(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_reference_is_the_specification() -> None:
     """The package's reference and the tests' own, written apart, agree to rounding on the source weights."""
-    from deepcalm.checkpoint import Checkpoint
+    from deepcalm.files.checkpoint import Checkpoint
     from ref import checkpoint as ref_checkpoint
     from ref import model as ref_model
 
@@ -272,7 +272,7 @@ def test_a_model_that_says_nothing_is_right() -> None:
 
 
 def test_transformers_that_reads_the_checkpoint_otherwise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepcalm import peer
+    from deepcalm.check import peer
 
     folder = checkpoint("v3", "f32", n_shards=1)
     other = np.random.default_rng(0).normal(size=(32, 311)).astype(np.float32)
@@ -303,7 +303,7 @@ def test_whatever_transformers_raises_is_a_note(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_are_those_asked_for(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, made = sys.modules["deepcalm.verify"], list[int | None]()
+    module, made = sys.modules["deepcalm.check.verify"], list[int | None]()
 
     def model(path: Path, threads: int | None = None, isa: str | None = None) -> deepcalm.Model:
         made.append(threads)

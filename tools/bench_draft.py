@@ -29,7 +29,7 @@ from typing import Any
 
 import deepcalm
 import jsonl
-from deepcalm.bench import bench_draft
+from deepcalm.measure.bench import bench_draft
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, NEW, PAIRS, PAIR_SECONDS = 40, 120, 21, 100

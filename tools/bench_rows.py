@@ -30,8 +30,8 @@ from typing import Any
 
 import deepcalm
 import jsonl
-from deepcalm import report, synthetic
-from deepcalm.bench import BenchResult
+from deepcalm.measure import report, synthetic
+from deepcalm.measure.bench import BenchResult
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "perf"
 V3_SLICE = ("first_k_dense_replace=1", "vocab_size=16384", "num_nextn_predict_layers=0")

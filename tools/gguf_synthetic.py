@@ -5,7 +5,7 @@
 
 Architecture deepseek2 with latent attention (MLA); router and norms in f32, embedding and output in the type of the
 rest, no tokenizer. Rotary scaling is left out: it costs nothing at run time. Blocks of random codes are made once per
-standard deviation and repeated, as deepcalm.synthetic does: the disk's speed, little memory.
+standard deviation and repeated, as deepcalm.measure.synthetic does: the disk's speed, little memory.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from deepcalm import synthetic
-from deepcalm.pack import slabs, write_at
+from deepcalm.files.pack import slabs, write_at
+from deepcalm.measure import synthetic
 
 U8 = npt.NDArray[np.uint8]
 Keys = dict[str, "int | float | bool | str"]
@@ -57,7 +57,7 @@ class Tensor:
 
 
 def tensors(c: dict[str, Any], kind: str) -> Iterator[Tensor]:
-    """Every tensor of the model; standard deviations as in deepcalm.synthetic."""
+    """Every tensor of the model; standard deviations as in deepcalm.measure.synthetic."""
     d, heads, r = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"]
     dn, dr, dv = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
     residual = (2 * c["num_hidden_layers"]) ** -0.5

@@ -130,7 +130,9 @@ class Check:
     def model(self, spec: str, dtype: str) -> Iterator[Any]:
         """A synthetic model on the device; no weights travel."""
         sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests")]
-        from deepcalm import _core, packed, synthetic
+        from deepcalm import _core
+        from deepcalm.files import packed
+        from deepcalm.measure import synthetic
         from sim import build
 
         overrides = [f"{k}={json.dumps(v)}" for k, v in TOY.items()] if self.toy else []

@@ -30,7 +30,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from deepcalm import synthetic
+from deepcalm.measure import synthetic
 
 Config = dict[str, Any]
 U8 = npt.NDArray[np.uint8]

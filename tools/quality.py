@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import deepcalm
-from deepcalm.perplexity import perplexity
+from deepcalm.check.perplexity import perplexity
 
 FORMATS = ("f32", "bf16", "f16", "q8", "f8", "q4")
 

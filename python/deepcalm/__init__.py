@@ -14,43 +14,33 @@ What is not an exception is imported when it is first used, so that a program st
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .errors import (
-    CheckpointError,
-    ConfigError,
-    Error,
-    PackedFileError,
-    ResourceError,
-    SessionError,
-    UnsupportedError,
-)
+from .errors import CheckpointError, ConfigError, Error, PackedFileError, ResourceError, SessionError, UnsupportedError
 
 if TYPE_CHECKING:
-    from .bench import bench
-    from .generate import Generation, Sampling, generate
+    from .check.perplexity import perplexity
+    from .check.verify import Report, verify
+    from .files.pack import pack
+    from .files.packed import unpack
+    from .generation import Generation, Sampling, generate
+    from .measure.bench import bench
     from .model import Model, demo_path
-    from .pack import pack
-    from .packed import unpack
-    from .perplexity import perplexity
     from .session import Session
-    from .verify import Report, verify
 
 _MODULE_OF = {
-    "Generation": "generate",
+    "Generation": "generation",
     "Model": "model",
-    "Report": "verify",
-    "Sampling": "generate",
+    "Report": "check.verify",
+    "Sampling": "generation",
     "Session": "session",
-    "bench": "bench",
+    "bench": "measure.bench",
     "demo_path": "model",
-    "generate": "generate",
-    "pack": "pack",
-    "perplexity": "perplexity",
-    "unpack": "packed",
-    "verify": "verify",
+    "generate": "generation",
+    "pack": "files.pack",
+    "perplexity": "check.perplexity",
+    "unpack": "files.packed",
+    "verify": "check.verify",
 }
 __all__ = [
     "CheckpointError",
@@ -85,14 +75,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Importing the module ``deepcalm.pack`` must not hide the function ``deepcalm.pack``."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from deepcalm import _core
+from . import _core
 
 ROOT = Path("/")
 

@@ -8,17 +8,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _core, limits, packed
+from . import _core, limits
 from .arguments import integer, token_ids
 from .errors import Error, PackedFileError, ResourceError, SessionError, UnsupportedError
+from .files import packed
+from .files.text_files import FILES, LEGACY, TextFiles
 from .session import MAX_ROWS, Session
 from .text import Vocabulary, one_line
-from .text_files import FILES, LEGACY, TextFiles
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from .chat import ChatTemplate
+    from .template import ChatTemplate
 
 DEFAULT_CTX = 4096
 MAX_THREADS = 1024

@@ -25,13 +25,13 @@ import numpy.typing as npt
 
 from . import _core, limits
 from .arguments import integer, token_ids
-from .container import File, whole_file
-from .draft import MAX_DRAFT
+from .drafting import MAX_DRAFT
 from .errors import Error, ResourceError, SessionError
+from .files.safetensors import File, whole_file
 from .text import one_line
 
 if TYPE_CHECKING:
-    from .generate import Generation, Sampling
+    from .generation import Generation, Sampling
     from .model import Model
 
 F32 = npt.NDArray[np.float32]
@@ -562,7 +562,7 @@ class Session:
 
     def generate(self, ids: Sequence[int] | None = None, **options: Any) -> Generation:
         """An iterator over new token ids after ``ids`` (None: after the sequence as it is); options: ``Generation``."""
-        from .generate import Generation
+        from .generation import Generation
 
         return Generation(self, ids, **options)
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deepcalm import _core
-from deepcalm.checkpoint import Checkpoint, Weight, source_names
-from deepcalm.errors import UnsupportedError
-from deepcalm.packed import TILE_COLS, TILE_ROWS, Stored, spec_shape, stored_file
+from .. import _core
+from ..errors import UnsupportedError
+from .checkpoint import Checkpoint, Weight, source_names
+from .packed import TILE_COLS, TILE_ROWS, Stored, spec_shape, stored_file
 
 DTYPES = ("source", "f32", "bf16", "f16", "f8", "q8", "q4")
 _SCALE_OF = {"f8": "f32", "q8": "f16", "q4": "f16"}  # of the formats that the packer quantises to itself

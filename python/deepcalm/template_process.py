@@ -1,8 +1,8 @@
 """The process in which chat templates run: compiled and rendered as transformers does it, within the system's limits.
 
-``chat.py`` starts this file as a script of a fresh interpreter, which needs nothing of the package: one JSON object a
-line comes in and one goes out. A template comes from a stranger and may build anything in one expression, so nothing is
-counted here: the system bounds the memory, a timer ends the process, and the parent says what happened.
+``template.py`` starts this file as a script of a fresh interpreter, which needs nothing of the package: one JSON
+object a line comes in and one goes out. A template comes from a stranger and may build anything in one expression, so
+nothing is counted here: the system bounds the memory, a timer ends the process, and the parent says what happened.
 """
 
 from __future__ import annotations

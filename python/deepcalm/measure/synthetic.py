@@ -23,13 +23,14 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from . import _core, hf_config
-from .container import whole_file
-from .errors import ResourceError, UnsupportedError
-from .pack import Job, file_header, slabs, write_at
-from .packed import TILE_BYTES, TILE_COLS, TILE_ROWS, Stored, spec_shape, stored_file
-from .plan import Plan, draft_head_key
-from .plan import dtypes as plan_dtypes
+from .. import _core
+from ..errors import ResourceError, UnsupportedError
+from ..files.config import normalise
+from ..files.pack import Job, file_header, slabs, write_at
+from ..files.packed import TILE_BYTES, TILE_COLS, TILE_ROWS, Stored, spec_shape, stored_file
+from ..files.plan import Plan, draft_head_key
+from ..files.plan import dtypes as plan_dtypes
+from ..files.safetensors import whole_file
 
 Config = dict[str, Any]
 U8 = npt.NDArray[np.uint8]
@@ -257,7 +258,7 @@ def write_model(
     dtypes = {k.removesuffix("_dtype"): "bf16" if d == "source" else d for k, d in options.items()}
     dtypes["all"] = dtypes.pop("dtype")
     raw, n_tokens = make_config(spec, overrides)
-    cfg = hf_config.normalise(raw, {}, min(raw.get("num_nextn_predict_layers", 0), 1), spec)
+    cfg = normalise(raw, {}, min(raw.get("num_nextn_predict_layers", 0), 1), spec)
     cfg |= draft_head_key(options, cfg)
     values, specs = _Values(seed), _core.expected_tensors(cfg)
     deviations: dict[str, float] = {}

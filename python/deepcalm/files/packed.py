@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deepcalm import _core
-from deepcalm.container import ALIGN, File, parse_json, read_header, show
-from deepcalm.errors import ConfigError, PackedFileError
+from .. import _core
+from ..errors import ConfigError, PackedFileError
+from .safetensors import ALIGN, File, parse_json, read_header, show
 
 FORMAT_VERSION = "1"
 TILE_ROWS, TILE_COLS = _core.TILE_ROWS, _core.TILE_COLS

@@ -15,15 +15,15 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from . import _core
-from .draft import CostModel, DraftStats, expected_tokens
-from .errors import SessionError
-from .generate import Sampling
-from .packed import PackedFile
-from .session import Session, Stats
+from .. import _core
+from ..drafting import CostModel, DraftStats, expected_tokens
+from ..errors import SessionError
+from ..files.packed import PackedFile
+from ..generation import Sampling
+from ..session import Session, Stats
 
 if TYPE_CHECKING:
-    from .model import Model
+    from ..model import Model
 
 CONTEXTS = (0, 1024, 4096)
 INSTRUCTION = {"f32": "f32", "f16": "f32", "bf16": "bf16", "f8": "bf16", "q8": "int8", "q4": "int8"}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
     from rich.table import Table

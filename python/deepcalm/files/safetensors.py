@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from deepcalm.errors import Error, ResourceError
+from ..errors import Error, ResourceError
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 MAX_TENSORS = 2_000_000

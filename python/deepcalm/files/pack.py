@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deepcalm import _core
-from deepcalm.checkpoint import Checkpoint, Weight
-from deepcalm.container import build_header
-from deepcalm.errors import CheckpointError, ResourceError
-from deepcalm.packed import FORMAT_VERSION, TILE_ROWS, Stored, default_floats, stored_file
-from deepcalm.plan import DTYPES, Dropped, Part, Plan, PlannedTensor, make_plan
+from .. import _core
+from ..errors import CheckpointError, ResourceError
+from .checkpoint import Checkpoint, Weight
+from .packed import FORMAT_VERSION, TILE_ROWS, Stored, default_floats, stored_file
+from .plan import DTYPES, Dropped, Part, Plan, PlannedTensor, make_plan
+from .safetensors import build_header
 
 __all__ = ["DTYPES", "Dropped", "Plan", "PlannedTensor", "pack", "plan"]
 

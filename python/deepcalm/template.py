@@ -1,6 +1,6 @@
 """Chat templates: a checkpoint's Jinja template rendered as transformers renders it, but as untrusted input.
 
-Templates are compiled and rendered in a process of their own (chat_process.py), with limits of memory and time that
+Templates are compiled and rendered in a process of their own (template_process.py), with limits of memory and time that
 the operating system keeps: whatever a template computes, this process only ever reads a bounded answer.
 """
 
@@ -28,7 +28,7 @@ MAX_TEMPLATE_CHARS = 1 << 20
 MAX_OUTPUT_CHARS = 1 << 24
 MAX_BYTES = 512 << 20  # of address space of the process that renders
 MAX_SECONDS = 3.0  # of processor time for one rendering, or for compiling
-_PROCESS = Path(__file__).with_name("chat_process.py")
+_PROCESS = Path(__file__).with_name("template_process.py")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's thoughts, the templates' first
 
 

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .checkpoint import Checkpoint
-from .packed import PackedFile
+from ..files.checkpoint import Checkpoint
+from ..files.packed import PackedFile
 
 Array = Any  # np.ndarray; the docstrings give shapes, values are f64 unless they say otherwise
 LATENT_EPS = 1e-6  # of the two latent norms, whatever rms_norm_eps says

@@ -15,16 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from . import _core, reference
-from .arguments import integer
-from .checkpoint import Checkpoint
-from .errors import Error, ResourceError, SessionError
-from .generate import Sampling
-from .model import Model
-from .packed import Entry, PackedFile
+from .. import _core
+from ..arguments import integer
+from ..errors import Error, ResourceError, SessionError
+from ..files.checkpoint import Checkpoint
+from ..files.packed import Entry, PackedFile
+from ..generation import Sampling
+from ..model import Model
+from ..session import STAGES
+from ..text import one_line
+from . import reference
 from .reference import Array
-from .session import STAGES
-from .text import one_line
 
 MIN_TOKENS, TOKENS = 8, 32
 TAP_BYTES = 256 << 20  # taps of as many layers as this holds are recorded in one pass

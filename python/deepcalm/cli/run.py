@@ -1,9 +1,8 @@
-"""The command line: ``generate`` and ``chat``; the other commands are in cli_tools.py."""
+"""The commands ``generate`` and ``chat``."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,16 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_common import (
-    FAILED,
+from ..errors import Error, SessionError
+from ..text import decode_utf8, one_line
+from .common import (
     INTERRUPTED,
     RUNTIME,
     SAMPLING,
-    Cli,
-    abandon_stdout,
-    check_streams,
     deferred_interrupt,
-    on_terminate,
     open_model,
     open_session,
     options,
@@ -30,14 +26,11 @@ from .cli_common import (
     write,
     write_json,
 )
-from .cli_tools import COMMANDS
-from .errors import Error, SessionError
-from .text import decode_utf8, one_line
 
 if TYPE_CHECKING:
-    from .generate import TextGeneration
-    from .model import Model
-    from .session import Session, Stats
+    from ..generation import TextGeneration
+    from ..model import Model
+    from ..session import Session, Stats
 
 
 NO_SAMPLING: dict[str, float] = {"temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -45,36 +38,7 @@ NO_SAMPLING: dict[str, float] = {"temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p":
 NOT_SUPPORTED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0, "num_beams": 1}
 
 
-def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
-    if value and not ctx.resilient_parsing:
-        from . import _core
-
-        click.echo(f"deepcalm {_core.__version__}")
-        ctx.exit()
-
-
-@click.group(
-    cls=Cli,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="""\b
-Examples:
-  deepcalm generate "Once upon a time"
-  deepcalm pack ~/models/DeepSeek-V2-Lite v2-lite.dcalm --dtype q8
-  deepcalm chat -m v2-lite.dcalm
-Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage (the command line alone shows it), 130 interrupted.""",
-)
-@click.option(
-    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Print the version."
-)
-def cli() -> None:
-    """Run DeepSeek-type models (MLA, mixture of experts) on this machine, exactly."""
-
-
-for _command in COMMANDS:
-    cli.add_command(_command)
-
-
-@cli.command(
+@click.command(
     epilog="""\b
 Examples:
   deepcalm generate "Once upon a time"
@@ -170,7 +134,7 @@ def start(
     **options: Any,
 ) -> tuple[TextGeneration, int | None]:
     """The generation that the options describe, and its seed (None: greedy)."""
-    from .generate import TextGeneration
+    from ..generation import TextGeneration
 
     if options["temp"] == 0:
         seed = None
@@ -209,7 +173,7 @@ def bandwidth_now(model: Model, stats: Stats) -> float | None:
     A bandwidth from another day would be another machine's: virtual machines differ by a factor from hour to hour. The
     probe takes about 0.3 s, which is worth it for a run that was long enough to be a measurement.
     """
-    from . import _core
+    from .. import _core
 
     return _core.read_bandwidth(model.threads, 512, 2) if stats.decode_seconds >= 0.5 else None
 
@@ -265,7 +229,7 @@ def report(answer: TextGeneration, stats: Stats, seed: int | None) -> dict[str, 
     }
 
 
-@cli.command(
+@click.command(
     epilog="""\b
 Examples:
   deepcalm chat -m v2-lite-chat.dcalm
@@ -345,22 +309,4 @@ def read_turn(quiet: bool) -> str | None:
             say(f"deepcalm: error: {e}")
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Runs a command line (None: the process's own); returns the exit code."""
-    if args is None:
-        check_streams()
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_DFL:  # not what nohup ignores
-                signal.signal(number, on_terminate)
-    try:
-        code = cli.main(args=args, prog_name="deepcalm", standalone_mode=False)
-    except click.ClickException as e:
-        e.show()
-        return e.exit_code
-    except click.Abort:
-        return INTERRUPTED
-    except OSError as e:  # the help could not be written
-        abandon_stdout()
-        say(f"deepcalm: error: standard output: {e.strerror or e}")
-        return FAILED
-    return code if isinstance(code, int) else 0
+COMMANDS = (generate, chat)

@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .container import parse_json, show
-from .errors import Error, UnsupportedError
-from .text import Vocabulary, _guarded, decode_utf8, load_tokenizer, one_line
+from ..errors import Error, UnsupportedError
+from ..text import Vocabulary, _guarded, decode_utf8, load_tokenizer, one_line
+from .safetensors import parse_json, show
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
-    from .chat import ChatTemplate
+    from ..template import ChatTemplate
 
 T = TypeVar("T")
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
@@ -145,7 +145,7 @@ class TextFiles:
     @cached_property
     def sampling(self) -> dict[str, float]:
         """What it says of sampling, in our names; empty: greedy."""
-        from .generate import Sampling
+        from ..generation import Sampling
 
         c = self.generation
         ours = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
@@ -169,7 +169,7 @@ class TextFiles:
     @cached_property
     def template(self) -> ChatTemplate | None:
         """The chat template, compiled, or None."""
-        from .chat import ChatTemplate
+        from ..template import ChatTemplate
 
         data, config = self._files.get("chat_template.jinja"), self.config
         file = "chat_template.jinja" if data else "tokenizer_config.json"

@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from deepcalm import _core
-from deepcalm.container import show
-from deepcalm.errors import ConfigError
+from .. import _core
+from ..errors import ConfigError
+from .safetensors import show
 
 # model_type -> (scoring_func, topk_method) where config.json does not say (transformers' exports drop both)
 SUPPORTED = {

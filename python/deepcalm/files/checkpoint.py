@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deepcalm import _core, hf_config
-from deepcalm.container import MAX_HEADER_BYTES, File, Header, TensorInfo, parse_json, read_file, read_header, show
-from deepcalm.errors import CheckpointError
-from deepcalm.text_files import FILES, LEGACY, TextFiles
+from .. import _core
+from ..errors import CheckpointError
+from . import config
+from .safetensors import MAX_HEADER_BYTES, File, Header, TensorInfo, parse_json, read_file, read_header, show
+from .text_files import FILES, LEGACY, TextFiles
 
 MAX_CONFIG_BYTES = 16 << 20
 MAX_TOKENIZER_BYTES = 256 << 20
@@ -132,12 +133,12 @@ class Checkpoint:
             found = [name for name in self._names if name.endswith(WEIGHT_SUFFIXES)]
             what = "no config.json in it" + (f", only {show(found)}" if found else "")
             raise CheckpointError(f"{self.path}: {what}, expected a Hugging Face checkpoint")
-        config = self._object("config.json")
-        self.raw_config, self.prefix = hf_config.unwrap(config, where)
-        self.quantisation = hf_config.quantisation(self.raw_config, where)
+        raw = self._object("config.json")
+        self.raw_config, self.prefix = config.unwrap(raw, where)
+        self.quantisation = config.quantisation(self.raw_config, where)
         self.generation = self._object("generation_config.json") if "generation_config.json" in self._names else {}
         self.config = self._normalised(0)
-        self._open_shards(config.get("transformers_weights"))
+        self._open_shards(raw.get("transformers_weights"))
         embed, head = self.prefix + _TOP["embed"], self.prefix + _TOP["head"]
         if self.config["tie_word_embeddings"] and self.has_weight(embed) and self.has_weight(head):
             self.untied = not (embed in self.tensors and head in self.tensors and self.same_bytes(embed, head))
@@ -152,8 +153,8 @@ class Checkpoint:
             self.config = self._normalised(1)
 
     def _normalised(self, n_mtp: int) -> dict[str, Any]:
-        config = hf_config.normalise(self.raw_config, self.generation, n_mtp, str(self.path / "config.json"))
-        return config | ({"tie_word_embeddings": False} if self.untied else {})
+        normalised = config.normalise(self.raw_config, self.generation, n_mtp, str(self.path / "config.json"))
+        return normalised | ({"tie_word_embeddings": False} if self.untied else {})
 
     def _open_shards(self, chosen: Any) -> None:
         """Opens the files that transformers reads: the ``chosen`` one, else model.safetensors, else the index's."""
@@ -407,7 +408,7 @@ class Checkpoint:
                 out[name] = read_file(self.path / name, limit, CheckpointError)
         model = self.path / "tiktoken.model"
         if "tokenizer.json" not in out and model.name in self._names:
-            from deepcalm.tiktoken_convert import convert
+            from .tiktoken import convert
 
             ranks = read_file(model, MAX_TOKENIZER_BYTES, CheckpointError)
             out["tokenizer.json"] = convert(ranks, out.get("tokenizer_config.json", b"{}"), str(model))
@@ -425,11 +426,11 @@ class Checkpoint:
         index = hashlib.sha256()
         for shard, header in self._headers.items():
             index.update(shard.encode() + b"\0" + header.raw)
-        config = read_file(self.path / "config.json", MAX_CONFIG_BYTES, CheckpointError)
+        file = read_file(self.path / "config.json", MAX_CONFIG_BYTES, CheckpointError)
         return {
             **_origin(self.path.resolve()),
             "files": {shard: f.size for shard, f in self._files.items()},
-            "config_sha256": hashlib.sha256(config).hexdigest(),
+            "config_sha256": hashlib.sha256(file).hexdigest(),
             "index_sha256": index.hexdigest(),
         }
 

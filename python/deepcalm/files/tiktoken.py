@@ -7,8 +7,8 @@ import binascii
 import json
 from typing import Any
 
-from deepcalm.container import parse_json, show
-from deepcalm.errors import CheckpointError
+from ..errors import CheckpointError
+from .safetensors import parse_json, show
 
 MAX_TOKENS = 1 << 22
 MAX_TOKEN_BYTES = 1024  # merges are found in quadratic time

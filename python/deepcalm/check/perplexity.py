@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from .errors import Error
-from .session import MAX_ROWS
+from ..errors import Error
+from ..session import MAX_ROWS
 
 if TYPE_CHECKING:
-    from .model import Model
+    from ..model import Model
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]

@@ -13,17 +13,17 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .errors import Error
+from ..errors import Error
 
 if TYPE_CHECKING:
-    from .model import Model
-    from .session import Session
+    from ..model import Model
+    from ..session import Session
 
 F = TypeVar("F", bound=Callable[..., Any])
 FAILED, INTERRUPTED = 1, 130
@@ -82,6 +82,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 _NAMES = {"--model": ("-m", "--model", "path"), "--max-tokens": ("-n", "--max-tokens"),
           "--json": ("--json", "as_json"), "--quiet": ("-q", "--quiet")}
 # fmt: on
+DTYPES = ("source", "bf16", "f16", "f8", "q8", "q4", "f32")
 SAMPLING = ("--temp", "--top-p", "--top-k", "--min-p", "--seed", "--stop", "--draft")
 RUNTIME = ("--device", "--threads", "--isa", "--ctx", "--kv")
 
@@ -177,7 +178,7 @@ def open_model(
     Raises:
         Error: no such file, or a folder: then the message names the command that packs it.
     """
-    from .model import Model, demo_path
+    from ..model import Model, demo_path
 
     if path is None:
         path = demo_path()
@@ -202,7 +203,7 @@ def read_cold(model: Model, quiet: bool) -> None:
 
     Not if it does not fit: then pages must come as they are needed.
     """
-    from .limits import available_memory
+    from ..limits import available_memory
 
     share, available = model.cold_share(), available_memory()
     if share < 0.05 or available is None or share * model.file_bytes > available:
@@ -220,7 +221,7 @@ def open_session(model: Model, ctx: int | None, kv: str, draft: str | int, quiet
 
     It keeps the MTP layer's state where ``draft`` needs it; "auto" does without in a model that has no MTP layer.
     """
-    from .limits import available_memory
+    from ..limits import available_memory
 
     mtp = bool(model.config["num_nextn_predict_layers"]) if draft == "auto" else draft not in ("off", 0)
     session = model.session(ctx, kv, mtp=mtp)
@@ -282,3 +283,18 @@ def progress(label: str, quiet: bool, unit: str = "") -> Iterator[Callable[[int,
     with rp.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def size(n_bytes: int) -> str:
+    """1234567 -> "1.23 MB" (powers of 1000)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.2f} {unit}"
+    return f"{n_bytes} B"
+
+
+def columns(rows: Iterable[tuple[str, ...]]) -> str:
+    """Left-aligned columns, two spaces between them."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() + "\n" for r in rows)

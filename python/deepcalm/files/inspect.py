@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deepcalm.packed import PackedFile
+from .packed import PackedFile
 
 
 def describe(path: str | Path) -> dict[str, Any]:

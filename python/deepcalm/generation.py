@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from . import _core
 from .arguments import integer, token_ids
-from .draft import MAX_DRAFT, Controller, CostModel
+from .drafting import MAX_DRAFT, Controller, CostModel
 from .errors import SessionError
 from .text import StopMatcher, one_line
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import Checkpoint, Weight
-from .errors import ResourceError
+from ..errors import ResourceError
+from ..files.checkpoint import Checkpoint, Weight
 
 Array = Any  # np.ndarray; the docstrings give shapes
 

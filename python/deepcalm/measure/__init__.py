@@ -1,0 +1,1 @@
+"""Is it fast? Measurements beside what the machine can do."""
