@@ -119,3 +119,11 @@ def rel_rms(ours: Array, theirs: Array) -> float:
     """Root mean square of the difference relative to that of `theirs` (0 / 0 is 0)."""
     difference = float(np.sqrt(np.mean((np.asarray(ours, np.float64) - theirs) ** 2)))
     return difference and difference / float(np.sqrt(np.mean(np.asarray(theirs, np.float64) ** 2)))
+
+
+def assert_same_bits(what: str, a: Array, b: Array) -> None:
+    assert a.shape == b.shape and a.dtype == b.dtype, what
+    x, y = (np.ascontiguousarray(v).view(np.uint8) for v in (a, b))
+    if not np.array_equal(x, y):
+        first = np.argwhere(np.atleast_1d(x != y))[0].tolist()
+        raise AssertionError(f"{what}: {(x != y).sum()} bytes differ, first at {first}")

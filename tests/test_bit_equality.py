@@ -55,18 +55,10 @@ def mtp_case(request: pytest.FixtureRequest) -> Case:
     return _case(*request.param)
 
 
-def assert_same_bits(what: str, a: rc.Array, b: rc.Array) -> None:
-    assert a.shape == b.shape and a.dtype == b.dtype, what
-    x, y = (np.ascontiguousarray(v).view(np.uint8) for v in (a, b))
-    if not np.array_equal(x, y):
-        first = np.argwhere(np.atleast_1d(x != y))[0].tolist()
-        raise AssertionError(f"{what}: {(x != y).sum()} bytes differ, first at {first}")
-
-
 def same_run(what: str, run: rc.Run, truth: rc.Run) -> None:
-    assert_same_bits(f"{what}: logits", run.logits, truth.logits)
-    assert_same_bits(f"{what}: hidden", run.hidden, truth.hidden)
-    assert_same_bits(f"{what}: cache", run.cache, truth.cache)
+    rc.assert_same_bits(f"{what}: logits", run.logits, truth.logits)
+    rc.assert_same_bits(f"{what}: hidden", run.hidden, truth.hidden)
+    rc.assert_same_bits(f"{what}: cache", run.cache, truth.cache)
 
 
 @pytest.mark.parametrize("isa", rc.ISAS)
@@ -94,8 +86,8 @@ def test_mtp_passes(mtp_case: Case, isa: str) -> None:
     for size, threads in ((1, 1), (5, 2), (16, 3), (N, 1)):
         run = rc.Run(rc.open_model(file, isa, threads), ids, kv)
         for what, a, b in zip(("logits", "g", "cache"), run.mtp(size), truth, strict=True):
-            assert_same_bits(f"MTP passes of {size}, {threads} threads: {what}", a, b)
-        assert_same_bits("main cache after MTP", run.session.read_cache(False), truth_run.cache)
+            rc.assert_same_bits(f"MTP passes of {size}, {threads} threads: {what}", a, b)
+        rc.assert_same_bits("main cache after MTP", run.session.read_cache(False), truth_run.cache)
 
 
 @pytest.mark.parametrize("isa", rc.ISAS)
@@ -107,9 +99,9 @@ def test_taps_change_nothing(case: Case, isa: str) -> None:
     same_run("one tap", rc.Run(core, ids, kv, 16, taps=["layers.1.attn_latent"]), truth)
     whole, parts = (rc.Run(core, ids, kv, size, taps=["*"]).taps for size in (N, 16))
     for name, tap in whole[0].items():
-        assert_same_bits(f"tap {name}", np.concatenate([p[name] for p in parts]), tap)
+        rc.assert_same_bits(f"tap {name}", np.concatenate([p[name] for p in parts]), tap)
     last = rc.Run(core, ids[:60], kv).session
-    assert_same_bits("logits of the last row only", last.forward(ids[60:], "last"), truth.logits[-1:])
+    rc.assert_same_bits("logits of the last row only", last.forward(ids[60:], "last"), truth.logits[-1:])
 
 
 @pytest.mark.parametrize("isa", rc.ISAS)
@@ -122,14 +114,14 @@ def test_truncate_and_restore(case: Case, isa: str) -> None:
     detour.forward(ids[::-1].copy()[:20], "none")  # rejected drafts leave rows behind
     detour.truncate(41)
     assert detour.pos == 41
-    assert_same_bits("after truncation", detour.forward(ids[41:], "all"), truth.logits[41:])
-    assert_same_bits("cache after truncation", detour.read_cache(False), truth.cache)
+    rc.assert_same_bits("after truncation", detour.forward(ids[41:], "all"), truth.logits[41:])
+    rc.assert_same_bits("cache after truncation", detour.read_cache(False), truth.cache)
 
     saved = rc.Run(core, ids[:33], kv).session.state()
     restored = _core.Session(core, 96, kv, 64)  # another context length, other buffers
     restored.load_state(saved["tokens"], saved["cache"], saved["mtp_cache"], saved["hidden"])
     assert restored.pos == 33
-    assert_same_bits("after restoring", restored.forward(ids[33:], "all"), truth.logits[33:])
+    rc.assert_same_bits("after restoring", restored.forward(ids[33:], "all"), truth.logits[33:])
 
 
 SAMPLING = {"temp": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "seed": 7}
@@ -182,13 +174,13 @@ def test_drafting_changes_nothing(mtp_case: Case, isa: str, how: dict[str, Any])
             last = out[-1]
         what = f"k = {k}, forced = {forcing}"
         assert out == tokens[: len(out)], what
-        assert_same_bits(f"{what}: logits", np.concatenate(got), rows[: len(out)])
+        rc.assert_same_bits(f"{what}: logits", np.concatenate(got), rows[: len(out)])
         state = session.state()
         n, m = len(prompt) + len(out) - 1, state["mtp_cache"].shape[1]
         assert session.pos == n and m + len(state["hidden"]) == n
-        assert_same_bits(f"{what}: cache", state["cache"], truth.cache[:, :n])
-        assert_same_bits(f"{what}: MTP cache", state["mtp_cache"], mtp_cache[:, :m])
-        assert_same_bits(f"{what}: pending hidden states", state["hidden"], truth.hidden[m:n])
+        rc.assert_same_bits(f"{what}: cache", state["cache"], truth.cache[:, :n])
+        rc.assert_same_bits(f"{what}: MTP cache", state["mtp_cache"], mtp_cache[:, :m])
+        rc.assert_same_bits(f"{what}: pending hidden states", state["hidden"], truth.hidden[m:n])
         if forcing:
             assert accepted == set(range(k + 1)), what
 
@@ -209,9 +201,9 @@ def test_truncate_and_restore_with_drafting(mtp_case: Case, isa: str) -> None:
         state = session.state()
         n, m = pos + 1 + r["accepted"], state["mtp_cache"].shape[1]
         assert (m, len(state["hidden"])) == (rows, n - rows)
-        assert_same_bits("cache", state["cache"][:, : pos + 1], truth.cache[:, : pos + 1])
-        assert_same_bits("MTP cache", state["mtp_cache"], mtp_cache[:, :m])
-        assert_same_bits("pending", state["hidden"][:1], truth.hidden[m : m + 1])
+        rc.assert_same_bits("cache", state["cache"][:, : pos + 1], truth.cache[:, : pos + 1])
+        rc.assert_same_bits("MTP cache", state["mtp_cache"], mtp_cache[:, :m])
+        rc.assert_same_bits("pending", state["hidden"][:1], truth.hidden[m : m + 1])
         session.truncate(pos + 1)
 
     session = _core.Session(core, 128, kv, 64, mtp=True)
@@ -220,13 +212,13 @@ def test_truncate_and_restore_with_drafting(mtp_case: Case, isa: str) -> None:
     session.truncate(41)
     draft(session, 41, 41)  # the hidden state of position 40 is gone and must be recomputed
     session.truncate(42)
-    assert_same_bits("logits", session.forward(ids[42:60], "all"), truth.logits[42:60])
+    rc.assert_same_bits("logits", session.forward(ids[42:60], "all"), truth.logits[42:60])
     saved = session.state()
     restored = _core.Session(core, 80, kv, 9, mtp=True)
     restored.load_state(saved["tokens"], saved["cache"], saved["mtp_cache"], saved["hidden"])
     for s in (session, restored):
         draft(s, 60, 60)
-        assert_same_bits("logits", s.forward(ids[61:65], "all"), truth.logits[61:65])
+        rc.assert_same_bits("logits", s.forward(ids[61:65], "all"), truth.logits[61:65])
 
 
 @pytest.mark.parametrize("k", [0, 2])
@@ -255,9 +247,9 @@ def test_a_failed_round_leaves_no_trace(tmp_path: Path, k: int) -> None:
     with pytest.raises(SessionError, match="not finite"):
         session.draft_round(0, 1, n_valid=N_VALID, **GREEDY)  # catches up over the tokens that came instead
     mtp_rows = session.state()["mtp_cache"]
-    assert_same_bits("MTP cache", mtp_rows, truth.mtp(20)[2][:, : mtp_rows.shape[1]])
+    rc.assert_same_bits("MTP cache", mtp_rows, truth.mtp(20)[2][:, : mtp_rows.shape[1]])
     assert mtp_rows.shape[1] == 19
-    assert_same_bits("cache", session.read_cache(False), truth.cache)
+    rc.assert_same_bits("cache", session.read_cache(False), truth.cache)
 
 
 def test_a_model_without_mtp_layer_refuses_to_draft() -> None:

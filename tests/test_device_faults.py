@@ -17,7 +17,6 @@ import runtime_cases as rc
 import tiny
 from deepcalm import _core
 from deepcalm.errors import Error, SessionError, UnsupportedError
-from test_bit_equality import assert_same_bits
 
 KB = 1024
 
@@ -128,10 +127,10 @@ def test_device_failure_at_any_call_is_an_error(core: Any, name: str, how: str) 
                 fresh.forward(tokens)
             truth[tokens] = fresh.forward([11, 12], "all"), fresh.state()
         logits, state = truth[tokens]
-        assert_same_bits(f"logits after failure {n}", ours[0], logits)
-        assert_same_bits(f"cache after failure {n}", ours[1]["cache"], state["cache"])
+        rc.assert_same_bits(f"logits after failure {n}", ours[0], logits)
+        rc.assert_same_bits(f"cache after failure {n}", ours[1]["cache"], state["cache"])
         m = min(ours[1]["mtp_cache"].shape[1], state["mtp_cache"].shape[1])
-        assert_same_bits(f"MTP {n}", ours[1]["mtp_cache"][:, :m], state["mtp_cache"][:, :m])
+        rc.assert_same_bits(f"MTP {n}", ours[1]["mtp_cache"][:, :m], state["mtp_cache"][:, :m])
     assert n > 3
 
 
@@ -157,7 +156,7 @@ def test_device_session_without_mtp_decodes_a_model_that_has_it(core: Any) -> No
     with_mtp, without = session(core), session(core, mtp=False)
     assert text(with_mtp, 0) == text(without, 0)
     assert without.tokens.tolist() == with_mtp.tokens.tolist() and without.mtp_pos == 0
-    assert_same_bits("logits", without.forward([5]), with_mtp.forward([5]))
+    rc.assert_same_bits("logits", without.forward([5]), with_mtp.forward([5]))
 
 
 def test_device_report_leaves_the_session_as_it_is(core: Any) -> None:
@@ -169,7 +168,7 @@ def test_device_report_leaves_the_session_as_it_is(core: Any) -> None:
         s.device_report(what)
     for name, before in shown.items():
         assert np.array_equal(view(s, name).view(np.uint8), before.view(np.uint8)), name
-    assert_same_bits("next logits", s.forward([5]), other.forward([5]))
+    rc.assert_same_bits("next logits", s.forward([5]), other.forward([5]))
     start(s, 9)
     s.decode_step(0)
     with pytest.raises(SessionError, match=r"decoding|rounds"):
@@ -234,10 +233,10 @@ def test_device_taps_of_a_pass_longer_than_one_on_the_device_hold_all_rows() -> 
         for name, rows in parts.taps().items():
             got[name].append(rows)
     for name, rows in got.items():
-        assert_same_bits(name, np.concatenate(rows), taps[name])
+        rc.assert_same_bits(name, np.concatenate(rows), taps[name])
     fed = session(core, mtp=False, ctx=128, rows=60)
     fed.trace([], {"embed": taps["embed"]})
-    assert_same_bits("fed", fed.forward(np.zeros(60, np.int32), "all"), logits)
+    rc.assert_same_bits("fed", fed.forward(np.zeros(60, np.int32), "all"), logits)
 
 
 # ---- devices of other sizes
@@ -253,9 +252,9 @@ def test_devices_of_every_size_compute_the_same_bits() -> None:
         logits = s.forward(tiny.token_ids(270, 20, 3), "all")
         results.append((logits, text(s, 2), s.state()["cache"]))
     for logits, tokens, cache in results[1:]:
-        assert_same_bits("logits", logits, results[0][0])
+        rc.assert_same_bits("logits", logits, results[0][0])
         assert tokens == results[0][1]
-        assert_same_bits("cache", cache, results[0][2])
+        rc.assert_same_bits("cache", cache, results[0][2])
 
 
 def test_device_refuses_at_open_what_it_cannot_run() -> None:

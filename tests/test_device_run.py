@@ -20,8 +20,7 @@ import surface_cases
 import tiny
 from deepcalm import _core
 from deepcalm.errors import ResourceError, SessionError, UnsupportedError
-from test_bit_equality import assert_same_bits
-from test_model_quantised import check_stages
+from stage_oracle import check_stages
 
 # (preset, dtype of the checkpoint, options of the packer, cache type): every format, cache type and router
 CASES = [
@@ -77,12 +76,12 @@ def test_device_bits_do_not_depend_on_grouping(
     for sizes in ([40, 16, 1, 3, 8, 4], [56, 2, 7, 7]):
         other = rc.Run(core, ids, kv, sizes, session=session(core, kv))
         for name in ("logits", "hidden", "cache"):
-            assert_same_bits(f"{sizes} {name}", getattr(other, name), getattr(truth, name))
+            rc.assert_same_bits(f"{sizes} {name}", getattr(other, name), getattr(truth, name))
     traced = rc.Run(core, ids, kv, [66, 6], taps=["final_norm"], session=session(core, kv))
-    assert_same_bits("traced", traced.logits, truth.logits)
+    rc.assert_same_bits("traced", traced.logits, truth.logits)
     if file.config["num_nextn_predict_layers"]:
         for name, x, y in zip(("MTP logits", "MTP hidden", "MTP cache"), truth.mtp(71), traced.mtp(24), strict=True):
-            assert_same_bits(name, y, x)
+            rc.assert_same_bits(name, y, x)
 
 
 def test_device_agrees_with_the_cpu_in_f32(device: str) -> None:
@@ -124,13 +123,13 @@ def assert_same_session(core: Any, s: Any, kv: str) -> None:
     given = session(core, kv, mtp=s.mtp_pos > 0)
     given.forward(s.tokens)
     ours, theirs = s.state(), given.state()
-    assert_same_bits("cache", ours["cache"], theirs["cache"])
+    rc.assert_same_bits("cache", ours["cache"], theirs["cache"])
     m = min(s.mtp_pos, given.mtp_pos)
-    assert_same_bits("MTP cache", ours["mtp_cache"][:, :m], theirs["mtp_cache"][:, :m])
+    rc.assert_same_bits("MTP cache", ours["mtp_cache"][:, :m], theirs["mtp_cache"][:, :m])
     k = min(len(ours["hidden"]), len(theirs["hidden"]))
     if k:
-        assert_same_bits("pending hidden rows", ours["hidden"][-k:], theirs["hidden"][-k:])
-    assert_same_bits("logits after it", s.forward([5, 6, 7], "all"), given.forward([5, 6, 7], "all"))
+        rc.assert_same_bits("pending hidden rows", ours["hidden"][-k:], theirs["hidden"][-k:])
+    rc.assert_same_bits("logits after it", s.forward([5, 6, 7], "all"), given.forward([5, 6, 7], "all"))
 
 
 SAMPLINGS = [
@@ -213,8 +212,8 @@ def test_device_session_goes_on_after_decoding(device: str, tmp_path: Path) -> N
     again.prefill(text[5:])
     results = [x.decode(7) for x in (s, fresh, again)]
     assert generation.reason == "taken"
-    assert_same_bits("after decoding", results[0], results[1])
-    assert_same_bits("after restore", results[2], results[1])
+    rc.assert_same_bits("after decoding", results[0], results[1])
+    rc.assert_same_bits("after restore", results[2], results[1])
     s.truncate(PROMPT + 1)
     assert list(s.generate([text[1]], max_tokens=3, draft=2, eos_ids=[])) == text[2:5]
     assert s.stats.decode_tokens > 0 and s.stats.weight_bytes > 0

@@ -26,7 +26,6 @@ from deepcalm import SessionError, _core, cli
 from deepcalm.drafting import LIMIT, LIMIT_TOKENS, PLAIN_EVERY, Controller, CostModel, expected_tokens
 from deepcalm.generation import TextGeneration
 from deepcalm.measure.bench import bench_draft
-from test_bit_equality import assert_same_bits
 from test_sampling import chi_square_p, softmax
 
 F64 = npt.NDArray[np.float64]
@@ -112,7 +111,7 @@ class Twins:
         assert r["drafted"] == (min(k, room - 1, self.session.max_rows - 1) if n else 0), self.what
         if forced is not None:
             assert accepted == min(right, r["drafted"]), self.what
-        assert_same_bits(f"{self.what}: logits", r["logits"], np.stack(rows[: len(made)]))
+        rc.assert_same_bits(f"{self.what}: logits", r["logits"], np.stack(rows[: len(made)]))
         self.tokens += [first, *made[:-1]]
         self.plain.truncate(len(self.tokens))
         return Counter({f"k{r['drafted']}": 1, f"a{accepted}": 1, "real": int(forced is None and accepted > 0)})
@@ -121,17 +120,17 @@ class Twins:
         """Both caches, and the hidden states kept for the next round, are those of a fresh teacher-forced run."""
         state, n = self.session.state(), len(self.tokens)
         assert self.session.pos == self.plain.pos == n and state["tokens"].tolist() == self.tokens, self.what
-        assert_same_bits(f"{self.what}: cache", state["cache"], self.plain.read_cache(False))
+        rc.assert_same_bits(f"{self.what}: cache", state["cache"], self.plain.read_cache(False))
         m = state["mtp_cache"].shape[1]
         assert m + len(state["hidden"]) == n or (m, len(state["hidden"])) == (n - 1, 0), self.what
         if n == 0:
             return
         run = rc.Run(self.truth, np.array(self.tokens, np.int32), self.kv)
-        assert_same_bits(f"{self.what}: rebuilt cache", state["cache"], run.cache)
+        rc.assert_same_bits(f"{self.what}: rebuilt cache", state["cache"], run.cache)
         if len(state["hidden"]):
-            assert_same_bits(f"{self.what}: pending", state["hidden"], run.hidden[m:])
+            rc.assert_same_bits(f"{self.what}: pending", state["hidden"], run.hidden[m:])
         if n > 1:
-            assert_same_bits(f"{self.what}: MTP cache", state["mtp_cache"], run.mtp(16)[2][:, :m])
+            rc.assert_same_bits(f"{self.what}: MTP cache", state["mtp_cache"], run.mtp(16)[2][:, :m])
 
 
 def covers_every_case(seen: Counter[str]) -> bool:
@@ -173,7 +172,7 @@ def test_long_pending_rows_are_caught_up_in_batches() -> None:
     assert session.pos - session.mtp_pos <= 257
     session.draft_round(int(ids[610]), 2, **plain)
     run = rc.Run(core, ids[:611], "f16", 50)
-    assert_same_bits("MTP cache", session.read_cache(True), run.mtp(61)[2][:, : session.mtp_pos])
+    rc.assert_same_bits("MTP cache", session.read_cache(True), run.mtp(61)[2][:, : session.mtp_pos])
 
 
 def test_states_that_no_session_leaves_are_refused() -> None:
