@@ -10,7 +10,8 @@ memory than tools/gpu_budget.txt or the architecture allow; when a kernel that m
 or no wide copy into shared memory; when a kernel of the budget or an architecture is missing; and when it cannot look.
 --write notes the present use as the new budget.
 
-The dynamic shared memory of a launch depends on the model: tests/test_cuda_memory.py holds it against every device.
+The dynamic shared memory of a launch depends on the model: tests/device/test_cuda_memory.py holds it against
+every device.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 // Kernels with one planted mistake each, for the tests of the simulator: plants NAME runs one and prints "right" or
-// "wrong". What a plant must lead to stands in test_cuda_sim.py.
+// "wrong". What a plant must lead to stands in test_sim.py.
 #include "kernels/cuda/rt.h"
 
 #include <cstdio>

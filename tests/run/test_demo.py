@@ -14,7 +14,7 @@ import deepcalm
 from deepcalm.check.perplexity import perplexity
 from deepcalm.files.packed import PackedFile
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 CARD = (deepcalm.demo_path().parent / "MODEL_CARD.md").read_text(encoding="utf-8")
 # Perplexity of held-out text (windows of 512), as measured when the file was made; with f32 weights 1.426 and 32.741.
 PERPLEXITY = {"stories": 1.4254, "books": 32.748}

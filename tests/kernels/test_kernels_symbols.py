@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "kernels" / "cpu" / "isa.cc"
 # rows of CMakeLists.txt: a name and the flags that it adds to those of the rows above
 CMAKE = (ROOT / "CMakeLists.txt").read_text().split("set(isas ")[1].split("endif()")[0]

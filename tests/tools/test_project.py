@@ -12,7 +12,7 @@ import pytest
 
 import sz
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAIN_COMMAND = 'pip install . && deepcalm generate "Once upon a time"'
 TEST_COMMAND = "pip install '.[test]' && pytest"

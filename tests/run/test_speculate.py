@@ -1,6 +1,6 @@
 """Drafting with the MTP layer: exact in tokens, logits and caches after anything, and cheap where it does not pay.
 
-tests/test_bit_equality.py has the plain cases; here are random sequences of operations, the ends of texts, sampling as
+model/test_bit_equality.py has the plain cases; here are random sequences of operations, the ends of texts, sampling as
 a distribution, transformers' own drafting, and what the controller spends.
 """
 
