@@ -275,6 +275,7 @@ def summary(row: dict[str, Any], side: str = "ours") -> dict[str, Any]:
     others = max(r["others"] + r["stolen"] for pair in good or pairs for r in pair)
     return {"ours": statistics.median(ours), "peer": statistics.median(peers), "ratio": statistics.median(ratios),
             "low": min(ratios), "high": max(ratios), "share": statistics.median(shares), "agree": len(good),
+            "peer_share": statistics.median(s / r for s, r in zip(shares, ratios, strict=True)),
             "of": len(pairs), "read": (min(read), max(read)), "others": others,
             "goal": statistics.median(goals)}  # fmt: skip
 
@@ -298,6 +299,8 @@ def markdown(results: Results) -> str:
         "Others: cores that other processes used beside our runs, or the hypervisor took, where more than 0.05.",
         "Goal: the ratio at which weights take 1/0.90 of the probes' read and attention 1/0.65 of the f32 instruction",
         "measured with them (our cache bf16: 1/0.60 of bf16's). Commit: deepcalm's, when the row was measured.",
+        "",
+        "![decoding beside llama.cpp, as a share of the read bandwidth](peers.svg)",
         "",
         "| case | threads | what | ours tok/s | peer | peer tok/s | ratio | goal | share, % | read GB/s | agree | "
         "others | commit |",
