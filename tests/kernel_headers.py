@@ -13,7 +13,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(
-    re.sub(r"//.*", "", (ROOT / "kernels" / name).read_text()) for name in ("format.h", "kernels.h", "cuda/stages.h")
+    re.sub(r"//.*|(?<=View)<[^>]*>|^template <class T> ", "", (ROOT / "kernels" / name).read_text(), flags=re.M)
+    for name in ("format.h", "view.h", "kernels.h", "cuda/stages.h")
 )
 NUMBERS = {"bool": c.c_bool, "int": c.c_int32, "float": c.c_float, "double": c.c_double}
 NUMBERS |= {f"{sign}int{bits}_t": getattr(c, f"c_{sign}int{bits}") for sign in ("", "u") for bits in (8, 32, 64)}

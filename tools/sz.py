@@ -28,10 +28,10 @@ AREAS = (
     Area(
         "C++",
         tuple(f"{d}/*.{e}" for d in ("kernels", "kernels/cpu", "runtime", "runtime/cpu") for e in ("h", "cc")),
-        6350,
+        6370,
     ),
     Area("bindings", ("python/*.cc", "python/*.h"), 1350),
-    Area("CUDA", ("kernels/cuda/*.*", "runtime/cuda/*.*"), 5240),
+    Area("CUDA", ("kernels/cuda/*.*", "runtime/cuda/*.*"), 5140),
     Area("simulator of CUDA", ("tests/sim/*.h", "tests/sim/*.cc"), 1180),
     Area("Python package", ("python/deepcalm/**/*.py",), 9050),
     Area("tools", ("tools/**/*.py",), None),

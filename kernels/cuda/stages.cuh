@@ -60,16 +60,16 @@ DC_DEVICE Quad normed(const Norm& norm, const float* row, int col, int cols, con
 }
 
 // norm.out: blocks deal the rows. Every thread; scratch as rms_rows wants it for one row.
-DC_DEVICE void write_normed(const Norm& norm, const float* x, int64_t x_stride, int cols, int rows, int block,
-                            int n_blocks, const ProductSmem& s) {
-    if (!norm.out || !norm.w) return;
+DC_DEVICE void write_normed(const Norm& norm, const View<const float>& x, int cols, int rows, int block, int n_blocks,
+                            const ProductSmem& s) {
+    if (!norm.out.data || !norm.w) return;
     const int runs = norm.w2 ? 2 : 1;
     for (int i = block; i < rows; i += n_blocks) {
-        const float* row = x + i * x_stride;
+        const float* row = x.row(i);
         rms_rows(1, runs, norm.width, norm.eps, s.sum, s.inv, 1, [&](int) { return row; });
         for (int c = 4 * rt::thread(); c < cols; c += 4 * rt::threads()) {
             const Quad v = normed(norm, row, c, cols, s.inv, 1);
-            for (int k = 0; k < 4 && c + k < cols; ++k) norm.out[i * norm.out_stride + c + k] = v.v[k];
+            for (int k = 0; k < 4 && c + k < cols; ++k) norm.out.row(i)[c + k] = v.v[k];
         }
         rt::sync_block();
     }
@@ -88,14 +88,12 @@ template <class P, class A> DC_DEVICE P plan_of(const A& a, const Matrix& w, int
 
 // A plan whose activations are rows of x, normed or not.
 template <int NB> struct RowsPlan : Plan {
-    const float* x = nullptr;
-    int64_t x_stride = 0;
+    View<const float> x;
     int cols = 0;
     const Norm* norm = nullptr;  // null: none
     const float* inv = nullptr;
-    DC_DEVICE void read(const float* rows, int64_t stride, int n_cols, const Norm* n) {
+    DC_DEVICE void read(const View<const float>& rows, int n_cols, const Norm* n) {
         x = rows;
-        x_stride = stride;
         cols = n_cols;
         norm = n;
     }
@@ -103,11 +101,11 @@ template <int NB> struct RowsPlan : Plan {
         inv = s.inv;
         if (!norm || !norm->w) return;
         rms_rows(rows, norm->w2 ? 2 : 1, norm->width, norm->eps, s.sum, s.inv, NB * kBlockRows,
-                 [&](int j) { return x + (g.row0 + j) * x_stride; });
+                 [&](int j) { return x.row(g.row0 + j); });
     }
     DC_DEVICE Quad row_quad(int64_t row, int j, int col) const {
-        if (!norm) return load4(x + row * x_stride + col, cols - col);
-        return normed(*norm, x + row * x_stride, col, cols, inv + j, NB * kBlockRows);
+        if (!norm) return load4(x.row(row) + col, cols - col);
+        return normed(*norm, x.row(row), col, cols, inv + j, NB * kBlockRows);
     }
 };
 
@@ -137,8 +135,8 @@ DC_DEVICE void stage_embed(const EmbedArgs& a, int block, int n_blocks, const Sm
                     v = a.format == Format::kBF16 ? bf16_value(h) : rt::f16_value(h);
                 }
             }
-            a.x[i * a.x_stride + c] = v;
-            if (a.hidden) a.x[i * a.x_stride + a.d + c] = a.hidden[i * a.hidden_stride + c];
+            a.x.row(i)[c] = v;
+            if (a.hidden.data) a.x.row(i)[a.d + c] = a.hidden.row(i)[c];
         }
     }
 }
@@ -152,8 +150,8 @@ template <int NB> struct ProductPlan : RowsPlan<NB> {
     DC_DEVICE void finish(int, int unit, int r, int row, float v, float) const {
         const int o = unit * kTileRows + r;
         if (o >= a->w.rows) return;
-        if (a->tap) a->tap[row * a->tap_stride + o] = v;
-        float* y = a->y + row * a->y_stride + o;
+        if (a->tap.data) a->tap.row(row)[o] = v;
+        float* y = a->y.row(row) + o;
         *y = a->add ? *y + v : v;
     }
 };
@@ -162,10 +160,10 @@ template <int NB, class Wait>
 DC_DEVICE void stage_product(const ProductArgs& a, int block, int n_blocks, const Smem& smem, Wait wait) {
     const ProductSmem s = carve<NB>(smem);
     auto plan = plan_of<ProductPlan<NB>>(a, a.w, a.w.row_tiles);
-    plan.read(a.x, a.x_stride, a.w.cols, &a.norm);
+    plan.read(a.x, a.w.cols, &a.norm);
     const Range u = deal(a.w.row_tiles, block, n_blocks);
     run<NB>(plan, u.begin, u.end, s, wait);
-    write_normed(a.norm, a.x, a.x_stride, a.w.cols, live_rows(a.rows), block, n_blocks, s);
+    write_normed(a.norm, a.x, a.w.cols, live_rows(a.rows), block, n_blocks, s);
 }
 
 // --- absorb: W_UK, rope, cache write --------------------------------------------------------------------------------
@@ -176,7 +174,7 @@ template <int NB> struct AbsorbPlan : Plan {
     DC_DEVICE Piece piece(int head, int p) const { return segment(a->w_uk, head, p); }
     DC_DEVICE Quad get(int head, int row, int, int p, int col) const {
         const int c = p * kSegment + col;
-        return load4(a->q + row * a->q_stride + int64_t{head} * (a->dn + a->dr) + c, a->dn - c);
+        return load4(a->q.row(row) + int64_t{head} * (a->dn + a->dr) + c, a->dn - c);
     }
     DC_DEVICE void finish(int head, int unit, int r, int row, float v, float) const {
         const int o = unit * kTileRows + r;
@@ -205,21 +203,20 @@ DC_DEVICE void stage_absorb(const AbsorbArgs& a, int block, int n_blocks, const 
          e += int64_t{n_blocks} * rt::threads()) {
         const int i = a.r + static_cast<int>(e % rest), k = i - a.c_pad;
         const int64_t row_head = e / rest, row = row_head / a.n_heads, head = row_head % a.n_heads;
-        const float* q = a.q + row * a.q_stride + head * dqk + a.dn;
+        const float* q = a.q.row(row) + head * dqk + a.dn;
         const int64_t at = min_int(pos + static_cast<int>(row), a.ctx - 1);
         const float v = k >= 0 && k < a.dr ? rotated(q, a.cos + at * half, a.sin + at * half, a.dr, k) : 0.0F;
         a.q_full[row_head * width + i] = v;
-        if (a.q_tap && k >= 0 && k < a.dr) a.q_tap[row_head * dqk + a.dn + k] = v;
+        if (a.q_tap.data && k >= 0 && k < a.dr) a.q_tap.row(row)[head * dqk + a.dn + k] = v;
     }
-    if (a.q_tap)
+    if (a.q_tap.data)
         for (int64_t e = int64_t{block} * rt::threads() + rt::thread(); e < int64_t{n} * a.n_heads * a.dn;
              e += int64_t{n_blocks} * rt::threads()) {
-            const int64_t row_head = e / a.dn;
-            a.q_tap[row_head * dqk + e % a.dn] =
-                a.q[row_head / a.n_heads * a.q_stride + row_head % a.n_heads * dqk + e % a.dn];
+            const int64_t row = e / a.dn / a.n_heads, i = e / a.dn % a.n_heads * dqk + e % a.dn;
+            a.q_tap.row(row)[i] = a.q.row(row)[i];
         }
     for (int i = block; i < n && pos + i < a.ctx; i += n_blocks) {
-        const float* kv = a.kv + i * a.kv_stride;
+        const float* kv = a.kv.row(i);
         rms_rows(1, 1, a.r, a.eps, s.sum, s.inv, 1, [&](int) { return kv; });
         const float *cos = a.cos + int64_t{pos + i} * half, *sin = a.sin + int64_t{pos + i} * half;
         const auto value = [&](int c) {
@@ -227,11 +224,10 @@ DC_DEVICE void stage_absorb(const AbsorbArgs& a, int block, int n_blocks, const 
             return c - a.c_pad < a.dr ? rotated(kv + a.r, cos, sin, a.dr, c - a.c_pad) : 0.0F;
         };
         cache_write(a.type, a.cache + (pos + i) * a.row_bytes, a.c_pad, a.r_pad, value);
-        if (a.c_tap)
-            for (int c = rt::thread(); c < a.r; c += rt::threads()) a.c_tap[int64_t{i} * a.r + c] = value(c);
-        if (a.k_tap)
-            for (int c = rt::thread(); c < a.dr; c += rt::threads())
-                a.k_tap[int64_t{i} * a.dr + c] = value(a.c_pad + c);
+        if (a.c_tap.data)
+            for (int c = rt::thread(); c < a.r; c += rt::threads()) a.c_tap.row(i)[c] = value(c);
+        if (a.k_tap.data)
+            for (int c = rt::thread(); c < a.dr; c += rt::threads()) a.k_tap.row(i)[c] = value(a.c_pad + c);
         rt::sync_block();
     }
 }
@@ -266,7 +262,7 @@ struct ValuePlan : Plan {
     }
     DC_DEVICE void finish(int head, int unit, int r, int row, float v, float) const {
         const int o = unit * kTileRows + r;
-        if (o < a->dv) a->v[row * a->v_stride + int64_t{head} * a->dv + o] = v;
+        if (o < a->dv) a->v.row(row)[int64_t{head} * a->dv + o] = v;
     }
 
     // Factors of row j (this warp's): (a, b) of every chunk inside its partial, then of every partial.
@@ -330,8 +326,8 @@ struct ValuePlan : Plan {
                 v = p == 0 ? part : merge_value(v, fp[0], part, fp[1]);
             }
             latent[e] = v / total[j];
-            if (a->latent_tap && g.unit == 0 && c < a->w_uv.cols)
-                a->latent_tap[(int64_t{row} * a->n_heads + g.problem) * a->w_uv.cols + c] = latent[e];
+            if (a->latent_tap.data && g.unit == 0 && c < a->w_uv.cols)
+                a->latent_tap.row(row)[int64_t{g.problem} * a->w_uv.cols + c] = latent[e];
         }
         rt::sync_block();
     }
@@ -359,7 +355,7 @@ template <int NB> struct RouterPlan : RowsPlan<NB> {
     DC_DEVICE Quad get(int, int row, int j, int p, int col) const { return this->row_quad(row, j, p * kSegment + col); }
     DC_DEVICE void finish(int, int unit, int r, int row, float v, float) const {
         const int o = unit * kTileRows + r;
-        if (o < a->router.rows) a->logits[row * a->logits_stride + o] = v;
+        if (o < a->router.rows) a->logits.row(row)[o] = v;
     }
 };
 template <int NB> struct GateUpPlan : RowsPlan<NB> {
@@ -369,7 +365,7 @@ template <int NB> struct GateUpPlan : RowsPlan<NB> {
     DC_DEVICE Quad get(int, int row, int j, int p, int col) const { return this->row_quad(row, j, p * kSegment + col); }
     DC_DEVICE void finish(int, int unit, int r, int row, float gate, float up) const {
         const int o = unit * kTileRows + r;
-        if (o < a->width) a->h[row * a->h_stride + o] = swiglu(gate, up);
+        if (o < a->width) a->h.row(row)[o] = swiglu(gate, up);
     }
 };
 
@@ -381,21 +377,21 @@ DC_DEVICE void stage_ffn_in(const FfnInArgs& a, int block, int n_blocks, const S
     bool waited = false;
     if (u.begin < routers) {
         auto plan = plan_of<RouterPlan<NB>>(a, a.router, routers);
-        plan.read(a.x, a.x_stride, a.router.cols, &a.norm);
+        plan.read(a.x, a.router.cols, &a.norm);
         run<NB>(plan, u.begin, min_int(u.end, routers), s, wait);
         waited = true;
     }
     if (u.end > routers) {
         auto plan = plan_of<GateUpPlan<NB>>(a, a.w_gate_up, pairs);
-        plan.read(a.x, a.x_stride, a.w_gate_up.cols, &a.norm);
+        plan.read(a.x, a.w_gate_up.cols, &a.norm);
         run<NB>(plan, u.begin > routers ? u.begin - routers : 0, u.end - routers, s, [&] {
             if (!waited) wait();
             waited = true;
         });
     }
     if (!waited) wait();
-    write_normed(a.norm, a.x, a.x_stride, a.router.rows > 0 ? a.router.cols : a.w_gate_up.cols, live_rows(a.rows),
-                 block, n_blocks, s);
+    write_normed(a.norm, a.x, a.router.rows > 0 ? a.router.cols : a.w_gate_up.cols, live_rows(a.rows), block, n_blocks,
+                 s);
 }
 
 template <int NB, class Wait>
@@ -405,8 +401,7 @@ DC_DEVICE void stage_route(const RouteArgs& a, int block, int n_blocks, const Sm
     const int n = live_rows(a.rows);
     float* scratch = reinterpret_cast<float*>(smem.at) + rt::warp() * (2 * r.n_experts + r.n_group);
     for (int i = block * rt::warps() + rt::warp(); i < n; i += n_blocks * rt::warps())
-        route_row(r, r.logits + i * r.logits_stride, scratch, r.topk_idx + int64_t{i} * r.topk,
-                  r.topk_weight + int64_t{i} * r.topk);
+        route_row(r, r.logits.row(i), scratch, r.topk_idx + int64_t{i} * r.topk, r.topk_weight + int64_t{i} * r.topk);
 }
 
 // Routed experts: a problem is a touched expert. Short passes multiply all rows and keep those that chose the expert;
@@ -428,7 +423,7 @@ template <int NB> struct ExpertsPlan : RowsPlan<NB> {
         this->inv = s.inv;
         if (!a->norm.w) return;
         rms_rows(rows, 1, a->norm.width, a->norm.eps, s.sum, s.inv, NB * kBlockRows,
-                 [&](int j) { return a->x + source(g.problem, g.row0 + j) * a->x_stride; });
+                 [&](int j) { return a->x.row(source(g.problem, g.row0 + j)); });
     }
     DC_DEVICE Piece piece(int problem, int p) const { return segment(a->w, lists.touched[problem], p); }
     DC_DEVICE Quad get(int problem, int row, int j, int p, int col) const {
@@ -443,7 +438,7 @@ template <int NB> struct ExpertsPlan : RowsPlan<NB> {
             for (slot = first_slot(problem); slot < end && lists.pair[slot] / a->routing.topk != row;) ++slot;
             if (slot == end) return;
         }
-        a->h[slot * a->h_stride + o] = swiglu(gate, up);
+        a->h.row(slot)[o] = swiglu(gate, up);
     }
 };
 
@@ -462,7 +457,7 @@ DC_DEVICE void stage_experts(const ExpertsArgs& a, int block, int n_blocks, cons
         float* scratch = reinterpret_cast<float*>(at + align16(8 * int64_t{kBlockRows} * r.topk)) +
                          rt::warp() * (2 * r.n_experts + r.n_group);
         for (int i = rt::warp(); i < n; i += rt::warps())
-            route_row(r, r.logits + i * r.logits_stride, scratch, my_idx + i * r.topk, my_weight + i * r.topk);
+            route_row(r, r.logits.row(i), scratch, my_idx + i * r.topk, my_weight + i * r.topk);
         rt::sync_block();
         if (block == 0) {
             for (int i = rt::thread(); i < n * r.topk; i += rt::threads()) {
@@ -473,7 +468,7 @@ DC_DEVICE void stage_experts(const ExpertsArgs& a, int block, int n_blocks, cons
         idx = my_idx;
     }
     auto plan = plan_of<ExpertsPlan<NB>>(a, a.w, a.w.row_tiles / 2);
-    plan.read(a.x, a.x_stride, a.w.cols, &a.norm);
+    plan.read(a.x, a.w.cols, &a.norm);
     plan.gather = !route_here;
     plan.lists = carve_lists(s.end, r);
     build_lists(plan.lists, idx, n, r.topk, r.n_experts);
@@ -503,10 +498,10 @@ struct DownPlan : Plan {
     DC_DEVICE Quad get(int, int row, int, int p, int col) const {
         if (p >= n_routed) {
             const int c = (p - n_routed) * kSegment + col;
-            return load4(a->shared_h + row * a->shared_h_stride + c, a->shared.cols - c);
+            return load4(a->shared_h.row(row) + c, a->shared.cols - c);
         }
         const int s = slot(p, row), c = p % per_expert * kSegment + col;
-        return load4(a->h + (s < 0 ? 0 : s) * a->h_stride + c, s < 0 ? 0 : a->experts.cols - c);
+        return load4(a->h.row(s < 0 ? 0 : s) + c, s < 0 ? 0 : a->experts.cols - c);
     }
 };
 DC_DEVICE void fold(DownPlan& plan, const Group& g, int unit, int r, int j, const float* sum, float* acc, int n_sum) {
@@ -533,13 +528,13 @@ DC_DEVICE void fold(DownPlan& plan, const Group& g, int unit, int r, int j, cons
     }
     const int rows = a.experts.rows > 0 ? a.experts.rows : a.shared.rows;
     if (o >= rows) return;
-    const int64_t at = row * a.x_stride + o;
+    const int64_t at = row * a.x.stride + o;
     if (a.routed && plan.n_routed > 0) a.routed[at] = out;
     if (a.shared.rows > 0) {
         if (a.shared_tap) a.shared_tap[at] = y;
         out = plan.n_routed > 0 ? out + y : y;
     }
-    a.x[at] += out;
+    a.x.data[at] += out;
 }
 
 // Longer passes: expert after expert over the block's own output tiles, summed in a.routed.
@@ -558,13 +553,13 @@ template <int NB> struct GatheredDownPlan : Plan {
     }
     DC_DEVICE Quad get(int problem, int row, int, int p, int col) const {
         const int c = p * kSegment + col;
-        return load4(a->h + (first_slot(problem) + row) * a->h_stride + c, a->experts.cols - c);
+        return load4(a->h.row(first_slot(problem) + row) + c, a->experts.cols - c);
     }
     DC_DEVICE void finish(int problem, int unit, int r, int row, float v, float) const {
         const int o = (tile0 + unit) * kTileRows + r;
         if (o >= a->experts.rows) return;
         const int pair = lists.pair[first_slot(problem) + row];
-        float* out = a->routed + pair / a->routing.topk * a->x_stride + o;
+        float* out = a->routed + pair / a->routing.topk * a->x.stride + o;
         *out = rt::fma(a->routing.topk_weight[pair], v, *out);
     }
 };
@@ -575,9 +570,9 @@ template <int NB> struct SharedDownPlan : RowsPlan<NB> {
     DC_DEVICE void finish(int, int unit, int r, int row, float v, float) const {
         const int o = unit * kTileRows + r;
         if (o >= a->shared.rows) return;
-        const int64_t at = row * a->x_stride + o;
+        const int64_t at = row * a->x.stride + o;
         if (a->shared_tap) a->shared_tap[at] = v;
-        a->x[at] += a->experts.rows > 0 ? a->routed[at] + v : v;
+        a->x.data[at] += a->experts.rows > 0 ? a->routed[at] + v : v;
     }
 };
 
@@ -630,19 +625,19 @@ DC_DEVICE void stage_down(const DownArgs& a, int block, int n_blocks, const Smem
         plan.lists = lists();
         const int n = live_rows(a.rows), cols = min_int(u.end * kTileRows, a.experts.rows) - u.begin * kTileRows;
         for (int64_t e = rt::thread(); e < int64_t{n} * (cols > 0 ? cols : 0); e += rt::threads())
-            a.routed[e / cols * a.x_stride + u.begin * kTileRows + e % cols] = 0.0F;
+            a.routed[e / cols * a.x.stride + u.begin * kTileRows + e % cols] = 0.0F;
         rt::sync_block();
         run<NB>(plan, 0, u.end > u.begin ? *plan.lists.n_touched * units : 0, s, NoWait{});
         if (a.shared.rows == 0) {
             for (int64_t e = rt::thread(); e < int64_t{n} * (cols > 0 ? cols : 0); e += rt::threads()) {
-                const int64_t at = e / cols * a.x_stride + u.begin * kTileRows + e % cols;
-                a.x[at] += a.routed[at];
+                const int64_t at = e / cols * a.x.stride + u.begin * kTileRows + e % cols;
+                a.x.data[at] += a.routed[at];
             }
             return;
         }
     }
     auto plan = plan_of<SharedDownPlan<NB>>(a, a.shared, a.shared.row_tiles);
-    plan.read(a.shared_h, a.shared_h_stride, a.shared.cols, nullptr);
+    plan.read(a.shared_h, a.shared.cols, nullptr);
     run<NB>(plan, u.begin, u.end, s, [&] {
         if (!waited) wait();
     });
@@ -656,7 +651,7 @@ template <int NB> struct HeadPlan : RowsPlan<NB> {
     DC_DEVICE Quad get(int, int row, int j, int p, int col) const { return this->row_quad(row, j, p * kSegment + col); }
     DC_DEVICE void finish(int, int unit, int r, int row, float v, float) const {
         const int o = unit * kTileRows + r;
-        if (o < a->w.rows) a->logits[row * a->logits_stride + o] = v;
+        if (o < a->w.rows) a->logits.row(row)[o] = v;
     }
 };
 
@@ -682,17 +677,17 @@ DC_DEVICE void stage_head(const HeadArgs& a, int block, int n_blocks, const Smem
     const int n_out = a.rows.n - a.first_row;
     if (n_out <= 0) {
         wait();
-        write_normed(a.norm, a.x, a.x_stride, a.norm.width, live_rows(a.rows), block, n_blocks, s);
+        write_normed(a.norm, a.x, a.norm.width, live_rows(a.rows), block, n_blocks, s);
         return;
     }
     auto plan = plan_of<HeadPlan<NB>>(a, a.w, a.w.row_tiles);
-    plan.read(a.x + a.first_row * a.x_stride, a.x_stride, a.w.cols, &a.norm);
+    plan.read(a.x.from(a.first_row), a.w.cols, &a.norm);
     plan.pass.n = n_out;
     plan.skip = a.first_row;
     const Range u = deal(a.w.row_tiles, block, n_blocks);
     run<NB>(plan, u.begin, u.end, s, wait);
     const int n = live_rows(a.rows);
-    write_normed(a.norm, a.x, a.x_stride, a.w.cols, n, block, n_blocks, s);
+    write_normed(a.norm, a.x, a.w.cols, n, block, n_blocks, s);
 
     const int lane = rt::lane(), lo = u.begin * kTileRows,
               hi = min_int(u.end * kTileRows, min_int(a.n_valid, a.w.rows));
@@ -700,7 +695,7 @@ DC_DEVICE void stage_head(const HeadArgs& a, int block, int n_blocks, const Smem
         float value = minus_inf();
         int32_t id = -1;
         for (int o = lo + lane; o < hi; o += 32) {
-            const float v = a.logits[j * a.logits_stride + o];
+            const float v = a.logits.row(j)[o];
             if (v > minus_inf() || v != v) take_better(value, id, v, v == v ? o : -2);
         }
         warp_best(value, id);

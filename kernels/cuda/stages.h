@@ -15,6 +15,7 @@
 #pragma once
 
 #include "kernels/kernels.h"
+#include "kernels/view.h"
 
 namespace deepcalm::gpu {
 
@@ -73,8 +74,7 @@ struct Norm {
     const float* w2 = nullptr;  // [width], null unless the input is two runs
     int width = 0;
     float eps = 0;
-    float* out = nullptr;  // [n, out_stride] f32 or null: receives the normed rows (taps; the head's hidden rows)
-    int64_t out_stride = 0;
+    View<float> out;  // [n, columns] or null: receives the normed rows (taps; the head's hidden rows)
 };
 
 // x[i] = embed[ids[i]] as f32, and, for MTP, hidden[i] beside it. Ids outside 0..vocab-1 give zeros.
@@ -84,10 +84,8 @@ struct EmbedArgs {
     const std::byte* table = nullptr;  // [vocab, d] f32, bf16 or f16, row-major
     Format format = Format::kF32;
     int vocab = 0, d = 0;
-    float* x = nullptr;  // [n, x_stride]: d columns, or 2d with hidden
-    int64_t x_stride = 0;
-    const float* hidden = nullptr;  // [n, hidden_stride] f32 or null
-    int64_t hidden_stride = 0;
+    View<float> x;             // [n, d], or [n, 2d] with hidden
+    View<const float> hidden;  // [n, d] or null
 };
 
 // y[i, o] = sum_c w[o, c] * norm(x)[i, c], o < w.rows; `add`: added to what y holds (the residual), y[i, o] + sum.
@@ -95,14 +93,11 @@ struct EmbedArgs {
 struct ProductArgs {
     Rows rows;
     Matrix w;
-    const float* x = nullptr;  // [n, x_stride] f32, columns 0..w.cols-1
-    int64_t x_stride = 0;
+    View<const float> x;  // [n, w.cols]
     Norm norm;
-    float* y = nullptr;  // [n, y_stride] f32; not x
-    int64_t y_stride = 0;
+    View<float> y;  // [n, w.rows]; not x
     bool add = false;
-    float* tap = nullptr;  // [n, tap_stride] f32 or null: the sum without the residual
-    int64_t tap_stride = 0;
+    View<float> tap = {};  // [n, w.rows] or null: the sum without the residual
 };
 
 // q_full[i, h] = W_UK[h] * q_nope[i, h] | rope(q_rope[i, h]); cache row *pos + i = norm(c_kv) | rope(k_rope).
@@ -111,21 +106,18 @@ struct AbsorbArgs {
     Rows rows;
     Matrix w_uk;  // [n_heads][r, dn]
     int n_heads = 0, dn = 0, dr = 0, r = 0, c_pad = 0, r_pad = 0;
-    const float* q = nullptr;  // [n, q_stride]: per head nope dn | rope dr, as q_b (or qkv_a) left it
-    int64_t q_stride = 0;
-    const float* kv =
-        nullptr;  // [n, kv_stride]: c_kv r | k_rope dr, as qkv_a left it (pointer already past the q part)
-    int64_t kv_stride = 0;
+    View<const float> q;                         // [n, n_heads, dn + dr]: nope | rope, as q_b (or qkv_a) left it
+    View<const float> kv;                        // [n, r + dr]: c_kv | k_rope, as qkv_a left it, past the q part
     const float* kv_norm = nullptr;              // [r]
     float eps = 0;                               // kLatentNormEps
     const float *cos = nullptr, *sin = nullptr;  // [ctx, dr / 2] f32, scaled as Rope::fill gives them
     int ctx = 0;
     CacheType type = CacheType::kF16;
-    std::byte* cache = nullptr;                // row 0 of this layer
-    int64_t row_bytes = 0;                     // cache_row_bytes() rounded up to 16
-    float* q_full = nullptr;                   // [n, n_heads, c_pad + r_pad] f32; pads are written as zeros
-    float* q_tap = nullptr;                    // [n, n_heads, dn + dr] or null: q with its rope part rotated
-    float *c_tap = nullptr, *k_tap = nullptr;  // [n, r], [n, dr] or null: what the cache row was made from
+    std::byte* cache = nullptr;  // row 0 of this layer
+    int64_t row_bytes = 0;       // cache_row_bytes() rounded up to 16
+    float* q_full = nullptr;     // [n, n_heads, c_pad + r_pad] f32; pads are written as zeros
+    View<float> q_tap;           // [n, n_heads, dn + dr] or null: q with its rope part rotated
+    View<float> c_tap, k_tap;    // [n, r], [n, dr] or null: what the cache row was made from
 };
 
 // Split attention: a unit is (row, group of 16 heads, `unit_chunks` chunks). Every unit leaves its maximum, sum and
@@ -154,31 +146,26 @@ struct ValueArgs {
     int unit_chunks = 1, max_units = 0;
     const float* part_o = nullptr;
     const float* part_ml = nullptr;
-    float* v = nullptr;  // [n, v_stride]: n_heads * dv columns
-    int64_t v_stride = 0;
-    float* latent_tap = nullptr;  // [n, n_heads, r] or null
+    View<float> v;           // [n, n_heads, dv]
+    View<float> latent_tap;  // [n, n_heads, r] or null
 };
 
 // Everything of an FFN that reads norm(x) and does not wait for routing: h = silu(gate) * up of a dense layer or of the
 // shared experts (w_gate_up), router logits (router), either absent (rows == 0).
 struct FfnInArgs {
     Rows rows;
-    const float* x = nullptr;  // [n, x_stride]
-    int64_t x_stride = 0;
+    View<const float> x;  // [n, d]
     Norm norm;
     Matrix w_gate_up;  // [2 * pad16(width), d], gate and up alternate tile by tile
     int width = 0;
-    float* h = nullptr;  // [n, h_stride]
-    int64_t h_stride = 0;
-    Matrix router;            // [E, d] f32
-    float* logits = nullptr;  // [n, logits_stride]
-    int64_t logits_stride = 0;
+    View<float> h;       // [n, width]
+    Matrix router;       // [E, d] f32
+    View<float> logits;  // [n, E]
 };
 
 // Routing of a layer: kernels/cpu/router.cc, bit for bit.
 struct Routing {
-    const float* logits = nullptr;  // [n, logits_stride]
-    int64_t logits_stride = 0;
+    View<const float> logits;     // [n, n_experts]
     const float* bias = nullptr;  // [E] or null
     int n_experts = 0, topk = 0, n_group = 1, topk_group = 1;
     ScoringFunc scoring_func = ScoringFunc::kSoftmax;
@@ -200,45 +187,38 @@ struct RouteArgs {
 // read once per block of rows.
 struct ExpertsArgs {
     Rows rows;
-    const float* x = nullptr;  // [n, x_stride]
-    int64_t x_stride = 0;
-    Norm norm;  // out unused
-    Matrix w;   // [E][2 * pad16(width), d]
+    View<const float> x;  // [n, d]
+    Norm norm;            // out unused
+    Matrix w;             // [E][2 * pad16(width), d]
     int width = 0;
     Routing routing;
-    float* h = nullptr;  // [n * topk, h_stride]
-    int64_t h_stride = 0;
+    View<float> h;  // [n * topk, width]
 };
 
 // x[i] += (sum over chosen experts in ascending order, fma(weight, down_e(h_e), acc)) + shared_down(shared_h).
 // A dense layer is this with experts absent and its w_down as `shared`.
 struct DownArgs {
     Rows rows;
-    Matrix experts;            // [E][d, width] or absent
-    Routing routing;           // topk_idx, topk_weight, n_experts, topk: read
-    const float* h = nullptr;  // [n * topk, h_stride]
-    int64_t h_stride = 0;
-    Matrix shared;  // [d, shared width] or absent
-    const float* shared_h = nullptr;
-    int64_t shared_h_stride = 0;
-    float* x = nullptr;  // [n, x_stride], d columns
-    int64_t x_stride = 0;
-    float* routed = nullptr;      // [n, x_stride] the routed sum: needed when n > kBlockRows, else null or a tap
-    float* shared_tap = nullptr;  // [n, x_stride] or null: output of the shared experts (dense layer: of the FFN)
+    Matrix experts;               // [E][d, width] or absent
+    Routing routing;              // topk_idx, topk_weight, n_experts, topk: read
+    View<const float> h;          // [n * topk, width]
+    Matrix shared;                // [d, shared width] or absent
+    View<const float> shared_h;   // [n, shared width]
+    View<float> x;                // [n, d]
+    float* routed = nullptr;      // [n, x.stride] the routed sum: needed when n > kBlockRows, else null or a tap
+    float* shared_tap = nullptr;  // [n, x.stride] or null: output of the shared experts (dense layer: of the FFN)
 };
 
 // final norm, logits of rows first_row..n-1, and their argmax over ids < n_valid (ties to the lowest id; -1 when a valid
 // logit is NaN or none is finite). norm.out receives the normed hidden rows, all n of them.
 struct HeadArgs {
     Rows rows;
-    int first_row = 0;  // == rows.n: norm only
-    const float* x = nullptr;
-    int64_t x_stride = 0;
+    int first_row = 0;    // == rows.n: norm only
+    View<const float> x;  // [n, d]
     Norm norm;
     Matrix w;  // [vocab, d]
     int n_valid = 0;
-    float* logits = nullptr;  // [n - first_row, logits_stride] f32
-    int64_t logits_stride = 0;
+    View<float> logits;         // [n - first_row, vocab]
     int32_t* choice = nullptr;  // [n - first_row]
     // Scratch of the device-wide argmax: [n - first_row, n_blocks] pairs (f32 value, i32 id; id -2 marks a NaN), and a counter
     // that is zero before the first launch (every launch leaves it zero).

@@ -220,44 +220,43 @@ struct DeviceSession {
     int64_t lay_out(std::byte* base) {
         const ModelConfig& c = m.cfg;
         int64_t used = 0;
-        const auto take = [&](auto*& p, int64_t n) {
-            using T = std::remove_reference_t<decltype(*p)>;
+        const auto take = [&]<class T>(T*& p, int64_t n) {
             if (base != nullptr) p = reinterpret_cast<T*>(base + used);
             used += round_up(n * static_cast<int64_t>(sizeof(T)), 256);
+        };
+        const auto take_rows = [&](View<float>& v, int64_t n, int64_t width) {
+            v.stride = round_up(width, 4);
+            take(v.data, n * v.stride);
         };
         const int64_t rows = std::max(args.max_rows, kBlockRows), heads = c.num_attention_heads;
         const int64_t d = c.hidden_size;
         const bool moe = c.n_routed_experts > 0;
         b.rows = rows;
-        b.x_stride = round_up(d, 4);
-        b.eh_stride = round_up(2 * d, 4);
-        b.v_stride = round_up(heads * c.v_head_dim, 4);
-        b.ffn_stride = round_up(
-            std::max(c.is_moe(0) ? 0 : c.intermediate_size, moe ? c.n_shared_experts * c.moe_intermediate_size : 0), 4);
-        b.expert_stride = round_up(c.moe_intermediate_size, 4);
         b.row_stride = round_up(c.cache_row_bytes(args.kv), 16);
-        take(b.x, rows * b.x_stride);
-        take(b.h, rows * b.x_stride);
-        take(b.qkv, rows * c.qkv_a_stride());
+        take_rows(b.x, rows, d);
+        take_rows(b.h, rows, d);
+        take_rows(b.qkv, rows, c.qkv_a_stride());
         b.q = b.qkv;
-        if (c.q_lora_rank > 0) take(b.q, rows * c.q_stride());
-        take(b.q_full, rows * heads * c.q_full_width());
-        take(b.v, rows * b.v_stride);
-        take(b.ffn_h, rows * b.ffn_stride);
+        if (c.q_lora_rank > 0) take_rows(b.q, rows, c.q_stride());
+        take_rows(b.q_full, rows, heads * c.q_full_width());
+        take_rows(b.v, rows, heads * c.v_head_dim);
+        take_rows(
+            b.ffn_h, rows,
+            std::max(c.is_moe(0) ? 0 : c.intermediate_size, moe ? c.n_shared_experts * c.moe_intermediate_size : 0));
         if (moe) {
             const int64_t k = c.num_experts_per_tok;
-            take(b.expert_h, rows * k * b.expert_stride);
-            take(b.gate_logits, rows * c.gate_logits_stride());
+            take_rows(b.expert_h, rows * k, c.moe_intermediate_size);
+            take_rows(b.gate_logits, rows, c.gate_logits_stride());
             take(b.topk_idx, (moe_layers() + 1) * rows * k);
             take(b.topk_weight, rows * k);
-            if (rows > kBlockRows) take(b.routed, rows * b.x_stride);
+            if (rows > kBlockRows) take(b.routed, rows * b.x.stride);
         }
         const int64_t ctx = args.ctx, one = ceil_div(std::min<int64_t>(ctx, kShortContext), kChunk),
                       long_units = ceil_div(ctx, int64_t{kChunk} * kPartialChunks);
         b.part_units = kBlockRows * std::max(one, long_units);
         take(b.part_o, b.part_units * heads * c.c_pad());
         take(b.part_ml, b.part_units * heads * 2);
-        take(b.logits, kLogitRows * c.logits_stride());
+        take_rows(b.logits, kLogitRows, c.logits_stride());
         take(b.best_value, kLogitRows * int64_t{blocks});
         take(b.best_id, kLogitRows * int64_t{blocks});
         take(b.arrived, 1);
@@ -271,13 +270,13 @@ struct DeviceSession {
         take(b.loop, 1);
         if (args.mtp) {
             take(b.mtp_cache, ctx * b.row_stride);
-            take(b.eh, rows * b.eh_stride);
+            take_rows(b.eh, rows, 2 * d);
             take(b.hidden, rows * d);
             take(b.pend, (kMaxPending + kMaxRound) * d);
             take(b.g, d);
         }
         b.tap_stride = c.q_width() + 2 * round_up(heads * c.kv_lora_rank, 4) + round_up(c.q_lora_rank, 4) +
-                       4 * b.x_stride + round_up(c.kv_lora_rank, 4) + round_up(c.qk_rope_head_dim, 4) + 64;
+                       4 * b.x.stride + round_up(c.kv_lora_rank, 4) + round_up(c.qk_rope_head_dim, 4) + 64;
         return used;
     }
     int64_t moe_layers() const {
@@ -333,7 +332,7 @@ struct DeviceSession {
     }
 
     PassWriter writer(Program& p) const {
-        return PassWriter(m.cfg, m.weights, b, args, m.rope.softmax_scale, blocks, threads, m.info.smem, p);
+        return {{m.cfg, m.weights, b, args.ctx, args.kv, m.rope.softmax_scale, blocks, threads, m.info.smem}, p};
     }
     // A pass whose inputs the host has put into b.ids, b.pos, b.hidden.
     PassShape shape(int n, bool mtp, int n_logits, bool long_context, bool trace) const {
@@ -343,8 +342,7 @@ struct DeviceSession {
                 .long_context = long_context,
                 .ids = b.ids,
                 .pos = b.pos,
-                .hidden = mtp ? b.hidden : nullptr,
-                .hidden_stride = m.cfg.hidden_size,
+                .hidden = mtp ? View<const float>{b.hidden, m.cfg.hidden_size} : View<const float>{},
                 .choice = b.choice,
                 .n_valid = m.cfg.vocab_size,
                 .trace = trace};
@@ -432,8 +430,8 @@ struct DeviceSession {
             DC_RT(r->graph.launch(stream));
         }
         const auto take_logits = [&](int rows, int64_t to) {
-            return rt::copy_rows(p.logits + to * p.logits_stride, 4 * p.logits_stride, b.logits,
-                                 4 * m.cfg.logits_stride(), 4 * int64_t{m.cfg.vocab_size}, rows, stream);
+            return rt::copy_rows(p.logits + to * p.logits_stride, 4 * p.logits_stride, b.logits.data,
+                                 4 * b.logits.stride, 4 * int64_t{m.cfg.vocab_size}, rows, stream);
         };
         if (n <= kBlockRows || p.n_logits <= 1) {
             if (p.n_logits > 0) DC_RT(take_logits(p.n_logits, 0));
@@ -447,7 +445,7 @@ struct DeviceSession {
             }
         }
         if (p.final_h != nullptr)
-            DC_RT(rt::copy_rows(p.final_h, 4 * p.hidden_stride, b.h, 4 * b.x_stride, 4 * d, n, stream));
+            DC_RT(rt::copy_rows(p.final_h, 4 * p.hidden_stride, b.h.data, 4 * b.h.stride, 4 * d, n, stream));
         const int64_t layers = p.mtp ? (m.cfg.is_moe(m.cfg.num_hidden_layers) ? 1 : 0) : moe_layers();
         const int64_t k = m.cfg.num_experts_per_tok, skip = p.mtp ? moe_layers() : 0;
         if (p.topk != nullptr && layers > 0) {
@@ -587,7 +585,6 @@ struct DeviceSession {
         const auto choose = [&](const int32_t* n_live, int n, bool last, int offset, int32_t* choice) {
             if (!sampled) return;
             w.add(ChooseArgs{.logits = b.logits,
-                             .stride = m.cfg.logits_stride(),
                              .rows = n,
                              .n_live = n_live,
                              .last = last,
@@ -603,8 +600,7 @@ struct DeviceSession {
                       .ids = l->s.mtp_tokens,
                       .pos = &l->s.mtp_pos,
                       .n_live = &l->s.mtp_n,
-                      .hidden = parts > 1 ? b.hidden : b.pend,
-                      .hidden_stride = d,
+                      .hidden = {parts > 1 ? b.hidden : b.pend, d},
                       .choice = l->s.mtp_choice,
                       .n_valid = run.n_valid};
         for (int i = 0; i < parts; ++i) {
@@ -622,18 +618,11 @@ struct DeviceSession {
         for (int j = 1; j <= k; ++j) {
             if (j > 1) {
                 mtp.n = mtp.n_logits = 1;
-                mtp.hidden = b.g;
+                mtp.hidden.data = b.g;
                 w.pass(mtp);
             }
             choose(&l->s.mtp_n, kBlockRows, true, j, l->s.mtp_choice);
-            w.add(DraftArgs{.loop = l,
-                            .j = j,
-                            .more = j < k,
-                            .h = b.h,
-                            .h_stride = b.x_stride,
-                            .g = b.g,
-                            .d = d,
-                            .routed = mtp_routed});
+            w.add(DraftArgs{.loop = l, .j = j, .more = j < k, .h = b.h, .g = b.g, .d = d, .routed = mtp_routed});
         }
         w.pass({.n = k + 1,
                 .mtp = false,
@@ -642,8 +631,6 @@ struct DeviceSession {
                 .ids = l->s.tokens,
                 .pos = &l->s.pos,
                 .n_live = &l->s.n,
-                .hidden = nullptr,
-                .hidden_stride = 0,
                 .choice = l->s.choice,
                 .n_valid = run.n_valid});
         choose(&l->s.n, k + 1, false, 1, l->s.choice);
@@ -652,9 +639,7 @@ struct DeviceSession {
                          .tokens = b.tokens,
                          .caught_up = parts > 0,
                          .logits = b.logits,
-                         .logits_stride = m.cfg.logits_stride(),
                          .h = b.h,
-                         .h_stride = b.x_stride,
                          .pend = run.keeps_mtp ? b.pend : nullptr,
                          .d = d,
                          .routed = {b.topk_idx, static_cast<int>(moe_layers()), rows, topk}});
@@ -716,16 +701,16 @@ struct DeviceSession {
 
     bool view(const char* name, DeviceView& v) const {
         const ModelConfig& c = m.cfg;
-        const auto f32 = [](float* p, int64_t rows, int64_t cols) {
-            return DeviceView{.data = p, .type = "<f4", .n_dims = 2, .dims = {rows, cols}};
+        const auto f32 = [](const View<float>& p, int64_t rows) {
+            return DeviceView{.data = p.data, .type = "<f4", .n_dims = 2, .dims = {rows, p.stride}};
         };
         const auto cache = [&](std::byte* p, int64_t layers) {
             return DeviceView{.data = p, .type = "|u1", .n_dims = 3, .dims = {layers, args.ctx, b.row_stride}};
         };
         const std::map<std::string, DeviceView> views = {
-            {"x", f32(b.x, b.rows, b.x_stride)},
-            {"hidden", f32(b.h, b.rows, b.x_stride)},
-            {"logits", f32(b.logits, kLogitRows, m.cfg.logits_stride())},
+            {"x", f32(b.x, b.rows)},
+            {"hidden", f32(b.h, b.rows)},
+            {"logits", f32(b.logits, kLogitRows)},
             {"cache", cache(b.cache, c.num_hidden_layers)},
             {"mtp_cache", cache(b.mtp_cache, 1)},
         };

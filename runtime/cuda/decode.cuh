@@ -42,8 +42,7 @@ struct Loop {
 // largest logit / temp + Gumbel noise of (seed, position, id). Masses are integers of 2^-40, so that the order of their
 // sum does not matter.
 struct ChooseArgs {
-    const float* logits = nullptr;  // [rows, stride]
-    int64_t stride = 0;
+    View<const float> logits;  // [rows, n_valid]
     int rows = 0;
     const int32_t* n_live = nullptr;
     bool last = false;  // only the last live row, chosen for position *pos + offset; else row i for *pos + offset + i
@@ -155,7 +154,7 @@ DC_DEVICE void stage_choose(const ChooseArgs& a, int block, int n_blocks, const 
     const Loop& p = *a.loop;
     const int live = *a.n_live < a.rows ? *a.n_live : a.rows, n = p.n_valid;
     for (int row = a.last ? live - 1 + block : block; row >= 0 && row < live; row += n_blocks) {
-        const float* logits = a.logits + row * a.stride;
+        const float* logits = a.logits.row(row);
         const int best = a.choice[row];
         if (best < 0) continue;
         const float max = logits[best], temp = p.temp;
@@ -315,10 +314,9 @@ DC_DEVICE void stage_catch_up(const CatchUpArgs& a, int block, int, const Smem& 
 struct DraftArgs {
     Loop* loop = nullptr;
     int j = 1;
-    bool more = false;         // another draft follows
-    const float* h = nullptr;  // [rows, h_stride] post-norm output of the MTP pass
-    int64_t h_stride = 0;
-    float* g = nullptr;  // [d]
+    bool more = false;    // another draft follows
+    View<const float> h;  // [rows, d] post-norm output of the MTP pass
+    float* g = nullptr;   // [d]
     int d = 0;
     Routed routed;
 };
@@ -331,7 +329,7 @@ DC_DEVICE void stage_draft(const DraftArgs& a, int block, int, const Smem& smem,
     if (block != 0) return;
     Loop& l = *a.loop;
     const int n = l.s.mtp_n, row = n > 0 ? n - 1 : 0;
-    for (int i = rt::thread(); i < a.d; i += rt::threads()) a.g[i] = a.h[row * a.h_stride + i];
+    for (int i = rt::thread(); i < a.d; i += rt::threads()) a.g[i] = a.h.row(row)[i];
     const int experts = distinct_experts(a.routed, n, reinterpret_cast<int*>(smem.at));
     rt::sync_block();
     if (rt::thread() != 0) return;
@@ -357,14 +355,12 @@ DC_DEVICE void stage_draft(const DraftArgs& a, int block, int, const Smem& smem,
 // Takes the choices of the verified rows while they agree with the drafts, ends at a stop, appends, publishes.
 struct AcceptArgs {
     Loop* loop = nullptr;
-    TokenRing* ring = nullptr;      // pinned host memory
-    int32_t* tokens = nullptr;      // [ctx + kMaxRound]
-    bool caught_up = false;         // the MTP rows that were due have been made in this round
-    const float* logits = nullptr;  // [rows, logits_stride], to name a NaN
-    int64_t logits_stride = 0;
-    const float* h = nullptr;  // [rows, h_stride] hidden rows of the main pass
-    int64_t h_stride = 0;
-    float* pend = nullptr;  // [kMaxPending + kMaxRound, d] or null without MTP
+    TokenRing* ring = nullptr;  // pinned host memory
+    int32_t* tokens = nullptr;  // [ctx + kMaxRound]
+    bool caught_up = false;     // the MTP rows that were due have been made in this round
+    View<const float> logits;   // [rows, n_valid], to name a NaN
+    View<const float> h;        // [rows, d] hidden rows of the main pass
+    float* pend = nullptr;      // [kMaxPending + kMaxRound, d] or null without MTP
     int d = 0;
     Routed routed;
 };
@@ -383,7 +379,7 @@ DC_DEVICE void stage_accept(const AcceptArgs& a, int block, int, const Smem& sme
     int bad = 0x7FFFFFFF;  // the row that plain decoding is at has no token: name the first NaN
     if (stop_before == kStopNone && l.s.choice[0] < 0) {
         for (int v = rt::thread(); v < l.n_valid; v += rt::threads()) {
-            if (a.logits[v] != a.logits[v] && v < bad) bad = v;
+            if (a.logits.data[v] != a.logits.data[v] && v < bad) bad = v;
         }
     }
     for (int m = 16; m > 0; m >>= 1) {
@@ -446,7 +442,7 @@ DC_DEVICE void stage_accept(const AcceptArgs& a, int block, int, const Smem& sme
     const int e = shared[32], base = shared[33];
     for (int i = 0; i < e; ++i) {
         for (int c = rt::thread(); c < a.d; c += rt::threads())
-            a.pend[static_cast<int64_t>(base + i) * a.d + c] = a.h[i * a.h_stride + c];
+            a.pend[static_cast<int64_t>(base + i) * a.d + c] = a.h.row(i)[c];
     }
 }
 

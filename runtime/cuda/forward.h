@@ -55,14 +55,14 @@ inline constexpr int kShortContext = 8192;  // below, attention units are single
 // elements, multiples of 4.
 struct Buffers {
     int64_t rows = 0;
-    float *x = nullptr, *eh = nullptr, *h = nullptr, *qkv = nullptr, *q = nullptr, *q_full = nullptr, *v = nullptr;
-    float *ffn_h = nullptr, *expert_h = nullptr, *gate_logits = nullptr, *topk_weight = nullptr;
-    float* routed = nullptr;  // [R, x_stride] routed sums of long passes
-    int64_t x_stride = 0, eh_stride = 0, v_stride = 0, ffn_stride = 0, expert_stride = 0;
-    int32_t* topk_idx = nullptr;  // [moe layers + 1 for MTP, R, topk]
+    View<float> x, eh, h, qkv, q, q_full, v, ffn_h, gate_logits;  // [R]
+    View<float> expert_h;                                         // [R * topk]
+    float* routed = nullptr;                                      // [R, x.stride] routed sums of long passes
+    int32_t* topk_idx = nullptr;                                  // [moe layers + 1 for MTP, R, topk]
+    float* topk_weight = nullptr;                                 // [R, topk]
     float *part_o = nullptr, *part_ml = nullptr;
-    int64_t part_units = 0;   // (row, unit) pairs of `part`
-    float* logits = nullptr;  // [max(kLogitRows, kBlockRows), logits_stride()]
+    int64_t part_units = 0;  // (row, unit) pairs of `part`
+    View<float> logits;      // [max(kLogitRows, kBlockRows)]
     float* best_value = nullptr;
     int32_t* best_id = nullptr;
     unsigned* arrived = nullptr;
@@ -89,43 +89,45 @@ struct PassShape {
     const int32_t* ids = nullptr;     // device
     const int32_t* pos = nullptr;     // device [n] or, for n <= kBlockRows, of row 0 alone
     const int32_t* n_live = nullptr;  // device or null
-    const float* hidden = nullptr;    // MTP: device [n, d]
-    int64_t hidden_stride = 0;
-    int32_t* choice = nullptr;  // [n_logits] argmax
+    View<const float> hidden = {};    // MTP: device [n, d]
+    int32_t* choice = nullptr;        // [n_logits] argmax
     int n_valid = 0;
     bool trace = false;
+};
+
+// What all passes of a session share.
+struct PassSetting {
+    const ModelConfig& c;
+    const ModelWeights& w;
+    const Buffers& b;
+    int ctx;
+    CacheType kv;
+    float softmax_scale;
+    int sms, threads;
+    int64_t smem;  // bytes that a block may have
 };
 
 // Appends the stages of a pass.
 class PassWriter {
   public:
-    PassWriter(const ModelConfig& c, const ModelWeights& w, const Buffers& b, const DeviceSessionArgs& session,
-               float softmax_scale, int sms, int threads, int64_t smem, Program& program)
-        : c_(c), w_(w), b_(b), s_(session), softmax_scale_(softmax_scale), sms_(sms), threads_(threads), smem_(smem),
-          p_(program) {}
+    PassWriter(const PassSetting& s, Program& program) : s_(s), c_(s.c), w_(s.w), b_(s.b), p_(program) {}
 
     void pass(const PassShape& shape) {
         t_ = shape;
         n_ = t_.n;
-        const int64_t d = c_.hidden_size;
+        prefix_ = t_.mtp ? "mtp." : "";
         if (t_.mtp) {
-            prefix_ = "mtp.";
-            embed(b_.eh, b_.eh_stride);
-            add(ProductArgs{
-                .rows = rows(),
-                .w = w_.mtp_eh_proj,
-                .x = b_.eh,
-                .x_stride = b_.eh_stride,
-                .norm = {.w = w_.mtp_enorm, .w2 = w_.mtp_hnorm, .width = c_.hidden_size, .eps = c_.rms_norm_eps},
-                .y = b_.x,
-                .y_stride = b_.x_stride});
-            tap("embed", b_.x, {d}, b_.x_stride);
+            embed(b_.eh);
+            Norm both = norm(w_.mtp_enorm);
+            both.w2 = w_.mtp_hnorm;
+            add(ProductArgs{.rows = rows(), .w = w_.mtp_eh_proj, .x = b_.eh, .norm = both, .y = b_.x});
+            tap("embed", b_.x, {c_.hidden_size});
             layer(w_.mtp_layer, 0, c_.num_hidden_layers);
             head(w_.draft_head(), w_.mtp_final_norm);
             return;
         }
-        embed(b_.x, b_.x_stride);
-        tap("embed", b_.x, {d}, b_.x_stride);
+        embed(b_.x);
+        tap("embed", b_.x, {c_.hidden_size});
         for (int i = 0; i < c_.num_hidden_layers; ++i) {
             prefix_ = "layers." + std::to_string(i) + ".";
             layer(w_.layers[static_cast<size_t>(i)], i, i);
@@ -134,12 +136,21 @@ class PassWriter {
         head(w_.head, w_.final_norm);
     }
 
+    // Logits of rows [begin, begin + n) of a long pass whose head() only made the norm.
+    void rows_head(bool mtp, int begin, int n, int n_valid, const int32_t* pos) {
+        t_ = {.n = n, .pos = pos + begin, .choice = b_.choice, .n_valid = n_valid};
+        n_ = n;
+        const PackedTensor& w = mtp ? w_.draft_head() : w_.head;
+        reads(w);
+        add_head(w, norm(mtp ? w_.mtp_final_norm : w_.final_norm), b_.x.from(begin), 0);
+    }
+
     template <class A> void add(const A& args) {
         // kThreads: what a simulated device of fewer threads a block takes is what the real one would
-        const Fit& f = fit(args, n_ <= kBlockRows ? 1 : kPrefillBlocks, kThreads, smem_);
+        const Fit& f = fit(args, n_ <= kBlockRows ? 1 : kPrefillBlocks, kThreads, s_.smem);
         Op op{.name = stage_name(args),
-              .blocks = std::max(1, std::min(stage_units(args), sms_)),
-              .smem = smem_bytes(args, f, threads_),
+              .blocks = std::max(1, std::min(stage_units(args), s_.sms)),
+              .smem = smem_bytes(args, f, s_.threads),
               .need = smem_bytes(args, f, kThreads),
               .bytes = bytes_,
               .launch = [args, f](const rt::LaunchConfig& c) { return launch_stage(c, f, args); }};
@@ -155,33 +166,37 @@ class PassWriter {
 
   private:
     Rows rows() const { return {.n = n_, .n_live = t_.n_live, .pos = t_.pos}; }
+    Norm norm(const float* w, const View<float>& out = {}) const {
+        return {.w = w, .width = c_.hidden_size, .eps = c_.rms_norm_eps, .out = out};
+    }
     void reads(const PackedTensor& t, int64_t slices = 1) { bytes_ += slices * t.read_bytes(); }
 
-    void tap(const char* name, void* data, std::vector<int64_t> dims, int64_t stride, bool is_int = false) {
+    template <class T> void tap(const char* name, const View<T>& v, std::vector<int64_t> dims) {
         int64_t width = 1;
         for (const int64_t d : dims) width *= d;
         if (t_.trace) {
-            p_.taps.push_back({.op = p_.ops.size() - 1,
-                               .name = prefix_ + name,
-                               .data = data,
-                               .is_int = is_int,
-                               .input = data == b_.x || data == b_.gate_logits,
-                               .vectors = n_,
-                               .width = width,
-                               .stride = stride,
-                               .rows = n_,
-                               .dims = std::move(dims)});
+            p_.taps.push_back(
+                {.op = p_.ops.size() - 1,
+                 .name = prefix_ + name,
+                 .data = v.data,
+                 .is_int = std::is_same_v<T, int32_t>,
+                 .input = v.data == static_cast<void*>(b_.x.data) || v.data == static_cast<void*>(b_.gate_logits.data),
+                 .vectors = n_,
+                 .width = width,
+                 .stride = v.stride,
+                 .rows = n_,
+                 .dims = std::move(dims)});
         }
     }
     // Room for a tap of `width` columns; null when nobody records. Valid until the layer's next begin_taps().
-    float* room(int64_t width) {
-        if (!t_.trace) return nullptr;
+    View<float> room(int64_t width) {
+        if (!t_.trace) return {};
         float* p = b_.taps + tap_used_;
         tap_used_ += b_.rows * round_up(width, 4);
-        return p;
+        return {p, round_up(width, 4)};
     }
 
-    void embed(float* x, int64_t stride) {
+    void embed(const View<float>& x) {
         bytes_ = w_.embed.row_bytes();
         add(EmbedArgs{.rows = rows(),
                       .ids = t_.ids,
@@ -190,64 +205,52 @@ class PassWriter {
                       .vocab = c_.vocab_size,
                       .d = c_.hidden_size,
                       .x = x,
-                      .x_stride = stride,
-                      .hidden = t_.hidden,
-                      .hidden_stride = t_.hidden_stride});
+                      .hidden = t_.hidden});
         if (t_.mtp) reads(w_.mtp_eh_proj);
     }
 
     // ---- attention -------------------------------------------------------------------------------------------------
 
     void attention(const LayerWeights& w, int cache_layer) {
-        const int heads = c_.num_attention_heads, dn = c_.qk_nope_head_dim, dr = c_.qk_rope_head_dim,
-                  r = c_.kv_lora_rank, dv = c_.v_head_dim;
-        const int64_t d = c_.hidden_size, dqk = dn + dr;
-        const int c_pad = c_.c_pad(), r_pad = c_.r_pad();
-        std::byte* cache = (t_.mtp ? b_.mtp_cache : b_.cache) + cache_layer * s_.ctx * b_.row_stride;
+        const int d = c_.hidden_size;
+        std::byte* cache = (t_.mtp ? b_.mtp_cache : b_.cache) + int64_t{cache_layer} * s_.ctx * b_.row_stride;
 
-        float* norm_tap = room(d);
+        const View<float> norm_tap = room(d);
         reads(w.wqkv_a);
-        add(ProductArgs{.rows = rows(),
-                        .w = w.wqkv_a,
-                        .x = b_.x,
-                        .x_stride = b_.x_stride,
-                        .norm = {.w = w.attn_norm,
-                                 .width = c_.hidden_size,
-                                 .eps = c_.rms_norm_eps,
-                                 .out = norm_tap,
-                                 .out_stride = round_up(d, 4)},
-                        .y = b_.qkv,
-                        .y_stride = c_.qkv_a_stride()});
-        tap("attn_norm", norm_tap, {d}, round_up(d, 4));
+        add(ProductArgs{.rows = rows(), .w = w.wqkv_a, .x = b_.x, .norm = norm(w.attn_norm, norm_tap), .y = b_.qkv});
+        tap("attn_norm", norm_tap, {d});
         if (c_.q_lora_rank > 0) {
-            const int64_t rq = round_up(c_.q_lora_rank, 4);
-            float* q_a_tap = room(rq);
+            const View<float> q_a_tap = room(c_.q_lora_rank);
             reads(w.wq_b);
-            add(ProductArgs{
-                .rows = rows(),
-                .w = w.wq_b,
-                .x = b_.qkv,
-                .x_stride = c_.qkv_a_stride(),
-                .norm =
-                    {.w = w.q_a_norm, .width = c_.q_lora_rank, .eps = kLatentNormEps, .out = q_a_tap, .out_stride = rq},
-                .y = b_.q,
-                .y_stride = c_.q_stride()});
-            tap("q_a", q_a_tap, {c_.q_lora_rank}, rq);
+            add(ProductArgs{.rows = rows(),
+                            .w = w.wq_b,
+                            .x = b_.qkv,
+                            .norm = {.w = w.q_a_norm, .width = c_.q_lora_rank, .eps = kLatentNormEps, .out = q_a_tap},
+                            .y = b_.q});
+            tap("q_a", q_a_tap, {c_.q_lora_rank});
         }
-        float *q_tap = room(c_.q_width()), *c_tap = room(r), *k_tap = room(dr);
+        absorb(w, cache);
+        latent_attention(w, cache);
+        const View<float> out_tap = room(d);
+        reads(w.wo);
+        add(ProductArgs{.rows = rows(), .w = w.wo, .x = b_.v, .norm = {}, .y = b_.x, .add = true, .tap = out_tap});
+        tap("attn_out", out_tap, {d});
+    }
+
+    void absorb(const LayerWeights& w, std::byte* cache) {
+        const int heads = c_.num_attention_heads, dr = c_.qk_rope_head_dim, r = c_.kv_lora_rank;
+        const View<float> q_tap = room(c_.q_width()), c_tap = room(r), k_tap = room(dr);
         reads(w.w_uk, heads);
         add(AbsorbArgs{.rows = rows(),
                        .w_uk = w.w_uk,
                        .n_heads = heads,
-                       .dn = dn,
+                       .dn = c_.qk_nope_head_dim,
                        .dr = dr,
                        .r = r,
-                       .c_pad = c_pad,
-                       .r_pad = r_pad,
+                       .c_pad = c_.c_pad(),
+                       .r_pad = c_.r_pad(),
                        .q = b_.q,
-                       .q_stride = c_.q_stride(),
-                       .kv = b_.qkv + c_.kv_offset(),
-                       .kv_stride = c_.qkv_a_stride(),
+                       .kv = {b_.qkv.data + c_.kv_offset(), b_.qkv.stride},
                        .kv_norm = w.kv_a_norm,
                        .eps = kLatentNormEps,
                        .cos = b_.cos,
@@ -256,35 +259,37 @@ class PassWriter {
                        .type = s_.kv,
                        .cache = cache,
                        .row_bytes = b_.row_stride,
-                       .q_full = b_.q_full,
+                       .q_full = b_.q_full.data,
                        .q_tap = q_tap,
                        .c_tap = c_tap,
                        .k_tap = k_tap});
-        tap("c_kv", c_tap, {r}, r);
-        tap("k_rope", k_tap, {dr}, dr);
-        tap("q", q_tap, {heads, dqk}, c_.q_width());
-        if (t_.trace) {
-            tap("q_absorbed", b_.q_full, {heads, r}, c_.q_full_width());
-            TapOut& q = p_.taps.back();  // one vector per (row, head)
-            q.vectors = int64_t{n_} * heads;
-            q.width = r;
-        }
+        tap("c_kv", c_tap, {r});
+        tap("k_rope", k_tap, {dr});
+        tap("q", q_tap, {heads, c_.qk_head_dim()});
+        if (!t_.trace) return;
+        tap("q_absorbed", View<float>{b_.q_full.data, c_.q_full_width()}, {heads, r});
+        TapOut& q = p_.taps.back();  // one vector per (row, head)
+        q.vectors = int64_t{n_} * heads;
+        q.width = r;
+    }
 
+    void latent_attention(const LayerWeights& w, const std::byte* cache) {
+        const int heads = c_.num_attention_heads, r = c_.kv_lora_rank;
         const bool single = n_ <= kBlockRows && !t_.long_context;
         const int unit_chunks = single ? 1 : kPartialChunks;
         const int limit = single ? std::min(s_.ctx, kShortContext) : s_.ctx;
         const int units = static_cast<int>(ceil_div(limit, int64_t{kChunk} * unit_chunks));
-        float* latent_tap = room(int64_t{heads} * r);
+        const View<float> latent_tap = room(int64_t{heads} * r);
         const int step = attention_rows(units);
         for (int i = 0; i < n_; i += step) {  // all rows at once in short passes
             const Rows part{.n = std::min(step, n_ - i), .n_live = t_.n_live, .pos = t_.pos + i};
             add(AttendArgs{.rows = part,
                            .n_heads = heads,
-                           .c_pad = c_pad,
-                           .r_pad = r_pad,
+                           .c_pad = c_.c_pad(),
+                           .r_pad = c_.r_pad(),
                            .ctx = s_.ctx,
-                           .softmax_scale = softmax_scale_,
-                           .q_full = b_.q_full + int64_t{i} * heads * c_.q_full_width(),
+                           .softmax_scale = s_.softmax_scale,
+                           .q_full = b_.q_full.row(i),
                            .type = s_.kv,
                            .cache = cache,
                            .row_bytes = b_.row_stride,
@@ -296,109 +301,81 @@ class PassWriter {
             add(ValueArgs{.rows = part,
                           .w_uv = w.w_uv,
                           .n_heads = heads,
-                          .dv = dv,
-                          .c_pad = c_pad,
+                          .dv = c_.v_head_dim,
+                          .c_pad = c_.c_pad(),
                           .ctx = s_.ctx,
                           .unit_chunks = unit_chunks,
                           .max_units = units,
                           .part_o = b_.part_o,
                           .part_ml = b_.part_ml,
-                          .v = b_.v + i * b_.v_stride,
-                          .v_stride = b_.v_stride,
-                          .latent_tap = latent_tap == nullptr ? nullptr : latent_tap + int64_t{i} * heads * r});
+                          .v = b_.v.from(i),
+                          .latent_tap = t_.trace ? latent_tap.from(i) : View<float>{}});
         }
-        tap("attn_latent", latent_tap, {heads, r}, int64_t{heads} * r);
-        float* out_tap = room(d);
-        reads(w.wo);
-        add(ProductArgs{.rows = rows(),
-                        .w = w.wo,
-                        .x = b_.v,
-                        .x_stride = b_.v_stride,
-                        .norm = {},
-                        .y = b_.x,
-                        .y_stride = b_.x_stride,
-                        .add = true,
-                        .tap = out_tap,
-                        .tap_stride = round_up(d, 4)});
-        tap("attn_out", out_tap, {d}, round_up(d, 4));
+        tap("attn_latent", latent_tap, {heads, r});
     }
 
     // ---- FFN -------------------------------------------------------------------------------------------------------
 
     void ffn(const LayerWeights& w, int layer_idx) {
-        const int64_t d = c_.hidden_size, d4 = round_up(d, 4);
+        const int d = c_.hidden_size, k = c_.num_experts_per_tok;
         const PackedTensor &gate_up = w.moe ? w.shared_gate_up : w.w_gate_up,
                            &shared = w.moe ? w.shared_down : w.w_down;
-        float* norm_tap = room(d);
-        const Norm norm{.w = w.ffn_norm, .width = c_.hidden_size, .eps = c_.rms_norm_eps};
-        FfnInArgs in;
-        in.rows = rows();
-        in.x = b_.x;
-        in.x_stride = b_.x_stride;
-        in.norm = norm;
-        in.norm.out = norm_tap;
-        in.norm.out_stride = d4;
-        in.w_gate_up = gate_up;
-        in.width = w.moe ? c_.n_shared_experts * c_.moe_intermediate_size : c_.intermediate_size;
-        in.h = b_.ffn_h;
-        in.h_stride = b_.ffn_stride;
-        if (w.moe) {
-            in.router = w.router;
-            in.logits = b_.gate_logits;
-            in.logits_stride = c_.gate_logits_stride();
-        }
+        const View<float> norm_tap = room(d);
         reads(gate_up);
         reads(w.router);
-        add(in);
-        tap("ffn_norm", norm_tap, {d}, d4);
-        DownArgs down;
-        down.rows = rows();
+        add(FfnInArgs{.rows = rows(),
+                      .x = b_.x,
+                      .norm = norm(w.ffn_norm, norm_tap),
+                      .w_gate_up = gate_up,
+                      .width = w.moe ? c_.n_shared_experts * c_.moe_intermediate_size : c_.intermediate_size,
+                      .h = b_.ffn_h,
+                      .router = w.router,
+                      .logits = b_.gate_logits});
+        tap("ffn_norm", norm_tap, {d});
+        Routing routing;
         if (w.moe) {
-            const int k = c_.num_experts_per_tok;
-            tap("gate_logits", b_.gate_logits, {c_.n_routed_experts}, c_.gate_logits_stride());
-            const Routing routing{.logits = b_.gate_logits,
-                                  .logits_stride = c_.gate_logits_stride(),
-                                  .bias = w.router_bias,
-                                  .n_experts = c_.n_routed_experts,
-                                  .topk = k,
-                                  .n_group = c_.n_group,
-                                  .topk_group = c_.topk_group,
-                                  .scoring_func = c_.scoring_func,
-                                  .topk_method = c_.topk_method,
-                                  .norm_topk_prob = c_.norm_topk_prob,
-                                  .scale = c_.routed_scaling_factor,
-                                  .topk_idx = topk_of(layer_idx),
-                                  .topk_weight = b_.topk_weight};
+            tap("gate_logits", b_.gate_logits, {c_.n_routed_experts});
+            routing = {.logits = b_.gate_logits,
+                       .bias = w.router_bias,
+                       .n_experts = c_.n_routed_experts,
+                       .topk = k,
+                       .n_group = c_.n_group,
+                       .topk_group = c_.topk_group,
+                       .scoring_func = c_.scoring_func,
+                       .topk_method = c_.topk_method,
+                       .norm_topk_prob = c_.norm_topk_prob,
+                       .scale = c_.routed_scaling_factor,
+                       .topk_idx = topk_of(layer_idx),
+                       .topk_weight = b_.topk_weight};
             if (n_ > kBlockRows) add(RouteArgs{.rows = rows(), .routing = routing});
             reads(w.experts_gate_up, int64_t{n_} * k);
             add(ExpertsArgs{.rows = rows(),
                             .x = b_.x,
-                            .x_stride = b_.x_stride,
-                            .norm = norm,
+                            .norm = norm(w.ffn_norm),
                             .w = w.experts_gate_up,
                             .width = c_.moe_intermediate_size,
                             .routing = routing,
-                            .h = b_.expert_h,
-                            .h_stride = b_.expert_stride});
-            tap("topk_idx", routing.topk_idx, {k}, k, true);
-            tap("topk_weight", routing.topk_weight, {k}, k);
+                            .h = b_.expert_h});
+            tap("topk_idx", View<int32_t>{routing.topk_idx, k}, {k});
+            tap("topk_weight", View<float>{routing.topk_weight, k}, {k});
             reads(w.experts_down, int64_t{n_} * k);
-            down.experts = w.experts_down;
-            down.routing = routing;
-            down.h = b_.expert_h;
-            down.h_stride = b_.expert_stride;
         }
-        down.shared = shared;
-        down.shared_h = b_.ffn_h;
-        down.shared_h_stride = b_.ffn_stride;
-        down.x = b_.x;
-        down.x_stride = b_.x_stride;
-        down.routed = !w.moe ? nullptr : n_ > kBlockRows ? b_.routed : room(d);
-        down.shared_tap = shared.rows > 0 ? room(d) : nullptr;
         reads(shared);
-        add(down);
-        if (w.moe) tap("routed_out", down.routed, {d}, b_.x_stride);
-        if (shared.rows > 0) tap(w.moe ? "shared_out" : "ffn_out", down.shared_tap, {d}, b_.x_stride);
+        const View<float> routed = !w.moe            ? View<float>{}
+                                   : n_ > kBlockRows ? View<float>{b_.routed, b_.x.stride}
+                                                     : room(d);
+        const View<float> shared_tap = shared.rows > 0 ? room(d) : View<float>{};
+        add(DownArgs{.rows = rows(),
+                     .experts = w.experts_down,
+                     .routing = routing,
+                     .h = b_.expert_h,
+                     .shared = shared,
+                     .shared_h = b_.ffn_h,
+                     .x = b_.x,
+                     .routed = routed.data,
+                     .shared_tap = shared_tap.data});
+        if (w.moe) tap("routed_out", routed, {d});
+        if (shared.rows > 0) tap(w.moe ? "shared_out" : "ffn_out", shared_tap, {d});
     }
 
     // Experts of each layer stay for the host and the counts: [moe layer, rows, topk].
@@ -411,63 +388,36 @@ class PassWriter {
         tap_used_ = 0;
         attention(w, cache_layer);
         ffn(w, layer_idx);
-        tap("layer_out", b_.x, {c_.hidden_size}, b_.x_stride);
+        tap("layer_out", b_.x, {c_.hidden_size});
     }
 
     // ---- head ------------------------------------------------------------------------------------------------------
 
     // Final norm of every row (MTP reads all of them); logits of the last n_logits. A long pass leaves that to rows_head().
-    void head(const PackedTensor& w, const float* norm) {
+    void head(const PackedTensor& w, const float* final_norm) {
         const bool all = n_ <= kBlockRows || t_.n_logits <= 1;
         if (t_.n_logits > 0 && all) reads(w);
-        add(HeadArgs{
-            .rows = rows(),
-            .first_row = all ? n_ - t_.n_logits : n_,
-            .x = b_.x,
-            .x_stride = b_.x_stride,
-            .norm =
-                {.w = norm, .width = c_.hidden_size, .eps = c_.rms_norm_eps, .out = b_.h, .out_stride = b_.x_stride},
-            .w = w,
-            .n_valid = t_.n_valid,
-            .logits = b_.logits,
-            .logits_stride = c_.logits_stride(),
-            .choice = t_.choice,
-            .best_value = b_.best_value,
-            .best_id = b_.best_id,
-            .arrived = b_.arrived});
-        tap("final_norm", b_.h, {c_.hidden_size}, b_.x_stride);
+        add_head(w, norm(final_norm, b_.h), b_.x, all ? n_ - t_.n_logits : n_);
+        tap("final_norm", b_.h, {c_.hidden_size});
+    }
+    void add_head(const PackedTensor& w, const Norm& norm, const View<float>& x, int first_row) {
+        add(HeadArgs{.rows = rows(),
+                     .first_row = first_row,
+                     .x = x,
+                     .norm = norm,
+                     .w = w,
+                     .n_valid = t_.n_valid,
+                     .logits = b_.logits,
+                     .choice = t_.choice,
+                     .best_value = b_.best_value,
+                     .best_id = b_.best_id,
+                     .arrived = b_.arrived});
     }
 
-  public:
-    // Logits of rows [begin, begin + n) of a long pass whose head() only made the norm.
-    void rows_head(bool mtp, int begin, int n, int n_valid, const int32_t* pos) {
-        n_ = n;
-        const PackedTensor& w = mtp ? w_.draft_head() : w_.head;
-        reads(w);
-        add(HeadArgs{
-            .rows = {.n = n, .n_live = nullptr, .pos = pos + begin},
-            .first_row = 0,
-            .x = b_.x + begin * b_.x_stride,
-            .x_stride = b_.x_stride,
-            .norm = {.w = mtp ? w_.mtp_final_norm : w_.final_norm, .width = c_.hidden_size, .eps = c_.rms_norm_eps},
-            .w = w,
-            .n_valid = n_valid,
-            .logits = b_.logits,
-            .logits_stride = c_.logits_stride(),
-            .choice = b_.choice,
-            .best_value = b_.best_value,
-            .best_id = b_.best_id,
-            .arrived = b_.arrived});
-    }
-
-  private:
+    const PassSetting s_;
     const ModelConfig& c_;
     const ModelWeights& w_;
     const Buffers& b_;
-    const DeviceSessionArgs& s_;
-    const float softmax_scale_;
-    const int sms_, threads_;
-    const int64_t smem_;  // bytes that a block may have
     Program& p_;
     PassShape t_;
     int n_ = 1;

@@ -89,9 +89,9 @@ bool DeviceSession::report(const char* what, char* text, size_t size, DeviceErro
         int64_t stride, bytes, rows, to;
     } kept_rows[] = {
         {b.cache + pos * b.row_stride, args.ctx * b.row_stride, n * b.row_stride, m.cfg.num_hidden_layers, 0},
-        {b.x, 4 * b.x_stride, 4 * b.x_stride, n, 0},
-        {b.h, 4 * b.x_stride, 4 * b.x_stride, n, 0},
-        {b.logits, 4 * m.cfg.logits_stride(), 4 * m.cfg.logits_stride(), n, 0},
+        {b.x.data, 4 * b.x.stride, 4 * b.x.stride, n, 0},
+        {b.h.data, 4 * b.h.stride, 4 * b.h.stride, n, 0},
+        {b.logits.data, 4 * b.logits.stride, 4 * b.logits.stride, n, 0},
     };
     int64_t aside_bytes = 0;
     for (Kept& k : kept_rows) {

@@ -24,7 +24,7 @@ PREFILL_BLOCKS = 4
 FIT = {PREFILL_BLOCKS: 0, 2: 1, 1: 3}  # the generous way of each number of column blocks in kFits, which has 8
 FITS = 8
 I32, I64 = c.c_int32, c.c_int64
-Matrix, Rows, Norm, Routing = (ctype(name) for name in ("Matrix", "Rows", "Norm", "Routing"))
+Matrix, Rows, Norm, Routing, View = (ctype(name) for name in ("Matrix", "Rows", "Norm", "Routing", "View"))
 ARGS = {stage: ctype(args) for stage, args in re.findall(r"X\((\w+), (\w+Args)\)", TEXT)}
 
 
@@ -69,6 +69,11 @@ def ptr(a: Any | None) -> int | None:
     if a is None:
         return None
     return mirror.address(a) if mirror and isinstance(a, np.ndarray) else device_address(a)
+
+
+def view(a: Any | None) -> Any:
+    """The struct of an array's rows; null for None."""
+    return View() if a is None else View(ptr(a), a.size // len(a))
 
 
 def aligned(shape: tuple[int, ...], dtype: Any = np.float32, fill: float | None = None) -> np.ndarray[Any, Any]:

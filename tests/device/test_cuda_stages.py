@@ -72,22 +72,18 @@ def product(
     **kw: Any,
 ) -> Array:
     keep: list[Any] = []
-    n, stride = x.shape
-    out_stride = formats.round_up(p.values.shape[1], 4) + 4
-    y = cs.aligned((n, out_stride))
+    n = len(x)
+    y = cs.aligned((n, formats.round_up(p.values.shape[1], 4) + 4))
     if add is not None:
         y[:, : add.shape[1]] = add
     args = cs.ARGS["product"](
         cs.rows(n, live=live),
         cs.matrix(p, keep),
-        cs.ptr(x),
-        stride,
+        cs.view(x),
         norm or cs.Norm(),
-        cs.ptr(y),
-        out_stride,
+        cs.view(y),
         add is not None,
-        cs.ptr(tap),
-        0 if tap is None else tap.shape[1],
+        cs.view(tap),
     )
     stages("product", args, nb=kw.pop("nb", 1 if n <= 8 else cs.PREFILL_BLOCKS), **kw)
     assert np.isnan(y[:, p.values.shape[1] :]).all(), "wrote past the rows"
@@ -128,7 +124,7 @@ def test_product_bits_depend_on_the_row_alone(stages: cs.Stages, fmt: str) -> No
     p = formats.random_packed(fmt, rng, 37, 1060, scale_block=(32, 160))
     x = rows_of(rng, 19, 1060)
     norm_w = vector(rng, 1060)
-    norm = cs.Norm(cs.ptr(norm_w), None, 1060, EPS, None, 0)
+    norm = cs.Norm(cs.ptr(norm_w), None, 1060, EPS)
     one = np.concatenate([product(stages, p, x[i : i + 1], norm) for i in range(8)])
     for n in range(2, 9):
         got = product(stages, p, cs.to_aligned(x[:n]), norm, grid=1 + n % 4, threads=32 * (1 + n % 5))
@@ -148,7 +144,7 @@ def test_product_norms_adds_and_taps(stages: cs.Stages, order: str) -> None:
         cs.aligned((n, 52)),
         cs.aligned((n, 2 * width)),
     )
-    norm = cs.Norm(cs.ptr(w), cs.ptr(w2), width, 1e-3, cs.ptr(normed), 2 * width)
+    norm = cs.Norm(cs.ptr(w), cs.ptr(w2), width, 1e-3, cs.view(normed))
     live = np.array([4], np.int32)
     with cs.thread_order(order):
         y = product(stages, p, x, norm, add=residual, tap=tap, live=live, dependent=True)
@@ -195,9 +191,7 @@ def test_embed_reads_rows_and_puts_hidden_beside_them(stages: cs.Stages, fmt: st
     want = {"f32": lambda v: v, "bf16": formats.bf16_value, "f16": formats.f16_value}[fmt](bits)
     table, ids = cs.to_aligned(bits), np.array([6, 0, 7, -1, 3], np.int32)
     hidden, x = rows_of(rng, 5, 40), cs.aligned((5, 96))
-    args = cs.ARGS["embed"](
-        cs.rows(5), cs.ptr(ids), cs.ptr(table), cs.FORMAT[fmt], 7, 40, cs.ptr(x), 96, cs.ptr(hidden), hidden.shape[1]
-    )
+    args = cs.ARGS["embed"](cs.rows(5), cs.ptr(ids), cs.ptr(table), cs.FORMAT[fmt], 7, 40, cs.view(x), cs.view(hidden))
     stages("embed", args)
     assert np.array_equal(x[[0, 1, 4], :40], want[[6, 0, 3]]) and not x[2:4, :40].any()
     assert np.array_equal(x[:, 40:80], hidden[:, :40]) and np.isnan(x[:, 80:]).all()
@@ -258,10 +252,8 @@ class Attention:
             self.r,
             self.c_pad,
             self.r_pad,
-            cs.ptr(q),
-            q.shape[1],
-            cs.ptr(kv),
-            kv.shape[1],
+            cs.view(q),
+            cs.view(kv),
             cs.ptr(self.kv_norm),
             EPS,
             cs.ptr(self.cos),
@@ -271,7 +263,7 @@ class Attention:
             cs.ptr(self.cache),
             self.row_bytes,
             cs.ptr(q_full),
-            *(cs.ptr(t) if taps else None for t in self.taps),
+            *(cs.view(t if taps else None) for t in self.taps),
         )
         stages("absorb", args, **kw)
         return q_full
@@ -316,9 +308,8 @@ class Attention:
                 units,
                 cs.ptr(part_o),
                 cs.ptr(part_ml),
-                cs.ptr(v),
-                v.shape[1],
-                cs.ptr(self.latent) if tap else None,
+                cs.view(v),
+                cs.view(self.latent if tap else None),
             ),
             dependent=True,
             **kw,
@@ -456,16 +447,13 @@ def test_ffn_in_computes_router_logits_and_hidden_rows(stages: cs.Stages, n: int
     h, logits, normed = cs.aligned((n, width + 4)), cs.aligned((n, 24)), cs.aligned((n, d))
     args = cs.ARGS["ffn_in"](
         cs.rows(n),
-        cs.ptr(x),
-        x.shape[1],
-        cs.Norm(cs.ptr(w), None, d, EPS, cs.ptr(normed), d),
+        cs.view(x),
+        cs.Norm(cs.ptr(w), None, d, EPS, cs.view(normed)),
         cs.matrix(p, keep),
         width,
-        cs.ptr(h),
-        width + 4,
+        cs.view(h),
         cs.matrix(router, keep),
-        cs.ptr(logits),
-        24,
+        cs.view(logits),
     )
     with cs.thread_order(order):
         stages("ffn_in", args, nb=1 if n <= 8 else cs.PREFILL_BLOCKS, grid=4)
@@ -525,8 +513,7 @@ def routing_args(
     weight: Array,
 ) -> Any:
     return cs.Routing(
-        cs.ptr(logits),
-        logits.shape[1],
+        cs.view(logits),
         cs.ptr(bias),
         e,
         k,
@@ -574,15 +561,13 @@ class Moe:
         routing = routing_args(
             logits, None, self.e, self.k, 1, 1, "softmax", "greedy", True, 1.5, o["idx"], o["weight"]
         )
-        stride, kw["nb"] = self.x.shape[1], kw.get("nb", 1 if n <= 8 else cs.PREFILL_BLOCKS)
+        kw["nb"] = kw.get("nb", 1 if n <= 8 else cs.PREFILL_BLOCKS)
         if n > 8:
             stages.launch("route", cs.ARGS["route"](cs.rows(n), routing), **kw)
-        norm = cs.Norm(cs.ptr(self.norm), None, self.d, EPS, None, 0)
+        norm = cs.Norm(cs.ptr(self.norm), None, self.d, EPS)
         stages.launch(
             "experts",
-            cs.ARGS["experts"](
-                cs.rows(n), cs.ptr(o["x"]), stride, norm, self.w_up, self.width, routing, cs.ptr(o["h"]), 64
-            ),
+            cs.ARGS["experts"](cs.rows(n), cs.view(o["x"]), norm, self.w_up, self.width, routing, cs.view(o["h"])),
             dependent=True,
             **kw,
         )
@@ -592,13 +577,10 @@ class Moe:
                 cs.rows(n),
                 self.w_down,
                 routing,
-                cs.ptr(o["h"]),
-                64,
+                cs.view(o["h"]),
                 self.w_shared,
-                cs.ptr(shared_h),
-                shared_h.shape[1],
-                cs.ptr(o["x"]),
-                stride,
+                cs.view(shared_h),
+                cs.view(o["x"]),
                 cs.ptr(o["routed"]),
                 cs.ptr(o["shared"]),
             ),
@@ -697,10 +679,8 @@ def test_down_of_a_dense_layer(stages: cs.Stages) -> None:
         args = cs.ARGS["down"](
             rows=cs.rows(n),
             shared=cs.matrix(p, keep),
-            shared_h=cs.ptr(h),
-            shared_h_stride=h.shape[1],
-            x=cs.ptr(x),
-            x_stride=x.shape[1],
+            shared_h=cs.view(h),
+            x=cs.view(x),
             shared_tap=cs.ptr(tap),
         )
         stages("down", args, nb=1 if n <= 8 else cs.PREFILL_BLOCKS)
@@ -729,13 +709,11 @@ def test_head_norms_multiplies_and_chooses(stages: cs.Stages, order: str) -> Non
     args = cs.ARGS["head"](
         cs.rows(n),
         first,
-        cs.ptr(x),
-        x.shape[1],
-        cs.Norm(cs.ptr(norm_w), None, d, EPS, cs.ptr(hidden), d),
+        cs.view(x),
+        cs.Norm(cs.ptr(norm_w), None, d, EPS, cs.view(hidden)),
         cs.matrix(p, keep),
         valid,
-        cs.ptr(logits),
-        152,
+        cs.view(logits),
         cs.ptr(choice),
         cs.ptr(value),
         cs.ptr(ids),
@@ -766,12 +744,10 @@ def test_stages_read_live_rows_after_their_wait(stages: cs.Stages) -> None:
     value, ids, arrived = cs.aligned((1, 3)), cs.aligned((1, 3), np.int32), np.zeros(1, np.uint32)
     args = cs.ARGS["head"](
         rows=cs.rows(1),
-        x=cs.ptr(ones),
-        x_stride=32,
+        x=cs.view(ones),
         w=cs.matrix(head, keep),
         n_valid=16,
-        logits=cs.ptr(logits),
-        logits_stride=16,
+        logits=cs.view(logits),
         choice=cs.ptr(choice),
         best_value=cs.ptr(value),
         best_id=cs.ptr(ids),
@@ -779,9 +755,7 @@ def test_stages_read_live_rows_after_their_wait(stages: cs.Stages) -> None:
     )
     p = formats.random_packed("bf16", rng, 16, 32)
     x, y = rows_of(rng, 4, 32), cs.aligned((4, 16))
-    product_args = cs.ARGS["product"](
-        rows=cs.rows(4, live=choice), w=cs.matrix(p, keep), x=cs.ptr(x), x_stride=32, y=cs.ptr(y), y_stride=16
-    )
+    product_args = cs.ARGS["product"](rows=cs.rows(4, live=choice), w=cs.matrix(p, keep), x=cs.view(x), y=cs.view(y))
     table, embedded, zeros = cs.aligned((3, 32), fill=5), cs.aligned((3, 32)), np.zeros(3, np.int32)
     embed_args = cs.ARGS["embed"](
         rows=cs.rows(3, live=choice),
@@ -789,8 +763,7 @@ def test_stages_read_live_rows_after_their_wait(stages: cs.Stages) -> None:
         table=cs.ptr(table),
         vocab=3,
         d=32,
-        x=cs.ptr(embedded),
-        x_stride=32,
+        x=cs.view(embedded),
     )
     stages.launch("head", args)
     stages.launch("product", product_args, dependent=True)
