@@ -43,9 +43,9 @@ import deepcalm
 import gguf_synthetic
 from bench_rows import Results, check_room, evict, read_into_memory, say
 from deepcalm import _core
-from deepcalm.generation import Sampling
 from deepcalm.measure import synthetic
 from deepcalm.measure.bench import Others, fill, machine
+from deepcalm.sampling import Sampling
 
 AGREE = 0.15  # largest difference of the probes around a pair, relative
 # V2-Lite's attention in a layer, of one step: operations and bytes of a 16-bit cache per position.

@@ -31,7 +31,7 @@ from typing import Any
 import deepcalm
 import jsonl
 from deepcalm.measure import report, synthetic
-from deepcalm.measure.bench import BenchResult
+from deepcalm.measure.bench import BenchResult, bench
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "perf"
 V3_SLICE = ("first_k_dense_replace=1", "vocab_size=16384", "num_nextn_predict_layers=0")
@@ -335,7 +335,7 @@ def main() -> int:
 
 def run(path: Path, threads: int, contexts: list[int], tokens: int, repeats: int, kv: str) -> BenchResult:
     model = deepcalm.Model(path, threads=threads)
-    return deepcalm.bench(model, 512, contexts, tokens, repeats, kv, random_weights=True)
+    return bench(model, 512, contexts, tokens, repeats, kv, random_weights=True)
 
 
 def key(m: Model, threads: int, kv: str) -> str:

@@ -33,7 +33,16 @@ AREAS = (
     Area("bindings", ("python/*.cc", "python/*.h"), 1350),
     Area("CUDA", ("kernels/cuda/*.*", "runtime/cuda/*.*"), 5140),
     Area("simulator of CUDA", ("tests/sim/*.h", "tests/sim/*.cc"), 1180),
-    Area("Python package", ("python/deepcalm/**/*.py",), 9050),
+    Area(
+        "Python core, files and their commands",
+        (
+            *("python/deepcalm/*.py", "python/deepcalm/files/*.py"),
+            *(f"python/deepcalm/cli/{name}.py" for name in ("__init__", "common", "run", "files")),
+        ),
+        6100,
+    ),
+    Area("Python check", ("python/deepcalm/check/*.py", "python/deepcalm/cli/check.py"), 1680),
+    Area("Python measure", ("python/deepcalm/measure/*.py", "python/deepcalm/cli/bench.py"), 1330),
     Area("tools", ("tools/**/*.py",), None),
     Area("tests", ("tests/**/*.py",), None),
 )

@@ -8,7 +8,8 @@
     logits = session.prefill(model.encode("Hello"))     # np.float32 [vocab_size]
     for token in session.generate(max_tokens=32): ...
 
-What is not an exception is imported when it is first used, so that a program starts as fast as what it needs.
+The names in ``__all__`` are the public ones; modules and what else is in them may change. What is not an exception is
+imported when it is first used, so that a program starts as fast as what it needs.
 """
 
 from __future__ import annotations
@@ -16,32 +17,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, ConfigError, Error, PackedFileError, ResourceError, SessionError, UnsupportedError
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    Error,
+    PackedFileError,
+    ResourceError,
+    SessionError,
+    UnsupportedError,
+)
 
 if TYPE_CHECKING:
-    from .check.perplexity import perplexity
-    from .check.verify import Report, verify
+    from ._core import __version__
+    from .check.verify import verify
     from .files.pack import pack
-    from .files.packed import unpack
-    from .generation import Generation, Sampling, generate
-    from .measure.bench import bench
-    from .model import Model, demo_path
+    from .generation import Generation
+    from .model import Model, demo_path, generate, stream
     from .session import Session
 
-_MODULE_OF = {
-    "Generation": "generation",
-    "Model": "model",
-    "Report": "check.verify",
-    "Sampling": "generation",
-    "Session": "session",
-    "bench": "measure.bench",
-    "demo_path": "model",
-    "generate": "generation",
-    "pack": "files.pack",
-    "perplexity": "check.perplexity",
-    "unpack": "files.packed",
-    "verify": "check.verify",
-}
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -49,20 +42,28 @@ __all__ = [
     "Generation",
     "Model",
     "PackedFileError",
-    "Report",
     "ResourceError",
-    "Sampling",
     "Session",
     "SessionError",
     "UnsupportedError",
-    "bench",
+    "__version__",
     "demo_path",
     "generate",
     "pack",
-    "perplexity",
-    "unpack",
+    "stream",
     "verify",
 ]
+_MODULE_OF = {
+    "Generation": "generation",
+    "Model": "model",
+    "Session": "session",
+    "__version__": "_core",
+    "demo_path": "model",
+    "generate": "model",
+    "pack": "files.pack",
+    "stream": "model",
+    "verify": "check.verify",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,68 +3,41 @@
 from __future__ import annotations
 
 import numbers
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-import numpy as np
-import numpy.typing as npt
-
-from . import _core
-from .arguments import integer, token_ids
+from .arguments import integer
 from .drafting import MAX_DRAFT, Controller, CostModel
 from .errors import SessionError
-from .text import StopMatcher, one_line
+from .sampling import Sampling
+from .text import StopMatcher
 
 if TYPE_CHECKING:
-    from .model import Model
     from .session import Session
 
 MAX_EOS = 32  # of a device; more end the text on the host, round by round
 AHEAD = 4  # rounds queued on a device beyond the one whose tokens are awaited
-MAX_F32 = float(np.finfo(np.float32).max)
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a token is chosen from logits.
+class Options(TypedDict, total=False):
+    """What ``Session.generate`` takes; each may be left out.
 
-    ``temp`` 0 takes the most probable token, ties to the lowest id. Otherwise the token of position i is the argmax of
-    log p_i + Gumbel noise keyed by (seed, i): a function of the position, not of what was drawn before. Filters apply
-    to softmax(logits / temp) in the order top_k (0: off), top_p (1: off), min_p (0: off).
+    ``max_tokens``: at most this many, 1 or more; None: until something else ends it. ``temp``, ``top_k``, ``top_p``,
+    ``min_p``, ``seed``: see ``Sampling``; greedy by default. ``eos_ids``: ids that end it; None: the model's own.
+    ``draft``: MTP drafts per round, "off", or "auto": as many as pay, none in a session without MTP state. The tokens
+    are the same with any of them.
     """
 
-    temp: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        t, p, m = self.temp, self.top_p, self.min_p
-        for name, value in (("temp", t), ("top_p", p), ("min_p", m)):
-            if not isinstance(value, numbers.Real):
-                raise TypeError(f"{name}: {one_line(repr(value), 40)}, expected a number")
-        for name, value, ok, want in (
-            ("temp", t, 0 <= t <= MAX_F32, "a finite number >= 0"),
-            ("top_p", p, 0 < p <= 1, "a number in (0, 1]"),
-            ("min_p", m, 0 <= m <= 1, "a number in [0, 1]"),
-        ):
-            if not ok:
-                raise ValueError(f"{name}: {value}, expected {want}")
-        integer("top_k", self.top_k, 0, 2**31 - 1)
-        integer("seed", self.seed, 0, 2**64 - 1)
-
-    def choose(self, logits: npt.NDArray[np.float32], pos: int, n_valid: int) -> int:
-        """The token at position ``pos`` for logits [vocab_size] f32; ids from ``n_valid`` on are never chosen.
-
-        Raises:
-            SessionError: the logits are not finite.
-        """
-        return _core.sample(logits, self.temp, self.top_k, self.top_p, self.min_p, self.seed, pos, n_valid)
+    max_tokens: int | None
+    temp: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    eos_ids: Sequence[int] | None
+    draft: str | int
 
 
 def check_draft(draft: str | int) -> None:
@@ -84,15 +57,7 @@ class Generation(Iterator[int]):
     is full), "closed" (``close``), "interrupted" (Ctrl-C), "failed" (another exception), or "taken": a call changed the
     session's sequence meanwhile. Asked for a token after that it raises SessionError, after the others StopIteration.
 
-    Args:
-        ids: the prompt, appended to what the session holds; None: go on after its last token.
-        max_tokens: at most this many, 1 or more; None: until something else ends it.
-        temp, top_k, top_p, min_p, seed: see ``Sampling``.
-        eos_ids: ids that end it; None: the model's own.
-        draft: MTP drafts per round, "off", or "auto": as many as pay, none in a session without MTP state. The tokens
-            are the same with any of them.
-
-    ``drafts`` has the counts (``draft.DraftStats``) and the controller's predictions.
+    ``drafts`` has the counts (``drafting.DraftStats``) and the controller's predictions.
 
     Raises:
         SessionError: nothing to go on from, ids that are none or do not fit, or drafts asked for in a session without
@@ -103,15 +68,14 @@ class Generation(Iterator[int]):
     def __init__(
         self,
         session: Session,
-        ids: Sequence[int] | None = None,
-        max_tokens: int | None = None,
-        temp: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int = 0,
-        eos_ids: Sequence[int] | None = None,
-        draft: str | int = "auto",
+        ids: Sequence[int] | None,
+        sampling: Sampling,
+        *,
+        max_tokens: int | None,
+        eos_ids: frozenset[int],
+        n_valid: int,
+        cost: CostModel,
+        draft: str | int,
     ) -> None:
         check_draft(draft)
         if not session.keeps_mtp:
@@ -119,22 +83,18 @@ class Generation(Iterator[int]):
                 raise SessionError(f"draft {draft}: the session keeps no MTP state; make it with session(mtp=True)")
             draft = "off"
         self.session = session
-        self.sampling = Sampling(temp, top_k, top_p, min_p, seed)
+        self.sampling = sampling
         self.max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
         self._prompt = None if ids is None else session.checked(ids)
         if ids is None and not session.pos:
             raise SessionError("nothing to go on from: prefill some tokens first, or pass ids")
-        vocab = int(session.model.config["vocab_size"])
-        self._eos = session.model.eos_ids if eos_ids is None else frozenset(token_ids(eos_ids, vocab).tolist())
-        core = session.model.core
-        cost = CostModel.of(core.weight_bytes, session.model.config) if session.keeps_mtp else None
-        self.drafts = Controller(cost, draft)
+        self.eos_ids, self.n_valid, self.cost = eos_ids, n_valid, cost
+        self.drafts = Controller(cost if session.keeps_mtp else None, draft)
         self.reason: str | None = None
         self.stepping = False  # inside __next__: the session's calls are its own
-        self._n_valid = session.model.n_valid
         self._base: int | None = None  # tokens of the sequence before the first new one; None: not started
         self._tokens: list[int] = []  # of a generation that has ended
-        self.ready: deque[int] = deque()  # chosen, not returned yet
+        self._ready: deque[int] = deque()  # chosen, not returned yet
         self._device: DeviceRounds | None = None
 
     @property
@@ -157,9 +117,9 @@ class Generation(Iterator[int]):
                 if isinstance(token, int):
                     self.session.returned(token)
                     return token
-                self.end(token)
+                self.close(token)
             except BaseException as e:  # whatever is half done, the sequence is what was returned
-                self.end("interrupted" if isinstance(e, KeyboardInterrupt) else "failed")
+                self.close("interrupted" if isinstance(e, KeyboardInterrupt) else "failed")
                 raise
             finally:
                 self.stepping = False
@@ -174,22 +134,22 @@ class Generation(Iterator[int]):
             session.attach(self)
             self._base = session.pos
             if session.last_logits is not None and session.pos < session.ctx:
-                self.ready.append(self.sampling.choose(session.last_logits, session.pos, self._n_valid))
+                self._ready.append(self.sampling.choose(session.last_logits, session.pos, self.n_valid))
         if self.max_tokens is not None and session.pos - self._base >= self.max_tokens:
             return "length"
-        if not self.ready:
+        if not self._ready:
             if session.pos == session.ctx:
                 return "context"
-            if session.model.device != "cpu" and not session.tracing and len(self._eos) <= MAX_EOS:
+            if session.model.device != "cpu" and not session.tracing and len(self.eos_ids) <= MAX_EOS:
                 if self._device is None or not session.decoding:
                     self._device = DeviceRounds(self, self._left())
-                self.ready.extend(self._device.next())
-                if not self.ready:
+                self._ready.extend(self._device.next())
+                if not self._ready:
                     return self._device.stop
             else:
-                self.ready.extend(self._round())
-        token = self.ready.popleft()
-        return "eos" if token in self._eos else token
+                self._ready.extend(self._round())
+        token = self._ready.popleft()
+        return "eos" if token in self.eos_ids else token
 
     def _left(self) -> int:
         """Tokens that may still come."""
@@ -206,24 +166,24 @@ class Generation(Iterator[int]):
             session.since(session.pos - 1)[0],
             k,
             self.sampling,
-            self._n_valid,
+            self.n_valid,
             control.min_confidence(counted) if k else 0.0,
         )
         control.observe(r)
         return list(r["tokens"])
 
-    def close(self) -> None:
-        """Ends it; the session's sequence stays what was returned."""
+    def close(self, reason: str = "closed") -> None:
+        """Ends it, once; the session comes to rest, its sequence stays what was returned."""
         with self.session.lock:
-            self.end("closed")
+            if self.reason is None:
+                self._tokens, self.reason = self.tokens, reason
+                self._ready.clear()
+                if self._base is not None:
+                    self.session.detach()
 
-    def end(self, reason: str) -> None:
-        """Ends it for ``reason``, once; the session comes to rest."""
-        if self.reason is None:
-            self._tokens, self.reason = self.tokens, reason
-            self.ready.clear()
-            if self._base is not None:
-                self.session.detach()
+    def forget(self) -> None:
+        """What was chosen and not returned is not needed: the session comes to rest, and it goes on from there."""
+        self._ready.clear()
 
 
 class DeviceRounds:
@@ -238,10 +198,9 @@ class DeviceRounds:
         self.generation = generation
         self.session = session = generation.session
         self.stop = ""
-        self._cost = CostModel.of(session.model.core.weight_bytes, session.model.config)
         self._in_flight: deque[int] = deque()  # drafts of each queued round
         self._last_ns, self._start = 0, time.perf_counter()
-        session.decode_start(generation.sampling, generation.session.model.n_valid, limit, sorted(generation._eos))
+        session.decode_start(generation.sampling, generation.n_valid, limit, sorted(generation.eos_ids))
 
     def next(self) -> list[int]:
         """Tokens of the rounds that have ended, at least one unless ``stop`` is set."""
@@ -266,8 +225,8 @@ class DeviceRounds:
 
     def _price(self, k: int, r: Mapping[str, Any]) -> dict[str, Any]:
         """Bytes and seconds of a round, split as the bytes are: the device reports the round's time only."""
-        plain, cost = self._cost.plain, self._cost
-        verify = plain + (r["experts_verify"] - cost.layers * cost.top_k) * cost.expert
+        cost = self.generation.cost
+        verify = cost.plain + (r["experts_verify"] - cost.layers * cost.top_k) * cost.expert
         draft = int(cost.draft_bytes(k, 1))
         first = int(1e9 * (time.perf_counter() - self._start))  # of which no earlier round's end is known
         ns, self._last_ns = max(r["end_ns"] - self._last_ns, 1) if self._last_ns else first, r["end_ns"]
@@ -336,51 +295,3 @@ class TextGeneration(Iterator[str]):
         piece = self._flush()
         self.text += piece
         return piece
-
-
-def generate(
-    prompt: str,
-    model: Model | str | os.PathLike[str] | None = None,
-    *,
-    max_tokens: int | None = 256,
-    stop: str | Sequence[str] = (),
-    ctx: int | None = None,
-    kv: str = "f16",
-    temp: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    seed: int = 0,
-    draft: str | int = "auto",
-) -> str:
-    """The text that a model writes after a raw prompt (without the prompt).
-
-    Args:
-        model: a ``Model`` or the path of a packed file; None: the embedded demo model.
-        max_tokens: at most this many, 1 or more; None: until the model ends or the context is full.
-        stop: a string, or several, that end the text; they are not part of it.
-        ctx, kv: see ``Model.session``.
-        temp, top_k, top_p, min_p, seed: see ``Sampling``; greedy by default.
-        draft: see ``Generation``; the text is the same with any.
-
-    Raises:
-        SessionError: the prompt is empty without a bos token to start from, or longer than the context.
-        TypeError, ValueError: another argument that is wrong.
-    """
-    from .model import Model, demo_path
-
-    if not isinstance(model, Model):
-        model = Model(demo_path() if model is None else model)
-    check_draft(draft)
-    mtp = None if draft == "auto" else draft not in ("off", 0)
-    tokens = model.session(ctx, kv, mtp=mtp).generate(
-        model.encode(prompt),
-        max_tokens=max_tokens,
-        temp=temp,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        draft=draft,
-    )
-    return "".join(TextGeneration(tokens, stop))

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from . import _core, limits
 from .arguments import integer, token_ids
+from .drafting import CostModel
 from .errors import Error, PackedFileError, ResourceError, SessionError, UnsupportedError
 from .files import packed
 from .files.text_files import FILES, LEGACY, TextFiles
+from .generation import Generation, Options, TextGeneration, check_draft
+from .sampling import Sampling
 from .session import MAX_ROWS, Session
 from .text import Vocabulary, one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from typing_extensions import Unpack
 
     from .template import ChatTemplate
 
@@ -276,6 +280,23 @@ class Model:
         return Session(self, ctx, kv, max_rows, bool(self.config["num_nextn_predict_layers"]) if mtp is None else mtp)
 
 
+    def generation(
+        self,
+        session: Session,
+        ids: Sequence[int] | None,
+        *,
+        max_tokens: int | None = None,
+        eos_ids: Sequence[int] | None = None,
+        draft: str | int = "auto",
+        **sampling: Any,
+    ) -> Generation:
+        """What ``Session.generate`` returns, for a session of this model."""
+        ends = self.eos_ids if eos_ids is None else token_ids(eos_ids, int(self.config["vocab_size"])).tolist()
+        cost = CostModel.of(self.core.weight_bytes, self.config)
+        return Generation(session, ids, Sampling(**sampling), max_tokens=max_tokens, eos_ids=frozenset(ends),
+                          n_valid=self.n_valid, cost=cost, draft=draft)  # fmt: skip
+
+
 def _device_library(device: str) -> Path:
     if device != "sim":
         return Path(_core.__file__).with_name("libdeepcalm_cuda.so")
@@ -294,3 +315,46 @@ def demo_path() -> Path:
     if not path.is_file():
         raise ResourceError(f"no demo model in this installation ({path}); name a packed file")
     return path
+
+
+def stream(
+    prompt: str,
+    model: Model | str | os.PathLike[str] | None = None,
+    *,
+    stop: str | Sequence[str] = (),
+    ctx: int | None = None,
+    kv: str = "f16",
+    **options: Unpack[Options],
+) -> TextGeneration:
+    """The text that a model writes after a raw prompt (without the prompt), as an iterator over its pieces.
+
+    Args:
+        model: a ``Model`` or the path of a packed file; None: the embedded demo model.
+        stop: a string, or several, that end the text; they are not part of it.
+        ctx, kv: see ``Model.session``.
+        options: see ``generation.Options``; ``max_tokens`` is 256 by default.
+
+    Raises:
+        SessionError: the prompt is empty without a bos token to start from, or longer than the context.
+        TypeError, ValueError: another argument that is wrong.
+    """
+    if not isinstance(model, Model):
+        model = Model(demo_path() if model is None else model)
+    draft = options.get("draft", "auto")
+    check_draft(draft)
+    session = model.session(ctx, kv, mtp=None if draft == "auto" else draft not in ("off", 0))
+    options.setdefault("max_tokens", 256)
+    return TextGeneration(session.generate(model.encode(prompt), **options), stop)
+
+
+def generate(
+    prompt: str,
+    model: Model | str | os.PathLike[str] | None = None,
+    *,
+    stop: str | Sequence[str] = (),
+    ctx: int | None = None,
+    kv: str = "f16",
+    **options: Unpack[Options],
+) -> str:
+    """The whole text of ``stream``, which has the same arguments and errors."""
+    return "".join(stream(prompt, model, stop=stop, ctx=ctx, kv=kv, **options))

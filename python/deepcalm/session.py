@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +31,11 @@ from .files.safetensors import File, whole_file
 from .text import one_line
 
 if TYPE_CHECKING:
-    from .generation import Generation, Sampling
+    from typing_extensions import Unpack
+
+    from .generation import Generation, Options
     from .model import Model
+    from .sampling import Sampling
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -44,6 +47,18 @@ STAGES = (
     *("gate_logits", "topk_idx", "topk_weight", "routed_out", "shared_out", "ffn_out", "layer_out"),
     *("final_norm", "logits"),
 )
+
+
+class Running(Protocol):
+    """A generation, as its session knows it."""
+
+    stepping: bool  # inside its own step: the calls are its own
+
+    def close(self, reason: str) -> None:
+        """Another call changes the sequence: it ends."""
+
+    def forget(self) -> None:
+        """The session comes to rest: what is not returned yet is chosen anew."""
 
 
 class SessionLock:
@@ -183,7 +198,7 @@ class Session:
         self._sums: dict[str, float] = {}
         self._tokens: list[int] = []  # the sequence
         self._last_logits: F32 | None = None
-        self._running: weakref.ref[Generation] | None = None
+        self._running: weakref.ref[Running] | None = None
         self._decoding = False  # rounds are running on the device
         self._before: tuple[float, int, int] = (0.0, 0, 0)
 
@@ -207,7 +222,7 @@ class Session:
             if not (running and running.stepping):
                 self._running = None
                 if running:
-                    running.end("taken")
+                    running.close("taken")
             self._rest()
             yield
 
@@ -223,7 +238,7 @@ class Session:
     def _pause(self) -> None:
         """The session at rest for a call that only reads; a generation goes on from what it has returned."""
         if running := self._running and self._running():
-            running.ready.clear()
+            running.forget()
         self._rest()
 
     def _catch_up(self, n: int | None = None) -> None:
@@ -232,7 +247,7 @@ class Session:
         if missing := self._tokens[self._core.pos : n]:
             self._feed("decode", missing, 0)
 
-    def attach(self, generation: Generation) -> None:
+    def attach(self, generation: Running) -> None:
         """``generation`` makes the next tokens of the sequence."""
         with self._changing():
             self._running = weakref.ref(generation)
@@ -560,11 +575,18 @@ class Session:
 
     # ---- generation
 
-    def generate(self, ids: Sequence[int] | None = None, **options: Any) -> Generation:
-        """An iterator over new token ids after ``ids`` (None: after the sequence as it is); options: ``Generation``."""
-        from .generation import Generation
+    def generate(self, ids: Sequence[int] | None = None, **options: Unpack[Options]) -> Generation:
+        """An iterator over new token ids after ``ids``, which are appended (None: after the sequence as it is).
 
-        return Generation(self, ids, **options)
+        Args:
+            options: see ``generation.Options``.
+
+        Raises:
+            SessionError: nothing to go on from, ids that are none or do not fit, or drafts asked for in a session
+                without MTP state (``Model.session(mtp=True)``).
+            TypeError, ValueError: another argument that is wrong.
+        """
+        return self.model.generation(self, ids, **options)
 
     # ---- saving
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib
 import io
 import json
 import math
@@ -29,10 +28,12 @@ import device_cases
 import surface_cases
 import tiny
 from deepcalm import _core, cli
+from deepcalm.check.perplexity import perplexity
 from deepcalm.cli import common
 from deepcalm.cli import run as run_commands
 from deepcalm.files import packed
 from deepcalm.generation import Generation
+from deepcalm.measure import bench as measure_bench
 from deepcalm.session import Stats
 
 Run = Callable[..., tuple[int, bytes, str]]
@@ -289,13 +290,13 @@ def test_no_arguments_shows_help(run: Run) -> None:
 
 def test_every_command_that_has_defaults_runs_without_arguments(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are wrong usage (test_wrong_usage_is_2)."""
-    measure = importlib.import_module("deepcalm.measure.bench").bench
+    measure = measure_bench.bench
 
     def quick(*args: object, **_options: object) -> object:
         model, prompt, contexts, tokens, _repeats, kv = args
         return measure(model, prompt, contexts, tokens, 1, kv, 1)
 
-    monkeypatch.setattr(importlib.import_module("deepcalm.measure.bench"), "bench", quick)
+    monkeypatch.setattr(measure_bench, "bench", quick)
     needs_arguments = {"generate", "pack", "inspect", "verify", "perplexity"}
     assert {name for name in cli.cli.commands if run(name, stdin=b"")[0] != 0} == needs_arguments
 
@@ -712,7 +713,7 @@ def test_inspect_finds_a_flipped_bit(run: Run, path: Path, tmp_path: Path) -> No
 
 def test_inspect_dumps_a_tensor(run: Run, path: Path, tmp_path: Path) -> None:
     assert run("inspect", path, "--dump", "layers.0.wo", tmp_path / "wo.npy") == (0, b"", "")
-    assert (np.load(tmp_path / "wo.npy") == deepcalm.unpack(path, "layers.0.wo")).all()
+    assert (np.load(tmp_path / "wo.npy") == packed.unpack(path, "layers.0.wo")).all()
     assert "no tensor" in error(run("inspect", path, "--dump", "layers.9.wo", tmp_path / "x.npy"))
 
 
@@ -722,7 +723,7 @@ def test_inspect_dumps_a_tensor(run: Run, path: Path, tmp_path: Path) -> None:
 def test_perplexity_command(run: Run, path: Path, tmp_path: Path) -> None:
     text = "the other thing in the air over a town"
     (tmp_path / "t.txt").write_text(text)
-    want = deepcalm.perplexity(surface_cases.model(), text, ctx=16)
+    want = perplexity(surface_cases.model(), text, ctx=16)
     code, out, err = run("perplexity", path, tmp_path / "t.txt", "--ctx", "16")
     assert (code, err) == (0, "")
     lines = out.decode().splitlines()

@@ -550,7 +550,7 @@ def test_slabs_end_on_boundaries_of_the_file(rng: np.random.Generator, monkeypat
 
 CHILD = """
 import sys, time
-from deepcalm.pack import pack
+from deepcalm.files.pack import pack
 pack(sys.argv[1], sys.argv[2], "q8", progress=lambda done, total: time.sleep(0.002))
 """
 
@@ -946,7 +946,7 @@ def test_a_pack_that_ends_while_another_starts(
 
 MEASURE = """
 import sys, resource
-from deepcalm.pack import pack
+from deepcalm.files.pack import pack
 from pathlib import Path
 import deepcalm
 def peak():

@@ -18,8 +18,8 @@ from deepcalm.errors import CheckpointError, Error
 from deepcalm.files.pack import pack, plan
 from deepcalm.files.packed import read
 from deepcalm.files.text_files import FILES, LEGACY, TextFiles
-from deepcalm.generation import Sampling
 from deepcalm.model import Model
+from deepcalm.sampling import Sampling
 from deepcalm.text import token_content
 
 TEXT = "the <tool> a<bos>b<eos>\n<bos> <pic>é<end>"

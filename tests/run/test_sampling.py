@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from deepcalm import Sampling, SessionError, _core
+from deepcalm import SessionError, _core
+from deepcalm.sampling import Sampling
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]

@@ -23,6 +23,7 @@ import surface_cases
 import tiny
 from deepcalm.errors import SessionError
 from deepcalm.generation import Generation, TextGeneration
+from deepcalm.sampling import Sampling
 
 PROMPT = tiny.token_ids(tiny.N_TOKENS, 9, 4).tolist()
 MORE = [5, 6, 7]
@@ -156,7 +157,7 @@ def test_going_on_equals_one_long_text(
     assert s.reuse([*tokens, *MORE]) == len(tokens)
     assert s.prefill(MORE).tobytes() == fresh(device, tokens + MORE)
     s, tokens = ended()
-    r = s.draft_round(MORE[0], 2, deepcalm.Sampling(), tiny.N_TOKENS)
+    r = s.draft_round(MORE[0], 2, Sampling(), tiny.N_TOKENS)
     assert s.tokens.tolist() == [*tokens, MORE[0], *r["tokens"][:-1]]
     assert s.decode(MORE[1]).tobytes() == fresh(device, [*s.tokens.tolist()[:-1], MORE[1]])
 
@@ -214,7 +215,7 @@ CHANGES: dict[str, Callable[[deepcalm.Session, Path], object]] = {
     "prefill": lambda s, _: s.prefill(MORE),
     "decode": lambda s, _: s.decode(5),
     "decode_many": lambda s, _: s.decode_many(MORE),
-    "draft_round": lambda s, _: s.draft_round(5, 0, deepcalm.Sampling(), tiny.N_TOKENS),
+    "draft_round": lambda s, _: s.draft_round(5, 0, Sampling(), tiny.N_TOKENS),
     "truncate": lambda s, _: s.truncate(3),
     "reuse": lambda s, _: s.reuse(PROMPT),
     "restore": lambda s, path: s.restore(path),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import re
 import subprocess
@@ -21,9 +20,7 @@ import surface_cases
 from deepcalm import _core, cli
 from deepcalm.errors import SessionError, UnsupportedError
 from deepcalm.files import packed
-from deepcalm.measure import report, synthetic
-
-bench = importlib.import_module("deepcalm.measure.bench")
+from deepcalm.measure import bench, report, synthetic
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +37,7 @@ def result() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         _cheap_probes.__wrapped__(patch)  # type: ignore[attr-defined]
         model = deepcalm.Model(surface_cases.packed(dtype="q8"), threads=2)
-        yield deepcalm.bench(model, 40, (0, 7, 70), decode_tokens=3, repeats=3, random_weights=True)
+        yield bench.bench(model, 40, (0, 7, 70), decode_tokens=3, repeats=3, random_weights=True)
 
 
 def test_bench_stages_add_up(result: Any) -> None:
@@ -110,10 +107,10 @@ def test_fill_makes_a_context_of_random_rows(kv: str) -> None:
 def test_bench_refuses() -> None:
     model = surface_cases.model()
     with pytest.raises(SessionError, match="need 1301 positions, the model has 1280"):
-        deepcalm.bench(model, contexts=(0, 1290), decode_tokens=10)
+        bench.bench(model, contexts=(0, 1290), decode_tokens=10)
     for bad in ({"repeats": 0}, {"contexts": ()}, {"contexts": (-1,)}):
         with pytest.raises(ValueError, match=">= "):
-            deepcalm.bench(model, **bad)  # type: ignore[arg-type]
+            bench.bench(model, **bad)  # type: ignore[arg-type]
 
 
 def test_others_counts_other_processes() -> None:
@@ -182,15 +179,15 @@ def test_bench_fits_its_defaults_to_the_model(monkeypatch: pytest.MonkeyPatch) -
     """A short maximum context, as the demo model's: no default is too long for it."""
     model = surface_cases.model()
     monkeypatch.setitem(model.config._values, "max_position_embeddings", 40)
-    r = deepcalm.bench(model, repeats=1)
+    r = bench.bench(model, repeats=1)
     assert (r.prefill.tokens, [d.context for d in r.decode]) == (39, [0])
     monkeypatch.setitem(model.config._values, "max_position_embeddings", 1080)
-    r = deepcalm.bench(model, repeats=1, decode_tokens=2)
+    r = bench.bench(model, repeats=1, decode_tokens=2)
     assert (r.prefill.tokens, [d.context for d in r.decode]) == (512, [0, 1024])
     monkeypatch.setitem(model.config._values, "max_position_embeddings", 40)
     assert bench.bench_draft(model, 1, repeats=1, decode_tokens=8).context == 30
     with pytest.raises(SessionError, match="the model has 40"):
-        deepcalm.bench(model, decode_tokens=40)
+        bench.bench(model, decode_tokens=40)
 
 
 # ---- the command

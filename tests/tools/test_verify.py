@@ -23,7 +23,7 @@ import deepcalm
 import surface_cases as cases
 import tiny
 from deepcalm.check import reference
-from deepcalm.check.verify import verify
+from deepcalm.check.verify import Report, verify
 from deepcalm.cli.check import verify_text
 from ref import packed as ref_packed
 
@@ -322,7 +322,7 @@ def test_threads_are_those_asked_for(threads: int, monkeypatch: pytest.MonkeyPat
 Edit = Callable[[dict[str, Any], Tensors], None]
 
 
-def wrong(edit: Edit, dtype: str, legs: tuple[str, ...], **overrides: Any) -> deepcalm.Report:
+def wrong(edit: Edit, dtype: str, legs: tuple[str, ...], **overrides: Any) -> Report:
     folder = checkpoint("v3", "f32", n_shards=1, **overrides)
     with tempfile.TemporaryDirectory(dir=cases.root()) as tmp:
         raw, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")

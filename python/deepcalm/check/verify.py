@@ -20,8 +20,8 @@ from ..arguments import integer
 from ..errors import Error, ResourceError, SessionError
 from ..files.checkpoint import Checkpoint
 from ..files.packed import Entry, PackedFile
-from ..generation import Sampling
 from ..model import Model
+from ..sampling import Sampling
 from ..session import STAGES
 from ..text import one_line
 from . import reference

@@ -145,7 +145,7 @@ class TextFiles:
     @cached_property
     def sampling(self) -> dict[str, float]:
         """What it says of sampling, in our names; empty: greedy."""
-        from ..generation import Sampling
+        from ..sampling import Sampling
 
         c = self.generation
         ours = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}

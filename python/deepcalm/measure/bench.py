@@ -19,7 +19,7 @@ from .. import _core
 from ..drafting import CostModel, DraftStats, expected_tokens
 from ..errors import SessionError
 from ..files.packed import PackedFile
-from ..generation import Sampling
+from ..sampling import Sampling
 from ..session import Session, Stats
 
 if TYPE_CHECKING:
