@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import bench_peers
-import geometry
 import jsonl
+from deepcalm import geometry
 from deepcalm.drafting import CostModel
 from deepcalm.files import config as hf_config
 from deepcalm.measure import synthetic

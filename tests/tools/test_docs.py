@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import geometry
 import make_docs
+from deepcalm import geometry
 from test_project import text_files
 
 ROOT = Path(__file__).resolve().parents[2]

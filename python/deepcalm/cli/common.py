@@ -13,6 +13,7 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -285,12 +286,12 @@ def progress(label: str, quiet: bool, unit: str = "") -> Iterator[Callable[[int,
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def size(n_bytes: int) -> str:
+def size(n: int, unit: str = "B") -> str:
     """1234567 -> "1.23 MB" (powers of 1000)."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.2f} {unit}"
-    return f"{n_bytes} B"
+    for prefix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= scale:
+            return f"{n / scale:.2f} {prefix}{unit}"
+    return f"{n} {unit}"
 
 
 def columns(rows: Iterable[tuple[str, ...]]) -> str:
@@ -298,3 +299,14 @@ def columns(rows: Iterable[tuple[str, ...]]) -> str:
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() + "\n" for r in rows)
+
+
+def wrapped(rows: Iterable[tuple[str, str]], width: int) -> str:
+    """A label and a value a line; a value that does not fit into ``width`` columns goes on under itself."""
+    rows = list(rows)
+    indent = max(len(label) for label, _ in rows) + 2
+    lines = []
+    for label, value in rows:
+        parts = textwrap.wrap(value, max(width - indent, 20), break_on_hyphens=False) or [""]
+        lines += [((label if i == 0 else "").ljust(indent) + part).rstrip() for i, part in enumerate(parts)]
+    return "".join(line + "\n" for line in lines)

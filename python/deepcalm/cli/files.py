@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,14 @@ import click
 
 from ..errors import CheckpointError, Error, PackedFileError
 from ..files.safetensors import whole_file
+from ..geometry import GROUPS
 from ..text import one_line
-from .common import DTYPES, FILE, columns, options, progress, say, size, write, write_json
+from .common import DTYPES, FILE, columns, options, progress, say, size, wrapped, write, write_json
 
 if TYPE_CHECKING:
     from ..files.pack import Plan
 
+CACHED = 64 << 20  # bytes a token below which weights may stay in a processor's caches
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tiktoken.model")
 
 
@@ -148,23 +151,34 @@ def plan_notes(plan: Plan) -> list[str]:
     epilog="""\b
 Examples:
   deepcalm inspect v2-lite.dcalm
-  deepcalm inspect v2-lite.dcalm --check
+  deepcalm inspect ~/models/DeepSeek-V2-Lite     (a checkpoint, before it is packed)
+  deepcalm inspect v2-lite.dcalm --tensors --check
   deepcalm inspect v2-lite.dcalm --json | jq .config
   deepcalm inspect v2-lite.dcalm --dump layers.0.wo wo.npy"""
 )
-@click.argument("file", type=FILE)
+@click.argument("file", type=FILE, required=False)
+@click.option("--tensors", is_flag=True, help="Also the configuration, every tensor and everything that was dropped.")
 @click.option("--check", is_flag=True, help="Compare every checksum, look for NaN in f8; exit code 1 if one is wrong.")
 @click.option(
     "--dump", nargs=2, metavar="TENSOR OUT.npy", help="Write a tensor as f32 in its natural shape (numpy file)."
 )
 @options("--json", "--quiet")
-def inspect(file: Path, check: bool, dump: tuple[str, str] | None, as_json: bool, quiet: bool) -> int:
-    """Show what the packed FILE holds: configuration, tensors, formats, bytes, what was dropped."""
+def inspect(
+    file: Path | None, tensors: bool, check: bool, dump: tuple[str, str] | None, as_json: bool, quiet: bool
+) -> int:
+    """Show on one screen what the packed FILE holds, what a token of it reads, and how fast it can be here.
+
+    FILE may be a checkpoint folder: then what packing it would make. Default: the demo model.
+    """
     from ..files.inspect import describe
     from ..files.packed import PackedFile
+    from ..model import demo_path
 
-    if dump is not None and (check or as_json):
-        raise click.UsageError("--dump goes with neither --check nor --json")
+    file = demo_path() if file is None else file
+    if dump is not None and (check or as_json or tensors):
+        raise click.UsageError("--dump goes with none of --tensors, --check, --json")
+    if (check or dump is not None) and file.is_dir():
+        raise PackedFileError(f"{file} is a directory, and --check and --dump read a packed file (.dcalm)")
     if dump is not None:
         import numpy as np
 
@@ -179,28 +193,75 @@ def inspect(file: Path, check: bool, dump: tuple[str, str] | None, as_json: bool
         with PackedFile(file) as packed, progress(f"checking {file.name}", quiet, "bytes") as update:
             bad = packed.check(update)
         info["bad_checksums"] = bad
-    write_json(info) if as_json else write(description(info))
+    if as_json:
+        write_json(info)
+    else:
+        write((tensor_list(info) if tensors else "") + screen(info, shutil.get_terminal_size().columns))
     if bad:
         raise PackedFileError(f"{file}: wrong checksum or padding, or NaN in f8: {', '.join(bad[:5])}"
                               + (f" and {len(bad) - 5} more" if len(bad) > 5 else ""))  # fmt: skip
     return 0
 
 
-def description(info: dict[str, Any]) -> str:
-    """Everything but the checksums, as lines; a stranger's names without control characters."""
+def tensor_list(info: dict[str, Any]) -> str:
+    """The configuration, every tensor and what was dropped; a stranger's names without control characters."""
     text = columns((k, json.dumps(v)) for k, v in info["config"].items()) + "\n"
     rows = [(t["name"], t["format"], "x".join(map(str, t["shape"])), size(t["bytes"]), f"from {t['source_dtype']}")
             for t in info["tensors"]]  # fmt: skip
     text += columns(rows) + "\n"
-    lines = [("file", f"{size(info['file_bytes'])}, header sha256 {info['header_sha256']}")]
-    source = info["source"]
-    lines += [("source", " ".join(str(source[k]) for k in ("name", "revision") if k in source) or "unknown")]
-    lines += [("formats", ", ".join(f"{k} {size(n)}" for k, n in info["formats"].items()))]
-    lines += [("files", ", ".join(f"{k} {size(n)}" for k, n in info["files"].items()) or "none")]
-    lines += [("weights", f"{size(info['weight_bytes'])}, {size(info['active_bytes_per_token'])} read per token")]
-    lines += [("dropped", f"{d['name']}: {d['why']}") for d in info["dropped"]]
-    lines += [("checksums", "all right")] if info.get("bad_checksums") == [] else []
-    return text + columns((k, one_line(v, 1000)) for k, v in lines)
+    dropped = [("dropped", one_line(f"{d['name']}: {d['why']}", 1000)) for d in info["dropped"]]
+    return text + (columns(dropped) + "\n" if dropped else "")
+
+
+def screen(info: dict[str, Any], width: int) -> str:
+    """What decides about size and speed, in 24 lines of 80 columns; where there are fewer, values wrap."""
+    c, p, cache, longest = info["config"], info["parameters"], info["cache"], info["config"]["max_position_embeddings"]
+    n, heads = c["n_routed_experts"], c["num_attention_heads"]
+    experts = f"{c['num_experts_per_tok']} of {n} experts a token, {c['n_shared_experts']} shared" if n else "dense"
+    mtp = f"{size(p['mtp'], '')} more in the MTP layer" if c["num_nextn_predict_layers"] else "no MTP layer"
+    rows = [
+        ("model", f"{c['model_type']}, {c['num_hidden_layers']} layers, {heads} heads, {experts}"),
+        ("parameters", f"{size(p['total'], '')}, {size(p['active'], '')} of them for a token; {mtp}"),
+        ("weights", f"{size(info['weight_bytes'])}, {size(info['active_bytes_per_token'])} read a token"),
+        ("formats", ", ".join(f"{name} {size(b)}" for name, b in info["formats"].items())),
+        ("", ""),
+        ("cache, f16", f"{'a token':>9} {longest:>9,} tokens"),
+    ]
+    names = {"MLA": "MLA, its own", "MHA": "as MHA", "GQA": f"as GQA of {min(GROUPS, heads)}", "MQA": "as MQA"}
+    rows += [(label, f"{size(cache[a]):>9} {size(cache[a] * longest):>9} {cache[a] / cache['MLA']:5.2f}x")
+             for a, label in names.items()]  # fmt: skip
+    source = " ".join(str(info["source"][key]) for key in ("name", "revision") if key in info["source"])
+    what = f"{size(info['file_bytes'])}, header sha256 {str(info['header_sha256'])[:16]}"
+    what = what if info["packed"] else f"a checkpoint; packed as it is (--dtype source) {size(info['file_bytes'])}"
+    files = ", ".join(f"{name} {size(b)}" for name, b in info["files"].items())
+    rows += [("", ""), ("speed", possible_speed(info)), ("", "")]
+    rows += [
+        ("file", what),
+        ("source", one_line(source, 200) or "unknown"),
+        ("with it", one_line(files, 500) or "none"),
+    ]
+    why = Counter(d["why"] for d in info["dropped"]).most_common()
+    rows += [("dropped", f"{times} tensor{'s' if times > 1 else ''}: {one_line(text, 200)}") for text, times in why[:2]]
+    rows += [("", f"{len(info['dropped'])} in all, for {len(why)} reasons (--tensors)")] if len(why) > 2 else []
+    rows += [("checksums", "all right")] if info.get("bad_checksums") == [] else []
+    return f"{one_line(info['file'], 1000)}\n" + wrapped(rows, width)
+
+
+def possible_speed(info: dict[str, Any]) -> str:
+    """What a plain read of this machine's memory leaves possible: an upper bound of decoding without drafts."""
+    from .. import _core
+    from ..limits import available_memory, default_threads
+
+    available = available_memory()
+    if available is not None and info["weight_bytes"] > available:
+        return f"that of the disk: the weights do not fit into the {size(available)} of memory available"
+    threads, step = default_threads(), info["active_bytes_per_token"]
+    read = 1e9 * _core.read_bandwidth(threads)
+    full = step + info["cache"]["MLA"] * info["config"]["max_position_embeddings"]
+    rates = [f"{read / n:,.0f}" if read / n >= 100 else f"{read / n:.3g}" for n in (step, full)]
+    return (f"at most {rates[0]} tok/s, {rates[1]} with a full cache, without drafts: an upper bound, "
+            f"{read / 1e9:.1f} GB/s that {threads} thread{'s' if threads > 1 else ''} read of memory here just now"
+            + ("; more where weights stay in the processor's caches" if step < CACHED else ""))  # fmt: skip
 
 
 COMMANDS = (pack, inspect)

@@ -1,37 +1,56 @@
-"""What ``deepcalm inspect`` shows of a packed file, as plain data."""
+"""What ``deepcalm inspect`` shows of a packed file, or of a checkpoint that would be packed, as plain data."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .packed import PackedFile
+from deepcalm.files.pack import plan
+from deepcalm.files.packed import PackedFile, Stored, stored_file
+from deepcalm.geometry import attentions, parameters
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Everything a packed file says about itself, ready for JSON.
+    """Everything that a packed file says about itself, or that packing a checkpoint folder would make it say.
 
-    Keys: file, file_bytes, header_sha256, config, source, dropped, files (name -> bytes), tensors (list of {name, role,
-    kind, format, scale, shape, source_dtype, bytes, active_bytes, sha256}), formats (format -> bytes), roles
-    (role -> bytes), weight_bytes, active_bytes_per_token (weights that decoding one token reads: chosen experts only,
-    one embedding row, no MTP layer). Raises PackedFileError.
+    Keys, ready for JSON: file, packed (false: a folder, as ``deepcalm.pack`` would store it by default), file_bytes
+    (of a folder: without the header), header_sha256 (null of a folder), config, source, dropped (list of {name, why,
+    bytes}), files (name -> bytes), tensors (list of {name, role, kind, format, scale, shape, source_dtype, bytes,
+    active_bytes, sha256}), formats (format -> bytes), roles (role -> bytes), weight_bytes, active_bytes_per_token
+    (weights that decoding one token reads: chosen experts only, one embedding row, no MTP layer), parameters ({total,
+    active, routed, mtp, mtp_active}), cache (what the main layers keep of a token in 16 bits a number, by kind of
+    attention: MHA, GQA, MQA, MLA -> bytes; the model's own is MLA). Raises CheckpointError, PackedFileError.
     """
+    if Path(path).is_dir():
+        p = plan(path)
+        stored = [s for t in p.tensors for s in t.stored]
+        stored += [stored_file(name, len(data)) for name, data in p.files.items()]
+        out = {"file": str(path), "packed": False, "file_bytes": p.data_bytes, "header_sha256": None}
+        out |= {"config": p.config, "source": p.source, "dropped": [dataclasses.asdict(d) for d in p.dropped]}
+        return out | _contents(p.config, stored)
     with PackedFile(path) as f:
-        k = f.config["num_experts_per_tok"]
-        out: dict[str, Any] = {"file": str(path), "file_bytes": f.header.file_size, "header_sha256": f.header_sha256}
-        out |= {"config": f.config, "source": f.source, "dropped": f.dropped, "files": {}, "tensors": []}
-        out |= {"formats": {}, "roles": {}, "weight_bytes": 0, "active_bytes_per_token": 0}
-        for name, e in f.entries.items():
-            if e.kind == "file":
-                out["files"][name.removeprefix("file.")] = e.nbytes
-                continue
-            active = e.active_bytes(k)
-            label = f"{e.format} ({e.scale} scales)" if e.kind == "tiled" and e.scale else e.format
-            row: dict[str, Any] = {"name": name, "role": e.role, "kind": e.kind, "format": e.format, "scale": e.scale}
-            row |= {"shape": list(e.shape), "source_dtype": e.source_dtype, "bytes": e.nbytes}
-            out["tensors"].append(row | {"active_bytes": active, "sha256": e.sha256})
-            out["formats"][label] = out["formats"].get(label, 0) + e.nbytes
-            out["roles"][e.role] = out["roles"].get(e.role, 0) + e.nbytes
-            out["weight_bytes"] += e.nbytes
-            out["active_bytes_per_token"] += active
-        return out
+        out = {"file": str(path), "packed": True, "file_bytes": f.header.file_size, "header_sha256": f.header_sha256}
+        out |= {"config": f.config, "source": f.source, "dropped": f.dropped}
+        return out | _contents(f.config, f.entries.values())
+
+
+def _contents(config: dict[str, Any], stored: Iterable[Stored]) -> dict[str, Any]:
+    out: dict[str, Any] = {"files": {}, "tensors": [], "formats": {}, "roles": {}, "weight_bytes": 0}
+    out |= {"active_bytes_per_token": 0, "parameters": dataclasses.asdict(parameters(config))}
+    out["cache"] = {a.name: 2 * a.values * config["num_hidden_layers"] for a in attentions(config)}
+    for s in stored:
+        if s.kind == "file":
+            out["files"][s.name.removeprefix("file.")] = s.nbytes
+            continue
+        active = s.active_bytes(config["num_experts_per_tok"])
+        label = f"{s.format} ({s.scale} scales)" if s.kind == "tiled" and s.scale else s.format
+        row: dict[str, Any] = {"name": s.name, "role": s.role, "kind": s.kind, "format": s.format, "scale": s.scale}
+        row |= {"shape": list(s.shape), "source_dtype": s.source_dtype, "bytes": s.nbytes}
+        out["tensors"].append(row | {"active_bytes": active, "sha256": getattr(s, "sha256", None)})
+        out["formats"][label] = out["formats"].get(label, 0) + s.nbytes
+        out["roles"][s.role] = out["roles"].get(s.role, 0) + s.nbytes
+        out["weight_bytes"] += s.nbytes
+        out["active_bytes_per_token"] += active
+    return out
