@@ -45,6 +45,70 @@ def test_project_area_is_within_its_line_budget(area: sz.Area) -> None:
     assert sum(lines.values()) <= area.budget, sorted(lines.items(), key=lambda kv: -kv[1])[:5]
 
 
+# Functions of more than sz.MAX_LINES lines or sz.MAX_ARGUMENTS arguments: the list is to become shorter. The module
+# definition of pybind11 is a list of what there is; a command of click takes its options.
+TOO_LARGE = {
+    "pack.cc: pack_q4_codes",
+    "forward.cc: matmul",
+    "forward.cc: moe",
+    "speculate.cc: round",
+    "bind_pack.cc: pack_rows",
+    "bind_pack.cc: convert_rows",
+    "bind_pack.cc: unpack_slice",
+    "bindings.cc: draft_round",
+    "bindings.cc: decode_start",
+    "bindings.cc: open_model",
+    "bindings.cc: PYBIND11_MODULE",
+    "decode.cuh: stage_choose",
+    "verify.py: verify",
+    "bench.py: bench",
+    "bench.py: bench_draft",
+    "check.py: verify",
+    "check.py: perplexity",
+    "files.py: pack",
+    "run.py: generate",
+    "run.py: chat",
+    "pack.py: _part",
+    "synthetic.py: write_model",
+}
+
+
+def test_project_functions_are_small() -> None:
+    product = tuple(a for a in sz.AREAS if a.budget is not None)
+    found = {f"{f.file}: {f.name}" for f in sz.functions(ROOT, product) if f.too_large}
+    assert not found - TOO_LARGE, "too large: see tools/sz.py"
+    assert not TOO_LARGE - found, "small enough now: take them off the list"
+
+
+def test_project_functions_are_measured(tmp_path: Path) -> None:
+    (tmp_path / "a.cc").write_text(
+        """#define F(x) { x
+namespace n {  // f(a, b) {
+constexpr int kTable[] = {1, 2};
+template <class T, int N = (1 < 2)> struct S : Base<T, 3> {
+  public:
+    explicit S(int a, std::map<int, int> b = {})
+        : a_(f(a, 1)) {
+        if (a) call([&](int x, int y) { return "}" + x; });
+    }
+    bool operator==(const S& o) const { return '{' == o.a_; }
+    int a_{0};
+};
+[[nodiscard]] __attribute__((noinline)) auto f(void (*fn)(int, int),
+                                               int n) -> std::vector<int> {
+    return {};
+}
+int declared(int a);
+}
+"""
+    )
+    (tmp_path / "b.py").write_text("class A:\n    def f(self, a, *, b, **c):\n        def g():\n            pass\n")
+    area = sz.Area("all", ("*.cc", "*.py"), None)
+    assert [(f.name, f.lines, f.arguments) for f in sz.functions(tmp_path, (area,))] == [
+        ("S", 4, 2), ("operator==", 1, 1), ("f", 4, 2), ("f", 3, 3), ("g", 2, 0)
+    ]  # fmt: skip
+
+
 def test_project_tracked_files_name_no_machine_path() -> None:
     pattern = re.compile("|".join(("/" + "work/", "/" + "root/", "/" + "home/[a-z]", "[A-Z]:" + r"\\Users")))
     found = [
