@@ -54,9 +54,9 @@ def pack(folder: Path, **options: str) -> packed.PackedFile:
 
 
 @functools.cache
-def weights(file: packed.PackedFile) -> tuple[model.Config, model.Weights]:
+def weights(file: packed.PackedFile) -> tuple[model.Settings, model.PackedWeights]:
     """The reference's view of a packed file."""
-    return packed.config(file), packed.weights(file)
+    return model.settings_of(file.config), model.PackedWeights(file)
 
 
 @functools.cache

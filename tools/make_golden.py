@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import tiny  # noqa: E402
-from ref import checkpoint, hf, model  # noqa: E402
+from deepcalm.check import reference  # noqa: E402
+from ref import hf, model  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 
@@ -45,23 +46,17 @@ def gap(values: Array, k: int) -> float:
     return float((ordered[:, k - 1] - ordered[:, k]).min()) if k < values.shape[1] else np.inf
 
 
-def router_margin(cfg: model.Config, m: model.Model) -> float:
-    """Distance to the nearest tie in any group or expert choice of the last forward (see `model.route`)."""
-    worst = np.inf
+def router_margin(m: model.Model) -> float:
+    """Distance to the nearest tie in any group or expert choice of the last pass (see `reference.scores`)."""
+    worst, s = np.inf, m.ref.s
     for name, z in m.taps.items():
         if not name.endswith("gate_logits"):
             continue
-        mtp = m.weights.mtp if name.startswith("mtp.") else None
-        bias = (mtp.layer if mtp else m.weights.layers[int(name.split(".")[1])]).router_bias
-        p = model.softmax(z) if cfg.scoring_func == "softmax" else model.sigmoid(z)
-        u = p if bias is None else p + bias
-        if cfg.topk_method != "greedy" and cfg.n_group > 1:
-            groups = np.sort(u.reshape(len(u), cfg.n_group, -1), axis=-1)
-            rank = groups[..., -1] if cfg.topk_method == "group_limited_greedy" else groups[..., -2:].sum(-1)
-            worst = min(worst, gap(rank, cfg.topk_group))
-            kept = np.argsort(-rank, axis=-1)[:, : cfg.topk_group, None]
-            u = np.take_along_axis(u.reshape(len(u), cfg.n_group, -1), kept, axis=1).reshape(len(u), -1)
-        worst = min(worst, gap(u, cfg.num_experts_per_tok))
+        bias = m.ref.w.plain(name.replace("gate_logits", "router_bias")) if s.bias else None
+        p, u = reference.scores(s, z, bias)
+        if s.grouping and s.groups > 1:
+            worst = min(worst, gap(reference.group_scores(s, p if bias is None else p + bias), s.top_groups))
+        worst = min(worst, gap(u, s.top_k))
     return worst
 
 
@@ -69,16 +64,15 @@ def make(preset: str, dtype: str, seed: int) -> str | None:
     """Writes one golden file; returns why the seed was refused, or None."""
     with tempfile.TemporaryDirectory() as tmp:
         folder = tiny.write(tmp, preset, dtype=dtype, seed=seed)
-        raw, tensors = checkpoint.load(folder)
-        cfg = model.Config.from_hf(raw, any(name.endswith("eh_proj.weight") for name in tensors))
-        ids = tiny.token_ids(cfg.vocab_size, N_TOKENS, seed)
-        m = model.Model(cfg, model.Weights.from_hf(cfg, tensors))
+        s, weights = model.load(folder)
+        ids = tiny.token_ids(s.vocab, N_TOKENS, seed)
+        m = model.Model(s, weights)
         ref_logits, hidden = m.forward(ids)
-        margin = router_margin(cfg, m)
+        margin = router_margin(m)
         ref_mtp = None
-        if cfg.num_nextn_predict_layers:
+        if any("eh_proj" in name for name in weights.tensors):
             ref_mtp, _ = m.mtp_forward(ids[1:], hidden[:-1])
-            margin = min(margin, router_margin(cfg, m))
+            margin = min(margin, router_margin(m))
         if margin < MIN_ROUTER_MARGIN:
             return f"router margin {margin:.1e}"
         logits, _, mtp_logits = hf.logits(folder, ids)

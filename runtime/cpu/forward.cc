@@ -1,6 +1,6 @@
 // The forward pass, CPU transcription. Every thread of the pool runs it from top to bottom; a barrier ends each stage.
 // Sections: embed, attention, dense FFN, MoE, layer, main pass, MTP pass. docs/model.md section 3; the numpy
-// transcription is tests/ref/model.py, and taps of the same names compare the two.
+// transcription is python/deepcalm/check/reference.py, and taps of the same names compare the two.
 //
 // Law L1: a row's bits depend on its own history only. Rows, tiles, heads and experts are dealt to threads in any way that
 // is convenient, by arrival too; sums never are: each output element is computed by one thread in the order its kernel fixes.

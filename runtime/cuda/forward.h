@@ -1,6 +1,6 @@
 // The forward pass, CUDA transcription: which stages run on which buffers, in order. Same sections and taps as
-// runtime/cpu/forward.cc and tests/ref/model.py. Here a pass is only written down, as a list of stage calls that backend.cu
-// runs as a graph of kernels.
+// runtime/cpu/forward.cc and python/deepcalm/check/reference.py. Here a pass is only written down, as a list of stage
+// calls that backend.cu runs as a graph of kernels.
 #pragma once
 
 #include "kernels/cuda/stages.h"

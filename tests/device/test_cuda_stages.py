@@ -14,8 +14,8 @@ import pytest
 import cpu_kernels
 import cuda_stages as cs
 import device_cases
+from deepcalm.check.reference import cache_round
 from ref import formats
-from ref.rounding import cache_round
 
 Array = np.ndarray[Any, Any]
 ORDERS = ("fwd", "rev", "17")

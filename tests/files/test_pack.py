@@ -32,32 +32,19 @@ Array = np.ndarray[Any, Any]
 PACK = sys.modules["deepcalm.files.pack"]
 
 
-def arrays(value: Any, name: str = "") -> Iterator[tuple[str, Array]]:
-    """Every array inside the reference's weights, by name."""
-    if isinstance(value, ref_model.Matrix):
-        yield name, value.w
-    elif isinstance(value, np.ndarray):
-        yield name, value
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from arrays(item, f"{name}[{i}]")
-    elif dataclasses.is_dataclass(value):
-        for f in dataclasses.fields(value):
-            yield from arrays(getattr(value, f.name), f"{name}.{f.name}")
-
-
 def both(folder: Path, file: Path) -> Iterator[tuple[str, Array, Array]]:
-    """(name, checkpoint values, packed values) of every weight, read without any of deepcalm's own code."""
-    p = ref_packed.PackedFile(file)
-    cfg = ref_packed.config(p)
-    want = dict(arrays(ref_model.Weights.from_hf(cfg, ref_checkpoint.load(folder)[1])))
-    got = dict(arrays(ref_packed.weights(p)))
-    if ".mtp.head" in got:  # the copy for drafts
-        want[".mtp.head"] = want[".head"]
-    assert set(want) == set(got)
-    for name, w in want.items():
-        assert w.shape == got[name].shape, name
-        yield name, w, got[name]
+    """(name, checkpoint values, packed values) of every weight, read without the packer's code; experts one by one."""
+    p, (_, source) = ref_packed.PackedFile(file), ref_model.load(folder)
+    for name, e in p.entries.items():
+        if e.kind not in ("tiled", "plain"):
+            continue
+        want, got = (ref_model.matrix(w, name, e.shape) for w in (source, ref_model.PackedWeights(p)))
+        assert want.shape == got.shape, name
+        for rows in p.part_rows(name) if len(e.shape) > 1 else [np.arange(e.shape[0])]:
+            if ".experts." in name:
+                yield from ((name, want[i, rows], got[i, rows]) for i in range(len(want)))
+            else:
+                yield (name, want[..., rows, :], got[..., rows, :]) if want.ndim > 1 else (name, want, got)
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +83,9 @@ def test_targets_are_within_their_rounding(case: str, dtype: str, checkpoints: d
             continue
         plain = "embed" in name or "eh_proj" in name
         kind = "bf16" if plain and dtype not in ("f16", "bf16") else dtype
-        if kind == "q4" and not any(part in name for part in ("expert", "shared", "dense")):
+        if kind == "q4" and leaf not in ("w_gate_up", "w_down"):
             kind = "q8"  # attention and head
-        if name == ".mtp.head":
+        if name == "mtp.head":
             kind = "q4"
         if kind in ("q8", "q4"):  # error against the largest of its group; an upper bound: of the whole row or column
             axis = -2 if "w_uk" in name else -1
@@ -685,7 +672,7 @@ def test_near_zero_groups_are_packed_and_counted(source: str, dtype: str, tmp_pa
         assert f.check() == []
     bound = {"bf16": 2.0**-8, "f16": 2.0**-11, "f8": 2.0**-4, "q8": 1 / 254, "q4": 1 / 5}.get(dtype, 6e-8)
     for name, want, got in both(d, tmp_path / "x"):
-        limit = 1 / 5 if name == ".mtp.head" else bound
+        limit = 1 / 5 if name == "mtp.head" else bound
         largest = np.abs(want).max() if "w_uk" in name or dtype == "f8" else np.abs(want).max(-1, keepdims=True)
         assert (np.abs(got - want) <= 1.01 * limit * largest + 2.0**-24).all(), name
 

@@ -12,8 +12,8 @@ import pytest
 import cpu_kernels as T
 from cpu_kernels import ISAS, PARTIAL
 from deepcalm import _core
+from deepcalm.check import reference
 from ref import formats as F
-from ref import rounding
 
 CACHE_TYPES = ["f32", "f16", "bf16", "q8"]
 Array = np.ndarray[Any, Any]
@@ -250,7 +250,7 @@ def reference_rows(kind: str, c: Array, k_rope: Array) -> tuple[Array, Array]:
     n = len(c)
     c_pad = np.pad(c, [(0, 0), (0, -c.shape[1] % 32)])
     r_pad = np.pad(k_rope, [(0, 0), (0, -k_rope.shape[1] % 16)])
-    values = np.concatenate(rounding.cache_round(kind, c_pad, r_pad), 1)
+    values = np.concatenate(reference.cache_round(kind, c_pad, r_pad), 1)
     if kind == "q8":
         groups = c_pad.reshape(n, -1, 32)
         scale = (np.abs(groups).max(2) / np.float32(127)).astype(np.float16)
@@ -363,14 +363,12 @@ def test_mla_oracle(
     tol = 2.0**-8 if kind == "bf16" else 1e-5  # rounding every probability to bf16 costs up to 2^-9 of each
     assert np.abs(got - want).max() <= tol * np.abs(cache).max()
     if kind == "bf16":  # the exact definition: rounded probabilities, relative to the running maximum of each chunk
-        ends_in_first = row_end <= PARTIAL  # the reference has one partial
-        if ends_in_first.any():
-            mask = np.arange(len(cache)) < row_end[:, None]
-            exact = rounding.RuntimeArithmetic("bf16").attend(q, cache, cache[:, :c_pad], mask, scale)
-            close = np.abs(got - exact)[ends_in_first].max(axis=2)
-            # a score next to a rounding border may round the other way: rare, and bounded by one bf16 step
-            assert (close > 3e-5).mean() < 0.2
-            assert np.median(close) < 1e-5
+        parts = (q[..., :c_pad], q[..., c_pad:], cache[:, :c_pad], cache[:, c_pad:])
+        exact, _ = reference.attend("bf16", scale, *parts, ends=row_end)
+        close = np.abs(got - exact).max(axis=2)
+        # a score next to a rounding border may round the other way: rare, and bounded by one bf16 step
+        assert (close > 3e-5).mean() < 0.2
+        assert np.median(close) < 1e-5
 
 
 @every_isa

@@ -14,7 +14,8 @@ import golden_cases
 import runtime_cases as rc
 import tiny
 from deepcalm import _core
-from ref import checkpoint, model
+from deepcalm.check import reference
+from ref import model
 
 TOLERANCE = 1e-4
 
@@ -41,15 +42,14 @@ def test_logits_equal_transformers(name: str, isa: str) -> None:
 
 def test_packed_f32_weights_are_the_checkpoint(name: str) -> None:
     """What the packer stored as f32 is exactly what the independent reader finds in the checkpoint."""
-    folder = rc.golden_checkpoint(name)
-    raw, tensors = checkpoint.load(folder)
-    cfg = model.Config.from_hf(raw, any(n.endswith("eh_proj.weight") for n in tensors))
-    file = rc.pack(folder, dtype="f32")
-    packed_cfg, packed_weights = rc.weights(file)
-    assert packed_cfg == cfg
-    assert _flatten(packed_weights).keys() == _flatten(model.Weights.from_hf(cfg, tensors)).keys()
-    for key, value in _flatten(model.Weights.from_hf(cfg, tensors)).items():
-        np.testing.assert_array_equal(_flatten(packed_weights)[key], value, err_msg=key)
+    s, source = model.load(rc.golden_checkpoint(name))
+    file = rc.pack(rc.golden_checkpoint(name), dtype="f32")
+    packed_s, packed = rc.weights(file)
+    assert model.meaning(packed_s) == model.meaning(s)
+    for key, e in file.entries.items():
+        if e.kind in ("tiled", "plain"):
+            ours, theirs = (model.matrix(w, key, e.shape) for w in (packed, source))
+            np.testing.assert_array_equal(ours, theirs, err_msg=key)
 
 
 @pytest.mark.parametrize("isa", rc.ISAS)
@@ -59,15 +59,15 @@ def test_taps_equal_reference(name: str, isa: str) -> None:
     file = rc.pack(rc.golden_checkpoint(name), dtype="f32")
     run = rc.Run(rc.open_model(file, isa), golden.ids, "f32", [40, 32], taps=["*"])
     oracle = model.Model(*rc.weights(file))
+    oracle.forward(golden.ids)
     seen = set()
     for part, taps in zip(run.parts, run.taps, strict=True):
-        oracle.forward(golden.ids[part])
-        seen |= _compare(taps, oracle.taps)
+        seen |= _compare(taps, oracle.taps, part)
     if golden.mtp_logits is not None:
         run.mtp(40, taps=["*"])
+        oracle.mtp_forward(golden.ids[1:], run.hidden[:-1])
         for part, taps in zip(run.mtp_parts, run.mtp_taps, strict=True):
-            oracle.mtp_forward(golden.ids[1:][part], run.hidden[part])
-            seen |= _compare(taps, oracle.taps)
+            seen |= _compare(taps, oracle.taps, part)
     assert {"embed", "final_norm", "logits", "layers.1.topk_idx", "layers.1.q_absorbed"} <= seen
     assert ("mtp.layer_out" in seen) == (golden.mtp_logits is not None)
 
@@ -100,17 +100,15 @@ def test_variants_equal_reference(what: str, tmp_path: Path) -> None:
     """Shapes and settings at the edge of what a config.json may say."""
     preset, changes = VARIANTS[what]
     folder = tiny.write(tmp_path / "hf", preset, dtype="f32", seed=1, **changes)
-    raw, tensors = checkpoint.load(folder)
-    cfg = model.Config.from_hf(raw, any(n.endswith("eh_proj.weight") for n in tensors))
-    oracle = model.Model(cfg, model.Weights.from_hf(cfg, tensors))
+    s, source = model.load(folder)
     file = rc.pack(folder, dtype="f32")
-    ids = tiny.token_ids(cfg.vocab_size, 70, 1)
+    ids = tiny.token_ids(s.vocab, 70, 1)
     for isa in dict.fromkeys((rc.ISAS[0], rc.ISAS[-1])):  # the best and the scalar one
         run = rc.Run(rc.open_model(file, isa), ids, "f32")
-        oracle = model.Model(cfg, oracle.weights)
+        oracle = model.Model(s, source)
         logits, hidden = oracle.forward(ids)
         assert np.abs(run.logits - logits).max() <= TOLERANCE, isa
-        if cfg.num_nextn_predict_layers:
+        if file.config["num_nextn_predict_layers"]:
             mtp_logits, _ = oracle.mtp_forward(ids[1:], hidden[:-1])
             assert np.abs(run.mtp(64)[0] - mtp_logits).max() <= TOLERANCE, isa
 
@@ -133,8 +131,8 @@ def test_rope_far_out(rope: str, tmp_path: Path) -> None:
         tmp_path / "hf", "v2_lite", dtype="f32", max_position_embeddings=163840, **widths, **ROPES[rope]
     )
     file = rc.pack(folder, dtype="f32")
-    cfg, weights = rc.weights(file)
-    near = model.Model(cfg, weights)
+    s, weights = rc.weights(file)
+    near = model.Model(s, weights)
     near.forward(np.array([5]))
     unrotated = near.taps["layers.0.k_rope"]  # position 0 rotates by nothing
     core = rc.open_model(file, rc.ISAS[0])
@@ -145,12 +143,12 @@ def test_rope_far_out(rope: str, tmp_path: Path) -> None:
         session.load_state(np.zeros(position, np.int32), rows, fresh["mtp_cache"], fresh["hidden"])
         session.trace(["k_rope"])
         session.forward(np.array([5], np.int32), "none")
-        cos, sin = model.rope_table(cfg, np.array([position]))
-        expected = model.rotate(unrotated / model.rope_amplitude(cfg), cos.astype(float), sin.astype(float))
+        expected = reference.rotate(s, unrotated / reference.amplitude(s), position)
         assert np.abs(session.taps()["layers.0.k_rope"] - expected).max() <= 2e-6, position
 
 
-def _compare(taps: dict[str, rc.Array], expected: dict[str, rc.Array]) -> set[str]:
+def _compare(taps: dict[str, rc.Array], whole: dict[str, rc.Array], part: slice) -> set[str]:
+    expected = {name: value[part] for name, value in whole.items()}
     assert set(taps) == set(expected)
     for tap, value in expected.items():  # in the order of computation
         assert taps[tap].shape == value.shape, tap
@@ -160,19 +158,3 @@ def _compare(taps: dict[str, rc.Array], expected: dict[str, rc.Array]) -> set[st
             scale = max(1.0, float(np.sqrt(np.mean(value**2))))
             assert np.abs(taps[tap] - value).max() <= TOLERANCE * scale, tap
     return set(taps)
-
-
-def _flatten(value: object, prefix: str = "") -> dict[str, rc.Array]:
-    """Arrays of nested dataclasses and lists by path; None is left out."""
-    import dataclasses
-
-    if value is None:
-        return {}
-    if isinstance(value, np.ndarray):
-        return {prefix: value}
-    items = (
-        {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name != "act"}
-        if dataclasses.is_dataclass(value)
-        else dict(enumerate(value))  # type: ignore[call-overload]
-    )
-    return {k: v for key, item in items.items() for k, v in _flatten(item, f"{prefix}.{key}").items()}

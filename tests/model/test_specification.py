@@ -13,12 +13,15 @@ import pytest
 import device_cases
 import golden_cases
 import tiny
-from ref import checkpoint, model
+from deepcalm.check import reference
+from deepcalm.check.reference import Settings
+from deepcalm.files.checkpoint import Checkpoint
+from ref import model
 
 # float64 against float32: the difference is the error of transformers' arithmetic, measured 1e-5 to 2.3e-5.
 TOLERANCE = 5e-5
 
-Loaded = tuple[golden_cases.Golden, model.Config, model.Weights]
+Loaded = tuple[golden_cases.Golden, Settings, model.SourceWeights]
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +31,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Loaded]:
     def load(name: str) -> Loaded:
         if name not in made:
             golden = golden_cases.load(name)
-            raw, tensors = checkpoint.load(golden.write_checkpoint(tmp_path_factory.mktemp(name)))
-            cfg = model.Config.from_hf(raw, any(n.endswith("eh_proj.weight") for n in tensors))
-            made[name] = golden, cfg, model.Weights.from_hf(cfg, tensors)
+            made[name] = golden, *model.load(golden.write_checkpoint(tmp_path_factory.mktemp(name)))
         return made[name]
 
     return load
@@ -44,11 +45,11 @@ def test_golden_covers_every_preset_and_dtype() -> None:
     assert sum(c.mtp_logits is not None for c in cases) >= 3
 
 
-@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+@pytest.mark.parametrize("form", [reference.Reference, model.Expanded], ids=["absorbed", "expanded"])
 @pytest.mark.parametrize("name", golden_cases.NAMES)
-def test_logits_equal_golden(loaded: Callable[[str], Loaded], name: str, form: str) -> None:
-    golden, cfg, weights = loaded(name)
-    m = model.Model(cfg, weights, form)
+def test_logits_equal_golden(loaded: Callable[[str], Loaded], name: str, form: type[reference.Reference]) -> None:
+    golden, s, weights = loaded(name)
+    m = model.Model(s, weights, form=form)
     logits, hidden = m.forward(golden.ids)
     assert np.abs(logits - golden.logits).max() <= TOLERANCE
     assert (logits.argmax(1) == golden.logits.argmax(1)).all()
@@ -58,133 +59,127 @@ def test_logits_equal_golden(loaded: Callable[[str], Loaded], name: str, form: s
         assert (mtp_logits.argmax(1) == golden.mtp_logits.argmax(1)).all()
 
 
-@pytest.mark.parametrize("name", ["v3", "v2_lite"])
-def test_cache_in_pieces_equals_one_pass(loaded: Callable[[str], Loaded], name: str) -> None:
-    golden, cfg, weights = loaded(name)
-    whole, hidden = model.Model(cfg, weights).forward(golden.ids)
-    m = model.Model(cfg, weights)
-    pieces = [m.forward(part)[0] for part in np.split(golden.ids, [1, 2, 18, 64])]
-    assert np.abs(np.concatenate(pieces) - whole).max() <= 1e-11
-    if golden.mtp_logits is not None:
-        parts = [m.mtp_forward(golden.ids[i + 1 : i + 6], hidden[i : i + 5])[0] for i in range(0, 70, 5)]
-        assert np.abs(np.concatenate(parts) - golden.mtp_logits[:70]).max() <= TOLERANCE
+@pytest.mark.parametrize("name", golden_cases.NAMES)
+def test_the_package_reads_a_checkpoint_as_the_tests_do(name: str, tmp_path: Path) -> None:
+    golden = golden_cases.load(name)
+    with Checkpoint(golden.write_checkpoint(tmp_path)) as ckpt:
+        s = Settings.of(ckpt.raw_config)
+        m = model.Model(s, reference.SourceWeights(ckpt, s))
+        logits, hidden = m.forward(golden.ids)
+        assert np.abs(logits - golden.logits).max() <= TOLERANCE
+        if golden.mtp_logits is not None:
+            assert np.abs(m.mtp_forward(golden.ids[1:], hidden[:-1])[0] - golden.mtp_logits).max() <= TOLERANCE
 
 
-def _replace(**changes: Any) -> Callable[[model.Config], model.Config]:
-    return lambda cfg: dataclasses.replace(cfg, **changes)
+def _replace(**changes: Any) -> Callable[[Settings], Settings]:
+    return lambda s: dataclasses.replace(s, **changes)
+
+
+def _yarn(**changes: Any) -> Callable[[Settings], Settings]:
+    return lambda s: dataclasses.replace(s, yarn={**(s.yarn or {}), **changes})
 
 
 # A golden test is worth what it detects: the known mistakes of other engines, as changes of the configuration.
-MISTAKES: list[tuple[str, str, Callable[[model.Config], model.Config]]] = [
-    ("no yarn", "v3", _replace(rope_type="default")),
-    ("softmax scale without the magnitude", "v3", _replace(mscale_all_dim=0.0, attention_factor=1.0)),
-    ("magnitude on cos and sin as well", "v3", _replace(attention_factor=model.yarn_magnitude(40, 1))),
-    ("rope amplitude left out", "v2_grouped", _replace(attention_factor=1.0)),
-    ("frequencies ramped over the wrong range", "kimi_k2", _replace(beta_fast=32.0)),
-    ("softmax instead of sigmoid", "v3", _replace(scoring_func="softmax")),
-    ("no group limit", "v3", _replace(n_group=1, topk_group=1)),
-    ("group score by maximum", "v3", _replace(topk_method="group_limited_greedy")),
-    ("group score by the two best", "v2_grouped", _replace(topk_method="noaux_tc")),
-    ("scaling factor dropped", "v3", _replace(routed_scaling_factor=1.0)),
-    ("weights not normalised", "kimi_k2", _replace(norm_topk_prob=False)),
+MISTAKES: list[tuple[str, str, Callable[[Settings], Settings]]] = [
+    ("no yarn", "v3", _replace(yarn=None)),
+    ("softmax scale without the magnitude", "v3", _yarn(mscale_all_dim=0.0, attention_factor=1.0)),
+    ("magnitude on cos and sin as well", "v3", _yarn(attention_factor=0.1 * np.log(40) + 1)),
+    ("rope amplitude left out", "v2_grouped", _yarn(attention_factor=1.0)),
+    ("frequencies ramped over the wrong range", "kimi_k2", _yarn(beta_fast=32.0)),
+    ("softmax instead of sigmoid", "v3", _replace(softmax=True)),
+    ("no group limit", "v3", _replace(groups=1, top_groups=1)),
+    ("group score by maximum", "v3", _replace(grouping="max")),
+    ("group score by the two best", "v2_grouped", _replace(grouping="top2")),
+    ("scaling factor dropped", "v3", _replace(factor=1.0)),
+    ("weights not normalised", "kimi_k2", _replace(normed=False)),
 ]
 
 
 @pytest.mark.parametrize(("what", "name", "change"), MISTAKES, ids=[m[0] for m in MISTAKES])
 def test_golden_detects_mistake(
-    loaded: Callable[[str], Loaded], what: str, name: str, change: Callable[[model.Config], model.Config]
+    loaded: Callable[[str], Loaded], what: str, name: str, change: Callable[[Settings], Settings]
 ) -> None:
-    golden, cfg, weights = loaded(name)
-    logits, _ = model.Model(change(cfg), weights).forward(golden.ids)
+    golden, s, weights = loaded(name)
+    logits, _ = model.Model(change(s), weights).forward(golden.ids)
     assert np.abs(logits - golden.logits).max() > 0.3, what
 
 
 def test_golden_detects_wrong_weights(loaded: Callable[[str], Loaded]) -> None:
     """Bias ignored, rope rows left interleaved, norm weights of one, MTP halves swapped, MTP fed the pre-norm state."""
-    golden, cfg, weights = loaded("v3")
+    golden, s, weights = loaded("v3")
     assert golden.mtp_logits is not None
 
-    def error(changed: model.Weights) -> float:
-        return float(np.abs(model.Model(cfg, changed).forward(golden.ids)[0] - golden.logits).max())
+    def with_changed(part: str, change: Callable[[Any], Any]) -> model.SourceWeights:
+        tensors = {name: change(t) if part in name else t for name, t in weights.tensors.items()}
+        assert any(part in name for name in tensors)
+        return model.SourceWeights(s, tensors)
 
-    def with_layers(**changes: Any) -> model.Weights:
-        layers = [dataclasses.replace(w, **{k: f(w) for k, f in changes.items()}) for w in weights.layers]
-        return dataclasses.replace(weights, layers=layers)
+    def error(w: model.SourceWeights) -> float:
+        return float(np.abs(model.Model(s, w).forward(golden.ids)[0] - golden.logits).max())
 
-    interleave = np.argsort(np.r_[0:16:2, 1:16:2])
-    rows = np.r_[0:42, 42 + interleave]
+    interleave = np.r_[0:42, 42 + np.argsort(np.r_[0:16:2, 1:16:2])]  # what de-interleaving then leaves as it was
     assert error(weights) <= TOLERANCE
-    assert error(with_layers(router_bias=lambda _: None)) > 0.3
-    assert error(with_layers(kv_a=lambda w: model.Matrix(w.kv_a.w[rows]))) > 0.3
-    assert error(with_layers(q_a_norm=lambda w: w.q_a_norm * 0 + 1)) > 0.3
+    assert error(with_changed("e_score_correction_bias", lambda t: 0 * t)) > 0.3
+    assert error(with_changed("kv_a_proj_with_mqa", lambda t: t[interleave])) > 0.3
+    assert error(with_changed("q_a_layernorm", lambda t: 0 * t + 1)) > 0.3
 
-    m = model.Model(cfg, weights)
+    m = model.Model(s, weights)
     _, hidden = m.forward(golden.ids)
-    mtp, pre_norm = weights.mtp, m.taps["layers.2.layer_out"]
-    assert mtp is not None
-    eh = mtp.eh_proj.w
-    swapped = dataclasses.replace(mtp, eh_proj=model.Matrix(np.concatenate([eh[:, 76:], eh[:, :76]], axis=1)))
-    for weights_, state in ((dataclasses.replace(weights, mtp=swapped), hidden), (weights, pre_norm)):
-        logits, _ = model.Model(cfg, weights_).mtp_forward(golden.ids[1:], state[:-1])
+    swapped = with_changed("eh_proj", lambda t: np.concatenate([t[:, 76:], t[:, :76]], axis=1))
+    for w, state in ((swapped, hidden), (weights, m.taps["layers.2.layer_out"])):
+        logits, _ = model.Model(s, w).mtp_forward(golden.ids[1:], state[:-1])
         assert np.abs(logits - golden.mtp_logits).max() > 0.3
 
 
 @pytest.mark.parametrize("name", ["moonlight", "glm4_moe_lite"])
 def test_golden_detects_wrong_eps(loaded: Callable[[str], Loaded], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """rms_norm_eps is 1e-5 here; the latent norms have their own 1e-6."""
-    golden, cfg, weights = loaded(name)
-    wrong = dataclasses.replace(cfg, rms_norm_eps=1e-6)
+    golden, s, weights = loaded(name)
+    wrong = dataclasses.replace(s, eps=1e-6)
     assert np.abs(model.Model(wrong, weights).forward(golden.ids)[0] - golden.logits).max() > 3e-4
-    monkeypatch.setattr(model, "LATENT_EPS", cfg.rms_norm_eps)
-    assert np.abs(model.Model(cfg, weights).forward(golden.ids)[0] - golden.logits).max() > 3e-4
+    monkeypatch.setattr(reference, "LATENT_EPS", s.eps)
+    assert np.abs(model.Model(s, weights).forward(golden.ids)[0] - golden.logits).max() > 3e-4
 
 
 class DeviceArray(np.ndarray):  # type: ignore[type-arg]
-    """Stands for a cupy array: usable through operators, methods and its own module; numpy functions refuse it."""
+    """Stands for a cupy array: numpy's functions answer with such arrays, and refuse to mix them with the host's."""
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        raise TypeError(f"numpy.{func.__name__} called on a device array")
+        return self._answer(func, args, kwargs, mixes=func is np.asarray)  # asarray(host, like=device) is the way in
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        operators = {"add", "subtract", "multiply", "divide", "matmul", "negative", "equal", "less_equal"}
-        if method == "__call__" and ufunc.__name__ not in operators:
-            raise TypeError(f"numpy.{ufunc.__name__} called on a device array")
-        if any(type(x) is np.ndarray and x.ndim for x in inputs):
-            raise TypeError(f"{ufunc.__name__} mixes host and device arrays")
-        plain = [x.view(np.ndarray) if isinstance(x, DeviceArray) else x for x in inputs]
-        if "out" in kwargs:
-            kwargs["out"] = tuple(x.view(np.ndarray) for x in kwargs["out"])
-        return np.asarray(getattr(ufunc, method)(*plain, **kwargs)).view(DeviceArray)
+        return self._answer(getattr(ufunc, method), inputs, kwargs)
 
-
-class DeviceModule:
-    """Stands for cupy: every function of numpy, taking and returning device arrays."""
-
-    inf = np.inf
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(np, name)
-
+    @staticmethod
+    def _answer(func: Any, args: Any, kwargs: Any, mixes: bool = False) -> Any:
         def host(x: Any) -> Any:
-            if isinstance(x, list):
-                return [host(v) for v in x]
-            return x.view(np.ndarray) if isinstance(x, np.ndarray) else x
+            if isinstance(x, (list, tuple)):
+                return type(x)(host(v) for v in x)
+            if type(x) is np.ndarray and x.ndim and not mixes:
+                raise TypeError(f"{func.__name__} mixes host and device arrays")
+            return x.view(np.ndarray) if isinstance(x, DeviceArray) else x
 
         def device(x: Any) -> Any:
             return tuple(map(device, x)) if isinstance(x, tuple) else np.asarray(x).view(DeviceArray)
 
-        return lambda *args, **kw: device(function(*map(host, args), **kw))
+        return device(func(*map(host, args), **{k: host(v) for k, v in kwargs.items()}))
+
+
+class DeviceModule:
+    """Stands for cupy."""
+
+    @staticmethod
+    def asarray(x: Any) -> DeviceArray:
+        return np.asarray(x).view(DeviceArray)
 
 
 @pytest.mark.parametrize("module", ["stand-in", "cupy"])
 @pytest.mark.parametrize("name", ["v3", "v2_grouped"])
 def test_other_array_modules(name: str, module: str, tmp_path: Path) -> None:
-    """The reference never hands its arrays to numpy behind the back of the module it was given; cupy gives the same."""
+    """The specification runs on whatever arrays the weights are: cupy's give the same."""
     golden = golden_cases.load(name)
-    raw, tensors = checkpoint.load(golden.write_checkpoint(tmp_path))
-    cfg = model.Config.from_hf(raw, any(n.endswith("eh_proj.weight") for n in tensors))
     xp: Any = DeviceModule() if module == "stand-in" else device_cases.array_module("cuda")
-    m = model.Model(cfg, model.Weights.from_hf(cfg, tensors, xp=xp), xp=xp)
+    m = model.Model(*model.load(golden.write_checkpoint(tmp_path), xp))
     logits, hidden = m.forward(golden.ids)
     to_host = (lambda a: a.view(np.ndarray)) if module == "stand-in" else xp.asnumpy
     assert type(logits) is (DeviceArray if module == "stand-in" else xp.ndarray)
@@ -193,8 +188,8 @@ def test_other_array_modules(name: str, module: str, tmp_path: Path) -> None:
         mtp_logits, _ = m.mtp_forward(golden.ids[1:], hidden[:-1])
         assert np.abs(to_host(mtp_logits) - golden.mtp_logits).max() <= TOLERANCE
     if module == "stand-in":
-        with pytest.raises(TypeError, match="device array"):
-            np.exp(logits)
+        with pytest.raises(TypeError, match="mixes host and device"):
+            logits + golden.logits
 
 
 YARN_KEYS = {"rope_scaling": {**tiny.PRESETS["v3"].config["rope_scaling"], "truncate": False, "attention_factor": 1.3}}
@@ -212,13 +207,12 @@ def test_logits_equal_live_transformers(preset: str, changes: dict[str, Any], tm
     from ref import hf
 
     folder = tiny.write(tmp_path, preset, seed=77, **changes)
-    raw, tensors = checkpoint.load(folder)
-    cfg = model.Config.from_hf(raw, any(n.endswith("eh_proj.weight") for n in tensors))
-    ids = tiny.token_ids(cfg.vocab_size, 50, 77)
-    m = model.Model(cfg, model.Weights.from_hf(cfg, tensors))
+    s, weights = model.load(folder)
+    ids = tiny.token_ids(s.vocab, 50, 77)
+    m = model.Model(s, weights)
     logits, hidden = m.forward(ids)
     theirs, _, their_mtp = hf.logits(folder, ids)
     assert np.abs(logits - theirs).max() <= TOLERANCE
-    assert (their_mtp is None) == (cfg.num_nextn_predict_layers == 0)
+    assert (their_mtp is not None) == any("eh_proj" in name for name in weights.tensors)
     if their_mtp is not None:
         assert np.abs(m.mtp_forward(ids[1:], hidden[:-1])[0] - their_mtp).max() <= TOLERANCE

@@ -11,32 +11,36 @@ import numpy as np
 import pytest
 
 import tiny
+from deepcalm.check import reference
+from deepcalm.check.reference import Settings
 from ref import checkpoint, model
 
+Array = np.ndarray[Any, Any]
 
-def config(**changes: Any) -> model.Config:
-    """A V3-shaped configuration (real head widths) with some fields changed."""
+
+def settings(yarn: dict[str, Any] | None = None, **changes: Any) -> Settings:
+    """Of a V3-shaped config.json (real head widths) with some keys changed, and with these keys of YaRN."""
     raw: dict[str, Any] = {**tiny.PRESETS["v3"].config, "q_lora_rank": 1536, "kv_lora_rank": 512}
-    raw |= {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "rope_theta": 1e4, "rope_scaling": None}
-    return dataclasses.replace(model.Config.from_hf(raw, False), **changes)
+    raw |= {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "rope_theta": 1e4}
+    rope = yarn and {"type": "yarn", "original_max_position_embeddings": 4096, **yarn}
+    return Settings.of({**raw, "rope_scaling": rope, **changes})
 
 
-YARN = {"rope_type": "yarn", "original_max_position_embeddings": 4096}
-V2_LITE = config(**YARN, rope_factor=40.0, mscale=0.707, mscale_all_dim=0.707)
-V3 = config(**YARN, rope_factor=40.0, mscale=1.0, mscale_all_dim=1.0)
-KIMI = {**YARN, "rope_theta": 5e4, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
-K2_32, K2_64 = config(**KIMI, rope_factor=32.0), config(**KIMI, rope_factor=64.0)
-MISTRAL4 = config(
-    rope_type="yarn", original_max_position_embeddings=8192, rope_factor=128.0, mscale=1.0, mscale_all_dim=1.0,
+V2_LITE = settings({"factor": 40.0, "mscale": 0.707, "mscale_all_dim": 0.707})
+V3 = settings({"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0})
+KIMI = {"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+K2_32, K2_64 = (settings({**KIMI, "factor": factor}, rope_theta=5e4) for factor in (32.0, 64.0))
+MISTRAL4 = settings(
+    {"factor": 128.0, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 8192},
     qk_nope_head_dim=64,
-)  # fmt: skip
-MOONLIGHT = config(rope_theta=5e4)
-GLM = config(rope_theta=1e6, qk_nope_head_dim=192)
+)
+MOONLIGHT = settings(rope_theta=5e4)
+GLM = settings(rope_theta=1e6, qk_nope_head_dim=192)
 
 
 def test_rope_interleaved_vector() -> None:
-    cfg = config(qk_rope_head_dim=8)
-    cos, sin = model.rope_table(cfg, np.array([3]))
+    """The checkpoint's own convention: channels (2j, 2j + 1) form a pair, and the result stays in place."""
+    s = settings(qk_rope_head_dim=8)
     x = np.arange(1.0, 9.0)
     expected = [
         -1.272232513,
@@ -48,15 +52,19 @@ def test_rope_interleaved_vector() -> None:
         6.975968536,
         8.020963969,
     ]
-    rotated = model.rotate_interleaved(x, cos[0].astype(float), sin[0].astype(float))
+    angle = 3 * reference.inv_freq(s)
+    a, b = x[0::2], x[1::2]
+    pairs = [a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)]
+    rotated = np.stack(pairs, axis=1).reshape(-1)
     np.testing.assert_allclose(rotated, expected, atol=1e-6)
     # the packed order: permute the input once, rotate half-split, and the result is the permuted result
-    half = model.rotate(model.deinterleave(x[:, None], 0)[:, 0], cos[0].astype(float), sin[0].astype(float))
-    np.testing.assert_array_equal(half, model.deinterleave(rotated[:, None], 0)[:, 0])
+    order = model.SourceWeights(s, {})._rope(8, 0)
+    assert order.tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    np.testing.assert_allclose(reference.rotate(s, x[None, order], 3)[0], rotated[order], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("cfg", "values"),
+    ("s", "values"),
     [
         (
             V3,
@@ -68,18 +76,18 @@ def test_rope_interleaved_vector() -> None:
     ],
     ids=["v3", "kimi_k2_64", "mistral4"],
 )  # fmt: skip
-def test_inv_freq(cfg: model.Config, values: dict[int, float]) -> None:
-    f = model.inv_freq(cfg)
+def test_inv_freq(s: Settings, values: dict[int, float]) -> None:
+    f = reference.inv_freq(s)
     assert f.shape == (32,)
     np.testing.assert_allclose(f[list(values)], list(values.values()), rtol=2e-7)
 
 
 def test_inv_freq_without_yarn() -> None:
-    np.testing.assert_allclose(model.inv_freq(MOONLIGHT), [5e4 ** (-2 * j / 64) for j in range(32)], rtol=1e-15)
+    np.testing.assert_allclose(reference.inv_freq(MOONLIGHT), [5e4 ** (-2 * j / 64) for j in range(32)], rtol=1e-15)
 
 
 @pytest.mark.parametrize(
-    ("cfg", "square", "scale"),
+    ("s", "square", "scale"),
     [
         (V2_LITE, 1.589626, 0.1147214),
         (V3, 1.873854, 0.1352338),
@@ -88,26 +96,25 @@ def test_inv_freq_without_yarn() -> None:
         (MISTRAL4, 2.205828, 0.1949695),
         (MOONLIGHT, 1.0, 0.0721688),
         (GLM, 1.0, 0.0625),
-        (config(qk_nope_head_dim=64, qk_rope_head_dim=32), 1.0, 0.1020621),
+        (settings(qk_nope_head_dim=64, qk_rope_head_dim=32), 1.0, 0.1020621),
     ],
     ids=["v2", "v3", "k2_32", "k2_64", "mistral4", "moonlight", "glm", "minicpm3"],
 )
-def test_softmax_scale(cfg: model.Config, square: float, scale: float) -> None:
-    assert model.softmax_scale(cfg) == pytest.approx(scale, rel=1e-6)
-    assert model.softmax_scale(cfg) / (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) ** -0.5 == pytest.approx(
-        square, 1e-6
-    )
-    assert model.rope_amplitude(cfg) == 1
+def test_softmax_scale(s: Settings, square: float, scale: float) -> None:
+    assert reference.softmax_scale(s) == pytest.approx(scale, rel=1e-6)
+    assert reference.softmax_scale(s) / (s.dn + s.dr) ** -0.5 == pytest.approx(square, 1e-6)
+    assert reference.amplitude(s) == 1
 
 
 def test_rope_amplitude_order_of_precedence() -> None:
+    def amplitude(**changes: float) -> float:
+        return reference.amplitude(dataclasses.replace(V3, yarn={**(V3.yarn or {}), **changes}))
+
     m = 0.1 * math.log(40) + 1
-    assert model.rope_amplitude(dataclasses.replace(V3, mscale_all_dim=0.0)) == pytest.approx(m)
-    assert model.rope_amplitude(dataclasses.replace(V3, mscale_all_dim=0.707)) == pytest.approx(
-        m / (0.0707 * math.log(40) + 1)
-    )
-    assert model.rope_amplitude(dataclasses.replace(V3, attention_factor=1.25)) == 1.25
-    assert model.rope_amplitude(dataclasses.replace(V3, rope_factor=1.0)) == 1
+    assert amplitude(mscale_all_dim=0.0) == pytest.approx(m)
+    assert amplitude(mscale_all_dim=0.707) == pytest.approx(m / (0.0707 * math.log(40) + 1))
+    assert amplitude(attention_factor=1.25) == 1.25
+    assert amplitude(factor=1.0) == 1
 
 
 Z = np.array([[0.5, -1, 2, 0.1, -0.3, 1.2, 0, 0.9]])
@@ -117,8 +124,15 @@ GREEDY = {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": 
 GROUPED = {**GREEDY, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0}
 
 
+def route(s: Settings, z: Array, bias: Array | None) -> tuple[Array, Array]:
+    """Gate logits z [n, E] -> (experts [n, k], weights [n, k])."""
+    p, u = reference.scores(s, z, bias)
+    experts = reference.choose(s, u)
+    return experts, reference.expert_weights(s, p, experts)
+
+
 @pytest.mark.parametrize(
-    ("settings", "groups", "bias", "expected"),
+    ("keys", "groups", "bias", "expected"),
     [
         (NOAUX, (4, 2), BIAS, {0: 1.118404, 1: 0.483221, 6: 0.898375}),
         (NOAUX, (1, 1), BIAS, {1: 0.562875, 4: 0.890661, 6: 1.046464}),
@@ -127,37 +141,36 @@ GROUPED = {**GREEDY, "topk_method": "group_limited_greedy", "routed_scaling_fact
     ],
     ids=["C grouped", "C", "A", "B"],
 )
-def test_router(settings: dict[str, Any], groups: tuple[int, int], bias: Any, expected: dict[int, float]) -> None:
-    cfg = config(**settings, n_routed_experts=8, num_experts_per_tok=3, n_group=groups[0], topk_group=groups[1])
-    experts, weights = model.route(Z, bias, cfg)
+def test_router(keys: dict[str, Any], groups: tuple[int, int], bias: Any, expected: dict[int, float]) -> None:
+    s = settings(**keys, n_routed_experts=8, num_experts_per_tok=3, n_group=groups[0], topk_group=groups[1])
+    experts, weights = route(s, Z, bias)
     assert experts[0].tolist() == list(expected)
     np.testing.assert_allclose(weights[0], list(expected.values()), atol=1e-6)
 
 
 def test_router_ties_go_to_the_lowest_index() -> None:
-    cfg = config(**GREEDY, n_routed_experts=256, num_experts_per_tok=8, n_group=1, topk_group=1)
-    assert model.route(np.zeros((2, 256)), None, cfg)[0].tolist() == [list(range(8))] * 2
+    s = settings(**GREEDY, n_routed_experts=256, num_experts_per_tok=8, n_group=1, topk_group=1)
+    assert route(s, np.zeros((2, 256)), None)[0].tolist() == [list(range(8))] * 2
 
 
 def test_router_keeps_tiny_scores_and_masks_with_minus_infinity() -> None:
     """Scores of 1e-8 survive a bias of 12; an allowed expert with a negative biased score beats a masked one."""
-    cfg = config(**NOAUX, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)
+    s = settings(**NOAUX, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)
     z = np.array([[-18.0, -19.0, -18.5, -40.0]])
-    experts, weights = model.route(z, np.array([12.0, 12.0, 11.0, 11.0]), cfg)
+    experts, weights = route(s, z, np.array([12.0, 12.0, 11.0, 11.0]))
     p = np.exp(z[0, :2])
     assert experts[0].tolist() == [0, 1]
     np.testing.assert_allclose(weights[0], 2.5 * p / p.sum(), rtol=1e-6)
 
-    cfg = config(**NOAUX, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1)
-    experts, _ = model.route(np.zeros((1, 4)), np.array([-1.0, -2.0, -0.5, -3.0]), cfg)
+    s = settings(**NOAUX, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1)
+    experts, _ = route(s, np.zeros((1, 4)), np.array([-1.0, -2.0, -0.5, -3.0]))
     assert experts[0].tolist() == [0, 1]
 
 
 def test_router_forced_selection_keeps_its_own_scores() -> None:
-    cfg = config(**NOAUX, n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2)
-    experts, weights = model.route(Z, BIAS, cfg, forced=np.array([[5, 2, 3]]))
+    s = settings(**NOAUX, n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2)
+    weights = reference.expert_weights(s, reference.scores(s, Z, BIAS)[0], np.array([[2, 3, 5]]))
     p = 1 / (1 + np.exp(-Z[0, [2, 3, 5]]))
-    assert experts[0].tolist() == [2, 3, 5]
     np.testing.assert_allclose(weights[0], 2.5 * p / p.sum(), rtol=1e-12)
 
 

@@ -174,41 +174,6 @@ def test_large_models_are_said_to_be_too_large(monkeypatch: pytest.MonkeyPatch) 
     assert not r.effect and len(r.notes) == 1 and "effect not measured" in r.notes[0]
 
 
-def test_the_reference_is_the_specification() -> None:
-    """The package's reference and the tests' own, written apart, agree to rounding on the source weights."""
-    from deepcalm.files.checkpoint import Checkpoint
-    from ref import checkpoint as ref_checkpoint
-    from ref import model as ref_model
-
-    for preset in tiny.PRESETS:
-        folder = checkpoint(preset)
-        raw, tensors = ref_checkpoint.load(folder)
-        has_mtp = bool(raw["num_nextn_predict_layers"])
-        cfg = ref_model.Config.from_hf(raw, has_mtp)
-        spec = ref_model.Model(cfg, ref_model.Weights.from_hf(cfg, tensors))
-        ids = tiny.token_ids(cfg.vocab_size, 24, 3)
-        expected, hidden = spec.forward(ids)
-        taps = spec.taps
-        with Checkpoint(folder) as ckpt:
-            s = reference.Settings.of(ckpt.raw_config)
-            ours = reference.Reference(s, reference.SourceWeights(ckpt, s))
-            x = ours.w.plain("embed", ids)
-            for i in range(s.layers):
-                layer = ours.layer(f"layers.{i}.", i >= s.dense, x, {})
-                for name, (value, _) in layer.items():
-                    np.testing.assert_allclose(value, taps[name], rtol=1e-5, atol=1e-5, err_msg=f"{preset} {name}")
-                x = layer[f"layers.{i}.layer_out"][0]
-            head = ours.head("", x, {})
-            np.testing.assert_allclose(head["logits"][0], expected, rtol=1e-5, atol=1e-5)
-            if has_mtp:
-                mtp_expected, _ = spec.mtp_forward(ids[1:], hidden[:-1])
-                z = ours.mtp_input(ids[1:], head["final_norm"][0][:-1])["mtp.embed"][0]
-                z = ours.layer("mtp.", True, z, {})["mtp.layer_out"][0]
-                np.testing.assert_allclose(
-                    ours.head("mtp.", z, {})["mtp.logits"][0], mtp_expected, rtol=1e-5, atol=1e-5
-                )
-
-
 # ---- what packing costs ---------------------------------------------------------------------------------------------
 
 

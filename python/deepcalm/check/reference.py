@@ -1,13 +1,15 @@
-"""The reference that ``verify`` holds the runtime against: numpy, written from docs/format.md and docs/model.md alone.
+"""The specification: the model in numpy, written from docs/format.md and docs/model.md alone, to be read.
 
-Nothing of the C++ code, of the packer's plan or of its reading of config.json is used here: tiles are decoded from the
-byte table, packed rows are traced to checkpoint rows again, rope, softmax scale and routing come from the source's own
-config.json. Weights are read in slabs, so memory stays small whatever the file's size. Values are float64.
+``verify`` and the tests hold the runtime against it; it is itself held against transformers. Nothing of the C++ code,
+of the packer's plan or of its reading of config.json is used here: tiles are decoded from the byte table, packed rows
+are traced to checkpoint rows again, rope, softmax scale and routing come from the source's own config.json. Weights
+are read in slabs, so memory stays small whatever the file's size. Values are float64, of numpy or of any array module
+that answers to numpy's functions (cupy), that the weights are in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -193,11 +195,13 @@ def softmax_scale(s: Settings) -> float:
     return float((s.dn + s.dr) ** -0.5 * (_magnitude(s, "mscale_all_dim") or 1.0) ** 2)
 
 
-def rotate(s: Settings, v: Array) -> Array:
-    """v [n, ..., dr], row i at position i; channels (j, j + dr/2) turn together."""
-    angle = (np.arange(len(v), dtype=np.float32)[:, None] * inv_freq(s).astype(np.float32)).astype(np.float64)
+def rotate(s: Settings, v: Array, first: int = 0) -> Array:
+    """v [n, ..., dr], row i at position first + i; channels (j, j + dr/2) turn together, by an angle in f32."""
+    position = np.arange(first, first + len(v), dtype=np.float32)
+    angle = (position[:, None] * inv_freq(s).astype(np.float32)).astype(np.float64)
     shape = (len(v), *[1] * (v.ndim - 2), s.dr // 2)
-    cos, sin = (t.reshape(shape) * amplitude(s) for t in (np.cos(angle), np.sin(angle)))
+    table = (t.reshape(shape) * amplitude(s) for t in (np.cos(angle), np.sin(angle)))
+    cos, sin = (np.asarray(t, like=v) for t in table)
     a, b = v[..., : s.dr // 2], v[..., s.dr // 2 :]
     return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
@@ -221,11 +225,15 @@ def scores(s: Settings, z: Array, bias: Array | None) -> tuple[Array, Array]:
     p = softmax(z) if s.softmax else 1 / (1 + np.exp(-z))
     u = p if bias is None else p + bias
     if s.grouping and s.groups > 1:
-        best = np.sort(u.reshape(len(u), s.groups, -1), axis=-1)
-        rank = best[..., -1] if s.grouping == "max" else best[..., -2:].sum(-1)
-        place = np.argsort(np.argsort(-rank, axis=-1, kind="stable"), axis=-1)
+        place = np.argsort(np.argsort(-group_scores(s, u), axis=-1, kind="stable"), axis=-1)
         u = np.where(np.repeat(place < s.top_groups, s.experts // s.groups, axis=1), u, -np.inf)
     return p, u
+
+
+def group_scores(s: Settings, u: Array) -> Array:
+    """u [n, E] -> [n, groups]: the best expert of each group, or the sum of its two best."""
+    best = np.sort(u.reshape(len(u), s.groups, -1), axis=-1)
+    return best[..., -1] if s.grouping == "max" else best[..., -2:].sum(-1)
 
 
 def choose(s: Settings, u: Array) -> Array:
@@ -485,36 +493,49 @@ def cache_round(kv: str, c: Array, k_rope: Array) -> tuple[Array, Array]:
     return c.astype(np.float64), k_rope.astype(np.float64)
 
 
-def attend(kv: str, scale: float, qa: Array, qr: Array, c: Array, kr: Array) -> tuple[Array, Array | float]:
-    """Causal attention: qa [n, h, r], qr [n, h, dr] on c [n, r], kr [n, dr] -> ([n, h, r], [n] spread).
+def attend(
+    kv: str, scale: float, qa: Array, qr: Array, c: Array, kr: Array, ends: Array | None = None
+) -> tuple[Array, Array | float]:
+    """Attention of qa [n, h, r], qr [n, h, dr] on c [T, r], kr [T, dr] -> ([n, h, r], [n, h] spread).
 
-    A bf16 cache rounds queries, and probabilities relative to the running maximum of their partial.
+    Row i sees the first ``ends`` [i] positions; None: i + 1. A bf16 cache rounds queries, and probabilities relative to
+    the running maximum of their partial.
     """
     if kv == "bf16":
         qa, qr = (bf16_round(v).astype(np.float64) for v in (qa, qr))
-    n = len(qa)
+    n, n_pos = len(qa), len(c)
     score = scale * (np.einsum("nhr,tr->nht", qa, c) + np.einsum("nhr,tr->nht", qr, kr))
-    score = np.where(np.tril(np.ones((n, n), bool))[:, None], score, -np.inf)
+    ends = np.arange(1, n + 1) if ends is None else ends
+    seen = np.asarray((np.arange(n_pos) < ends[:, None])[:, None], like=score)
+    score = np.where(seen, score, -np.inf)
     if kv != "bf16":
         return np.einsum("nht,tr->nhr", softmax(score), c), 0.0
     top = np.empty_like(score)
-    for begin in range(0, n, CACHE_CHUNK):
+    for begin in range(0, n_pos, CACHE_CHUNK):
         most = score[..., begin : begin + CACHE_CHUNK].max(-1, keepdims=True)
         most = np.maximum(most, top[..., begin - 1 : begin]) if begin % CACHE_PARTIAL else most
         top[..., begin : begin + CACHE_CHUNK] = most
-    seen = np.isfinite(score)
     weight = np.exp(np.where(seen, top - score.max(-1, keepdims=True), 0))
     raw = np.exp(np.where(seen, score - np.where(seen, top, 0), -np.inf))
     sides = []
     for nudge in (-NUDGE, NUDGE):
         p = bf16_round(raw * (1 + 4 * nudge)) * weight
         sides.append(np.einsum("nht,tr->nhr", p / p.sum(-1, keepdims=True), c))
-    return (sides[0] + sides[1]) / 2, np.linalg.norm((sides[1] - sides[0]).reshape(n, -1), axis=1)
+    return (sides[0] + sides[1]) / 2, np.linalg.norm(sides[1] - sides[0], axis=2)
 
 
-# ---- one layer ------------------------------------------------------------------------------------------------------
+# ---- the model ------------------------------------------------------------------------------------------------------
 
-Taps = dict[str, "tuple[Array, Array | float]"]  # name -> (value, [n] norm of what undecided roundings may change)
+# name -> (value, spread: [n] or [n, h] norms of what undecided roundings may change, 0 for none)
+Taps = dict[str, "tuple[Array, Array | float]"]
+Tap = Callable[..., Array]  # records (name, value, spread) of a layer and returns the value that goes on
+
+
+def given(taps: Taps, name: str, forced: Mapping[str, Array]) -> Array:
+    """The value of a tap, f64 or indices: the forced one if there is one."""
+    value = taps[name][0]
+    x: Array = np.asarray(forced[name], like=value) if name in forced else value
+    return x if x.dtype.kind == "i" else x.astype(np.float64)
 
 
 class Reference:
@@ -549,62 +570,75 @@ class Reference:
         out, spread = self.product(act, name + "w_down", slice_, unseen=True)
         return out[:, : self.s.d], spread
 
-    def layer(self, p: str, moe: bool, x: Array, forced: Mapping[str, Array]) -> Taps:
+    def layer(self, p: str, x: Array, forced: Mapping[str, Array]) -> Taps:
         """All taps of a layer (prefix ``p``) on the residual stream x [n, d]."""
-        s, plain, out = self.s, self.w.plain, {}
+        s, plain, out = self.s, self.w.plain, dict[str, "tuple[Array, Array | float]"]()
 
         def tap(name: str, value: Array, spread: Array | float = 0.0) -> Array:
             out[p + name] = (value, spread)
-            given: Array = np.asarray(forced.get(p + name, value))
-            return given if given.dtype.kind == "i" else given.astype(np.float64)
+            return given(out, p + name, forced)
 
-        n, start = len(x), -(-(s.rq or s.heads * (s.dn + s.dr)) // 16) * 16
         a = tap("attn_norm", rmsnorm(x, plain(p + "attn_norm"), s.eps))
-        qkv = self.product(a, p + "wqkv_a")[0]
-        q, t = qkv[:, : s.heads * (s.dn + s.dr)], qkv[:, start : start + s.r + s.dr]
-        if s.rq:
-            q_a = tap("q_a", rmsnorm(qkv[:, : s.rq], plain(p + "q_a_norm"), LATENT_EPS))
-            q = self.product(q_a, p + "wq_b")[0][:, : s.heads * (s.dn + s.dr)]
-        q = q.reshape(n, s.heads, -1)
-        q = tap("q", np.concatenate([q[..., : s.dn], rotate(s, q[..., s.dn :])], axis=-1))
-        c = tap("c_kv", rmsnorm(t[:, : s.r], plain(p + "kv_a_norm"), LATENT_EPS))
-        kr = tap("k_rope", rotate(s, t[:, s.r :]))
-        c, kr = cache_round(self.kv, c, kr)
-
-        heads = range(s.heads)
-        qa = np.stack([self.product(q[:, h, : s.dn], p + "w_uk", h)[0][:, : s.r] for h in heads], axis=1)
-        qa = tap("q_absorbed", qa)
-        u = tap("attn_latent", *attend(self.kv, softmax_scale(s), qa, q[..., s.dn :], c, kr))
-        v = np.concatenate([self.product(u[:, h], p + "w_uv", h)[0][:, : s.dv] for h in heads], axis=1)
-        y, spread = self.product(v, p + "wo", unseen=True)
-        x = x + tap("attn_out", y[:, : s.d], spread)
-
+        x = x + tap("attn_out", *self.attention(p, a, tap))
         b = tap("ffn_norm", rmsnorm(x, plain(p + "ffn_norm"), s.eps))
-        if not moe:
+        if (s.layers if p == "mtp." else int(p.split(".")[1])) < s.dense:
             x = x + tap("ffn_out", *self.mlp(b, p, s.width))
         else:
-            z = tap("gate_logits", self.product(b, p + "router")[0][:, : s.experts])
-            prob, u = scores(s, z, plain(p + "router_bias") if s.bias else None)
-            experts = tap("topk_idx", choose(s, u))
-            weight = tap("topk_weight", expert_weights(s, prob, experts))
-            routed, loose = np.zeros(x.shape), np.zeros(n)
-            for e in np.unique(experts):
-                rows, slots = np.nonzero(experts == e)
-                y, spread = self.mlp(b[rows], p + "experts.", s.expert_width, int(e))
-                routed[rows] += weight[rows, slots][:, None] * y
-                loose[rows] += weight[rows, slots] * spread
-            x = x + tap("routed_out", routed, loose)
+            x = x + tap("routed_out", *self.routed(p, b, tap))
             if s.shared:
                 x = x + tap("shared_out", *self.mlp(b, p + "shared.", s.shared * s.expert_width))
         tap("layer_out", x)
         return out
 
+    def attention(self, p: str, a: Array, tap: Tap) -> tuple[Array, Array | float]:
+        """The normed input a [n, d] -> [n, d]."""
+        s, plain = self.s, self.w.plain
+        width = s.heads * (s.dn + s.dr)
+        start = -(-(s.rq or width) // 16) * 16
+        qkv = self.product(a, p + "wqkv_a")[0]
+        q, t = qkv[:, :width], qkv[:, start : start + s.r + s.dr]
+        if s.rq:
+            q_a = tap("q_a", rmsnorm(qkv[:, : s.rq], plain(p + "q_a_norm"), LATENT_EPS))
+            q = self.product(q_a, p + "wq_b")[0][:, :width]
+        q = q.reshape(len(a), s.heads, -1)
+        q = tap("q", np.concatenate([q[..., : s.dn], rotate(s, q[..., s.dn :])], axis=-1))
+        c = tap("c_kv", rmsnorm(t[:, : s.r], plain(p + "kv_a_norm"), LATENT_EPS))
+        kr = tap("k_rope", rotate(s, t[:, s.r :]))
+        v = self.values(p, q, *cache_round(self.kv, c, kr), tap)
+        y, spread = self.product(v, p + "wo", unseen=True)
+        return y[:, : s.d], spread
+
+    def values(self, p: str, q: Array, c: Array, kr: Array, tap: Tap) -> Array:
+        """q [n, h, dn + dr] on the cached c [n, r], kr [n, dr] -> [n, h dv].
+
+        Absorbed: W_UK moves to the query, W_UV behind the mean, and all heads share one key [c, kr] and one value c.
+        """
+        s, heads = self.s, range(self.s.heads)
+        qa = np.stack([self.product(q[:, h, : s.dn], p + "w_uk", h)[0][:, : s.r] for h in heads], axis=1)
+        qa = tap("q_absorbed", qa)
+        u = tap("attn_latent", *attend(self.kv, softmax_scale(s), qa, q[..., s.dn :], c, kr))
+        return np.concatenate([self.product(u[:, h], p + "w_uv", h)[0][:, : s.dv] for h in heads], axis=1)
+
+    def routed(self, p: str, b: Array, tap: Tap) -> tuple[Array, Array | float]:
+        """The chosen experts of b [n, d], weights on their outputs."""
+        s = self.s
+        z = tap("gate_logits", self.product(b, p + "router")[0][:, : s.experts])
+        prob, u = scores(s, z, self.w.plain(p + "router_bias") if s.bias else None)
+        experts = tap("topk_idx", choose(s, u))
+        weight = tap("topk_weight", expert_weights(s, prob, experts))
+        out, loose = np.zeros_like(b), np.zeros_like(b[:, 0])
+        for e in np.unique(experts):
+            rows, slots = np.nonzero(experts == e)
+            y, spread = self.mlp(b[rows], p + "experts.", s.expert_width, int(e))
+            out[rows] += weight[rows, slots][:, None] * y
+            loose[rows] += weight[rows, slots] * spread
+        return out, loose
+
     def head(self, p: str, x: Array, forced: Mapping[str, Array]) -> Taps:
         """final_norm and logits of the main model (p "") or of the MTP layer."""
-        h = rmsnorm(x, self.w.plain(p + "final_norm"), self.s.eps)
-        given = np.asarray(forced.get(p + "final_norm", h), np.float64)
-        logits = self.product(given, self.w.head(p))[0][:, : self.s.vocab]
-        return {p + "final_norm": (h, 0.0), p + "logits": (logits, 0.0)}
+        out: Taps = {p + "final_norm": (rmsnorm(x, self.w.plain(p + "final_norm"), self.s.eps), 0.0)}
+        logits = self.product(given(out, p + "final_norm", forced), self.w.head(p))[0][:, : self.s.vocab]
+        return out | {p + "logits": (logits, 0.0)}
 
     def mtp_input(self, next_ids: Array, hidden: Array) -> Taps:
         """What enters the MTP layer: next_ids [n] beside the main model's hidden [n, d] after its final norm."""
@@ -612,3 +646,25 @@ class Reference:
         h = rmsnorm(hidden.astype(np.float64), self.w.plain("mtp.hnorm"), self.s.eps)
         y, spread = self.product(np.concatenate([e, h], axis=1), "mtp.eh_proj", unseen=True)
         return {"mtp.embed": (y[:, : self.s.d], spread)}
+
+    def stages(self, ids: Array, forced: Mapping[str, Array] | None = None) -> Iterator[Taps]:
+        """The whole model over ids [n]: taps of the embedding, of each layer on the output of the one before, the head.
+
+        Where ``forced`` has a tap, what follows uses that value.
+        """
+        forced, last = forced or {}, "embed"
+        taps: Taps = {"embed": (self.w.plain("embed", ids), 0.0)}
+        yield taps
+        for i in range(self.s.layers):
+            taps, last = self.layer(f"layers.{i}.", given(taps, last, forced), forced), f"layers.{i}.layer_out"
+            yield taps
+        yield self.head("", given(taps, last, forced), forced)
+
+    def mtp_stages(self, next_ids: Array, hidden: Array, forced: Mapping[str, Array] | None = None) -> Iterator[Taps]:
+        """The same for the MTP layer: its input, the layer, its head; row i is about token i + 2."""
+        forced = forced or {}
+        taps = self.mtp_input(next_ids, hidden)
+        yield taps
+        taps = self.layer("mtp.", given(taps, "mtp.embed", forced), forced)
+        yield taps
+        yield self.head("mtp.", given(taps, "mtp.layer_out", forced), forced)

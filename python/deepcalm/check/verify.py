@@ -331,25 +331,22 @@ class _Verifier:
                 yield i, taps
 
     def arithmetic(self) -> None:
-        ref, s = reference.Reference(self.settings, self.packed, self.kv), self.settings
+        ref = reference.Reference(self.settings, self.packed, self.kv)
         taps: dict[str, Array] = {}
         for i, taps in self.taps():
             x = taps[f"layers.{i - 1}.layer_out" if i else "embed"].astype(np.float64)
             if i == 0:
                 self.compare("embed", {"embed": (self.packed.plain("embed", self.ids), 0.0)}, taps)
-            self.compare(f"layers.{i}", ref.layer(f"layers.{i}.", i >= s.dense, x, taps), taps)
+            self.compare(f"layers.{i}", ref.layer(f"layers.{i}.", x, taps), taps)
             self.step()
         if self.whole:
             x = taps[f"layers.{self.n_layers - 1}.layer_out"].astype(np.float64)
             self.compare("head", ref.head("", x, taps), taps)
         if self.n_layers in self.layers:
             hidden, taps = self.mtp_taps()
-            inputs = ref.mtp_input(self.ids[1:], hidden)
-            self.compare("mtp input", inputs, taps)
-            x = taps["mtp.embed"].astype(np.float64)
-            self.compare("mtp", ref.layer("mtp.", s.layers >= s.dense, x, taps), taps)
-            x = taps["mtp.layer_out"].astype(np.float64)
-            self.compare("mtp head", ref.head("mtp.", x, taps), taps)
+            stages = ref.mtp_stages(self.ids[1:], hidden, taps)
+            for what, ours in zip(("mtp input", "mtp", "mtp head"), stages, strict=True):
+                self.compare(what, ours, taps)
             self.step()
 
     def mtp_taps(self) -> tuple[Array, dict[str, Array]]:
@@ -374,7 +371,8 @@ class _Verifier:
             allowed = self.allowed(name)
             rows = found.reshape(len(found), -1).astype(np.float64)
             difference = rows - expected.reshape(rows.shape)
-            excess = np.maximum(np.linalg.norm(difference, axis=1) - spread, 0)
+            loose = np.linalg.norm(np.reshape(spread, (len(found), -1)), axis=1) if np.ndim(spread) else spread
+            excess = np.maximum(np.linalg.norm(difference, axis=1) - loose, 0)
             size = float(np.linalg.norm(expected)) or 1.0
             error = float(np.linalg.norm(excess)) / size
             error = error if np.isfinite(error) else np.inf
@@ -499,9 +497,8 @@ class _Verifier:
         self.judge(self.whole_pass(reference.Reference(s, self.packed))[0]["logits"][0])
         if self.has_mtp:
             _, taps_mtp = self.mtp_taps()
-            z = np.asarray(ref.mtp_input(self.ids[1:], head["final_norm"][0][:-1])["mtp.embed"][0])
-            z = np.asarray(ref.layer("mtp.", s.layers >= s.dense, z, {})["mtp.layer_out"][0])
-            found, expected = taps_mtp["mtp.logits"], ref.head("mtp.", z, {})["mtp.logits"][0]
+            *_, mtp_head = ref.mtp_stages(self.ids[1:], head["final_norm"][0][:-1])
+            found, expected = taps_mtp["mtp.logits"], mtp_head["mtp.logits"][0]
             self.effect["mtp_argmax_agreement"] = float((found.argmax(-1) == expected.argmax(-1)).mean())
         if size <= OPINION_LIMIT:
             self.second_opinion()
@@ -511,13 +508,11 @@ class _Verifier:
         self.step()
 
     def whole_pass(self, ref: reference.Reference) -> tuple[reference.Taps, dict[str, Array]]:
-        """The head's taps after all layers, each on the output of the one before; and the experts that each chose."""
-        x, chosen = ref.w.plain("embed", self.ids), dict[str, Array]()
-        for i in range(self.n_layers):
-            taps = ref.layer(f"layers.{i}.", i >= self.settings.dense, x, {})
-            x = np.asarray(taps[f"layers.{i}.layer_out"][0])
-            chosen |= {name: np.asarray(t[0]) for name, t in taps.items() if name.endswith("topk_idx")}
-        return ref.head("", x, {}), chosen
+        """The head's taps of a pass over all layers, and the experts that each chose."""
+        taps, chosen = reference.Taps(), dict[str, Array]()
+        for taps in ref.stages(self.ids):
+            chosen |= {name: t[0] for name, t in taps.items() if name.endswith("topk_idx")}
+        return taps, chosen
 
     def judge(self, implied: Array) -> None:
         """Whether the runtime's logits are what the file's weights imply, and these still a model of the checkpoint."""
