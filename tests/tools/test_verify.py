@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -10,7 +9,6 @@ import json
 import re
 import sys
 import tempfile
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +67,7 @@ def test_right_models_pass(preset: str, source: str, options: dict[str, str]) ->
     assert r.ok and r.first_divergence is None, str(r.first_divergence)
     legs = {c.leg for c in r.checks}
     assert legs == {"config", "checksum", "weights", "arithmetic", "exactness"}
-    assert all("transformers" in note for note in r.notes)
+    assert not r.notes
     arithmetic = {c.what: c for c in r.checks if c.leg == "arithmetic"}
     mtp = tiny.PRESETS[preset].config["num_nextn_predict_layers"]
     assert ("mtp" in arithmetic) == bool(mtp) == ("mtp_argmax_agreement" in r.effect)
@@ -100,8 +98,7 @@ def test_other_ways_to_store_weights_are_right(tmp_path: Path) -> None:
     assert len(notes) == 1 and "although config.json ties them" in notes[0]
     r = verify(tmp_path / "x.dcalm", folder, kv="f32")
     assert r.ok, str(r.first_divergence)
-    if not r.notes:  # transformers is there
-        assert r.effect["transformers_max_abs"] < 1e-4
+    assert r.effect["max_abs"] < 1e-4
 
 
 @pytest.mark.parametrize("dtype", ["q8", "q4", "f8", "f16"])
@@ -140,47 +137,15 @@ def test_a_bf16_cache_rounds_relative_to_its_own_partial(monkeypatch: pytest.Mon
     assert not r.ok and str(r.first_divergence).startswith("arithmetic: layers.0.attn_latent")
 
 
-@pytest.mark.reference
-@pytest.mark.parametrize(("preset", "source"), [("v3", "bf16"), ("v3", "fp8"), ("kimi_k2", "int4"), ("v2_lite", "f32")])
-def test_transformers_is_asked_too(preset: str, source: str) -> None:
-    pytest.importorskip("torch", reason="torch is not installed (extra `reference`)")
-    pytest.importorskip("transformers", reason="transformers is not installed (extra `reference`)")
-    folder = checkpoint(preset, source)
-    r = verify(pack(folder, dtype="f32"), folder, kv="f32", legs=("effects",))
-    assert not r.notes and r.effect["transformers_max_abs"] < 1e-4 and r.effect["transformers_argmax_agreement"] == 1
-    mtp = bool(tiny.PRESETS[preset].config["num_nextn_predict_layers"])
-    assert ("transformers_mtp_tokens_equal" in r.effect) == mtp
-    assert r.effect.get("transformers_mtp_tokens_equal", 1) == 1
-    other = verify(pack(folder, dtype="q4"), folder, kv="f32", legs=("effects",))  # it is a measurement
-    assert other.effect["transformers_max_abs"] > 10 * r.effect["transformers_max_abs"]
-
-
-def test_without_the_extra_verify_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
-    folder = checkpoint("v3", "bf16")
-    r = verify(pack(folder, dtype="q8"), folder, legs=("effects",))
-    assert r.ok and len(r.notes) == 1 and "torch is not installed (extra `reference`)" in r.notes[0]
-    assert "transformers_kl" not in r.effect
-
-
 def test_large_models_are_said_to_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint("v3", "bf16")
     module = sys.modules["deepcalm.check.verify"]
-    monkeypatch.setattr(module, "OPINION_LIMIT", 1000)
-    r = verify(pack(folder, dtype="q8"), folder, legs=("effects",))
-    assert "kl" in r.effect and len(r.notes) == 1 and "no comparison with transformers" in r.notes[0]
     monkeypatch.setattr(module, "EFFECT_LIMIT", 1000)
     r = verify(pack(folder, dtype="q8"), folder, legs=("effects",))
     assert not r.effect and len(r.notes) == 1 and "effect not measured" in r.notes[0]
 
 
 # ---- what packing costs ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers, which takes its time, is not asked."""
-    monkeypatch.setitem(sys.modules, "torch", None)
 
 
 def outlying(fmt: str) -> tuple[Path, Path]:
@@ -193,7 +158,6 @@ def outlying(fmt: str) -> tuple[Path, Path]:
     return pack(folder, dtype=fmt), folder
 
 
-@pytest.mark.usefixtures("alone")
 def test_a_model_that_packing_destroyed_is_not_right() -> None:
     """Every weight is within half a step of its format, every stage computes what the file says, and yet."""
     r = verify(*outlying("f8"))
@@ -203,7 +167,6 @@ def test_a_model_that_packing_destroyed_is_not_right() -> None:
     assert verify(*outlying("f32"), legs="effects").ok
 
 
-@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("dtype", ["f32", "q8", "q4"])
 def test_a_whole_pass_that_the_weights_do_not_explain_is_found(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = deepcalm.Session.prefill
@@ -217,7 +180,6 @@ def test_a_whole_pass_that_the_weights_do_not_explain_is_found(dtype: str, monke
     assert r.first_divergence is not None and (r.first_divergence.leg, r.first_divergence.where) == ("effect", "logits")
 
 
-@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("layers", [3, 6])
 def test_random_models_in_q4_are_right(layers: int) -> None:
     """What q4 costs a deep model of random weights is large, and explained by its weights."""
@@ -227,43 +189,12 @@ def test_random_models_in_q4_are_right(layers: int) -> None:
     assert re.search(r"\n\nverdict: right; packing costs \S+ nats a token, .*\n$", verify_text(r))
 
 
-@pytest.mark.usefixtures("alone")
 def test_a_model_that_says_nothing_is_right() -> None:
     folder = checkpoint("moonlight", "f32", n_shards=1, tie_word_embeddings=False)
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"][:] = 0
     save_file(tensors, folder / "model.safetensors")
     assert verify(pack(folder, dtype="q8"), folder, legs="effects").ok
-
-
-def test_transformers_that_reads_the_checkpoint_otherwise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepcalm.check import peer
-
-    folder = checkpoint("v3", "f32", n_shards=1)
-    other = np.random.default_rng(0).normal(size=(32, 311)).astype(np.float32)
-    monkeypatch.setattr(peer, "opinion", lambda *_: (other, None))
-    r = verify(pack(folder, dtype="q8"), folder, legs="effects")
-    assert [(d.leg, d.where) for d in r.divergences] == [("transformers", "logits")]
-
-
-def test_whatever_transformers_raises_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its router of deepseek_v2 leaves a variable unset where the config asks for noaux_tc: no ValueError."""
-
-    def from_pretrained(*_: object, **__: object) -> None:
-        raise UnboundLocalError("topk_weights")
-
-    fakes = {name: types.ModuleType(name) for name in ("torch", "transformers", "transformers.utils")}
-    torch, transformers, utils = fakes.values()
-    torch.no_grad, torch.float32 = contextlib.nullcontext, None  # type: ignore[attr-defined]
-    transformers.AutoModelForCausalLM = types.SimpleNamespace(from_pretrained=from_pretrained)  # type: ignore[attr-defined]
-    utils.logging = types.SimpleNamespace(  # type: ignore[attr-defined]
-        set_verbosity_error=lambda: None, disable_progress_bar=lambda: None
-    )
-    for name, module in fakes.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    folder = checkpoint("v3", "f32", n_shards=1)
-    r = verify(pack(folder, dtype="q8"), folder, legs="effects")
-    assert r.ok and r.notes == ("transformers cannot run it: UnboundLocalError: topk_weights",)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -618,7 +549,7 @@ def test_command_passes_and_prints_json() -> None:
     folder = checkpoint("v3", "f32", n_shards=1)
     options = ("--json", "--tokens", "12", "--threads", "2")
     code, out, err = cases.run("verify", pack(folder, dtype="q8"), "--against", folder, *options)
-    assert code == 0 and re.fullmatch(r"(note: no comparison with transformers.*\n)?", err)  # the extra may be missing
+    assert (code, err) == (0, "")
     r = json.loads(out, parse_constant=pytest.fail)
     assert r["ok"] is True and r["first_divergence"] is None and r["tokens"] == 12 and r["divergences"] == []
     assert r["verdict"].startswith("right; packing costs ")

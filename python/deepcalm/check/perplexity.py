@@ -139,7 +139,7 @@ def perplexity(
     )
 
 
-def log_softmax(logits: F32) -> F64:
+def log_softmax(logits: F32 | F64) -> F64:
     """Log-probabilities of each row [n, vocab_size], in double precision."""
     x = logits.astype(np.float64)
     x -= x.max(axis=1, keepdims=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import _core
 from ..arguments import integer
-from ..errors import Error, ResourceError, SessionError
+from ..errors import Error, SessionError
 from ..files.checkpoint import Checkpoint
 from ..files.packed import Entry, PackedFile
 from ..model import Model
@@ -25,12 +25,12 @@ from ..sampling import Sampling
 from ..session import STAGES
 from ..text import one_line
 from . import reference
+from .perplexity import log_softmax
 from .reference import Array
 
 MIN_TOKENS, TOKENS = 8, 32
 TAP_BYTES = 256 << 20  # taps of as many layers as this holds are recorded in one pass
 EFFECT_LIMIT = 20_000_000_000  # weights of a model that the reference runs from the source in some minutes
-OPINION_LIMIT = 500_000_000  # weights that transformers holds in float32
 CHUNKS, DRAFTS, NEW_TOKENS, PROMPTS = (1, 3, 16), (1, 2, 3), 8, 3
 LEGS = ("checksums", "weights", "arithmetic", "exactness", "effects")
 CLOSE = 1e-6  # two routing scores this close may be ordered either way by f32
@@ -38,7 +38,6 @@ CLOSE = 1e-6  # two routing scores this close may be ordered either way by f32
 # Both round activations and route near-ties apart, and a deep model of random weights amplifies that up to the size of
 # the effect itself (measured: 0.8 to 1.2 times as far); the cache's type adds up to 0.05 where weights are exact.
 FACTOR, SLACK = 2.0, 0.1
-SAME = 0.01  # transformers in f32 and the reference in f64 on the same weights; measured: 1e-5
 TEXT = (
     "Once upon a time there was a small machine that read every book in the house, and each evening it told a story "
     "about the sea, the wind and a lamp that nobody had ever seen burning."
@@ -56,7 +55,7 @@ SHAPES = (
 class Divergence:
     """Where the packed model first leaves what it should be, one per tensor, tap or key."""
 
-    leg: str  # "config" | "checksum" | "weights" | "arithmetic" | "exactness" | "effect" | "transformers"
+    leg: str  # "config" | "checksum" | "weights" | "arithmetic" | "exactness" | "effect"
     where: str  # key, tensor or tap
     index: tuple[int, ...]  # tensors: slice, packed row, column; taps: token, coordinates
     found: Any
@@ -108,8 +107,8 @@ class Report:
 
     @property
     def first_divergence(self) -> Divergence | None:
-        """The first in the order config, checksums, weights, arithmetic (in pass order), exactness, effect,
-        transformers; None if ok."""
+        """The first in the order config, checksums, weights, arithmetic (in pass order), exactness, effect; None if
+        ok."""
         return self.divergences[0] if self.divergences else None
 
     @property
@@ -500,11 +499,6 @@ class _Verifier:
             *_, mtp_head = ref.mtp_stages(self.ids[1:], head["final_norm"][0][:-1])
             found, expected = taps_mtp["mtp.logits"], mtp_head["mtp.logits"][0]
             self.effect["mtp_argmax_agreement"] = float((found.argmax(-1) == expected.argmax(-1)).mean())
-        if size <= OPINION_LIMIT:
-            self.second_opinion()
-        else:
-            self.notes.append(f"no comparison with transformers: {size / 1e9:.1f} G weights, it is asked up to "
-                              f"{OPINION_LIMIT / 1e9:.1f} G")  # fmt: skip
         self.step()
 
     def whole_pass(self, ref: reference.Reference) -> tuple[reference.Taps, dict[str, Array]]:
@@ -525,40 +519,6 @@ class _Verifier:
         if not e["kl"] <= e["kl_without_text"] + 1e-3:  # a model to which the text says nothing is still rounded
             self.diverge("effect", "kl", (), e["kl"], f"less than {e['kl_without_text']:.3g}",
                          "further from the checkpoint than its average over the text: pack it wider")  # fmt: skip
-
-    def second_opinion(self) -> None:
-        """The same prompt in transformers, where the extra is installed; drafted text against its own drafting."""
-        from . import peer
-
-        try:
-            logits, tokens = peer.opinion(self.ckpt, self.ids, NEW_TOKENS)
-        except ImportError as e:
-            missing = (e.name or str(e)).partition(".")[0]
-            self.notes.append(f"no comparison with transformers: {missing} is not installed (extra `reference`)")
-            return
-        except ResourceError as e:
-            self.notes.append(one_line(e, 200))
-            return
-        self.effect |= {f"transformers_{k}": v for k, v in _distance(self.logits, logits).items()}
-        self.effect["transformers_distance"] = apart = _median(logits, self.truth)
-        if not apart <= SAME:
-            self.diverge("transformers", "logits", (), apart, f"at most {SAME:g}",
-                         "distance from the reference on the checkpoint itself: one reads it wrongly")  # fmt: skip
-        if tokens is not None:
-            last = int(self.logits[-1].argmax())
-            ours = [last, *self.continued([*self.ids.tolist(), last], NEW_TOKENS - 1)]
-            same = np.equal(ours, tokens)
-            self.effect["transformers_mtp_tokens_equal"] = float(np.cumprod(same).sum() / len(same))
-
-    def continued(self, ids: list[int], n: int) -> list[int]:
-        """``n`` greedy tokens after ids, with one draft a round as transformers has."""
-        session = self.model.session(len(ids) + n + 8, self.kv, mtp=True)
-        session.prefill(ids[:-1])
-        out = [ids[-1]]
-        while len(out) <= n:
-            out += [int(t) for t in session.draft_round(out[-1], 1, Sampling(), len(self.logits[0]))["tokens"]]
-        return out[1 : n + 1]
-
 
 # ---- pieces
 
@@ -601,8 +561,7 @@ def _odd_scales(e: Entry, x: Array, s: Array) -> tuple[int, int] | None:
 
 
 def _distance(found: Array, expected: Array) -> dict[str, float]:
-    p, q = (v - v.max(-1, keepdims=True) for v in (expected.astype(np.float64), found.astype(np.float64)))
-    p, q = (v - np.log(np.exp(v).sum(-1, keepdims=True)) for v in (p, q))
+    p, q = log_softmax(expected), log_softmax(found)
     spread = ((expected - expected.mean(-1, keepdims=True)) ** 2).sum()
     nmse = ((found - expected) ** 2).sum() / max(spread, 1e-30)
     return {
@@ -625,8 +584,7 @@ def _median(found: Array, expected: Array) -> float:
 
 def _without_text(logits: Array) -> float:
     """Mean KL in nats of the distributions of logits [n, vocab_size] from their own average: what the text tells."""
-    p = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    p -= np.log(np.exp(p).sum(-1, keepdims=True))
+    p = log_softmax(logits)
     average = np.logaddexp.reduce(p, axis=0) - np.log(len(p))
     return float((np.exp(p) * (p - average)).sum(-1).mean())
 

@@ -54,8 +54,8 @@ def verify(
 
     Compares the configuration, every weight, and every stage of every layer with a second implementation in numpy;
     then the logits with themselves over threads, passes and drafts, to the bit, and with the checkpoint's: what
-    packing costs must be what the file's weights explain, and less than ignoring the text would cost. With the extra
-    `reference` transformers is asked on the same prompt, too. The last line is the verdict.
+    packing costs must be what the file's weights explain, and less than ignoring the text would cost. The last line
+    is the verdict.
     """
     from ..check.verify import verify as compare
 
