@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deepcalm import _core
+from . import _core
 
 GROUPS = 8  # key-value heads of the GQA that a model is compared with
 

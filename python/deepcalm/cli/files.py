@@ -15,7 +15,6 @@ import click
 
 from ..errors import CheckpointError, Error, PackedFileError
 from ..files.safetensors import whole_file
-from ..geometry import GROUPS
 from ..text import one_line
 from .common import DTYPES, FILE, columns, options, progress, say, size, wrapped, write, write_json
 
@@ -215,6 +214,8 @@ def tensor_list(info: dict[str, Any]) -> str:
 
 def screen(info: dict[str, Any], width: int) -> str:
     """What decides about size and speed, in 24 lines of 80 columns; where there are fewer, values wrap."""
+    from ..geometry import GROUPS
+
     c, p, cache, longest = info["config"], info["parameters"], info["cache"], info["config"]["max_position_embeddings"]
     n, heads = c["n_routed_experts"], c["num_attention_heads"]
     experts = f"{c['num_experts_per_tok']} of {n} experts a token, {c['n_shared_experts']} shared" if n else "dense"
@@ -235,11 +236,8 @@ def screen(info: dict[str, Any], width: int) -> str:
     what = what if info["packed"] else f"a checkpoint; packed as it is (--dtype source) {size(info['file_bytes'])}"
     files = ", ".join(f"{name} {size(b)}" for name, b in info["files"].items())
     rows += [("", ""), ("speed", possible_speed(info)), ("", "")]
-    rows += [
-        ("file", what),
-        ("source", one_line(source, 200) or "unknown"),
-        ("with it", one_line(files, 500) or "none"),
-    ]
+    rows += [("file", what), ("source", one_line(source, 200) or "unknown")]
+    rows += [("with it", one_line(files, 500) or "none")]
     why = Counter(d["why"] for d in info["dropped"]).most_common()
     rows += [("dropped", f"{times} tensor{'s' if times > 1 else ''}: {one_line(text, 200)}") for text, times in why[:2]]
     rows += [("", f"{len(info['dropped'])} in all, for {len(why)} reasons (--tensors)")] if len(why) > 2 else []

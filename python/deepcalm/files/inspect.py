@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from deepcalm.files.pack import plan
-from deepcalm.files.packed import PackedFile, Stored, stored_file
-from deepcalm.geometry import attentions, parameters
+from ..geometry import attentions, parameters
+from .pack import plan
+from .packed import PackedFile, Stored, stored_file
 
 
 def describe(path: str | Path) -> dict[str, Any]:
