@@ -160,9 +160,38 @@ def accepted_table() -> list[Row]:
     return rows
 
 
+SHAPES = {
+    "lite27-q8": "DeepSeek-V2-Lite, q8",
+    "lite27-q4": "DeepSeek-V2-Lite, q4",
+    "lite8-bf16": "its first 8 layers, bf16",
+    "lite8-f8": "its first 8 layers, f8",
+    "v3s-q4": "DeepSeek-V3, 1 dense + 1 MoE layer, q4",
+}
+
+
+def rows_table(folder: Path) -> list[Row]:
+    """Prefill, and decoding without a context and after 4,096 positions, of every model with an f16 cache."""
+    rows: list[Row] = [("shape", "threads", "prefill", "of the kernels from L1", "decode", "GB/s", "of the read",
+                        "after 4,096", "of the read", "of what is possible")]  # fmt: skip
+    for r in jsonl.read(folder / "rows.jsonl")[1:]:
+        if r["kv"] != "f16":
+            continue
+        shape, prefill = SHAPES[r["name"]] if r["threads"] == 1 else "", r["prefill"]
+        short, long = (next(d for d in r["decode"] if d["context"] == n) for n in (0, 4096))
+        rows.append((
+            shape, f"{r['threads']}",
+            f"{prefill['rate']['median']:.0f} tok/s", f"{prefill['kernel_share']['median']:.0%}",
+            f"{short['rate']['median']:.1f} tok/s", f"{short['bandwidth']['median']:.1f}",
+            f"{short['share']['median']:.0%}", f"{long['rate']['median']:.1f} tok/s",
+            f"{long['share']['median']:.0%}", f"{long['bound_share']['median']:.0%}",
+        ))  # fmt: skip
+    return rows
+
+
 TABLES: dict[str, Callable[[], list[Row]]] = {
     "cache": cache_table, "intensity": intensity_table, "products": product_table, "experts": experts_table,
     "union": union_table, "gain": gain_table, "accepted": accepted_table,
+    "xeon": lambda: rows_table(DOCS / "perf"), "zen4": lambda: rows_table(DOCS / "perf" / "zen4"),
 }  # fmt: skip
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 

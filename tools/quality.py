@@ -3,7 +3,7 @@
 
     tools/quality.py CHECKPOINT tests/data/stories.txt tests/data/books.txt
 
-Prints the table of the README. For one format: `deepcalm perplexity q4.dcalm TEXT --against f32.dcalm`.
+Prints the table of docs/perf/quality.md. For one format: `deepcalm perplexity q4.dcalm TEXT --against f32.dcalm`.
 """
 
 from __future__ import annotations

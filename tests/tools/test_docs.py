@@ -56,6 +56,19 @@ def test_docs_name_files_functions_and_stages_that_exist(document: str) -> None:
     assert not [o for o in options if not any(f'"{o}"' in t for t in sources().values())]
 
 
+def test_docs_name_files_that_exist() -> None:
+    made_later = {"kernels/cpu/simd_NAME.h"}
+    missing = []
+    for document in make_docs.documents():
+        text = document.read_text(encoding="utf-8")
+        links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+        missing += [
+            f"{document.name}: {n}" for n in re.findall(PATH, text) if not (ROOT / n).exists() and n not in made_later
+        ]
+        missing += [f"{document.name}: {n}" for n in links if not (document.parent / n).exists()]
+    assert not missing
+
+
 def test_docs_check_of_names_finds_what_does_not_exist() -> None:
     text = "float f(int);\n    return g(1);\nResult<Round> A::h(int x) {\n    void (*k)(int);\n"
     assert [n for n in ("f", "g", "h", "A::h", "B::h", "k", "m") if defines(text, "x.cc", n)] == ["f", "h", "A::h", "k"]

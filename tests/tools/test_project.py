@@ -142,9 +142,23 @@ def test_project_readme_commands_are_the_ones_that_ci_runs() -> None:
 def test_project_readme_names_files_that_exist() -> None:
     names = re.findall(r"`((?:kernels|runtime|python|tools|tests|docs|\.ci)/[\w./]*)`", README)
     names += [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    made_later = {"kernels/cpu/simd_NAME.h"}
     assert len(names) > 10
-    assert not [n for n in names if n not in made_later and not (ROOT / n).exists()]
+    assert not [n for n in names if not (ROOT / n).exists()]
+
+
+def test_project_readme_stays_a_page() -> None:
+    assert len(README.splitlines()) <= 150
+    extend = README[README.index("### How to extend it") :].partition("\n\n`.ci/run`")[0]
+    assert 4 < len(set(re.findall(r"`((?:kernels|runtime|python|tools|tests)/[^`]*|CMakeLists.txt)`", extend))) <= 11
+
+
+def test_project_readme_counts_the_lines_to_read() -> None:
+    """As many as there are, or a tenth more: what is promised as an afternoon's reading does not grow unseen."""
+    areas = {a.name: sum(sz.count_lines(ROOT, a).values()) for a in sz.AREAS}
+    promised = re.search(r"the CPU path, ([\d,]+) lines.*?the GPU path \(([\d,]+)\)", README, re.S)
+    assert promised is not None
+    for name, number in zip(("C++", "CUDA"), promised.groups(), strict=True):
+        assert 0 <= int(number.replace(",", "")) - areas[name] <= 0.1 * areas[name], (name, areas[name])
 
 
 def test_project_readme_lists_the_environment_variables_that_are_read() -> None:
