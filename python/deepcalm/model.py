@@ -15,6 +15,7 @@ from .errors import Error, PackedFileError, ResourceError, SessionError, Unsuppo
 from .files import packed
 from .files.text_files import FILES, LEGACY, TextFiles
 from .generation import Generation, Options, TextGeneration, check_draft
+from .names import DEVICES
 from .sampling import Sampling
 from .session import MAX_ROWS, Session
 from .text import Vocabulary, one_line
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CTX = 4096
 MAX_THREADS = 1024
-DEVICES = ("cpu", "cuda", "auto", "sim")
 
 
 class Config(Mapping[str, Any]):

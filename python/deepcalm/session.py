@@ -28,6 +28,7 @@ from .arguments import integer, token_ids
 from .drafting import MAX_DRAFT
 from .errors import Error, ResourceError, SessionError
 from .files.safetensors import File, whole_file
+from .names import KV_TYPES
 from .text import one_line
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
-KV_TYPES = ("f16", "bf16", "f32", "q8")
 MAX_ROWS = 256  # rows of one pass; Ctrl-C works between passes
 SESSION_VERSION = "1"
 STAGES = (

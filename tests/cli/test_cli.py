@@ -34,6 +34,7 @@ from deepcalm.cli import run as run_commands
 from deepcalm.files import packed
 from deepcalm.generation import Generation
 from deepcalm.measure import bench as measure_bench
+from deepcalm.names import ISAS
 from deepcalm.session import Stats
 
 Run = Callable[..., tuple[int, bytes, str]]
@@ -302,7 +303,7 @@ def test_every_command_that_has_defaults_runs_without_arguments(run: Run, monkey
 
 
 def test_isa_names_are_those_of_the_kernels() -> None:
-    assert set(common.ISAS) == {isa["name"] for isa in _core.isas()}
+    assert set(ISAS) == {isa["name"] for isa in _core.isas()}
 
 
 @pytest.mark.parametrize("command", ["", *cli.cli.commands])

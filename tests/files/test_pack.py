@@ -22,7 +22,8 @@ import safetensors
 import tiny
 from deepcalm.errors import CheckpointError, ResourceError, UnsupportedError
 from deepcalm.files import packed
-from deepcalm.files.pack import DTYPES, pack, plan
+from deepcalm.files.pack import pack, plan
+from deepcalm.names import DTYPES
 from ref import checkpoint as ref_checkpoint
 from ref import formats as F
 from ref import model as ref_model
@@ -71,7 +72,7 @@ def test_source_and_f32_keep_every_value(case: str, checkpoints: dict[str, Path]
             )
 
 
-@pytest.mark.parametrize("dtype", DTYPES[2:])
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d not in ("source", "f32")])
 @pytest.mark.parametrize("case", ["v3", "v2_lite", "gigachat3", "kimi_k2"])
 def test_targets_are_within_their_rounding(case: str, dtype: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     pack(checkpoints[case], tmp_path / "x", dtype)
@@ -148,7 +149,7 @@ def test_dtype_policy(checkpoints: dict[str, Path]) -> None:
     assert "mtp_draft_head" not in plan(checkpoints["v2_lite"], "q8").config
     mixed = formats("q4", attn_dtype="source", head_dtype="f16")
     assert (mixed["attn"], mixed["head"], mixed["ffn"]) == ({"bf16"}, {"f16"}, {"q4"})
-    with pytest.raises(UnsupportedError, match="head_dtype 'q5', expected one of source, f32"):
+    with pytest.raises(UnsupportedError, match="head_dtype 'q5', expected one of source, bf16"):
         plan(checkpoints["v3"], head_dtype="q5")
     with pytest.raises(UnsupportedError, match=r"draft_head_dtype 'q5', expected one of source, .*, none"):
         plan(checkpoints["v3"], draft_head_dtype="q5")

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 import deepcalm
 import surface_cases
 import tiny
-from deepcalm import _core, limits, sampling, session
+from deepcalm import _core, limits, names, sampling, session
 from deepcalm.check.perplexity import log_softmax, perplexity
 from deepcalm.errors import ConfigError, Error, PackedFileError, ResourceError, SessionError, UnsupportedError
 from deepcalm.generation import TextGeneration
@@ -452,7 +452,7 @@ def test_module_generate(model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch)
 # ---- saving
 
 
-@pytest.mark.parametrize("kv", session.KV_TYPES)
+@pytest.mark.parametrize("kv", names.KV_TYPES)
 @pytest.mark.parametrize("mtp", [False, True])
 def test_restored_session_goes_on_with_the_same_bits(tmp_path: Path, kv: str, mtp: bool) -> None:
     m = surface_cases.model()

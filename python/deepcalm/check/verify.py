@@ -19,7 +19,7 @@ from .. import _core
 from ..arguments import integer
 from ..errors import Error, SessionError
 from ..files.checkpoint import Checkpoint
-from ..files.packed import Entry, PackedFile
+from ..files.packed import PackedFile, Tensor
 from ..model import Model
 from ..sampling import Sampling
 from ..session import STAGES
@@ -264,7 +264,7 @@ class _Verifier:
         self.step()
 
     def weights(self) -> None:
-        groups: dict[str, list[Entry]] = {}
+        groups: dict[str, list[Tensor]] = {}
         for name, e in self.file.entries.items():
             if e.kind in ("tiled", "plain"):
                 groups.setdefault(_prefix(name), []).append(e)
@@ -276,7 +276,7 @@ class _Verifier:
             self.checks.append(Check("weights", p.rstrip(".") or "top", len(entries), worst, 1.0, worst <= 1, at))
             self.step()
 
-    def tensor(self, e: Entry) -> float:
+    def tensor(self, e: Tensor) -> float:
         """The largest difference of a tensor from the checkpoint, as a share of what its format allows."""
         rows, cols = e.shape[-2:] if len(e.shape) > 1 else (1, *e.shape)
         worst = 0.0
@@ -549,7 +549,7 @@ def _share(fmt: str, f: Array, x: Array, s: Array | None, exact: bool) -> Array:
     return np.abs(f - target) / (half * (1 + 1e-5) + np.abs(x) * 2.0**-22 + 1e-40)
 
 
-def _odd_scales(e: Entry, x: Array, s: Array) -> tuple[int, int] | None:
+def _odd_scales(e: Tensor, x: Array, s: Array) -> tuple[int, int] | None:
     """(row, column) of a q8 or q4 scale that no quantiser would choose for these weights."""
     if e.format not in ("q8", "q4") or e.source_dtype == "I4":
         return None

@@ -17,7 +17,8 @@ import click
 
 from ..errors import Error
 from ..files.safetensors import check_output, whole_file
-from .common import DTYPES, FILE, POSITIVE, columns, open_model, options, progress, say, size, write, write_json
+from ..names import DTYPES
+from .common import FILE, POSITIVE, columns, open_model, options, progress, say, size, write, write_json
 
 if TYPE_CHECKING:
     from ..measure.bench import DraftBench

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import Error
+from ..names import DEVICES, ISAS, KV_TYPES
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 FAILED, INTERRUPTED = 1, 130
-ISAS = ("scalar", "avx2", "avx512", "avx512x")
 
 POSITIVE = click.IntRange(min=1)
 FILE = click.Path(path_type=Path)
@@ -68,13 +68,13 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--draft": {"default": "auto", "show_default": True, "metavar": "off|auto|K", "callback": _draft,
                 "help": "Drafts of the MTP layer per pass, auto: as many as pay. The text is the same with any."},
     "--system": {"metavar": "TEXT", "help": "System message of the chat template."},
-    "--device": {"type": click.Choice(["cpu", "cuda", "auto"]), "default": "cpu", "show_default": True,
+    "--device": {"type": click.Choice(DEVICES[:3]), "default": "cpu", "show_default": True,
                  "help": "Where to compute."},
     "--threads": {"type": click.IntRange(1, 1024), "metavar": "N", "help": "Threads (default: as many as pay)."},
     "--isa": {"type": click.Choice(ISAS), "help": "Instruction set (default: the best that this processor has)."},
     "--ctx": {"type": POSITIVE, "metavar": "N",
               "help": "Positions in the cache (default: the model's maximum, at most 4096)."},
-    "--kv": {"type": click.Choice(["f16", "bf16", "f32", "q8"]), "default": "f16", "show_default": True,
+    "--kv": {"type": click.Choice(KV_TYPES), "default": "f16", "show_default": True,
              "help": "Type of the cache."},
     "--lock": {"is_flag": True, "help": "Keep the weights in memory (mlock)."},
     "--json": {"is_flag": True, "help": "One JSON object on stdout."},
@@ -83,7 +83,6 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 _NAMES = {"--model": ("-m", "--model", "path"), "--max-tokens": ("-n", "--max-tokens"),
           "--json": ("--json", "as_json"), "--quiet": ("-q", "--quiet")}
 # fmt: on
-DTYPES = ("source", "bf16", "f16", "f8", "q8", "q4", "f32")
 SAMPLING = ("--temp", "--top-p", "--top-k", "--min-p", "--seed", "--stop", "--draft")
 RUNTIME = ("--device", "--threads", "--isa", "--ctx", "--kv")
 

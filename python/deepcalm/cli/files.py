@@ -15,11 +15,12 @@ import click
 
 from ..errors import CheckpointError, Error, PackedFileError
 from ..files.safetensors import whole_file
+from ..names import DTYPES
 from ..text import one_line
-from .common import DTYPES, FILE, columns, options, progress, say, size, wrapped, write, write_json
+from .common import FILE, columns, options, progress, say, size, wrapped, write, write_json
 
 if TYPE_CHECKING:
-    from ..files.pack import Plan
+    from ..files.plan import Plan
 
 CACHED = 64 << 20  # bytes a token below which weights may stay in a processor's caches
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tiktoken.model")

@@ -22,7 +22,17 @@ import numpy.typing as npt
 from .. import _core
 from ..errors import CheckpointError
 from . import config
-from .safetensors import MAX_HEADER_BYTES, File, Header, TensorInfo, parse_json, read_file, read_header, show
+from .safetensors import (
+    DTYPE_BYTES,
+    MAX_HEADER_BYTES,
+    File,
+    Header,
+    TensorInfo,
+    parse_json,
+    read_file,
+    read_header,
+    show,
+)
 from .text_files import FILES, LEGACY, TextFiles
 
 MAX_CONFIG_BYTES = 16 << 20
@@ -31,11 +41,11 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".gguf")  # the first three are pickles
 TOKENIZER_FILES = (*FILES, *LEGACY)
 
-KINDS = {"F32": "f32", "BF16": "bf16", "F16": "f16", "F8_E4M3": "f8"}
+SOURCE_DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "f8": "F8_E4M3", "i4": "I4"}  # kind -> as it is stored
+KINDS = {dtype: kind for kind, dtype in SOURCE_DTYPES.items() if kind != "i4"}
 SCALES = ("F32", "BF16", "F16", "F8_E8M0")  # dtypes of f8 block scales
 Bytes = npt.NDArray[np.uint8]
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.)([0-9]{1,6})\.(gate|up|down)_proj\.weight(_scale_inv)?")
-_BITS = {"f32": 32, "bf16": 16, "f16": 16, "f8": 8}
 # Tensors that only other quantisations have, and whose they are. One of these beside a weight refuses it.
 _FOREIGN = {
     "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "scales": "mlx quantisation", "g_idx": "GPTQ",
@@ -64,7 +74,7 @@ class Weight:
     @property
     def row_bytes(self) -> int:
         """Bytes of one stored row (i4 rows are whole 32-bit words)."""
-        return -(-self.cols // 8) * 4 if self.kind == "i4" else self.cols * _BITS[self.kind] // 8
+        return -(-self.cols // 8) * 4 if self.kind == "i4" else self.cols * DTYPE_BYTES[SOURCE_DTYPES[self.kind]]
 
     @property
     def nbytes(self) -> int:

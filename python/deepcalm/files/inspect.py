@@ -9,7 +9,7 @@ from typing import Any
 
 from ..geometry import attentions, parameters
 from .pack import plan
-from .packed import PackedFile, Stored, stored_file
+from .packed import NO_SHA256, PackedFile, Tensor
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -25,8 +25,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     if Path(path).is_dir():
         p = plan(path)
-        stored = [s for t in p.tensors for s in t.stored]
-        stored += [stored_file(name, len(data)) for name, data in p.files.items()]
+        stored = [s for t in [*p.tensors, *p.file_tensors()] for s in t.stored]
         out = {"file": str(path), "packed": False, "file_bytes": p.data_bytes, "header_sha256": None}
         out |= {"config": p.config, "source": p.source, "dropped": [dataclasses.asdict(d) for d in p.dropped]}
         return out | _contents(p.config, stored)
@@ -36,7 +35,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         return out | _contents(f.config, f.entries.values())
 
 
-def _contents(config: dict[str, Any], stored: Iterable[Stored]) -> dict[str, Any]:
+def _contents(config: dict[str, Any], stored: Iterable[Tensor]) -> dict[str, Any]:
     out: dict[str, Any] = {"files": {}, "tensors": [], "formats": {}, "roles": {}, "weight_bytes": 0}
     out |= {"active_bytes_per_token": 0, "parameters": dataclasses.asdict(parameters(config))}
     out["cache"] = {a.name: 2 * a.values * config["num_hidden_layers"] for a in attentions(config)}
@@ -48,7 +47,7 @@ def _contents(config: dict[str, Any], stored: Iterable[Stored]) -> dict[str, Any
         label = f"{s.format} ({s.scale} scales)" if s.kind == "tiled" and s.scale else s.format
         row: dict[str, Any] = {"name": s.name, "role": s.role, "kind": s.kind, "format": s.format, "scale": s.scale}
         row |= {"shape": list(s.shape), "source_dtype": s.source_dtype, "bytes": s.nbytes}
-        out["tensors"].append(row | {"active_bytes": active, "sha256": getattr(s, "sha256", None)})
+        out["tensors"].append(row | {"active_bytes": active, "sha256": None if s.sha256 == NO_SHA256 else s.sha256})
         out["formats"][label] = out["formats"].get(label, 0) + s.nbytes
         out["roles"][s.role] = out["roles"].get(s.role, 0) + s.nbytes
         out["weight_bytes"] += s.nbytes

@@ -13,9 +13,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,15 @@ import numpy.typing as npt
 from .. import _core
 from ..errors import CheckpointError, ResourceError
 from .checkpoint import Checkpoint, Weight
-from .packed import FORMAT_VERSION, TILE_ROWS, Stored, default_floats, stored_file
-from .plan import DTYPES, Dropped, Part, Plan, PlannedTensor, make_plan
+from .packed import FORMAT_VERSION, NO_SHA256, TILE_ROWS, Tensor, default_floats
+from .plan import Part, Plan, make_plan
 from .safetensors import build_header
-
-__all__ = ["DTYPES", "Dropped", "Plan", "PlannedTensor", "pack", "plan"]
 
 SLAB_BYTES = 8 << 20  # bytes of output, and of source, of one step
 LARGE_PAGE = 2 << 20  # the system keeps a file in such pages where one write covers all of one; decoding is faster then
 Progress = Callable[[int, int], object]
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
-Counter = npt.NDArray[np.int64]  # [1]
 
 
 @default_floats()
@@ -85,17 +81,11 @@ def pack(
             raise ResourceError(f"{dst}: would overwrite a file of the checkpoint itself")
         check_target(dst, force)
         p = make_plan(ckpt, dtype, attn_dtype, head_dtype, draft_head_dtype)
-        jobs = [Job(t, t.stored) for t in p.tensors]
-        jobs += [Job(None, [stored_file(name, len(data))], blob=data) for name, data in p.files.items()]
-        header = file_header(p, jobs)
-        end = len(header)
-        for job in jobs:
-            for stored in job.stored:
-                job.offsets.append(end)
-                end += stored.container()[2]
-        identity = json.dumps([_core.__version__, ckpt.mtimes()]).encode() + header + b"".join(p.files.values())
+        tensors = [*p.tensors, *p.file_tensors()]
+        total, versions = lay_out(p, tensors), json.dumps([_core.__version__, ckpt.mtimes()]).encode()
+        identity = hashlib.sha256(versions + file_header(p, tensors) + b"".join(p.files.values()))
         try:
-            _write(ckpt, p, jobs, _Partial(dst, jobs, end, hashlib.sha256(identity).hexdigest(), force), end, progress)
+            _write(ckpt, p, tensors, _Partial(dst, tensors, total, identity.hexdigest(), force), total, progress)
         except OSError as e:
             full = e.errno in (errno.ENOSPC, errno.EDQUOT)
             hint = f"; {dst.name}.partial is kept: make room and run again, or delete it" if full else ""
@@ -126,31 +116,23 @@ def _work_file(path: Path) -> int:
     raise ResourceError(f"{path}: cannot write the packed file: this name is taken by a link or a device; remove it")
 
 
-@dataclass(slots=True)
-class Job:
-    """One planned tensor (with its f8 scales), or one stored file, and where its bytes go."""
-
-    tensor: PlannedTensor | None
-    stored: list[Stored]  # one, or the tensor and its scales
-    offsets: list[int] = field(default_factory=list)  # absolute
-    blob: bytes = b""
-    sha: list[str] = field(default_factory=list)  # filled when the bytes are written
-    near_zero: Counter = field(default_factory=lambda: np.zeros(1, np.int64))  # groups too small for the format
-
-
-def file_header(p: Plan, jobs: list[Job]) -> bytes:
+def file_header(p: Plan, tensors: Sequence[Tensor]) -> bytes:
     """The header with the checksums known so far; its length does not depend on them."""
-    entries: dict[str, Any] = {}
-    layout: dict[str, tuple[str, tuple[int, ...], int]] = {}
-    for job in jobs:
-        for stored, sha in zip(job.stored, job.sha or ["0" * 64] * 2, strict=False):
-            entries[stored.name] = stored.entry() | {"sha256": sha}
-            layout[stored.name] = stored.container()
+    stored = [s for t in tensors for s in t.stored]
+    entries = {s.name: s.entry() | {"sha256": s.sha256} for s in stored}
     dropped = [{"name": d.name, "why": d.why, "bytes": d.bytes} for d in p.dropped]
     texts = {"config": p.config, "source": p.source, "dropped": dropped, "tensors": entries}
     metadata = {"format": "deepcalm", "format_version": FORMAT_VERSION}
     metadata |= {key: json.dumps(value, separators=(",", ":"), sort_keys=True) for key, value in texts.items()}
-    return build_header(metadata, layout)
+    return build_header(metadata, {s.name: s.container() for s in stored})
+
+
+def lay_out(p: Plan, tensors: Sequence[Tensor]) -> int:
+    """Gives every tensor its place behind the header; returns the size of the file."""
+    end = len(file_header(p, tensors))
+    for s in (s for t in tensors for s in t.stored):
+        s.offset, end = end, end + s.container()[2]
+    return end
 
 
 def write_at(fd: int, data: memoryview | bytes, offset: int) -> None:
@@ -179,11 +161,11 @@ class _Partial:
     """DST.partial and its journal: exclusive, resumable, renamed to DST at the end.
 
     The journal is JSON lines: the key of what is packed, then name, checksums and near-zero groups of every finished
-    job. What it claims is read back and hashed before it is believed (it may have outlived data that a power loss
+    tensor. What it claims is read back and hashed before it is believed (it may have outlived data that a power loss
     took).
     """
 
-    def __init__(self, dst: Path, jobs: list[Job], total: int, key: str, force: bool) -> None:
+    def __init__(self, dst: Path, tensors: list[Tensor], total: int, key: str, force: bool) -> None:
         self.dst = dst
         self.force = force
         self.path = dst.with_name(dst.name + ".partial")
@@ -200,7 +182,7 @@ class _Partial:
                 raise ResourceError(f"{self.path}: another pack is writing this file") from None
             self._make_room(total)
             self.log = stack.enter_context(os.fdopen(_work_file(self.journal), "r+", encoding="utf-8"))
-            self._resume(jobs, total, key)
+            self._resume(tensors, total, key)
             stack.pop_all()
 
     def _make_room(self, total: int) -> None:
@@ -211,33 +193,35 @@ class _Partial:
                 self.path.unlink()
             raise ResourceError(f"{self.dst.parent}: {room} bytes free, the packed file needs {total}")
 
-    def _resume(self, jobs: list[Job], total: int, key: str) -> None:
-        self.n_done = self._verified(jobs, key, os.fstat(self.fd).st_size == total)
+    def _resume(self, tensors: list[Tensor], total: int, key: str) -> None:
+        self.n_done = self._verified(tensors, key, os.fstat(self.fd).st_size == total)
         if self.n_done == 0:
             os.ftruncate(self.fd, 0)  # padding is never written: it must read as zeros
         os.ftruncate(self.fd, total)
         self.log.seek(0)
         self.log.truncate()
         self._note({"key": key})
-        for job in jobs[: self.n_done]:
-            self.done(job)
+        for t in tensors[: self.n_done]:
+            self.done(t)
 
-    def _verified(self, jobs: list[Job], key: str, right_size: bool) -> int:
-        """How many leading jobs the journal calls done and whose bytes have the recorded checksums."""
+    def _verified(self, tensors: list[Tensor], key: str, right_size: bool) -> int:
+        """How many leading tensors the journal calls done and whose bytes have the recorded checksums."""
         lines = []
         with contextlib.suppress(OSError, ValueError):
             for line in self.log.read().splitlines():
                 lines.append(json.loads(line))
         self.restarted = bool(lines) and lines[0] != {"key": key}
         n = 0
-        while right_size and not self.restarted and n < len(jobs) and n + 1 < len(lines):
-            job = jobs[n]
-            sha = [self._checksum(at, stored.nbytes) for at, stored in zip(job.offsets, job.stored, strict=True)]
+        while right_size and not self.restarted and n < len(tensors) and n + 1 < len(lines):
+            t = tensors[n]
+            sha = [self._checksum(s.offset, s.nbytes) for s in t.stored]
             line = lines[n + 1]
             near_zero = line.pop("near_zero", -1) if isinstance(line, dict) else -1
-            if line != {"name": job.stored[0].name, "sha256": sha} or near_zero not in range(1 << 62):
+            if line != {"name": t.name, "sha256": sha} or near_zero not in range(1 << 62):
                 break
-            job.sha, job.near_zero[0] = sha, near_zero
+            t.near_zero[0] = near_zero
+            for s, digest in zip(t.stored, sha, strict=True):
+                s.sha256 = digest
             n += 1
         return n
 
@@ -251,9 +235,9 @@ class _Partial:
         self.log.write(json.dumps(line) + "\n")
         self.log.flush()
 
-    def done(self, job: Job) -> None:
-        """Notes that a job's bytes are written."""
-        self._note({"name": job.stored[0].name, "sha256": job.sha, "near_zero": int(job.near_zero[0])})
+    def done(self, t: Tensor) -> None:
+        """Notes that the bytes of a tensor, and of its scales, are written."""
+        self._note({"name": t.name, "sha256": [s.sha256 for s in t.stored], "near_zero": int(t.near_zero[0])})
 
     def commit(self) -> None:
         """Makes the file durable and gives it its name."""
@@ -276,22 +260,24 @@ class _Partial:
         os.close(self.fd)
 
 
-def _write(ckpt: Checkpoint, p: Plan, jobs: list[Job], out: _Partial, total: int, progress: Progress | None) -> None:
+def _write(
+    ckpt: Checkpoint, p: Plan, tensors: list[Tensor], out: _Partial, total: int, progress: Progress | None
+) -> None:
     if out.restarted:
         p.notes.append(f"{out.path.name} belonged to another source or other options and was started over")
     elif out.n_done:
-        p.notes.append(f"resumed: {out.n_done} of {len(jobs)} tensors were packed already, with the right checksums")
+        p.notes.append(f"resumed: {out.n_done} of {len(tensors)} tensors were packed already, with the right checksums")
     try:
-        write_at(out.fd, file_header(p, jobs), 0)
+        write_at(out.fd, file_header(p, tensors), 0)
         with _Writer(out) as writer:
             packer = _Packer(ckpt, writer)
-            for job in jobs[out.n_done :]:
-                for done in packer.run(job):
+            for t in tensors[out.n_done :]:
+                for done in packer.run(t):
                     if progress:
                         progress(done, total)
-        write_at(out.fd, file_header(p, jobs), 0)
+        write_at(out.fd, file_header(p, tensors), 0)
         out.commit()
-        p.notes.extend(_near_zero_notes(jobs))
+        p.notes.extend(_near_zero_notes(tensors))
         if progress:
             progress(total, total)
     except CheckpointError:
@@ -301,14 +287,14 @@ def _write(ckpt: Checkpoint, p: Plan, jobs: list[Job], out: _Partial, total: int
         out.close()
 
 
-def _near_zero_notes(jobs: list[Job]) -> Iterator[str]:
+def _near_zero_notes(tensors: list[Tensor]) -> Iterator[str]:
     """How many groups were too small for their format: one sentence a format."""
-    found: dict[str, list[Job]] = {}
-    for job in jobs:
-        if job.near_zero[0]:
-            found.setdefault(job.stored[0].format, []).append(job)
+    found: dict[str, list[Tensor]] = {}
+    for t in tensors:
+        if t.near_zero[0]:
+            found.setdefault(t.format, []).append(t)
     for fmt, hit in found.items():
-        names, n = [job.stored[0].name for job in hit], sum(int(job.near_zero[0]) for job in hit)
+        names, n = [t.name for t in hit], sum(int(t.near_zero[0]) for t in hit)
         where = " and ".join(names) if len(names) < 3 else f"{len(names)} tensors ({names[0]}, ...)"
         yield f"{n} near-zero groups of {where} are too small for {fmt}: stored in its smallest steps or as zeros"
 
@@ -341,19 +327,19 @@ class _Writer:
             self.buffers[self.turn] = np.empty(size, np.uint8)
         return self.buffers[self.turn]
 
-    def put(self, buffer: Bytes, offset: int, job: Job, last: bool) -> None:
-        """Queues all of ``buffer`` for ``offset``; last: these are the last bytes of a container tensor."""
+    def put(self, buffer: Bytes, offset: int, t: Tensor, last: bool) -> None:
+        """Queues all of ``buffer`` for ``offset``; last: these are the last bytes of ``t``, then of its scales."""
         self.turn = (self.turn + 1) % 3
-        self.pending.append(self.pool.submit(self._work, buffer, offset, job, last))
+        self.pending.append(self.pool.submit(self._work, buffer, offset, t, last))
 
-    def _work(self, buffer: Bytes, offset: int, job: Job, last: bool) -> None:
+    def _work(self, buffer: Bytes, offset: int, t: Tensor, last: bool) -> None:
         self.sha.update(buffer.data)
         write_at(self.out.fd, buffer.data, offset)
         if last:
-            job.sha.append(self.sha.hexdigest())
-            self.sha = hashlib.sha256()
-            if len(job.sha) == len(job.stored):
-                self.out.done(job)
+            ended = next(s for s in t.stored if s.sha256 == NO_SHA256)
+            ended.sha256, self.sha = self.sha.hexdigest(), hashlib.sha256()
+            if ended is t.stored[-1]:
+                self.out.done(t)
 
 
 class _Packer:
@@ -364,18 +350,15 @@ class _Packer:
         self.writer = writer
         self.rows = np.empty(SLAB_BYTES, np.uint8)  # stored source rows
         self.grid: tuple[str, npt.NDArray[Any] | None] = ("", None)  # f8 scales of the last weight
-        self.near_zero: Counter  # of the running job
 
-    def run(self, job: Job) -> Iterator[int]:
-        """Queues all bytes of one job; yields the file offset reached."""
-        t = job.tensor
-        if t is None:
-            self.writer.put(np.frombuffer(job.blob, np.uint8), job.offsets[0], job, True)
+    def run(self, t: Tensor) -> Iterator[int]:
+        """Queues all bytes of a tensor and of its scales; yields the file offset reached."""
+        if t.kind == "file":
+            self.writer.put(np.frombuffer(t.data, np.uint8), t.offset, t, True)
             return
-        self.near_zero = job.near_zero
         own = t.scale_block is not None and not t.exact
         grid = np.zeros(t.scales.shape if t.scales else 0, np.float32)
-        offset, fill = job.offsets[0], 0
+        offset, fill = t.offset, 0
         buffer = self.writer.buffer(SLAB_BYTES)
         for s, begin, end in _units(t):
             size = (end - begin) * t.row_bytes
@@ -384,7 +367,7 @@ class _Packer:
                 done, rest = (fill - rest, rest) if rest < fill else (fill, 0)
                 left = buffer[done:fill]
                 if done:
-                    self.writer.put(buffer[:done], offset, job, False)
+                    self.writer.put(buffer[:done], offset, t, False)
                 offset, fill = offset + done, rest
                 yield offset
                 buffer = self.writer.buffer(rest + size)
@@ -395,11 +378,11 @@ class _Packer:
             else:
                 self._tiles(t, s, begin, end, view, grid if own else None)
             fill += size
-        self.writer.put(buffer[:fill], offset, job, True)
-        if t.scale_block is not None:
+        self.writer.put(buffer[:fill], offset, t, True)
+        if t.scales is not None:
             if t.exact:
                 self._exact_scales(t, grid)
-            self.writer.put(grid.reshape(-1).view(np.uint8), job.offsets[1], job, True)
+            self.writer.put(grid.reshape(-1).view(np.uint8), t.scales.offset, t, True)
         yield offset + fill
 
     def _source(self, w: Weight, lo: int, hi: int) -> tuple[Bytes, npt.NDArray[Any] | None]:
@@ -413,16 +396,16 @@ class _Packer:
             self.grid = (w.name, self.ckpt.read_scale(w))
         return self.ckpt.read_rows(w, lo, hi, self.rows), self.grid[1]
 
-    def _plain(self, t: PlannedTensor, begin: int, end: int, out: Bytes) -> None:
+    def _plain(self, t: Tensor, begin: int, end: int, out: Bytes) -> None:
         """Rows begin..end-1 of a plain tensor."""
         w = t.slices[0][0].weight
         data, scale = self._source(w, begin, end)
         bad = _core.convert_rows(out, t.format, w.kind, data, w.cols, begin, scale, *w.block, w.scale_dtype,
-                                 self.near_zero)  # fmt: skip
+                                 t.near_zero)  # fmt: skip
         if bad is not None:
             raise self.ckpt.bad_value(w, begin + bad[0], bad[1], t.format)
 
-    def _tiles(self, t: PlannedTensor, s: int, begin: int, end: int, out: Bytes, grid: Floats | None) -> None:
+    def _tiles(self, t: Tensor, s: int, begin: int, end: int, out: Bytes, grid: Floats | None) -> None:
         """Row tiles begin..end-1 of slice s; grid [n_slices, ...] receives the scales of f8 that we quantise."""
         parts = t.slices[s]
         first = 0  # row tile at which a stacked part starts
@@ -436,7 +419,7 @@ class _Packer:
             if t0 < t1:
                 self._part(t, s, part, t0, t1, out, at, 1, grid, begin + at)
 
-    def _part(self, t: PlannedTensor, s: int, part: Part, t0: int, t1: int, out: Bytes, at: int, step: int,
+    def _part(self, t: Tensor, s: int, part: Part, t0: int, t1: int, out: Bytes, at: int, step: int,
               grid: Floats | None, tile: int) -> None:  # fmt: skip
         """Row tiles t0..t1-1 of a part to tiles at, at + step, ... of ``out``; tile: the first in the slice."""
         w, r0, r1 = part.weight, t0 * TILE_ROWS, min(t1 * TILE_ROWS, part.rows)
@@ -447,7 +430,7 @@ class _Packer:
         scales = np.empty((-(-(r1 - r0) // block[0]), -(-part.cols // block[1])), np.float32)
         bad = _core.pack_rows(
             out, at * t.row_bytes, step * t.row_bytes, t.format, t.scale, r1 - r0, part.cols, index - lo,
-            part.transpose, t.exact, w.kind, data, lo, scale, *w.block, w.scale_dtype, scales, *block, self.near_zero,
+            part.transpose, t.exact, w.kind, data, lo, scale, *w.block, w.scale_dtype, scales, *block, t.near_zero,
         )  # fmt: skip
         if bad is not None:
             raise self.ckpt.bad_value(w, lo + bad[0], bad[1], t.format)
@@ -455,7 +438,7 @@ class _Packer:
             g = tile * TILE_ROWS // block[0]
             grid[s, g : g + step * len(scales) : step] = scales
 
-    def _exact_scales(self, t: PlannedTensor, grid: Floats) -> None:
+    def _exact_scales(self, t: Tensor, grid: Floats) -> None:
         """f8 with the source's codes: each packed block gets the scale of the source block that it lies in."""
         assert t.scale_block is not None
         for s, parts in enumerate(t.slices):
@@ -472,7 +455,7 @@ class _Packer:
                 grid[s, tiles * TILE_ROWS // t.scale_block[0]] = whole[np.ix_(row_ids, col_ids)]
 
 
-def _units(t: PlannedTensor) -> Iterator[tuple[int, int, int]]:
+def _units(t: Tensor) -> Iterator[tuple[int, int, int]]:
     """(slice, begin, end) row tiles (plain: rows) of one step, at most about SLAB_BYTES of source and of output."""
     align = 2 if t.interleaved else t.scale_block[0] // TILE_ROWS if t.scale_block and not t.exact else 1
     for s, parts in enumerate(t.slices):

@@ -5,22 +5,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import _core
 from ..errors import ConfigError, PackedFileError
-from .safetensors import ALIGN, File, parse_json, read_header, show
+from .safetensors import ALIGN, DTYPE_BYTES, File, parse_json, read_header, show
+
+if TYPE_CHECKING:
+    from .plan import Part
 
 FORMAT_VERSION = "1"
 TILE_ROWS, TILE_COLS = _core.TILE_ROWS, _core.TILE_COLS
 TILE_BYTES = {(f["name"], f["scale"]): int(f["tile_bytes"]) for f in _core.formats()}
-ELEMENT_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "u8": 1}
+SCALE_OF = {"f8": "f32", "q8": "f16", "q4": "f16"}  # dtype of the scales that a quantiser gives these formats
+NO_SHA256 = "0" * 64  # not known yet; as long as one
 MAX_SCALE_BLOCK = 1 << 20
 Floats = npt.NDArray[np.float32]
 
@@ -35,9 +39,12 @@ def default_floats() -> Iterator[None]:
         _core.swap_float_mode(mode)
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One tensor of a packed file: what the tensor table says about it, and the sizes that follow."""
+@dataclass(slots=True)
+class Tensor:
+    """One tensor of a packed file, from the plan to the bytes: what it is, what it is made of, where it lies.
+
+    The first ten are what the tensor table says.
+    """
 
     name: str
     role: str  # runtime/manifest.h, or "scale", "file"
@@ -49,6 +56,54 @@ class Stored:
     interleaved: bool  # two parts alternate tile by tile
     scale_block: tuple[int, int] | None  # f8: rows, cols
     source_dtype: str  # "BF16"; "BF16+F8_E4M3" for mixed parts
+
+    # when it is packed
+    slices: list[list[Part]] = field(default_factory=list, repr=False)
+    exact: bool = False  # f8, q4: the source's own codes and scales are kept
+    note: str = ""
+    data: bytes = field(default=b"", repr=False)  # of a file
+    near_zero: npt.NDArray[np.int64] = field(  # [1] groups too small for the format
+        default_factory=lambda: np.zeros(1, np.int64), repr=False, compare=False
+    )
+    # in the file
+    offset: int = field(default=0, compare=False)  # absolute
+    sha256: str = field(default=NO_SHA256, compare=False)  # of the true bytes
+    scales: Tensor | None = field(init=False, repr=False)  # of f8: f32 [n_slices, block rows, block cols]
+
+    def __post_init__(self) -> None:
+        self.scales = None
+        if self.scale_block is not None:
+            rows, cols = self.scale_block
+            grid = (self.n_slices, -(-self.shape[-2] // rows), -(-self.shape[-1] // cols))
+            self.scales = Tensor(self.name + ".scale", "scale", "scale", "f32", "", grid, (), False, None, "F32")
+
+    @classmethod
+    def of(cls, spec: dict[str, Any], fmt: str, scale: str, block: tuple[int, int] | None, source: str,
+           **planned: Any) -> Tensor:  # fmt: skip
+        """An entry of ``_core.expected_tensors``, stored in this format."""
+        shape = [spec["n_slices"]] * spec["stacked"] + [spec["rows"]] + [spec["cols"]] * (spec["cols"] > 0)
+        return cls(spec["name"], spec["role"], "tiled" if spec["tiled"] else "plain", fmt, scale, tuple(shape),
+                   tuple(spec["parts"]), spec["interleaved"], block, source, **planned)  # fmt: skip
+
+    @classmethod
+    def file(cls, name: str, size: int, data: bytes = b"") -> Tensor:
+        """A tokenizer file or template of ``size`` bytes."""
+        return cls("file." + name, "file", "file", "u8", "", (size,), (), False, None, "", data=data)
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """The tensors in the container: this one, and its f8 scales."""
+        return [self, self.scales] if self.scales else [self]
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the checkpoint weights that it is made of, each once, in order."""
+        return list(dict.fromkeys(part.weight.name for parts in self.slices for part in parts))
+
+    @property
+    def bytes(self) -> int:
+        """All stored bytes, scales included, padding excluded."""
+        return sum(s.nbytes for s in self.stored)
 
     @property
     def n_slices(self) -> int:
@@ -65,21 +120,14 @@ class Stored:
     def row_bytes(self) -> int:
         """Bytes of one row tile (tiled) or of one row."""
         col_tiles = -(-self.shape[-1] // TILE_COLS)
-        tiled = self.kind == "tiled"
-        return col_tiles * TILE_BYTES[self.format, self.scale] if tiled else self.shape[-1] * ELEMENT_BYTES[self.format]
+        if self.kind == "tiled":
+            return col_tiles * TILE_BYTES[self.format, self.scale]
+        return self.shape[-1] * DTYPE_BYTES[self.format.upper()]
 
     @property
     def nbytes(self) -> int:
         """True bytes, without padding and without f8 scales."""
         return self.row_bytes * self.slice_rows * self.n_slices
-
-    @property
-    def scales(self) -> Stored | None:
-        """The tensor of f8 scales beside this one: f32 [n_slices, block rows, block cols]."""
-        if self.scale_block is None:
-            return None
-        grid = (self.n_slices, -(-self.shape[-2] // self.scale_block[0]), -(-self.shape[-1] // self.scale_block[1]))
-        return Stored(self.name + ".scale", "scale", "scale", "f32", "", grid, (), False, None, "F32")
 
     def entry(self) -> dict[str, Any]:
         """The tensor table's entry, without the checksum."""
@@ -101,34 +149,15 @@ class Stored:
         """Bytes that decoding one token reads: chosen experts only, one embedding row, no MTP layer."""
         if self.name.startswith("mtp.") or self.kind in ("scale", "file"):
             return 0
-        n = self.nbytes + (self.scales.nbytes if self.scales else 0)
         if self.role == "embed":
             return self.row_bytes
-        return n // self.n_slices * num_experts_per_tok if self.role == "expert" else n
-
-
-def stored_file(name: str, n_bytes: int) -> Stored:
-    """The description of a tokenizer file or template."""
-    return Stored("file." + name, "file", "file", "u8", "", (n_bytes,), (), False, None, "")
-
-
-def spec_shape(spec: dict[str, Any]) -> tuple[int, ...]:
-    """Shape of an entry of ``_core.expected_tensors``: [n_slices?, rows, cols] or [rows]."""
-    return tuple([spec["n_slices"]] * spec["stacked"] + [spec["rows"]] + [spec["cols"]] * (spec["cols"] > 0))
-
-
-@dataclass(frozen=True, slots=True)
-class Entry(Stored):
-    """A tensor that is in the file."""
-
-    sha256: str  # of the true bytes
-    offset: int  # absolute
+        return self.bytes // self.n_slices * num_experts_per_tok if self.role == "expert" else self.bytes
 
 
 class PackedFile:
     """A checked packed file. Close it, or use it as a context manager.
 
-    ``config``: the normalised configuration; ``entries``: name -> Entry in file order; ``source``, ``dropped``: what
+    ``config``: the normalised configuration; ``entries``: name -> Tensor in file order; ``source``, ``dropped``: what
     the packer recorded; ``metadata``: the raw strings; ``data_offset``: first byte of the tensors.
     Raises PackedFileError.
     """
@@ -199,16 +228,13 @@ class PackedFile:
         except ConfigError as error:
             raise self._refuse(str(error)) from None
         table = self._json("tensors", dict)
-        expected: dict[str, Stored] = {}
+        expected: dict[str, Tensor] = {}
         for spec in specs:
-            stored = self._described(spec, table.get(spec["name"]))
-            expected[stored.name] = stored
-            if stored.scales is not None:
-                expected[stored.scales.name] = stored.scales
+            expected |= {t.name: t for t in self._described(spec, table.get(spec["name"])).stored}
         for name, raw in table.items():
             shape = raw.get("shape") if isinstance(raw, dict) else None
             if name.startswith("file.") and isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int:
-                expected[name] = stored_file(name.removeprefix("file."), shape[0])
+                expected[name] = Tensor.file(name.removeprefix("file."), shape[0])
         for name in {**expected, **table, **self.header.tensors}:
             if not (name in expected and name in table and name in self.header.tensors):
                 what = "is missing" if name in expected else "is not part of this model"
@@ -222,14 +248,13 @@ class PackedFile:
             if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab for i in ids):
                 raise self._refuse(f"config: {key} is {show(self.config[key])}, expected ids in 0..{vocab - 1}")
 
-    def _described(self, spec: dict[str, Any], raw: object) -> Stored:
+    def _described(self, spec: dict[str, Any], raw: object) -> Tensor:
         """The tensor that the manifest expects, in the format that the table gives it."""
         where = f"tensor {spec['name']}"
         if not isinstance(raw, dict):
             raise self._refuse(f"{where}: {'is missing' if raw is None else 'its table entry is not an object'}")
         fmt, scale, source, block = (raw.get(k) for k in ("format", "scale", "source_dtype", "scale_block"))
-        kind = "tiled" if spec["tiled"] else "plain"
-        scales = [s for f, s in TILE_BYTES if f == fmt] if kind == "tiled" else [""]
+        scales = [s for f, s in TILE_BYTES if f == fmt] if spec["tiled"] else [""]
         if not isinstance(fmt, str) or fmt not in spec["formats"] or scale not in scales:
             names = ", ".join(spec["formats"])
             raise self._refuse(f"{where}: format {show(fmt)} with {show(scale)} scales, expected one of {names}")
@@ -241,23 +266,23 @@ class PackedFile:
             pair = (b[0], b[1])
         if not isinstance(source, str) or len(source) > 64 or not source.isprintable():
             raise self._refuse(f"{where}: source_dtype {show(source)}, expected a name")
-        parts, shape = tuple(spec["parts"]), spec_shape(spec)
-        return Stored(spec["name"], spec["role"], kind, fmt, scale, shape, parts, spec["interleaved"], pair, source)
+        return Tensor.of(spec, fmt, str(scale), pair, source)
 
-    def _entry(self, stored: Stored, raw: object) -> Entry:
-        where, info = f"tensor {show(stored.name)}", self.header.tensors[stored.name]
+    def _entry(self, t: Tensor, raw: object) -> Tensor:
+        where, info = f"tensor {show(t.name)}", self.header.tensors[t.name]
         given = raw if isinstance(raw, dict) else {}  # what is no object lacks every key
-        expected, sha256 = stored.entry(), given.get("sha256")
+        expected, sha256 = t.entry(), given.get("sha256")
         for key in {**expected, **given}:
             found, right = given.get(key), expected.get(key)
             if key != "sha256" and (found != right or type(found) is not type(right)):
                 raise self._refuse(f"{where}: {show(key)} is {show(found)}, expected {show(right)}")
         if not isinstance(sha256, str) or len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
             raise self._refuse(f"{where}: sha256 is {show(sha256)}, expected 64 hexadecimal digits")
-        if (info.dtype, info.shape, info.nbytes) != (want := stored.container()):
+        if (info.dtype, info.shape, info.nbytes) != (want := t.container()):
             found = f"{info.dtype} {list(info.shape)}, {info.nbytes} bytes in the container"
             raise self._refuse(f"{where}: {found}, expected {want[0]} {list(want[1])}, {want[2]} bytes")
-        return Entry(**{f.name: getattr(stored, f.name) for f in fields(Stored)}, sha256=sha256, offset=info.offset)
+        t.sha256, t.offset = sha256, info.offset
+        return t
 
     # ---- contents ---------------------------------------------------------------------------------------------------
 
@@ -328,7 +353,7 @@ class PackedFile:
         return bad
 
 
-def _natural_rows(s: Stored) -> npt.NDArray[np.intp]:
+def _natural_rows(s: Tensor) -> npt.NDArray[np.intp]:
     """Packed row of every natural row, parts in order."""
     out, start = [], 0
     for i, n in enumerate(s.parts or (s.shape[-2],)):

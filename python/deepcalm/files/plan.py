@@ -11,12 +11,10 @@ import numpy.typing as npt
 
 from .. import _core
 from ..errors import UnsupportedError
-from .checkpoint import Checkpoint, Weight, source_names
-from .packed import TILE_COLS, TILE_ROWS, Stored, spec_shape, stored_file
+from ..names import DTYPES
+from .checkpoint import SOURCE_DTYPES, Checkpoint, Weight, source_names
+from .packed import SCALE_OF, TILE_COLS, TILE_ROWS, Tensor
 
-DTYPES = ("source", "f32", "bf16", "f16", "f8", "q8", "q4")
-_SCALE_OF = {"f8": "f32", "q8": "f16", "q4": "f16"}  # of the formats that the packer quantises to itself
-_SOURCE_NAMES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "f8": "F8_E4M3", "i4": "I4"}
 Index = npt.NDArray[np.int32]
 
 
@@ -61,30 +59,6 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedTensor(Stored):
-    """A tensor of the packed file and what it is made of."""
-
-    exact: bool  # f8, q4: the source's own codes and scales are kept
-    note: str
-    slices: list[list[Part]] = field(repr=False)
-
-    @property
-    def sources(self) -> list[str]:
-        """Names of the checkpoint weights, each once, in order."""
-        return list(dict.fromkeys(part.weight.name for parts in self.slices for part in parts))
-
-    @property
-    def stored(self) -> list[Stored]:
-        """The tensors in the container: this one, and its f8 scales."""
-        return [self, self.scales] if self.scales else [self]
-
-    @property
-    def bytes(self) -> int:
-        """All stored bytes, scales included, padding excluded."""
-        return sum(s.nbytes for s in self.stored)
-
-
-@dataclass(frozen=True, slots=True)
 class Dropped:
     """A checkpoint tensor that is not in the packed file, and why."""
 
@@ -99,7 +73,7 @@ class Plan:
 
     config: dict[str, Any]
     source: dict[str, Any]  # name, files, checksums, and the dtypes asked for
-    tensors: list[PlannedTensor]
+    tensors: list[Tensor]
     files: dict[str, bytes] = field(repr=False)
     dropped: list[Dropped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -107,8 +81,11 @@ class Plan:
     @property
     def data_bytes(self) -> int:
         """Bytes of all tensors and stored files, padding included, header excluded."""
-        files = [stored_file(name, len(data)) for name, data in self.files.items()]
-        return sum(s.container()[2] for s in [*(s for t in self.tensors for s in t.stored), *files])
+        return sum(s.container()[2] for t in [*self.tensors, *self.file_tensors()] for s in t.stored)
+
+    def file_tensors(self) -> list[Tensor]:
+        """What the files are stored as, anew."""
+        return [Tensor.file(name, len(data), data) for name, data in self.files.items()]
 
     @property
     def source_bytes(self) -> int:
@@ -131,12 +108,9 @@ def make_plan(
     for spec in _core.expected_tensors(config):
         slices = _slices(spec, ckpt)
         fmt, scale, block, exact, note = _choose(spec, slices, options.get(spec["role"] + "_dtype", dtype))
-        kinds = sorted({_SOURCE_NAMES[p.weight.kind] for parts in slices for p in parts})
-        tensors.append(
-            PlannedTensor(spec["name"], spec["role"], "tiled" if spec["tiled"] else "plain", fmt, scale,
-                          spec_shape(spec), tuple(spec["parts"]), spec["interleaved"], block, "+".join(kinds),
-                          exact, note, slices)
-        )  # fmt: skip
+        kinds = sorted({SOURCE_DTYPES[p.weight.kind] for parts in slices for p in parts})
+        planned = {"slices": slices, "exact": exact, "note": note}
+        tensors.append(Tensor.of(spec, fmt, scale, block, "+".join(kinds), **planned))
     files = ckpt.tokenizer_files()
     notes = list(ckpt.notes)
     dropped = _dropped(ckpt, {n for t in tensors for s in t.slices for p in s for n in p.weight.tensors}, notes)
@@ -206,7 +180,7 @@ def _choose(spec: dict[str, Any], slices: list[list[Part]], dtype: str) -> Choic
     """How a tensor is stored under the dtype asked for its role."""
     kinds = {(p.weight.kind, p.weight.scale_dtype) for parts in slices for p in parts}
     kind, scale = next(iter(kinds))
-    names = " and ".join(sorted({_SOURCE_NAMES[k] for k, _ in kinds}))
+    names = " and ".join(sorted({SOURCE_DTYPES[k] for k, _ in kinds}))
     allowed = spec["formats"]
     if allowed == ["f32"]:  # norms, biases, router
         return "f32", "", None, False, ""
@@ -229,8 +203,8 @@ def _choose(spec: dict[str, Any], slices: list[list[Part]], dtype: str) -> Choic
             return "f32", "", None, False, "int4 cannot be transposed: f32"
     target = kind if dtype == "source" else dtype
     block = (16 if len(slices[0]) > 1 else 128, 128) if target == "f8" else None
-    note = f"{names} quantised again" if target in _SCALE_OF and kind in ("f8", "i4") else ""
-    return target, _SCALE_OF.get(target, ""), block, False, note
+    note = f"{names} quantised again" if target in SCALE_OF and kind in ("f8", "i4") else ""
+    return target, SCALE_OF.get(target, ""), block, False, note
 
 
 def _f8_block(slices: list[list[Part]], interleaved: bool) -> tuple[int, int] | None:

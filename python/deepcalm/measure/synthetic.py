@@ -26,8 +26,8 @@ import numpy.typing as npt
 from .. import _core
 from ..errors import ResourceError, UnsupportedError
 from ..files.config import normalise
-from ..files.pack import Job, file_header, slabs, write_at
-from ..files.packed import TILE_BYTES, TILE_COLS, TILE_ROWS, Stored, spec_shape, stored_file
+from ..files.pack import file_header, lay_out, slabs, write_at
+from ..files.packed import SCALE_OF, TILE_BYTES, TILE_COLS, TILE_ROWS, Tensor
 from ..files.plan import Plan, draft_head_key
 from ..files.plan import dtypes as plan_dtypes
 from ..files.safetensors import whole_file
@@ -38,7 +38,6 @@ U8 = npt.NDArray[np.uint8]
 N_TILES = 4093  # tiles of a block, a prime: 2 to 8 MB
 PLAIN_VALUES = 2**21 - 9  # values of a block of a tensor that is not tiled, a prime
 Q8_DEVIATION, Q4_DEVIATION, F8_DEVIATION = 42.0, 2.4, 96.0  # standard deviations of the codes: almost none saturate
-_SCALES = {"f8": "f32", "q8": "f16", "q4": "f16"}
 
 _COMMON: Config = {
     "attention_bias": False, "hidden_act": "silu", "initializer_range": 0.02, "moe_layer_freq": 1,
@@ -148,18 +147,15 @@ def make_tokenizer(config: Config, n_tokens: int) -> tuple[str, Config]:
     }  # fmt: skip
 
 
-def _stored(spec: dict[str, Any], dtypes: dict[str, str]) -> Stored:
+def _stored(spec: dict[str, Any], dtypes: dict[str, str]) -> Tensor:
     """How a tensor of the manifest is stored; as the packer would (plan.py), from a bf16 checkpoint."""
     fmt = dtypes.get(spec["role"], dtypes["all"])
     if fmt not in spec["formats"]:  # norms, router: f32; embedding, eh_proj: 16 bits or more
         fmt = "bf16" if "bf16" in spec["formats"] else "f32"
     block = (128, 128) if fmt == "f8" else None
-    kind, parts = "tiled" if spec["tiled"] else "plain", tuple(spec["parts"])
-    if spec["tiled"] and (spec["rows"] % TILE_ROWS or spec["cols"] % TILE_COLS or any(p % TILE_ROWS for p in parts)):
+    if spec["tiled"] and (spec["cols"] % TILE_COLS or any(n % TILE_ROWS for n in (spec["rows"], *spec["parts"]))):
         raise UnsupportedError(f"tensor {spec['name']}: {spec['rows']} x {spec['cols']}, expected multiples of 16 x 32")
-    scale = _SCALES.get(fmt, "") if kind == "tiled" else ""
-    return Stored(spec["name"], spec["role"], kind, fmt, scale, spec_shape(spec), parts, spec["interleaved"], block,
-                  "random")  # fmt: skip
+    return Tensor.of(spec, fmt, SCALE_OF.get(fmt, "") if spec["tiled"] else "", block, "random")
 
 
 def _deviation(name: str, spec: dict[str, Any], cfg: Config) -> float:
@@ -203,10 +199,10 @@ class _Values:
             else:
                 kind = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}[fmt]
                 self.tiles[key] = (np.float32(deviation) * x).astype(kind).view(np.uint8)
-            assert self.tiles[key].shape[1] == TILE_BYTES[fmt, _SCALES.get(fmt, "")]
+            assert self.tiles[key].shape[1] == TILE_BYTES[fmt, SCALE_OF.get(fmt, "")]
         return self.tiles[key]
 
-    def pieces(self, s: Stored, deviation: float) -> Iterator[U8]:
+    def pieces(self, s: Tensor, deviation: float) -> Iterator[U8]:
         """The bytes of a tensor, piece after piece, none longer than a block."""
         start = self.number(s.name)
         if s.kind == "tiled":
@@ -262,19 +258,18 @@ def write_model(
     cfg |= draft_head_key(options, cfg)
     values, specs = _Values(seed), _core.expected_tensors(cfg)
     deviations: dict[str, float] = {}
-    jobs = []
+    tensors = []
     for entry in specs:
-        stored = _stored(entry, dtypes)
-        deviations[stored.name] = _deviation(stored.name, entry, cfg) if entry["cols"] else 1.0
-        jobs.append(Job(None, [stored, stored.scales] if stored.scales else [stored]))
-        if stored.scales:
-            deviations[stored.scales.name] = deviations[stored.name] / F8_DEVIATION
+        t = _stored(entry, dtypes)
+        deviations[t.name] = _deviation(t.name, entry, cfg) if entry["cols"] else 1.0
+        deviations[t.name + ".scale"] = deviations[t.name] / F8_DEVIATION
+        tensors.append(t)
     tokenizer, tokenizer_config = make_tokenizer(raw, n_tokens)
     files = {"tokenizer.json": tokenizer.encode(), "tokenizer_config.json": json.dumps(tokenizer_config).encode()}
-    jobs += [Job(None, [stored_file(name, len(data))], blob=data) for name, data in files.items()]
     source = {"name": f"random weights in the geometry of {spec}", "seed": seed, "options": dtypes}
     plan = Plan(cfg, source | {"overrides": list(overrides)}, [], files)
-    total = len(file_header(plan, jobs)) + sum(s.container()[2] for job in jobs for s in job.stored)
+    tensors += plan.file_tensors()
+    total = lay_out(plan, tensors)
     if (free := shutil.disk_usage(path.parent).free) < total and not sparse:
         raise ResourceError(f"{path}: {total / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on that disk")
     with (
@@ -283,25 +278,22 @@ def write_model(
         ThreadPoolExecutor(1, "deepcalm-write") as writer,
     ):
         os.ftruncate(out.fileno(), total)  # padding is never written: it reads as zeros
-        end = len(file_header(plan, jobs))
         pending = []
-        for job in jobs:
-            for s in job.stored:
-                sha, at = hashlib.sha256(), end
-                pieces: Iterable[U8] = [np.frombuffer(job.blob, np.uint8)] if job.blob else []
-                if not job.blob and not sparse:
-                    pieces = values.pieces(s, deviations[s.name])
-                for piece in slabs(pieces, at):
-                    pending.append(writer.submit(write_at, out.fileno(), piece.data, at))
-                    sha.update(piece.data)  # beside the write
-                    at += len(piece)
-                    while len(pending) > 8:
-                        pending.pop(0).result()
-                job.sha.append(sha.hexdigest())
-                end += s.container()[2]
-                if progress:
-                    progress(end, total)
+        for s in (s for t in tensors for s in t.stored):
+            sha, at = hashlib.sha256(), s.offset
+            pieces: Iterable[U8] = [np.frombuffer(s.data, np.uint8)] if s.data else []
+            if s.kind != "file" and not sparse:
+                pieces = values.pieces(s, deviations[s.name])
+            for piece in slabs(pieces, at):
+                pending.append(writer.submit(write_at, out.fileno(), piece.data, at))
+                sha.update(piece.data)  # beside the write
+                at += len(piece)
+                while len(pending) > 8:
+                    pending.pop(0).result()
+            s.sha256 = sha.hexdigest()
+            if progress:
+                progress(s.offset + s.container()[2], total)
         for write in pending:
             write.result()
-        write_at(out.fileno(), file_header(plan, jobs), 0)
+        write_at(out.fileno(), file_header(plan, tensors), 0)
     return total
