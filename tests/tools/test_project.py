@@ -153,12 +153,12 @@ def test_project_readme_stays_a_page() -> None:
 
 
 def test_project_readme_counts_the_lines_to_read() -> None:
-    """As many as there are, or a tenth more: what is promised as an afternoon's reading does not grow unseen."""
+    """As many as there are, or a seventh more: what is promised as an afternoon's reading does not grow unseen."""
     areas = {a.name: sum(sz.count_lines(ROOT, a).values()) for a in sz.AREAS}
     promised = re.search(r"the CPU path, ([\d,]+) lines.*?the GPU path \(([\d,]+)\)", README, re.S)
     assert promised is not None
     for name, number in zip(("C++", "CUDA"), promised.groups(), strict=True):
-        assert 0 <= int(number.replace(",", "")) - areas[name] <= 0.1 * areas[name], (name, areas[name])
+        assert 0 <= int(number.replace(",", "")) - areas[name] <= 0.15 * areas[name], (name, areas[name])
 
 
 def test_project_readme_lists_the_environment_variables_that_are_read() -> None:
