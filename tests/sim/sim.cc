@@ -100,8 +100,8 @@ struct Fiber {
     bool done = false;
     const unsigned* waits_on = nullptr;  // not runnable while *waits_on == waits_for
     unsigned waits_for = 0;
-    int committed = 0;  // cp.async groups
-    CopyList copies;
+    int committed = 0;           // cp.async groups
+    CopyList* copies = nullptr;  // apart: the scheduler walks over the fibers
     void *tsan = nullptr, *fake_stack = nullptr;
 };
 
@@ -121,6 +121,8 @@ struct Block {
     Grid* grid = nullptr;
     const std::function<void()>* body = nullptr;
     int current = 0, alive = 0;
+    const std::vector<int>* order = nullptr;  // of this round; the threads before `turn` have had theirs
+    size_t turn = 0;
     int arrived = 0;
     unsigned generation = 0;  // block barrier
     unsigned barrier_line = 0;
@@ -131,6 +133,7 @@ struct Block {
     CopyList bulk;
     Warp warp[kMaxThreads / kWarp];
     Fiber fiber[kMaxThreads];
+    CopyList copies[kMaxThreads];
     Context main{};
     void *main_tsan = nullptr, *main_fake = nullptr;
     const void* main_bottom = nullptr;
@@ -168,8 +171,24 @@ DC_SIM_NOSAN void switch_context(Context& from, Context& to) {
 #endif
 }
 
+// The next thread of the round that can go on, with its turn begun; null: the round is over.
+DC_SIM_NOSAN Fiber* next_turn() {
+    while (b->turn < b->order->size()) {
+        b->current = b->place.thread = (*b->order)[b->turn++];
+        Fiber& f = b->fiber[b->current];
+        if (!f.done && !(f.waits_on && *f.waits_on == f.waits_for)) return &f;
+    }
+    return nullptr;
+}
+
 DC_SIM_NOSAN void yield() {
     [[maybe_unused]] Fiber& me = b->fiber[b->current];
+#if !DC_TSAN && !DC_ASAN  // whose bookkeeping knows the way over the scheduler
+    if (Fiber* next = next_turn()) {
+        switch_context(me.context, next->context);
+        return;
+    }
+#endif
 #if DC_TSAN
     __tsan_switch_to_fiber(b->main_tsan, 1);
 #endif
@@ -200,7 +219,7 @@ DC_SIM_NOSAN void open_barrier_if_full() {
 
 DC_SIM_NOSAN void finish() {
     Fiber& me = b->fiber[b->current];
-    if (me.copies.n > 0) die("thread ends with cp.async copies that it never waited for");
+    if (me.copies->n > 0) die("thread ends with cp.async copies that it never waited for");
     me.done = true;
     --b->alive;
     ++b->progress;
@@ -227,6 +246,7 @@ DC_SIM_NOSAN void start_fiber(Fiber& f) {
         f.stack = static_cast<char*>(p);
         mprotect(f.stack, kGuard, PROT_NONE);
     }
+    f.copies = &b->copies[&f - b->fiber];
     f.done = false;
     f.waits_on = nullptr;
     f.committed = 0;
@@ -249,9 +269,7 @@ DC_SIM_NOSAN void start_fiber(Fiber& f) {
 #endif
 }
 
-DC_SIM_NOSAN void resume(int i) {
-    Fiber& f = b->fiber[i];
-    b->current = b->place.thread = i;
+DC_SIM_NOSAN void resume(Fiber& f) {
 #if DC_TSAN
     __tsan_switch_to_fiber(f.tsan, 1);
 #endif
@@ -310,14 +328,10 @@ DC_SIM_NOSAN void run_block(Block& block, int index) {
     Order order(block.place.threads, index);
     while (block.alive > 0) {
         const uint64_t before = block.progress;
-        bool ran = false;
-        for (const int i : order.next()) {
-            Fiber& f = block.fiber[i];
-            if (f.done || (f.waits_on && *f.waits_on == f.waits_for)) continue;
-            ran = true;
-            resume(i);
-        }
-        if (block.alive > 0 && (!ran || block.progress == before)) {
+        block.order = &order.next();
+        block.turn = 0;
+        while (Fiber* f = next_turn()) resume(*f);
+        if (block.alive > 0 && block.progress == before) {
             if (!block.at_dependency)
                 die("deadlock: no thread of the block can go on", block.barrier_file, block.barrier_line);
             std::unique_lock lock(block.grid->m);
@@ -488,7 +502,7 @@ DC_SIM_NOSAN void complete(Barrier* m) {
 
 DC_SIM_NOSAN void queue_cp_async(void* dst, const void* src, int bytes) {
     Fiber& me = b->fiber[b->current];
-    add_copy(me.copies, {dst, src, bytes, me.committed, nullptr});
+    add_copy(*me.copies, {dst, src, bytes, me.committed, nullptr});
 }
 DC_SIM_NOSAN void queue_bulk(void* dst, const void* src, int bytes, uint64_t* bar) {
     add_copy(b->bulk, {dst, src, bytes, 0, bar});
@@ -623,7 +637,7 @@ void cp_async(void* dst, const void* src, int bytes) {
 DC_SIM_NOSAN void cp_commit() { ++b->fiber[b->current].committed; }
 DC_SIM_NOSAN void cp_wait(int newer) {
     Fiber& me = b->fiber[b->current];
-    land_copies(me.copies, nullptr, me.committed - newer);
+    land_copies(*me.copies, nullptr, me.committed - newer);
 }
 
 DC_SIM_NOSAN void mbar_init(uint64_t* bar, int count) {

@@ -42,7 +42,7 @@ def run(program: Path, plant: str, order: str = "fwd") -> str:
 
 
 def test_a_build_is_kept_until_what_it_is_made_of_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("SOURCES", ()), ("FLAGS", ()), ("CACHE", tmp_path / "cache")):
+    for name, value in (("SOURCES", {}), ("FLAGS", ()), ("CACHE", tmp_path / "cache")):
         monkeypatch.setattr(build, name, value)
     source, header = tmp_path / "a.cc", tmp_path / "a.h"
     source.write_text('#include "a.h"\nint main() { return kValue; }\n')
