@@ -54,6 +54,13 @@ def pack(folder: Path, **options: str) -> packed.PackedFile:
 
 
 @functools.cache
+def small(n_dense: int = 1) -> packed.PackedFile:
+    """A packed model of dense layers, one MoE layer and an MTP layer."""
+    layers = {"num_hidden_layers": n_dense + 1, "first_k_dense_replace": n_dense}
+    return pack(tiny.write(_root() / f"v3-{n_dense}-dense", "v3", dtype="bf16", **layers), dtype="q8")
+
+
+@functools.cache
 def weights(file: packed.PackedFile) -> tuple[model.Settings, model.PackedWeights]:
     """The reference's view of a packed file."""
     return model.settings_of(file.config), model.PackedWeights(file)

@@ -71,16 +71,14 @@ def test_device_bits_do_not_depend_on_grouping(
 ) -> None:
     file = packed_case(preset, source, options)
     core = device_cases.open_core(file, device)
-    ids = tiny.token_ids(file.config["vocab_size"], 72, 3)
-    truth = rc.Run(core, ids, kv, 72)
-    for sizes in ([40, 16, 1, 3, 8, 4], [56, 2, 7, 7]):
-        other = rc.Run(core, ids, kv, sizes, session=session(core, kv))
+    ids = tiny.token_ids(file.config["vocab_size"], 66, 3)  # crosses an attention chunk, in one pass and between two
+    truth = rc.Run(core, ids, kv, 66)
+    for sizes, taps in (([40, 16, 1, 3, 4, 2], None), ([57, 2, 7], ["final_norm"])):
+        other = rc.Run(core, ids, kv, sizes, taps, session(core, kv))
         for name in ("logits", "hidden", "cache"):
             rc.assert_same_bits(f"{sizes} {name}", getattr(other, name), getattr(truth, name))
-    traced = rc.Run(core, ids, kv, [66, 6], taps=["final_norm"], session=session(core, kv))
-    rc.assert_same_bits("traced", traced.logits, truth.logits)
     if file.config["num_nextn_predict_layers"]:
-        for name, x, y in zip(("MTP logits", "MTP hidden", "MTP cache"), truth.mtp(71), traced.mtp(24), strict=True):
+        for name, x, y in zip(("MTP logits", "MTP hidden", "MTP cache"), truth.mtp(65), other.mtp(24), strict=True):
             rc.assert_same_bits(name, y, x)
 
 
@@ -142,7 +140,7 @@ SAMPLINGS = [
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "plain", "top_k-top_p", "top_p-min_p"])
 def test_device_decodes_the_same_text_with_any_drafts(sampling: dict[str, Any], device: str) -> None:
-    file = rc.pack(rc.checkpoint("v3", "bf16"), dtype="q8")
+    file = rc.small()
     core = device_cases.open_core(file, device)
     prompt = tiny.token_ids(file.config["vocab_size"], PROMPT, 4)
     plain, s, _ = decode(core, [0], prompt, **sampling)
