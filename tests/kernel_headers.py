@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(
     re.sub(r"//.*|(?<=View)<[^>]*>|^template <class T> ", "", (ROOT / "kernels" / name).read_text(), flags=re.M)
-    for name in ("format.h", "view.h", "kernels.h", "cuda/stages.h")
+    for name in ("format.h", "view.h", "kernels.h", "cuda/args.h")
 )
 NUMBERS = {"bool": c.c_bool, "int": c.c_int32, "float": c.c_float, "double": c.c_double}
 NUMBERS |= {f"{sign}int{bits}_t": getattr(c, f"c_{sign}int{bits}") for sign in ("", "u") for bits in (8, 32, 64)}
@@ -50,7 +50,7 @@ def ctype(name: str) -> Any:
     while "{" in body:  # inner ones first: values go, the bodies of functions end what declares them
         body = re.sub(r"(= |\b)?{[^{}]*}", lambda m: ";" if m[1] is None else "", body)
     members = [" ".join(m.split()) for m in body.split(";") if m.strip()]
-    fields = [field for m in members if not re.match(r"[^=(]*\w\(", m) for field in _fields(m)]
+    fields = [field for m in members if not re.match(r"static |[^=(]*\w\(", m) for field in _fields(m)]
     return type(name, (c.Structure,), {"_fields_": fields})
 
 

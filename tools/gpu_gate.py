@@ -58,11 +58,11 @@ class Kernel:
 
 
 def short_name(mangled: str) -> str:
-    """kernel_product<1> of the mangled name, without the prefix."""
-    match = re.search(r"\d+kernel_([a-z_]+?)(?:ILi(\d+)EE|E|P)", mangled)
-    if match is None:
-        return mangled
-    return match[1] + (f"<{match[2]}>" if match[2] else "")
+    """product<1> of the mangled stage_kernel<1, ProductArgs>, fill of kernel_fill."""
+    if match := re.search(r"\d+stage_kernelILi(\d+)E.*?\d([A-Z]\w+?)Args", mangled):
+        return f"{re.sub(r'(?<=[a-z])(?=[A-Z])', '_', match[2]).lower()}<{match[1]}>"
+    match = re.search(r"\d+kernel_([a-z_]+?)(?:E|P)", mangled)
+    return match[1] if match else mangled
 
 
 def find_tool(name: str) -> str | None:

@@ -2,7 +2,7 @@
 //
 // A chunk of 64 positions aligned to 0 gives a maximum, a sum and unnormalised values of its own, computed from zero; chunks
 // merge in order into partials of 16, partials merge in order. So a row's bits depend on its own position only, and are
-// the same whether a unit holds one chunk (merged by stage_value) or a whole partial (merged as it is walked).
+// the same whether a unit holds one chunk (merged by the stage of ValueArgs) or a whole partial (merged as it is walked).
 // f16 cache: tensor cores with f32-like operands, queries and probabilities as sums of two f16 (22 bits). bf16 cache: both
 // rounded to bf16. f32 and q8 caches: plain fused multiply-adds.
 #pragma once
@@ -27,7 +27,7 @@ DC_DEVICE Merge merge_stats(float m0, float l0, float m1, float l1) {
 }
 DC_DEVICE float merge_value(float before, float a, float next, float b) { return rt::fma(next, b, before * a); }
 
-DC_DEVICE int row_end(const Rows& rows, int i, int ctx) { return min_int(*rows.pos + i + 1, ctx); }
+DC_DEVICE int row_end(const PassRows& rows, int i, int ctx) { return min_int(*rows.pos + i + 1, ctx); }
 
 // --- cache rows -----------------------------------------------------------------------------------------------------
 
@@ -79,11 +79,67 @@ template <class Get> DC_DEVICE void cache_write(CacheType type, std::byte* row, 
     }
 }
 
-// --- one chunk ------------------------------------------------------------------------------------------------------
+// --- absorb: W_UK, rope, cache write --------------------------------------------------------------------------------
 
-constexpr int kHeadRows = 16;                 // heads of a unit: the 16 rows of the mma
-constexpr int kScoreStride = kChunk + 4;      // f32
-constexpr int kProbStride = 2 * kChunk + 16;  // bytes
+struct AbsorbPlan : HeadsPlan {
+    const AbsorbArgs* a;
+    DC_DEVICE Quad get(int head, int row, int, int p, int col) const {
+        const int c = p * kSegment + col;
+        return load4(a->q.row(row) + int64_t{head} * (a->dn + a->dr) + c, a->dn - c);
+    }
+    DC_DEVICE void finish(int head, int unit, int r, int row, float v, float) const {
+        const int o = unit * kTileRows + r;
+        if (o < a->r) a->q_full[(int64_t{row} * a->n_heads + head) * (a->c_pad + a->r_pad) + o] = v;
+    }
+};
+
+// Component i of v [dr] rotated half-split: (a, b) -> (a cos - b sin, a sin + b cos).
+DC_DEVICE float rotated(const float* v, const float* cos, const float* sin, int dr, int i) {
+    const int half = dr / 2;
+    if (i < half) return v[i] * cos[i] - v[half + i] * sin[i];
+    return v[i - half] * sin[i - half] + v[i] * cos[i - half];
+}
+
+template <int NB> DC_DEVICE void stage(const AbsorbArgs& a, const Fit& fit) {
+    const ProductSmem s = carve<NB>(fit);
+    AbsorbPlan plan{{plan_of(a.rows, a.w_uk, a.w_uk.row_tiles), &a.w_uk}, &a};
+    run<NB>(plan, own_units(a.n_heads * a.w_uk.row_tiles), s);
+
+    const int n = live_rows(a.rows), pos = *a.rows.pos, width = a.c_pad + a.r_pad, half = a.dr / 2, dqk = a.dn + a.dr;
+    // everything of q_full but the product: rotated q, zeros in the pads
+    const int rest = width - a.r;
+    for (int64_t e = rt::grid_thread(); e < int64_t{n} * a.n_heads * rest; e += rt::grid_threads()) {
+        const int i = a.r + static_cast<int>(e % rest), k = i - a.c_pad;
+        const int64_t row_head = e / rest, row = row_head / a.n_heads, head = row_head % a.n_heads;
+        const float* q = a.q.row(row) + head * dqk + a.dn;
+        const int64_t at = min_int(pos + static_cast<int>(row), a.ctx - 1);
+        const float v = k >= 0 && k < a.dr ? rotated(q, a.cos + at * half, a.sin + at * half, a.dr, k) : 0.0F;
+        a.q_full[row_head * width + i] = v;
+        if (a.q_tap.data && k >= 0 && k < a.dr) a.q_tap.row(row)[head * dqk + a.dn + k] = v;
+    }
+    if (a.q_tap.data)
+        for (int64_t e = rt::grid_thread(); e < int64_t{n} * a.n_heads * a.dn; e += rt::grid_threads()) {
+            const int64_t row = e / a.dn / a.n_heads, i = e / a.dn % a.n_heads * dqk + e % a.dn;
+            a.q_tap.row(row)[i] = a.q.row(row)[i];
+        }
+    for (int i = rt::block(); i < n && pos + i < a.ctx; i += rt::blocks()) {
+        const float* kv = a.kv.row(i);
+        rms_rows(1, 1, a.r, a.eps, s.sum, s.inv, 1, [&](int) { return kv; });
+        const float *cos = a.cos + int64_t{pos + i} * half, *sin = a.sin + int64_t{pos + i} * half;
+        const auto value = [&](int c) {
+            if (c < a.c_pad) return c < a.r ? a.kv_norm[c] * (kv[c] * s.inv[0]) : 0.0F;
+            return c - a.c_pad < a.dr ? rotated(kv + a.r, cos, sin, a.dr, c - a.c_pad) : 0.0F;
+        };
+        cache_write(a.type, a.cache + (pos + i) * a.row_bytes, a.c_pad, a.r_pad, value);
+        if (a.c_tap.data)
+            for (int c = rt::thread(); c < a.r; c += rt::threads()) a.c_tap.row(i)[c] = value(c);
+        if (a.k_tap.data)
+            for (int c = rt::thread(); c < a.dr; c += rt::threads()) a.k_tap.row(i)[c] = value(a.c_pad + c);
+        rt::sync_block();
+    }
+}
+
+// --- one chunk ------------------------------------------------------------------------------------------------------
 
 struct AttendSmem {
     unsigned char *q_hi, *q_lo;      // [16][row16] f16 or bf16; f32 [16][width] at q_hi for the plain path
@@ -95,13 +151,13 @@ struct AttendSmem {
     float *q_scale, *m, *l, *a, *b;  // [16] each
     uint64_t* bar;                   // [warps]
 };
-DC_DEVICE AttendSmem carve_attend(const Smem& smem, const AttendArgs& a) {
+DC_DEVICE AttendSmem carve_attend(const Fit& fit, const AttendArgs& a) {
     AttendSmem s;
-    const int width = a.c_pad + a.r_pad, row16 = 2 * width + 16;
-    s.k_cols = attend_columns(a, smem.fit);
+    const int row16 = 2 * a.width() + 16;
+    s.k_cols = a.columns(fit);
     s.k_stride = 2 * s.k_cols + 16;
-    s.bar = reinterpret_cast<uint64_t*>(smem.at);
-    s.q_scale = reinterpret_cast<float*>(smem.at + align16(8 * int64_t{rt::warps()}));
+    s.bar = reinterpret_cast<uint64_t*>(rt::dynamic_smem());
+    s.q_scale = reinterpret_cast<float*>(rt::dynamic_smem() + align16(8 * int64_t{rt::warps()}));
     s.m = s.q_scale + kHeadRows;
     s.l = s.m + kHeadRows;
     s.a = s.l + kHeadRows;
@@ -112,14 +168,14 @@ DC_DEVICE AttendSmem carve_attend(const Smem& smem, const AttendArgs& a) {
     s.k = s.q_lo + kHeadRows * row16;
     s.p_hi = s.k + kChunk * s.k_stride;
     s.p_lo = s.p_hi + kHeadRows * kProbStride;
-    s.o = reinterpret_cast<float*>(attend_mma(a) ? s.p_lo + kHeadRows * kProbStride : s.q_hi + kHeadRows * 4 * width);
-    if (a.unit_chunks == 1 || smem.fit.halves) s.o = nullptr;
+    s.o = reinterpret_cast<float*>(a.mma() ? s.p_lo + kHeadRows * kProbStride : s.q_hi + kHeadRows * 4 * a.width());
+    if (a.unit_chunks == 1 || fit.halves) s.o = nullptr;
     return s;
 }
 
 // Queries of 16 heads into shared memory; heads past the last are zeros. Warps deal the heads.
 DC_DEVICE void load_queries(const AttendArgs& a, const AttendSmem& s, const float* q, int heads) {
-    const int width = a.c_pad + a.r_pad, row16 = 2 * width + 16, lane = rt::lane();
+    const int width = a.width(), row16 = 2 * width + 16, lane = rt::lane();
     for (int h = rt::warp(); h < kHeadRows; h += rt::warps()) {
         const float* x = q + int64_t{h} * width;
         const bool live = h < heads;
@@ -172,7 +228,7 @@ DC_DEVICE void fragment_a(uint32_t (&a)[4], const unsigned char* rows, int strid
 
 // Scores over columns [begin, end), which s.k holds, added to those of the columns before.
 DC_DEVICE void scores_mma(const AttendArgs& a, const AttendSmem& s, int begin, int end, int n_pos) {
-    const int width = a.c_pad + a.r_pad, row16 = 2 * width + 16, q = rt::lane() % 4, g = rt::lane() / 4;
+    const int width = a.width(), row16 = 2 * width + 16, q = rt::lane() % 4, g = rt::lane() / 4;
     for (int t = rt::warp(); t < kChunk / 8; t += rt::warps()) {
         float c[4] = {0, 0, 0, 0};
         float* score = s.s + g * kScoreStride + 8 * t + 2 * q;  // c[i]: head g + i / 2 * 8, position 8 t + 2 q + i % 2
@@ -201,7 +257,7 @@ DC_DEVICE void scores_mma(const AttendArgs& a, const AttendSmem& s, int begin, i
 }
 
 DC_DEVICE void scores_plain(const AttendArgs& a, const AttendSmem& s, const std::byte* k, int n_pos) {
-    const int width = a.c_pad + a.r_pad;
+    const int width = a.width();
     const auto* q = reinterpret_cast<const float*>(s.q_hi);
     for (int u = rt::thread(); u < kHeadRows * kChunk; u += rt::threads()) {
         const int h = u / kChunk, j = u % kChunk;
@@ -300,8 +356,8 @@ DC_DEVICE void values_plain(const AttendArgs& a, const AttendSmem& s, const std:
 DC_DEVICE void attend_unit(const AttendArgs& a, const AttendSmem& s, int row, int group, int unit, int& phase) {
     const int end = row_end(a.rows, row, a.ctx), begin = unit * a.unit_chunks * kChunk;
     if (begin >= end) return;  // the same for the whole block
-    const int width = a.c_pad + a.r_pad, heads = min_int(kHeadRows, a.n_heads - group * kHeadRows);
-    const bool mma = attend_mma(a);
+    const int width = a.width(), heads = min_int(kHeadRows, a.n_heads - group * kHeadRows);
+    const bool mma = a.mma();
     const int parts = mma ? ceil_to(width, s.k_cols) : 1;
     const int64_t slot = (int64_t{row} * a.max_units + unit) * a.n_heads + group * kHeadRows;
     const int warp = rt::warp(), per = ceil_to(kChunk, rt::warps());
@@ -357,6 +413,116 @@ DC_DEVICE void attend_unit(const AttendArgs& a, const AttendSmem& s, int row, in
         a.part_ml[2 * (slot + h) + 1] = s.l[h];
     }
     rt::sync_block();
+}
+
+template <int NB> DC_DEVICE void stage(const AttendArgs& a, const Fit& fit) {
+    const AttendSmem s = carve_attend(fit, a);
+    rt::copy_open(s.bar + rt::warp());
+    rt::dependency_wait();
+    const int n = live_rows(a.rows), groups = ceil_to(a.n_heads, kHeadRows);
+    const int units = n > 0 ? ceil_to(row_end(a.rows, n - 1, a.ctx), kChunk * a.unit_chunks) : 0;  // of the longest row
+    int phase = 0;
+    for (int64_t u = rt::block(); u < int64_t{units} * n * groups; u += rt::blocks())
+        attend_unit(a, s, static_cast<int>(u / groups % n), static_cast<int>(u % groups),
+                    static_cast<int>(u / groups / n), phase);
+    rt::copy_close(s.bar + rt::warp());
+}
+
+// --- value: partials merged, W_UV -----------------------------------------------------------------------------------
+
+struct ValuePlan : HeadsPlan {
+    const ValueArgs* a;
+    float* factor = nullptr;  // [max_rows][factors][2]: of the chunks, from `partials` on of the partials
+    float* total = nullptr;   // [max_rows] sum of probabilities
+    float* latent = nullptr;  // [max_rows][c_pad]
+    int factors = 0, partials = 0;
+    DC_DEVICE Quad get(int, int, int j, int p, int col) const {
+        const int c = p * kSegment + col;
+        return load4(latent + j * a->c_pad + c, a->w_uv.cols - c);
+    }
+    DC_DEVICE void finish(int head, int unit, int r, int row, float v, float) const {
+        const int o = unit * kTileRows + r;
+        if (o < a->dv) a->v.row(row)[int64_t{head} * a->dv + o] = v;
+    }
+
+    // Factors of row j (this warp's): (a, b) of every chunk inside its partial, then of every partial.
+    DC_DEVICE void merge_factors(int row, int j, int head) const {
+        const int lane = rt::lane(), end = row_end(a->rows, row, a->ctx);
+        const int units = ceil_to(end, kChunk * a->unit_chunks), n_partials = ceil_to(end, kChunk * kPartialChunks);
+        float* f = factor + 2 * j * factors;
+        const int64_t slot = int64_t{row} * a->max_units * a->n_heads + head;
+        float m = 0, l = 0;
+        for (int p = 0; p < n_partials; ++p) {
+            float m1, l1;
+            if (a->unit_chunks > 1) {
+                const float* ml = a->part_ml + 2 * (slot + int64_t{p} * a->n_heads);
+                m1 = ml[0];
+                l1 = ml[1];
+            } else {
+                const int u = p * kPartialChunks + lane, n = min_int(kPartialChunks, units - p * kPartialChunks);
+                const float* ml = a->part_ml + 2 * (slot + int64_t{lane < n ? u : p * kPartialChunks} * a->n_heads);
+                const float mine = ml[0], sum = ml[1];
+                float top = mine;  // running maximum up to this chunk
+                for (int k = 1; k < kPartialChunks; k *= 2) {
+                    const float other = rt::shfl(top, lane - k < 0 ? lane : lane - k);
+                    if (lane >= k && other > top) top = other;
+                }
+                const float before = rt::shfl(top, lane > 0 ? lane - 1 : 0);
+                const float fa = lane == 0 ? 0.0F : exp_neg(before - top), fb = lane == 0 ? 1.0F : exp_neg(mine - top);
+                if (lane < n) {
+                    f[2 * u] = fa;
+                    f[2 * u + 1] = fb;
+                }
+                m1 = rt::shfl(top, n - 1);
+                l1 = rt::shfl(sum, 0);
+                for (int k = 1; k < n; ++k) l1 = rt::fma(rt::shfl(sum, k), rt::shfl(fb, k), l1 * rt::shfl(fa, k));
+            }
+            const Merge r = p == 0 ? Merge{m1, l1, 0, 1} : merge_stats(m, l, m1, l1);
+            m = r.m;
+            l = r.l;
+            if (lane == 0) {
+                f[2 * (partials + p)] = r.a;
+                f[2 * (partials + p) + 1] = r.b;
+            }
+        }
+        if (lane == 0) total[j] = l;
+    }
+
+    DC_DEVICE void rows_start(const Group& g, int rows, const ProductSmem&) const {
+        for (int j = rt::warp(); j < rows; j += rt::warps()) merge_factors(g.row0 + j, j, g.problem);
+        rt::sync_block();
+        for (int e = rt::thread(); e < rows * a->c_pad; e += rt::threads()) {
+            const int j = e / a->c_pad, c = e % a->c_pad, row = g.row0 + j, end = row_end(a->rows, row, a->ctx);
+            const int units = ceil_to(end, kChunk * a->unit_chunks), per = kPartialChunks / a->unit_chunks;
+            const float* f = factor + 2 * j * factors;
+            const float* o = a->part_o + (int64_t{row} * a->max_units * a->n_heads + g.problem) * a->c_pad + c;
+            float v = 0;
+            for (int u = 0; u < units;) {
+                const int p = u / per, stop = min_int(u + per, units);
+                float part = o[int64_t{u} * a->n_heads * a->c_pad];
+                for (++u; u < stop; ++u)
+                    part = merge_value(part, f[2 * u], o[int64_t{u} * a->n_heads * a->c_pad], f[2 * u + 1]);
+                const float* fp = f + 2 * (partials + p);
+                v = p == 0 ? part : merge_value(v, fp[0], part, fp[1]);
+            }
+            latent[e] = v / total[j];
+            if (a->latent_tap.data && g.unit == 0 && c < a->w_uv.cols)
+                a->latent_tap.row(row)[int64_t{g.problem} * a->w_uv.cols + c] = latent[e];
+        }
+        rt::sync_block();
+    }
+};
+
+template <int NB> DC_DEVICE void stage(const ValueArgs& a, const Fit& fit) {
+    const ProductSmem s = carve<1>(fit);
+    ValuePlan plan{{plan_of(a.rows, a.w_uv, a.w_uv.row_tiles), &a.w_uv}, &a};
+    plan.factors = a.factors();
+    plan.partials = a.unit_chunks == 1 ? a.max_units : 0;
+    plan.max_rows = min_int(a.rows.n, fit.value_rows);
+    plan.latent = reinterpret_cast<float*>(s.end);
+    plan.factor = plan.latent + plan.max_rows * a.c_pad;
+    plan.total = plan.factor + 2 * plan.max_rows * plan.factors;
+    run<1>(plan, own_units(a.n_heads * a.w_uv.row_tiles), s);
 }
 
 }  // namespace deepcalm::gpu

@@ -10,8 +10,8 @@
 // Row r of a tile: lane g = lane / 4 holds rows 2g and 2g + 1 (as mma rows g and g + 8), so both come in one load.
 #pragma once
 
+#include "kernels/cuda/args.h"
 #include "kernels/cuda/rt.h"
-#include "kernels/cuda/stages.h"
 
 namespace deepcalm::gpu {
 
@@ -302,6 +302,16 @@ DC_DEVICE Piece segment(const Matrix& w, int slice, int s) {
     return {&w, slice, s * per, min_int(per, w.col_tiles - s * per), 0};
 }
 
+// Units [begin, end) of a stage.
+struct Units {
+    int begin, end;
+};
+// This block's of n.
+DC_DEVICE Units own_units(int n) {
+    return {static_cast<int>(int64_t{n} * rt::block() / rt::blocks()),
+            static_cast<int>(int64_t{n} * (rt::block() + 1) / rt::blocks())};
+}
+
 // What the threads of a block do together between two ordered sums: `units` units from `unit` on of one problem, one block
 // of rows, pieces [p0, p0 + np).
 struct Group {
@@ -319,14 +329,14 @@ struct ProductSmem {
     float* inv;             // [2][8 * NB] 1 / rms of the rows
     unsigned char* end;
 };
-template <int NB> DC_DEVICE ProductSmem carve(const Smem& m) {
+template <int NB> DC_DEVICE ProductSmem carve(const Fit& fit) {
     ProductSmem s;
-    const int slots = rt::warps() * kRingSlots, slot_bytes = kSlotBytes / m.fit.slot_parts;
-    s.slot_parts = m.fit.slot_parts;
-    s.items = m.fit.items;
-    s.ring = m.at;
-    s.bar = reinterpret_cast<uint64_t*>(m.at + slots * slot_bytes);
-    s.act = m.at + align16(slots * (slot_bytes + int64_t{8}));
+    const int slots = rt::warps() * kRingSlots, slot_bytes = kSlotBytes / fit.slot_parts;
+    s.slot_parts = fit.slot_parts;
+    s.items = fit.items;
+    s.ring = rt::dynamic_smem();
+    s.bar = reinterpret_cast<uint64_t*>(s.ring + slots * slot_bytes);
+    s.act = s.ring + align16(slots * (slot_bytes + int64_t{8}));
     s.sum = reinterpret_cast<float*>(s.act + NB * kActBytes);
     s.acc = s.sum + NB * s.items * kTileRows * kBlockRows;
     s.inv = s.acc + NB * s.items * kTileRows * kBlockRows;
@@ -343,7 +353,7 @@ template <int NB> DC_DEVICE ProductSmem carve(const Smem& m) {
 //     void finish(int problem, int unit, int r, int row, float a, float b)  output row r of the unit: a; or a gate, b up
 struct Plan {
     static constexpr bool kPair = false;  // units are gate/up pairs of row tiles
-    Rows pass;
+    PassRows pass;
     int units_per_problem = 1, n_pieces = 1;
     int act_bytes = 0;       // the largest act_stride among the pieces
     int max_tiles = 1 << 8;  // row tiles of a group
@@ -407,12 +417,12 @@ template <int NB, class P> struct Cursor {
         item = (rt::warp() + w - base) % w;
         tile = 0;
     }
-    DC_DEVICE void start(const P& p, int u0, int u1, const ProductSmem& s) {
+    DC_DEVICE void start(const P& p, const Units& units, const ProductSmem& s) {
         plan = &p;
         slot_parts = s.slot_parts;
         max_items = s.items;
-        unit = u0;
-        end = u1;
+        unit = units.begin;
+        end = units.end;
         base = 0;
         g = {};
         if (!done()) open();
@@ -530,18 +540,18 @@ DC_DEVICE void sum_segment(Ring& ring, C& feed, const Piece& p, int row_tile, co
         }
 }
 
-// Runs units [u0, u1) of a plan. wait() is called once, after the first copies have started.
-template <int NB, class P, class Wait> DC_DEVICE void run(P& plan, int u0, int u1, const ProductSmem& s, Wait&& wait) {
+// Runs those units of a plan. The dependency wait, unless it is behind us, comes when the first copies have started.
+template <int NB, class P> DC_DEVICE void run(P& plan, const Units& units, const ProductSmem& s, bool wait = true) {
     constexpr int kSum = kTileRows * kBlockRows * NB;
     const int warp = rt::warp();
     Ring ring{s.ring + warp * kRingSlots * (kSlotBytes / s.slot_parts), s.bar + warp * kRingSlots, s.slot_parts, 0, 0};
     for (int i = 0; i < kRingSlots; ++i) rt::copy_open(ring.bar + i);
     Cursor<NB, P> feed, at;
-    feed.start(plan, u0, u1, s);
+    feed.start(plan, units, s);
     at = feed;
     DC_UNROLL_BY(1)
     for (int i = 0; i < kRingSlots; ++i) ring.feed(feed);
-    wait();
+    if (wait) rt::dependency_wait();
     plan.begin();
     int act_id = -1, act_row0 = -1, act_p0 = -1;  // what s.act holds
     for (; !at.done(); at.next_group()) {
@@ -578,5 +588,121 @@ template <int NB, class P, class Wait> DC_DEVICE void run(P& plan, int u0, int u
     }
     for (int i = 0; i < kRingSlots; ++i) rt::copy_close(ring.bar + i);
 }
+
+// --- rows and plans of them -----------------------------------------------------------------------------------------
+
+DC_DEVICE int live_rows(const PassRows& r) { return r.n_live ? min_int(r.n, *r.n_live) : r.n; }
+
+// inv[run * stride + j] = 1 / sqrt(mean square of run `run` of row j + eps). Eight warps' worth of partial sums per run, in
+// order, whatever the block: x(j) points at row j. Ends with a barrier; partial: [rows * runs * 8] f32.
+template <class X>
+DC_DEVICE void rms_rows(int rows, int runs, int width, float eps, float* partial, float* inv, int stride, X&& x) {
+    constexpr int kParts = 8;
+    const int lane = rt::lane();
+    for (int u = rt::warp(); u < rows * runs * kParts; u += rt::warps()) {
+        const int part = u % kParts, run = u / kParts % runs, j = u / kParts / runs;
+        const float* row = x(j) + int64_t{run} * width;
+        float sum = 0;
+        for (int c = 4 * (part * 32 + lane); c < width; c += 4 * 32 * kParts) {
+            const Quad v = load4(row + c, width - c);
+            for (int i = 0; i < 4; ++i) sum = rt::fma(v.v[i], v.v[i], sum);
+        }
+        for (int m = 16; m > 0; m /= 2) sum += rt::shfl_xor(sum, m);
+        if (lane == 0) partial[u] = sum;
+    }
+    rt::sync_block();
+    for (int u = rt::thread(); u < rows * runs; u += rt::threads()) {
+        float sum = 0;
+        for (int p = 0; p < kParts; ++p) sum += partial[u * kParts + p];
+        inv[u % runs * stride + u / runs] = 1.0F / rt::sqrt(sum / static_cast<float>(width) + eps);
+    }
+    rt::sync_block();
+}
+
+// Four columns from `col` of a row under the norm; inv: of the row, runs `stride` apart.
+DC_DEVICE Quad normed(const Norm& norm, const float* row, int col, int cols, const float* inv, int stride) {
+    Quad v = load4(row + col, cols - col);
+    if (!norm.w || col >= cols) return v;
+    for (int i = 0; i < 4; ++i) {
+        const int c = col + i;
+        if (c >= cols) break;
+        const bool second = c >= norm.width;
+        const float w = second ? norm.w2[c - norm.width] : norm.w[c];
+        v.v[i] = w * (v.v[i] * inv[second ? stride : 0]);
+    }
+    return v;
+}
+
+// norm.out: blocks deal the rows. Every thread; scratch as rms_rows wants it for one row.
+DC_DEVICE void write_normed(const Norm& norm, const View<const float>& x, int cols, int rows, const ProductSmem& s) {
+    if (!norm.out.data || !norm.w) return;
+    const int runs = norm.w2 ? 2 : 1;
+    for (int i = rt::block(); i < rows; i += rt::blocks()) {
+        const float* row = x.row(i);
+        rms_rows(1, runs, norm.width, norm.eps, s.sum, s.inv, 1, [&](int) { return row; });
+        for (int c = 4 * rt::thread(); c < cols; c += 4 * rt::threads()) {
+            const Quad v = normed(norm, row, c, cols, s.inv, 1);
+            for (int k = 0; k < 4 && c + k < cols; ++k) norm.out.row(i)[c + k] = v.v[k];
+        }
+        rt::sync_block();
+    }
+}
+
+DC_DEVICE Plan plan_of(const PassRows& pass, const Matrix& w, int units_per_problem) {
+    Plan plan;
+    plan.pass = pass;
+    plan.units_per_problem = units_per_problem;
+    plan.n_pieces = segments(w);
+    plan.act_bytes = act_stride(act_of(w.format));
+    return plan;
+}
+
+// Plans whose activations are rows of x, normed or not.
+template <int NB> struct NormedPlan : Plan {
+    View<const float> x;
+    int cols;
+    const Norm* norm;  // null: none
+    const float* inv = nullptr;
+    // source(j): row of x that is the j-th of the block of rows
+    template <class Source> DC_DEVICE void start(int rows, const ProductSmem& s, Source&& source) {
+        inv = s.inv;
+        if (!norm || !norm->w) return;
+        rms_rows(rows, norm->w2 ? 2 : 1, norm->width, norm->eps, s.sum, s.inv, NB * kBlockRows,
+                 [&](int j) { return x.row(source(j)); });
+    }
+    DC_DEVICE Quad row_quad(int64_t row, int j, int col) const {
+        if (!norm) return load4(x.row(row) + col, cols - col);
+        return normed(*norm, x.row(row), col, cols, inv + j, NB * kBlockRows);
+    }
+};
+
+// One product of all rows, kGateUp: of pairs of row tiles; put(o, row, a, b) takes output o < width of a row: a; or a gate, b up.
+template <int NB, bool kGateUp, class Put> struct RowsPlan : NormedPlan<NB> {
+    static constexpr bool kPair = kGateUp;
+    const Matrix* w;
+    int width;
+    Put put;
+    DC_DEVICE void rows_start(const Group& g, int rows, const ProductSmem& s) {
+        this->start(rows, s, [&](int j) { return g.row0 + j; });
+    }
+    DC_DEVICE Piece piece(int, int p) const { return segment(*w, 0, p); }
+    DC_DEVICE Quad get(int, int row, int j, int p, int col) const { return this->row_quad(row, j, p * kSegment + col); }
+    DC_DEVICE void finish(int, int unit, int r, int row, float a, float b) const {
+        const int o = unit * kTileRows + r;
+        if (o < width) put(o, row, a, b);
+    }
+};
+template <int NB, bool kGateUp = false, class Put>
+DC_DEVICE RowsPlan<NB, kGateUp, Put> rows_plan(const PassRows& pass, const Matrix& w, const View<const float>& x,
+                                               const Norm* norm, int width, Put put) {
+    return {{plan_of(pass, w, w.row_tiles / (kGateUp ? 2 : 1)), x, w.cols, norm}, &w, width, put};
+}
+
+// A product for every head, w's slices.
+struct HeadsPlan : Plan {
+    const Matrix* w;
+    DC_DEVICE int act_id(int head) const { return head; }
+    DC_DEVICE Piece piece(int head, int p) const { return segment(*w, head, p); }
+};
 
 }  // namespace deepcalm::gpu

@@ -205,6 +205,8 @@ namespace deepcalm::rt {
 DC_DEVICE int lane() { return thread() & 31; }
 DC_DEVICE int warp() { return thread() >> 5; }
 DC_DEVICE int warps() { return threads() >> 5; }
+DC_DEVICE int64_t grid_thread() { return int64_t{block()} * threads() + thread(); }
+DC_DEVICE int64_t grid_threads() { return int64_t{blocks()} * threads(); }
 
 #ifdef DC_SM90
 inline constexpr bool kBulk = true;  // copies report to a barrier; else to the thread that started them

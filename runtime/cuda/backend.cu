@@ -1,7 +1,5 @@
 // A device library: weights and sessions in device memory, passes as graphs of kernels, decoding, and the table of
 // functions that the core calls. Compiled by nvcc into libdeepcalm_cuda.so and, for the tests, by g++ (tests/sim).
-#include "kernels/cuda/stages.cuh"
-#include "runtime/cuda/decode.cuh"
 #include "runtime/cuda/fill.cuh"
 #include "runtime/cuda/forward.h"
 #include "runtime/cuda/host.h"
@@ -17,51 +15,6 @@
 namespace deepcalm {
 namespace gpu {
 namespace {
-
-// --- kernels --------------------------------------------------------------------------------------------------------
-
-// A kernel per stage. The next one may start its prologue as soon as this one has blocks to spare.
-#define X(name, Args)                                                                                                  \
-    template <int NB> DC_KERNEL(kThreads, NB == 1 ? 2 : 1) kernel_##name(const __grid_constant__ Args args, Fit fit) { \
-        rt::dependency_trigger();                                                                                      \
-        stage_##name<NB>(args, rt::block(), rt::blocks(), Smem{rt::dynamic_smem(), fit},                               \
-                         [] { rt::dependency_wait(); });                                                               \
-    }
-DEEPCALM_CUDA_ALL_STAGES(X)
-#undef X
-
-}  // namespace
-
-#define X(name, Args)                                                                                                  \
-    rt::Error launch_stage(const rt::LaunchConfig& c, const Fit& f, const Args& args) {                                \
-        return rt::launch(c, f.nb == 1 ? kernel_##name<1> : f.nb == 2 ? kernel_##name<2> : kernel_##name<4>, args, f); \
-    }
-DEEPCALM_CUDA_PRODUCT_STAGES(X)
-#undef X
-#define X(name, Args)                                                                                                  \
-    rt::Error launch_stage(const rt::LaunchConfig& c, const Fit& f, const Args& args) {                                \
-        return rt::launch(c, kernel_##name<1>, args, f);                                                               \
-    }
-DEEPCALM_CUDA_ROW_STAGES(X)
-DEEPCALM_CUDA_DECODE_STAGES(X)
-#undef X
-
-namespace {
-
-// Once per device, before the first launch: every kernel may use all the shared memory that a block can have.
-rt::Error allow_smem(int64_t bytes) {
-    rt::Error e = 0;
-#define X(name, Args)                                                                                                  \
-    if (e == 0) e = rt::allow_smem(kernel_##name<1>, bytes);
-    DEEPCALM_CUDA_ALL_STAGES(X)
-#undef X
-#define X(name, Args)                                                                                                  \
-    if (e == 0) e = rt::allow_smem(kernel_##name<2>, bytes);                                                           \
-    if (e == 0) e = rt::allow_smem(kernel_##name<4>, bytes);
-    DEEPCALM_CUDA_PRODUCT_STAGES(X)
-#undef X
-    return e;
-}
 
 // --- errors ---------------------------------------------------------------------------------------------------------
 
@@ -310,7 +263,7 @@ struct DeviceSession {
         const rt::Settled settled{stream};
         DC_RT(rt::copy(b.cos, cos.data(), static_cast<int64_t>(cos.size()) * 4, stream));
         DC_RT(rt::copy(b.sin, sin.data(), static_cast<int64_t>(sin.size()) * 4, stream));
-        DC_RT(allow_smem(m.info.smem));
+        DC_RT(allow_smem(PassStages{}, m.info.smem));
         DC_RT(rt::synchronize(stream));
         return fits(error);
     }
@@ -844,59 +797,62 @@ constexpr DeviceApi kApi = {
 }  // namespace
 }  // namespace deepcalm
 
-// One stage by itself, for tests and oracles: `args` is its struct of `size` bytes (kernels/cuda/stages.h), whose pointers
-// are the caller's device memory. Launches queue on a stream of their own; name null waits for them. 0, an rt::Error, -1:
-// no device or no such stage, or -2: its struct has another size.
+// One stage by itself, for tests and oracles: `args` is its struct of `size` bytes (kernels/cuda/args.h), whose pointers
+// are the caller's device memory. Launches queue on a stream of their own; name null waits for them. `smem` not 0: only tells
+// how the stage of a pass of more than kBlockRows rows (long_pass) or fewer would use so many bytes a block: fit, and need.
+// 0, an rt::Error, -1: no device or no such stage, or -2: its struct has another size.
 struct StageLaunch {
     int32_t fit, blocks, threads, dependent;  // fit: index of kFits
+    int64_t smem, need;
+    int32_t long_pass;
 };
 
+namespace deepcalm::gpu {
+namespace {
+
+template <class... Args, class Fn>
+int with_stage(StageList<Args...>, const char* name, const void* args, int64_t size, Fn&& fn) {
+    int code = -1;
+    const auto one = [&]<class A>(const A* a) {
+        if (std::strcmp(name, A::kStage.name) == 0) code = size == static_cast<int64_t>(sizeof(A)) ? fn(*a) : -2;
+    };
+    (one(static_cast<const Args*>(args)), ...);
+    return code;
+}
+
+}  // namespace
+}  // namespace deepcalm::gpu
+
 extern "C" __attribute__((visibility("default"))) int deepcalm_stage(const char* name, const void* args, int64_t size,
-                                                                     const StageLaunch* l) {
+                                                                     StageLaunch* l) {
     using namespace deepcalm::gpu;
     namespace rt = deepcalm::rt;
     static rt::Stream stream = nullptr;
     static rt::DeviceInfo info;
+    if (name != nullptr && l->smem != 0) {
+        return with_stage(PassStages{}, name, args, size, [&](const auto& a) {
+            const Fit& f = fit(a, l->long_pass != 0 ? kPrefillBlocks : 1, kThreads, l->smem);
+            l->need = a.smem(f, kThreads);
+            l->fit = static_cast<int32_t>(&f - kFits);
+            return 0;
+        });
+    }
     char text[512];
     if (stream == nullptr) {
         if (!rt::find_device(0, info, text, sizeof text)) return -1;
-        if (const rt::Error e = allow_smem(info.smem); e != 0) return e;
+        if (const rt::Error e = allow_smem(PassStages{}, info.smem); e != 0) return e;
         if (const rt::Error e = rt::create(&stream); e != 0) return e;
     }
     if (name == nullptr) return rt::synchronize(stream);
-    rt::LaunchConfig c{.grid = l->blocks,
-                       .block = l->threads,
-                       .smem = 0,
-                       .dependent = l->dependent != 0 && info.dependent,
-                       .stream = stream};
-#define X(stage, Args)                                                                                                 \
-    if (std::strcmp(name, #stage) == 0) {                                                                              \
-        if (size != static_cast<int64_t>(sizeof(Args))) return -2;                                                     \
-        const auto& a = *static_cast<const Args*>(args);                                                               \
-        c.smem = smem_bytes(a, kFits[l->fit], l->threads);                                                             \
-        return launch_stage(c, kFits[l->fit], a);                                                                      \
-    }
-    DEEPCALM_CUDA_STAGES(X)
-#undef X
-    return -1;
-}
-
-// How a stage of a pass of more than kBlockRows rows (long_pass) or fewer would use `smem` bytes a block: the index of kFits,
-// and the bytes in *need; -1, -2 as above.
-extern "C" __attribute__((visibility("default"))) int
-deepcalm_stage_fit(const char* name, const void* args, int64_t size, int long_pass, int64_t smem, int64_t* need) {
-    using namespace deepcalm::gpu;
-#define X(stage, Args)                                                                                                 \
-    if (std::strcmp(name, #stage) == 0) {                                                                              \
-        if (size != static_cast<int64_t>(sizeof(Args))) return -2;                                                     \
-        const auto& a = *static_cast<const Args*>(args);                                                               \
-        const Fit& f = fit(a, long_pass != 0 ? kPrefillBlocks : 1, kThreads, smem);                                    \
-        *need = smem_bytes(a, f, kThreads);                                                                            \
-        return static_cast<int>(&f - kFits);                                                                           \
-    }
-    DEEPCALM_CUDA_STAGES(X)
-#undef X
-    return -1;
+    return with_stage(PassStages{}, name, args, size, [&]<class A>(const A& a) {
+        const Fit& f = kFits[l->fit];
+        return rt::launch({.grid = l->blocks,
+                           .block = l->threads,
+                           .smem = a.smem(f, l->threads),
+                           .dependent = l->dependent != 0 && info.dependent,
+                           .stream = stream},
+                          kernel_of<A>(f.nb), a, f);
+    });
 }
 
 extern "C" __attribute__((visibility("default"))) const deepcalm::DeviceApi* deepcalm_backend(int abi) {

@@ -1,13 +1,13 @@
 // Stages of decoding itself: drafts and tokens are chosen, accepted and published on the device; the host only queues
-// rounds and reads a ring. Same shape as the stages of the pass (kernels/cuda/stages.h). A round of k drafts is
+// rounds and reads a ring. Same shape as the stages of the pass (kernels/cuda/args.h). A round of k drafts is
 //     catch_up, MTP pass, draft 1, MTP pass, draft 2, ...   (docs/model.md 6.4, steps 1 to 3; none without drafts)
 //     main pass over the last token and its drafts          (step 4)
 //     accept                                                (steps 5 and 6)
 // Rounds queued behind the one that stopped run to no effect: they write rows that no one will read.
 #pragma once
 
+#include "kernels/cuda/args.h"
 #include "kernels/cuda/rt.h"
-#include "kernels/cuda/stages.h"
 #include "kernels/elementary.h"
 #include "runtime/cuda/abi.h"
 
@@ -19,6 +19,18 @@ inline constexpr int kRingRounds = 128;  // rounds in flight at most
 struct TokenRing {
     unsigned done = 0;                // rounds that have ended; the last word written
     DeviceRound rounds[kRingRounds];  // round i at i % kRingRounds
+};
+
+// Rows of the passes of decoding; they read them through pointers into this.
+struct DecodeState {
+    int32_t pos = 0;      // position of row 0 of the main pass = cached tokens
+    int32_t n = 0;        // live rows of the main pass: the last token and its drafts
+    int32_t mtp_pos = 0;  // the same of the MTP pass
+    int32_t mtp_n = 0;
+    int32_t tokens[kBlockRows] = {};      // ids of the main pass's rows
+    int32_t mtp_tokens[kBlockRows] = {};  // ids of the MTP pass's rows: the token after each row's position
+    int32_t choice[kBlockRows] = {};      // HeadArgs::choice of the main pass
+    int32_t mtp_choice[kBlockRows] = {};  // and of the MTP pass
 };
 
 // What decoding keeps in device memory; written by the host before a run, by catch_up, draft and accept during it.
@@ -42,6 +54,7 @@ struct Loop {
 // largest logit / temp + Gumbel noise of (seed, position, id). Masses are integers of 2^-40, so that the order of their
 // sum does not matter.
 struct ChooseArgs {
+    static constexpr Stage kStage{"choose"};
     View<const float> logits;  // [rows, n_valid]
     int rows = 0;
     const int32_t* n_live = nullptr;
@@ -50,9 +63,10 @@ struct ChooseArgs {
     int offset = 0;
     const Loop* loop = nullptr;
     int32_t* choice = nullptr;  // [rows] in: the argmax, -1 where there is none; out: the choice
+
+    constexpr int units() const { return last ? 1 : rows; }
+    constexpr int64_t smem(const Fit&, int) const { return 32 * 16 * 8; }
 };
-constexpr int64_t smem_bytes(const ChooseArgs&, const Fit&, int) { return 32 * 16 * 8; }
-constexpr int stage_units(const ChooseArgs& a) { return a.last ? 1 : a.rows; }
 
 namespace choose {
 
@@ -146,14 +160,13 @@ DC_DEVICE uint32_t search(int bits, int n, uint64_t target, Key key, Weight weig
 
 }  // namespace choose
 
-template <int NB, class Wait>
-DC_DEVICE void stage_choose(const ChooseArgs& a, int block, int n_blocks, const Smem& smem, Wait wait) {
+template <int NB> DC_DEVICE void stage(const ChooseArgs& a, const Fit&) {
     using namespace choose;
-    wait();
-    auto* scratch = reinterpret_cast<uint64_t*>(smem.at);
+    rt::dependency_wait();
+    auto* scratch = reinterpret_cast<uint64_t*>(rt::dynamic_smem());
     const Loop& p = *a.loop;
     const int live = *a.n_live < a.rows ? *a.n_live : a.rows, n = p.n_valid;
-    for (int row = a.last ? live - 1 + block : block; row >= 0 && row < live; row += n_blocks) {
+    for (int row = a.last ? live - 1 + rt::block() : rt::block(); row >= 0 && row < live; row += rt::blocks()) {
         const float* logits = a.logits.row(row);
         const int best = a.choice[row];
         if (best < 0) continue;
@@ -231,8 +244,8 @@ DC_DEVICE void stage_choose(const ChooseArgs& a, int block, int n_blocks, const 
             take(static_cast<double>(l) / static_cast<double>(temp) + gumbel(p.seed, pos, v), v);
         }
         for (int m = 16; m > 0; m >>= 1) take(rt::shfl_xor(best_score, m), rt::shfl_xor(choice, m));
-        auto* score_of = reinterpret_cast<double*>(smem.at);
-        auto* id_of = reinterpret_cast<int*>(smem.at + 32 * 8);
+        auto* score_of = reinterpret_cast<double*>(rt::dynamic_smem());
+        auto* id_of = reinterpret_cast<int*>(rt::dynamic_smem() + 32 * 8);
         rt::sync_block();
         if (rt::lane() == 0) {
             score_of[rt::warp()] = best_score;
@@ -275,6 +288,7 @@ DC_DEVICE int distinct_experts(const Routed& r, int n, int* smem) {
 
 // The rows that the MTP layer is behind, in `parts` passes of up to 8; the last part always ends with the last of them.
 struct CatchUpArgs {
+    static constexpr Stage kStage{"catch_up"};
     Loop* loop = nullptr;
     const int32_t* tokens = nullptr;  // [ctx + kMaxRound] every token, t_0..t_pos
     int part = 0, parts = 1;
@@ -282,20 +296,21 @@ struct CatchUpArgs {
     float* hidden = nullptr;      // [8, d] receives the part's rows when there are several; one part reads pend itself
     int d = 0;
     Routed before;  // the previous part's pass, counted
-};
-constexpr int64_t smem_bytes(const CatchUpArgs&, const Fit&, int) { return 128; }
-constexpr int stage_units(const CatchUpArgs&) { return 1; }
 
-template <int NB, class Wait>
-DC_DEVICE void stage_catch_up(const CatchUpArgs& a, int block, int, const Smem& smem, Wait wait) {
-    wait();
-    if (block != 0) return;
+    constexpr int units() const { return 1; }
+    constexpr int64_t smem(const Fit&, int) const { return 128; }
+};
+
+template <int NB> DC_DEVICE void stage(const CatchUpArgs& a, const Fit&) {
+    rt::dependency_wait();
+    if (rt::block() != 0) return;
     Loop& l = *a.loop;
     const int end = l.n_pend - kBlockRows * (a.parts - 1 - a.part);
     const int begin = end > kBlockRows ? end - kBlockRows : 0, n = end > begin ? end - begin : 0;
     for (int i = rt::thread(); a.parts > 1 && i < n * a.d; i += rt::threads())
         a.hidden[i] = a.pend[static_cast<int64_t>(begin) * a.d + i];
-    const int experts = a.part > 0 ? distinct_experts(a.before, l.s.mtp_n, reinterpret_cast<int*>(smem.at)) : 0;
+    const int experts =
+        a.part > 0 ? distinct_experts(a.before, l.s.mtp_n, reinterpret_cast<int*>(rt::dynamic_smem())) : 0;
     rt::sync_block();
     if (rt::thread() != 0) return;
     l.counts.mtp_experts += experts;
@@ -312,6 +327,7 @@ DC_DEVICE void stage_catch_up(const CatchUpArgs& a, int block, int, const Smem& 
 // Draft j of the round from the MTP pass that just ended: it joins the rows to verify, and is what the next MTP pass
 // continues from, with that pass's own output as hidden row.
 struct DraftArgs {
+    static constexpr Stage kStage{"draft"};
     Loop* loop = nullptr;
     int j = 1;
     bool more = false;    // another draft follows
@@ -319,18 +335,18 @@ struct DraftArgs {
     float* g = nullptr;   // [d]
     int d = 0;
     Routed routed;
-};
-constexpr int64_t smem_bytes(const DraftArgs&, const Fit&, int) { return 128; }
-constexpr int stage_units(const DraftArgs&) { return 1; }
 
-template <int NB, class Wait>
-DC_DEVICE void stage_draft(const DraftArgs& a, int block, int, const Smem& smem, Wait wait) {
-    wait();
-    if (block != 0) return;
+    constexpr int units() const { return 1; }
+    constexpr int64_t smem(const Fit&, int) const { return 128; }
+};
+
+template <int NB> DC_DEVICE void stage(const DraftArgs& a, const Fit&) {
+    rt::dependency_wait();
+    if (rt::block() != 0) return;
     Loop& l = *a.loop;
     const int n = l.s.mtp_n, row = n > 0 ? n - 1 : 0;
     for (int i = rt::thread(); i < a.d; i += rt::threads()) a.g[i] = a.h.row(row)[i];
-    const int experts = distinct_experts(a.routed, n, reinterpret_cast<int*>(smem.at));
+    const int experts = distinct_experts(a.routed, n, reinterpret_cast<int*>(rt::dynamic_smem()));
     rt::sync_block();
     if (rt::thread() != 0) return;
     l.counts.mtp_experts += experts;
@@ -354,6 +370,7 @@ DC_DEVICE void stage_draft(const DraftArgs& a, int block, int, const Smem& smem,
 
 // Takes the choices of the verified rows while they agree with the drafts, ends at a stop, appends, publishes.
 struct AcceptArgs {
+    static constexpr Stage kStage{"accept"};
     Loop* loop = nullptr;
     TokenRing* ring = nullptr;  // pinned host memory
     int32_t* tokens = nullptr;  // [ctx + kMaxRound]
@@ -363,17 +380,17 @@ struct AcceptArgs {
     float* pend = nullptr;      // [kMaxPending + kMaxRound, d] or null without MTP
     int d = 0;
     Routed routed;
-};
-constexpr int64_t smem_bytes(const AcceptArgs&, const Fit&, int) { return 256; }
-constexpr int stage_units(const AcceptArgs&) { return 1; }
 
-template <int NB, class Wait>
-DC_DEVICE void stage_accept(const AcceptArgs& a, int block, int, const Smem& smem, Wait wait) {
-    wait();
-    if (block != 0) return;
+    constexpr int units() const { return 1; }
+    constexpr int64_t smem(const Fit&, int) const { return 256; }
+};
+
+template <int NB> DC_DEVICE void stage(const AcceptArgs& a, const Fit&) {
+    rt::dependency_wait();
+    if (rt::block() != 0) return;
     Loop& l = *a.loop;
-    auto* shared =
-        reinterpret_cast<int*>(smem.at);  // [0, 32): distinct_experts; 32: emitted; 33: first pending row; 34: bad id
+    auto* shared = reinterpret_cast<int*>(
+        rt::dynamic_smem());  // [0, 32): distinct_experts; 32: emitted; 33: first pending row; 34: bad id
     const int rows = l.s.n, stop_before = l.stop;
     const int experts = distinct_experts(a.routed, rows, shared);
     int bad = 0x7FFFFFFF;  // the row that plain decoding is at has no token: name the first NaN
@@ -445,12 +462,5 @@ DC_DEVICE void stage_accept(const AcceptArgs& a, int block, int, const Smem& sme
             a.pend[static_cast<int64_t>(base + i) * a.d + c] = a.h.row(i)[c];
     }
 }
-
-// X(name, Args), as DEEPCALM_CUDA_STAGES
-#define DEEPCALM_CUDA_DECODE_STAGES(X)                                                                                 \
-    X(choose, ChooseArgs)                                                                                              \
-    X(catch_up, CatchUpArgs)                                                                                           \
-    X(draft, DraftArgs)                                                                                                \
-    X(accept, AcceptArgs)
 
 }  // namespace deepcalm::gpu

@@ -3,7 +3,7 @@
 // calls that backend.cu runs as a graph of kernels.
 #pragma once
 
-#include "kernels/cuda/stages.h"
+#include "kernels/cuda/stages.cuh"
 #include "runtime/cuda/decode.cuh"
 
 #include <algorithm>
@@ -12,14 +12,6 @@
 #include <vector>
 
 namespace deepcalm::gpu {
-
-#define DEEPCALM_CUDA_ALL_STAGES(X) DEEPCALM_CUDA_STAGES(X) DEEPCALM_CUDA_DECODE_STAGES(X)
-
-#define X(name, Args)                                                                                                  \
-    constexpr const char* stage_name(const Args&) { return #name; }                                                    \
-    rt::Error launch_stage(const rt::LaunchConfig& config, const Fit& fit, const Args& args);
-DEEPCALM_CUDA_ALL_STAGES(X)
-#undef X
 
 // One stage call.
 struct Op {
@@ -148,12 +140,12 @@ class PassWriter {
     template <class A> void add(const A& args) {
         // kThreads: what a simulated device of fewer threads a block takes is what the real one would
         const Fit& f = fit(args, n_ <= kBlockRows ? 1 : kPrefillBlocks, kThreads, s_.smem);
-        Op op{.name = stage_name(args),
-              .blocks = std::max(1, std::min(stage_units(args), s_.sms)),
-              .smem = smem_bytes(args, f, s_.threads),
-              .need = smem_bytes(args, f, kThreads),
+        Op op{.name = A::kStage.name,
+              .blocks = std::max(1, std::min(args.units(), s_.sms)),
+              .smem = args.smem(f, s_.threads),
+              .need = args.smem(f, kThreads),
               .bytes = bytes_,
-              .launch = [args, f](const rt::LaunchConfig& c) { return launch_stage(c, f, args); }};
+              .launch = [args, f](const rt::LaunchConfig& c) { return rt::launch(c, kernel_of<A>(f.nb), args, f); }};
         if constexpr (std::is_same_v<A, ProductArgs>)
             op.name += " " + std::to_string(args.w.rows) + "x" + std::to_string(args.w.cols);
         if constexpr (std::is_same_v<A, AttendArgs>) op.row_bytes = args.row_bytes;
@@ -165,7 +157,7 @@ class PassWriter {
     int attention_rows(int units) const { return static_cast<int>(std::max<int64_t>(1, b_.part_units / units)); }
 
   private:
-    Rows rows() const { return {.n = n_, .n_live = t_.n_live, .pos = t_.pos}; }
+    PassRows rows() const { return {.n = n_, .n_live = t_.n_live, .pos = t_.pos}; }
     Norm norm(const float* w, const View<float>& out = {}) const {
         return {.w = w, .width = c_.hidden_size, .eps = c_.rms_norm_eps, .out = out};
     }
@@ -282,7 +274,7 @@ class PassWriter {
         const View<float> latent_tap = room(int64_t{heads} * r);
         const int step = attention_rows(units);
         for (int i = 0; i < n_; i += step) {  // all rows at once in short passes
-            const Rows part{.n = std::min(step, n_ - i), .n_live = t_.n_live, .pos = t_.pos + i};
+            const PassRows part{.n = std::min(step, n_ - i), .n_live = t_.n_live, .pos = t_.pos + i};
             add(AttendArgs{.rows = part,
                            .n_heads = heads,
                            .c_pad = c_.c_pad(),

@@ -1,4 +1,4 @@
-"""The single stages of a device library: the structs in ``kernels/cuda/stages.h`` as ctypes, and their launch.
+"""The single stages of a device library: the structs in ``kernels/cuda/args.h`` as ctypes, and their launch.
 
 Arrays are passed by address, so every array given to a struct must stay alive until :func:`Stages.run` returns: numpy's
 in the simulator, cupy's on a GPU, or numpy's there too where a :class:`Mirror` is in place.
@@ -24,12 +24,18 @@ PREFILL_BLOCKS = 4
 FIT = {PREFILL_BLOCKS: 0, 2: 1, 1: 3}  # the generous way of each number of column blocks in kFits, which has 8
 FITS = 8
 I32, I64 = c.c_int32, c.c_int64
-Matrix, Rows, Norm, Routing, View = (ctype(name) for name in ("Matrix", "Rows", "Norm", "Routing", "View"))
-ARGS = {stage: ctype(args) for stage, args in re.findall(r"X\((\w+), (\w+Args)\)", TEXT)}
+Matrix, Rows, Norm, Routing, View = (ctype(name) for name in ("Matrix", "PassRows", "Norm", "Routing", "View"))
+ARGS = {
+    stage: ctype(args) for args, stage in re.findall(r'struct (\w+) {\s*static constexpr Stage kStage{"(\w+)"', TEXT)
+}
 
 
 class LaunchSpec(c.Structure):
-    _fields_ = [("fit", I32), ("grid", I32), ("threads", I32), ("dependent", I32)]
+    _fields_ = [
+        *((name, I32) for name in ("fit", "grid", "threads", "dependent")),
+        *((name, I64) for name in ("smem", "need")),
+        ("long_pass", I32),
+    ]
 
 
 class Mirror:
@@ -127,9 +133,8 @@ class Stages:
 
     def __init__(self, path: Path, xp: Any = np) -> None:
         library = c.CDLL(str(path))
-        self.call, self.how, self.xp, self.idle = library.deepcalm_stage, library.deepcalm_stage_fit, xp, True
+        self.call, self.xp, self.idle = library.deepcalm_stage, xp, True
         self.call.argtypes = (c.c_char_p, c.c_void_p, I64, c.c_void_p)
-        self.how.argtypes = (c.c_char_p, c.c_void_p, I64, I32, I64, c.POINTER(I64))
 
     def launch(
         self,
@@ -148,6 +153,9 @@ class Stages:
         if self.xp is not np:  # its arrays are filled by another stream
             self.xp.cuda.Device().synchronize()
         spec = LaunchSpec(FIT[nb] if fit is None else fit, grid, threads, int(dependent))
+        self._call(name, args, spec)
+
+    def _call(self, name: str, args: Any, spec: LaunchSpec) -> None:
         code = self.call(name.encode(), c.byref(args), c.sizeof(args), c.byref(spec))
         assert code == 0, f"{name}: error {code} (-2: its struct has another size in C++)"
 
@@ -159,10 +167,9 @@ class Stages:
 
     def fit(self, name: str, args: Any, long_pass: bool, smem: int) -> tuple[int, int]:
         """(index of kFits, bytes of shared memory) of a stage on a device that gives a block ``smem`` bytes."""
-        need = I64()
-        index = self.how(name.encode(), c.byref(args), c.sizeof(args), int(long_pass), smem, c.byref(need))
-        assert index >= 0, f"{name}: error {index} (-2: its struct has another size in C++)"
-        return index, need.value
+        spec = LaunchSpec(smem=smem, long_pass=int(long_pass))
+        self._call(name, args, spec)
+        return spec.fit, spec.need
 
     def __call__(self, name: str, args: Any, **kw: Any) -> None:
         self.launch(name, args, **kw)

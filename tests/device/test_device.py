@@ -67,7 +67,7 @@ def test_device_library_exports_its_entries_alone(device: str) -> None:
     names = subprocess.run(["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
     strong = [line.split()[-1] for line in names.splitlines() if line.split()[-2] in "TDBR"]
     simulator = {"deepcalm_sim"} if device == "sim" else set()
-    assert set(strong) == {"deepcalm_backend", "deepcalm_stage", "deepcalm_stage_fit"} | simulator
+    assert set(strong) == {"deepcalm_backend", "deepcalm_stage"} | simulator
     needed = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
     libraries = set(re.findall(r"NEEDED.*\[(.+?)\.so", needed))
     assert not {n for n in libraries if "cuda" in n or "stdc++" in n}, libraries

@@ -1,14 +1,20 @@
-// The stages of the CUDA pass: argument structs, launch geometry, the list of kernels. No CUDA construct appears here, so
-// plain C++ (the device model, the host's side, tests) includes it too. What runs is in product.cuh, attention.cuh,
-// moe.cuh and stages.cuh behind the seam rt.h.
+// The stages of the CUDA pass as their host sees them: what each computes, its arguments, what a launch must know. No CUDA
+// construct appears here, so plain C++ (the host's side, tests) includes it too. What runs is in attention.cuh, ffn.cuh and
+// stages.cuh, behind the seam rt.h.
 //
 // A stage is the work between two grid-wide dependencies:
-//     template <int NB, class Wait> __device__ void stage_<name>(const <Name>Args&, int block, int n_blocks, const Smem& smem, Wait wait)
-// Every block of the grid calls it with all its threads. It starts its weight copies, calls wait() exactly once and touches
-// nothing that another stage writes before that (so neither pos, nor ids, nor activations); weights and args are constants.
-// wait() is rt::dependency_wait(). NB is the number of 8-row column blocks that share a weight: 1 decodes and verifies (n <= 8), more run longer passes; rows beyond
-// 8 * NB are walked in blocks, for any n. Law L1: an output's bits depend on its own row alone: not on n, n_blocks, threads
-// per block, unit_chunks or how the shared memory is used (Fit); all sums are ordered sums of 512-column segments (docs/model.md 7.2).
+//     template <int NB> __device__ void stage(const <Name>Args&, const Fit&)
+// Every block of the grid calls it with all its threads. It starts its weight copies, calls rt::dependency_wait() exactly once
+// and touches nothing that another stage writes before that (so neither pos, nor ids, nor activations); weights and args are
+// constants. NB is the number of 8-row column blocks that share a weight: 1 decodes and verifies (n <= 8), more run longer
+// passes; rows beyond 8 * NB are walked in blocks, for any n. Law L1: an output's bits depend on its own row alone: not on n,
+// the number of blocks, threads per block, unit_chunks or how the shared memory is used (Fit); all sums are ordered sums of
+// 512-column segments (docs/model.md 7.2).
+//
+// The arguments also say, for their launch:
+//     kStage                       name; whether it is compiled for every NB of kFits, or for 1 alone
+//     units()                      blocks beyond this number would be idle
+//     smem(fit, threads)           bytes of shared memory of a block; what a stage copies ahead depends on shapes only
 //
 // All activations between stages are f32 rows; the consumer rounds them (and applies the RMS norm), block by block, in
 // shared memory. Buffers are 16-byte aligned, row strides multiples of 4 elements; pads are neither read nor written unless said.
@@ -19,8 +25,6 @@
 
 namespace deepcalm::gpu {
 
-// Kernels: DC_KERNEL(kThreads, NB == 1 ? 2 : 1), so that two decode blocks fit the registers of an SM; args as
-// `const __grid_constant__`, because stages take pointers into them.
 inline constexpr int kThreads = 256;      // threads per block the stages are tuned for; any multiple of 32 is correct
 inline constexpr int kBlockRows = 8;      // activation rows of one mma column block
 inline constexpr int kPrefillBlocks = 4;  // NB at most, in passes with more than kBlockRows rows
@@ -28,6 +32,48 @@ inline constexpr int kSegment = 512;      // columns of one partial sum
 inline constexpr int kChunk = 64;         // cache positions of one attention chunk
 inline constexpr int kPartialChunks = 8;  // chunks merged in order into a partial; partials are merged in order
 inline constexpr int kMaxPassRows = 512;  // rows of one pass
+
+// How a stage uses the dynamic shared memory of its block. A block has 227 KB on sm_90 and sm_100, 163 KB on sm_80 and 99 KB
+// on sm_86, sm_89 and sm_120: the host takes the first of kFits that fits the device, its NB not above what the pass wants.
+struct Fit {
+    int nb = 1;
+    int slot_parts = 1;           // a slot of the weight ring holds kSlotBytes / slot_parts
+    int items = 16;               // (row tile, segment) pairs that meet in one ordered sum
+    int value_rows = kBlockRows;  // rows whose latents the stage of ValueArgs holds at once
+    bool halves = false;          // AttendArgs: half the columns of a chunk at a time, and values stay in `part_o`
+};
+inline constexpr Fit kFits[] = {
+    {.nb = kPrefillBlocks},
+    {.nb = 2},
+    {.nb = 2, .slot_parts = 2, .items = 8, .halves = true},
+    {.nb = 1},
+    {.nb = 1, .slot_parts = 2, .halves = true},
+    {.nb = 1, .slot_parts = 2, .value_rows = 4, .halves = true},
+    {.nb = 1, .slot_parts = 2, .value_rows = 2, .halves = true},
+    {.nb = 1, .slot_parts = 2, .value_rows = 1, .halves = true},
+};
+// The first of kFits with at most `nb` column blocks that needs no more than `smem` bytes; where none does, the most frugal.
+template <class Args> constexpr const Fit& fit(const Args& a, int nb, int threads, int64_t smem) {
+    for (const Fit& f : kFits)
+        if (f.nb <= nb && a.smem(f, threads) <= smem) return f;
+    return kFits[sizeof kFits / sizeof kFits[0] - 1];
+}
+
+struct Stage {
+    const char* name;
+    bool every_nb = false;
+};
+
+inline constexpr int kRingSlots = 2;     // weight copies in flight per warp
+inline constexpr int kSlotBytes = 4608;  // of one copy: 2 f32, 4 16-bit, 8 f8 or q8, 16 q4 tiles
+inline constexpr int kActBytes = 17408;  // x NB: rounded activations of a panel; one segment of f32 rows always fits
+inline constexpr int kActPad = 16;       // bytes after each row of a segment, against bank conflicts
+
+constexpr int64_t align16(int64_t n) { return (n + 15) / 16 * 16; }
+constexpr int64_t product_smem(const Fit& f, int threads) {
+    return align16(threads / 32 * kRingSlots * (kSlotBytes / f.slot_parts + int64_t{8})) + int64_t{f.nb} * kActBytes +
+           int64_t{2} * f.nb * f.items * kTileRows * kBlockRows * 4 + int64_t{f.nb} * kBlockRows * 16;
+}
 
 // A packed matrix as kernels take it: PackedTensor with what they would have to look up in the table of formats.
 struct Matrix {
@@ -47,21 +93,9 @@ struct Matrix {
           scale_cols(t.scale_cols), slice_bytes(t.slice_bytes()), slice_scales(t.scales ? t.slice_scales() : 0) {}
 };
 
-// What decoding keeps in device memory; the stages see it only through the pointers in Rows, EmbedArgs and HeadArgs.
-struct DecodeState {
-    int32_t pos = 0;      // position of row 0 of the main pass = cached tokens
-    int32_t n = 0;        // live rows of the main pass: the last token and its drafts
-    int32_t mtp_pos = 0;  // the same of the MTP pass
-    int32_t mtp_n = 0;
-    int32_t tokens[kBlockRows] = {};      // ids of the main pass's rows
-    int32_t mtp_tokens[kBlockRows] = {};  // ids of the MTP pass's rows: the token after each row's position
-    int32_t choice[kBlockRows] = {};      // HeadArgs::choice of the main pass
-    int32_t mtp_choice[kBlockRows] = {};  // and of the MTP pass
-};
-
 // Rows of a pass. n fixes the launch; *n_live (device, null: n) of them count, the others may hold anything and are
 // neither computed nor written.
-struct Rows {
+struct PassRows {
     int n = 0;
     const int32_t* n_live = nullptr;
     const int32_t* pos = nullptr;  // device: position of row 0; row i is at *pos + i
@@ -79,31 +113,40 @@ struct Norm {
 
 // x[i] = embed[ids[i]] as f32, and, for MTP, hidden[i] beside it. Ids outside 0..vocab-1 give zeros.
 struct EmbedArgs {
-    Rows rows;
+    static constexpr Stage kStage{"embed"};
+    PassRows rows;
     const int32_t* ids = nullptr;      // device [n]
     const std::byte* table = nullptr;  // [vocab, d] f32, bf16 or f16, row-major
     Format format = Format::kF32;
     int vocab = 0, d = 0;
     View<float> x;             // [n, d], or [n, 2d] with hidden
     View<const float> hidden;  // [n, d] or null
+
+    constexpr int units() const { return rows.n; }
+    constexpr int64_t smem(const Fit&, int) const { return 0; }
 };
 
 // y[i, o] = sum_c w[o, c] * norm(x)[i, c], o < w.rows; `add`: added to what y holds (the residual), y[i, o] + sum.
 // qkv_a, q_b, o_proj, eh_proj.
 struct ProductArgs {
-    Rows rows;
+    static constexpr Stage kStage{"product", true};
+    PassRows rows;
     Matrix w;
     View<const float> x;  // [n, w.cols]
     Norm norm;
     View<float> y;  // [n, w.rows]; not x
     bool add = false;
     View<float> tap = {};  // [n, w.rows] or null: the sum without the residual
+
+    constexpr int units() const { return w.row_tiles; }
+    constexpr int64_t smem(const Fit& f, int threads) const { return product_smem(f, threads); }
 };
 
 // q_full[i, h] = W_UK[h] * q_nope[i, h] | rope(q_rope[i, h]); cache row *pos + i = norm(c_kv) | rope(k_rope).
 // Rows whose position is not below ctx write nothing.
 struct AbsorbArgs {
-    Rows rows;
+    static constexpr Stage kStage{"absorb", true};
+    PassRows rows;
     Matrix w_uk;  // [n_heads][r, dn]
     int n_heads = 0, dn = 0, dr = 0, r = 0, c_pad = 0, r_pad = 0;
     View<const float> q;                         // [n, n_heads, dn + dr]: nope | rope, as q_b (or qkv_a) left it
@@ -118,14 +161,22 @@ struct AbsorbArgs {
     float* q_full = nullptr;     // [n, n_heads, c_pad + r_pad] f32; pads are written as zeros
     View<float> q_tap;           // [n, n_heads, dn + dr] or null: q with its rope part rotated
     View<float> c_tap, k_tap;    // [n, r], [n, dr] or null: what the cache row was made from
+
+    constexpr int units() const { return n_heads * w_uk.row_tiles; }
+    constexpr int64_t smem(const Fit& f, int threads) const { return product_smem(f, threads); }
 };
+
+inline constexpr int kHeadRows = 16;                 // heads of a unit of attention: the 16 rows of the mma
+inline constexpr int kScoreStride = kChunk + 4;      // f32
+inline constexpr int kProbStride = 2 * kChunk + 16;  // bytes
 
 // Split attention: a unit is (row, group of 16 heads, `unit_chunks` chunks). Every unit leaves its maximum, sum and
 // unnormalised values in `part`. unit_chunks is 1 (short contexts: many units) or kPartialChunks; the bits after
-// stage_value are the same. Use 1 up to 8k of context and n <= kBlockRows, else kPartialChunks (stage_value keeps two floats per
+// it are the same. Use 1 up to 8k of context and n <= kBlockRows, else kPartialChunks (the stage keeps two floats per
 // chunk and row in shared memory).
 struct AttendArgs {
-    Rows rows;
+    static constexpr Stage kStage{"attend"};
+    PassRows rows;
     int n_heads = 0, c_pad = 0, r_pad = 0, ctx = 0;
     float softmax_scale = 0;
     const float* q_full = nullptr;  // [n, n_heads, c_pad + r_pad]
@@ -136,11 +187,27 @@ struct AttendArgs {
     int max_units = 0;         // units along the context that `part` has room for: ceil(ctx / (kChunk * unit_chunks))
     float* part_o = nullptr;   // [n, max_units, n_heads, c_pad] f32
     float* part_ml = nullptr;  // [n, max_units, n_heads, 2] f32: maximum, sum
+
+    constexpr int width() const { return c_pad + r_pad; }
+    constexpr bool mma() const { return type == CacheType::kF16 || type == CacheType::kBF16; }
+    // Of a chunk, that shared memory holds.
+    constexpr int columns(const Fit& f) const {
+        return f.halves ? static_cast<int>(round_up(ceil_div(width(), 2), 16)) : width();
+    }
+    constexpr int units() const { return rows.n * static_cast<int>(ceil_div(n_heads, kHeadRows)) * max_units; }
+    constexpr int64_t smem(const Fit& f, int threads) const {
+        const int64_t q_row = 2 * width() + 16, k_row = 2 * columns(f) + 16;
+        return align16(threads / 32 * int64_t{8}) + kHeadRows * 4 * (5 + kScoreStride) +
+               (mma() ? 2 * kHeadRows * q_row + kChunk * k_row + int64_t{2} * kHeadRows * kProbStride
+                      : int64_t{kHeadRows} * 4 * width()) +
+               (unit_chunks > 1 && !f.halves ? int64_t{kHeadRows} * c_pad * 4 : 0);
+    }
 };
 
 // v[i, h] = W_UV[h] * (units of `part` merged in order, divided by the sum).
 struct ValueArgs {
-    Rows rows;
+    static constexpr Stage kStage{"value"};
+    PassRows rows;
     Matrix w_uv;  // [n_heads][dv, r]
     int n_heads = 0, dv = 0, c_pad = 0, ctx = 0;
     int unit_chunks = 1, max_units = 0;
@@ -148,12 +215,24 @@ struct ValueArgs {
     const float* part_ml = nullptr;
     View<float> v;           // [n, n_heads, dv]
     View<float> latent_tap;  // [n, n_heads, r] or null
+
+    // Pairs of factors of one row: of every chunk where units are single chunks, and of every partial.
+    constexpr int factors() const {
+        return (unit_chunks == 1 ? max_units : 0) +
+               static_cast<int>(ceil_div(int64_t{max_units} * unit_chunks, kPartialChunks));
+    }
+    constexpr int units() const { return n_heads * w_uv.row_tiles; }
+    constexpr int64_t smem(const Fit& f, int threads) const {  // and sums, combined latents
+        return product_smem(f, threads) + align16((rows.n < f.value_rows ? rows.n : f.value_rows) *
+                                                  (int64_t{8} * factors() + 4 + 4 * int64_t{c_pad}));
+    }
 };
 
 // Everything of an FFN that reads norm(x) and does not wait for routing: h = silu(gate) * up of a dense layer or of the
 // shared experts (w_gate_up), router logits (router), either absent (rows == 0).
 struct FfnInArgs {
-    Rows rows;
+    static constexpr Stage kStage{"ffn_in", true};
+    PassRows rows;
     View<const float> x;  // [n, d]
     Norm norm;
     Matrix w_gate_up;  // [2 * pad16(width), d], gate and up alternate tile by tile
@@ -161,6 +240,9 @@ struct FfnInArgs {
     View<float> h;       // [n, width]
     Matrix router;       // [E, d] f32
     View<float> logits;  // [n, E]
+
+    constexpr int units() const { return router.row_tiles + w_gate_up.row_tiles / 2; }
+    constexpr int64_t smem(const Fit& f, int threads) const { return product_smem(f, threads); }
 };
 
 // Routing of a layer: kernels/cpu/router.cc, bit for bit.
@@ -174,31 +256,53 @@ struct Routing {
     float scale = 1;
     int32_t* topk_idx = nullptr;   // [n, topk] ascending
     float* topk_weight = nullptr;  // [n, topk]
+
+    // Scratch of every warp that routes a row, and one block of routed rows.
+    constexpr int64_t smem(const PassRows& rows, int threads) const {
+        const int warps = rows.n < threads / 32 ? rows.n : threads / 32;
+        return align16(warps * int64_t{4} * (2 * n_experts + n_group)) + align16(8 * int64_t{kBlockRows} * topk);
+    }
+    // The pass's (row, expert) pairs grouped by expert.
+    constexpr int64_t lists_smem(const PassRows& rows) const {
+        return align16(4 * (2 * int64_t{n_experts} + 2)) + align16(2 * int64_t{rows.n} * topk);
+    }
 };
 
 // Fills topk_idx and topk_weight. A stage of its own when n > kBlockRows; below, every block of stage_experts routes for
 // itself and this stage is not launched.
 struct RouteArgs {
-    Rows rows;
+    static constexpr Stage kStage{"route"};
+    PassRows rows;
     Routing routing;
+
+    constexpr int units() const { return rows.n; }
+    constexpr int64_t smem(const Fit&, int threads) const { return routing.smem(rows, threads); }
 };
 
 // h[slot] = silu(gate_e) * up_e for every (row, chosen expert): slots ordered by expert, then row. Each touched expert is
 // read once per block of rows.
 struct ExpertsArgs {
-    Rows rows;
+    static constexpr Stage kStage{"experts", true};
+    PassRows rows;
     View<const float> x;  // [n, d]
     Norm norm;            // out unused
     Matrix w;             // [E][2 * pad16(width), d]
     int width = 0;
     Routing routing;
     View<float> h;  // [n * topk, width]
+
+    constexpr int units() const { return rows.n * routing.topk * (w.row_tiles / 2); }
+    constexpr int64_t smem(const Fit& f, int threads) const {
+        return product_smem(f, threads) + routing.lists_smem(rows) +
+               (rows.n <= kBlockRows ? routing.smem(rows, threads) : 0);
+    }
 };
 
 // x[i] += (sum over chosen experts in ascending order, fma(weight, down_e(h_e), acc)) + shared_down(shared_h).
 // A dense layer is this with experts absent and its w_down as `shared`.
 struct DownArgs {
-    Rows rows;
+    static constexpr Stage kStage{"down", true};
+    PassRows rows;
     Matrix experts;               // [E][d, width] or absent
     Routing routing;              // topk_idx, topk_weight, n_experts, topk: read
     View<const float> h;          // [n * topk, width]
@@ -207,12 +311,18 @@ struct DownArgs {
     View<float> x;                // [n, d]
     float* routed = nullptr;      // [n, x.stride] the routed sum: needed when n > kBlockRows, else null or a tap
     float* shared_tap = nullptr;  // [n, x.stride] or null: output of the shared experts (dense layer: of the FFN)
+
+    constexpr int units() const { return shared.rows > 0 ? shared.row_tiles : experts.row_tiles; }
+    constexpr int64_t smem(const Fit& f, int threads) const {
+        return product_smem(f, threads) + (experts.rows > 0 ? routing.lists_smem(rows) : 0);
+    }
 };
 
 // final norm, logits of rows first_row..n-1, and their argmax over ids < n_valid (ties to the lowest id; -1 when a valid
 // logit is NaN or none is finite). norm.out receives the normed hidden rows, all n of them.
 struct HeadArgs {
-    Rows rows;
+    static constexpr Stage kStage{"head", true};
+    PassRows rows;
     int first_row = 0;    // == rows.n: norm only
     View<const float> x;  // [n, d]
     Norm norm;
@@ -225,6 +335,9 @@ struct HeadArgs {
     float* best_value = nullptr;
     int32_t* best_id = nullptr;
     unsigned* arrived = nullptr;
+
+    constexpr int units() const { return first_row < rows.n ? w.row_tiles : rows.n; }
+    constexpr int64_t smem(const Fit& f, int threads) const { return product_smem(f, threads); }
 };
 
 // Every stage: X(name, Args). stage_<name><NB>(args, block, n_blocks, smem, wait); kernels and their launches are generated
@@ -243,110 +356,9 @@ struct HeadArgs {
     X(route, RouteArgs)
 #define DEEPCALM_CUDA_STAGES(X) DEEPCALM_CUDA_PRODUCT_STAGES(X) DEEPCALM_CUDA_ROW_STAGES(X)
 
-// --- shared memory --------------------------------------------------------------------------------------------------
-
-// How a stage uses the dynamic shared memory of its block. A block has 227 KB on sm_90 and sm_100, 163 KB on sm_80 and 99 KB
-// on sm_86, sm_89 and sm_120: the host takes the first of kFits that fits the device, its NB not above what the pass wants.
-struct Fit {
-    int nb = 1;
-    int slot_parts = 1;           // a slot of the weight ring holds kSlotBytes / slot_parts
-    int items = 16;               // (row tile, segment) pairs that meet in one ordered sum
-    int value_rows = kBlockRows;  // rows whose latents stage_value holds at once
-    bool halves = false;          // stage_attend: half the columns of a chunk at a time, and values stay in `part_o`
-};
-inline constexpr Fit kFits[] = {
-    {.nb = kPrefillBlocks},
-    {.nb = 2},
-    {.nb = 2, .slot_parts = 2, .items = 8, .halves = true},
-    {.nb = 1},
-    {.nb = 1, .slot_parts = 2, .halves = true},
-    {.nb = 1, .slot_parts = 2, .value_rows = 4, .halves = true},
-    {.nb = 1, .slot_parts = 2, .value_rows = 2, .halves = true},
-    {.nb = 1, .slot_parts = 2, .value_rows = 1, .halves = true},
-};
-// What a stage gets.
-struct Smem {
-    unsigned char* at;
-    Fit fit;
-};
-
-// smem_bytes(args, fit, threads per block). What a stage copies ahead depends on shapes only.
-inline constexpr int kRingSlots = 2;     // weight copies in flight per warp
-inline constexpr int kSlotBytes = 4608;  // of one copy: 2 f32, 4 16-bit, 8 f8 or q8, 16 q4 tiles
-inline constexpr int kActBytes = 17408;  // x NB: rounded activations of a panel; one segment of f32 rows always fits
-inline constexpr int kActPad = 16;       // bytes after each row of a segment, against bank conflicts
-
-constexpr int64_t align16(int64_t n) { return (n + 15) / 16 * 16; }
-constexpr int64_t product_smem(const Fit& f, int threads) {
-    return align16(threads / 32 * kRingSlots * (kSlotBytes / f.slot_parts + int64_t{8})) + int64_t{f.nb} * kActBytes +
-           int64_t{2} * f.nb * f.items * kTileRows * kBlockRows * 4 + int64_t{f.nb} * kBlockRows * 16;
-}
-// Scratch of every warp that routes a row, and one block of routed rows.
-constexpr int64_t route_smem(const Rows& rows, const Routing& r, int threads) {
-    const int warps = rows.n < threads / 32 ? rows.n : threads / 32;
-    return align16(warps * int64_t{4} * (2 * r.n_experts + r.n_group)) + align16(8 * int64_t{kBlockRows} * r.topk);
-}
-// The pass's (row, expert) pairs grouped by expert.
-constexpr int64_t lists_smem(const Rows& rows, const Routing& r) {
-    return align16(4 * (2 * int64_t{r.n_experts} + 2)) + align16(2 * int64_t{rows.n} * r.topk);
-}
-
-constexpr int64_t smem_bytes(const EmbedArgs&, const Fit&, int) { return 0; }
-constexpr int64_t smem_bytes(const ProductArgs&, const Fit& f, int threads) { return product_smem(f, threads); }
-constexpr int64_t smem_bytes(const AbsorbArgs&, const Fit& f, int threads) { return product_smem(f, threads); }
-// Pairs of factors of one row: of every chunk where units are single chunks, and of every partial.
-constexpr int value_factors(const ValueArgs& a) {
-    return (a.unit_chunks == 1 ? a.max_units : 0) +
-           static_cast<int>(ceil_div(int64_t{a.max_units} * a.unit_chunks, kPartialChunks));
-}
-constexpr int64_t smem_bytes(const ValueArgs& a, const Fit& f, int threads) {  // and sums, combined latents
-    return product_smem(f, threads) + align16((a.rows.n < f.value_rows ? a.rows.n : f.value_rows) *
-                                              (int64_t{8} * value_factors(a) + 4 + 4 * int64_t{a.c_pad}));
-}
-constexpr int64_t smem_bytes(const FfnInArgs&, const Fit& f, int threads) { return product_smem(f, threads); }
-constexpr int64_t smem_bytes(const HeadArgs&, const Fit& f, int threads) { return product_smem(f, threads); }
-constexpr int64_t smem_bytes(const RouteArgs& a, const Fit&, int threads) {
-    return route_smem(a.rows, a.routing, threads);
-}
-constexpr int64_t smem_bytes(const ExpertsArgs& a, const Fit& f, int threads) {
-    return product_smem(f, threads) + lists_smem(a.rows, a.routing) +
-           (a.rows.n <= kBlockRows ? route_smem(a.rows, a.routing, threads) : 0);
-}
-constexpr int64_t smem_bytes(const DownArgs& a, const Fit& f, int threads) {
-    return product_smem(f, threads) + (a.experts.rows > 0 ? lists_smem(a.rows, a.routing) : 0);
-}
-constexpr bool attend_mma(const AttendArgs& a) { return a.type == CacheType::kF16 || a.type == CacheType::kBF16; }
-// Columns of a chunk that shared memory holds.
-constexpr int attend_columns(const AttendArgs& a, const Fit& f) {
-    const int width = a.c_pad + a.r_pad;
-    return f.halves ? static_cast<int>(round_up(ceil_div(width, 2), 16)) : width;
-}
-constexpr int64_t smem_bytes(const AttendArgs& a, const Fit& f, int threads) {
-    const int64_t width = a.c_pad + a.r_pad, q_row = 2 * width + 16, k_row = 2 * attend_columns(a, f) + 16;
-    return align16(threads / 32 * int64_t{8}) + 16 * 4 * (5 + kChunk + 4) +
-           (attend_mma(a) ? 2 * 16 * q_row + kChunk * k_row + int64_t{2} * 16 * (2 * kChunk + 16) : 16 * 4 * width) +
-           (a.unit_chunks > 1 && !f.halves ? int64_t{16} * a.c_pad * 4 : 0);
-}
-
-// The first of kFits with at most `nb` column blocks that needs no more than `smem` bytes; where none does, the most frugal.
-template <class A> constexpr const Fit& fit(const A& a, int nb, int threads, int64_t smem) {
-    for (const Fit& f : kFits)
-        if (f.nb <= nb && smem_bytes(a, f, threads) <= smem) return f;
-    return kFits[sizeof kFits / sizeof kFits[0] - 1];
-}
-
-// Blocks beyond this number of units would be idle.
-constexpr int stage_units(const EmbedArgs& a) { return a.rows.n; }
-constexpr int stage_units(const ProductArgs& a) { return a.w.row_tiles; }
-constexpr int stage_units(const AbsorbArgs& a) { return a.n_heads * a.w_uk.row_tiles; }
-constexpr int stage_units(const AttendArgs& a) {
-    return a.rows.n * static_cast<int>(ceil_div(a.n_heads, 16)) * a.max_units;
-}
-constexpr int stage_units(const ValueArgs& a) { return a.n_heads * a.w_uv.row_tiles; }
-constexpr int stage_units(const FfnInArgs& a) { return a.router.row_tiles + a.w_gate_up.row_tiles / 2; }
-constexpr int stage_units(const RouteArgs& a) { return a.rows.n; }
-constexpr int stage_units(const ExpertsArgs& a) { return a.rows.n * a.routing.topk * (a.w.row_tiles / 2); }
-constexpr int stage_units(const DownArgs& a) { return a.shared.rows > 0 ? a.shared.row_tiles : a.experts.row_tiles; }
-constexpr int stage_units(const HeadArgs& a) { return a.first_row < a.rows.n ? a.w.row_tiles : a.rows.n; }
+// Those of a pass.
+template <class... Args> struct StageList {};
+using PassStages = StageList<EmbedArgs, ProductArgs, AbsorbArgs, AttendArgs, ValueArgs, FfnInArgs, RouteArgs,
+                             ExpertsArgs, DownArgs, HeadArgs>;
 
 }  // namespace deepcalm::gpu
