@@ -73,7 +73,7 @@ constexpr SinCos sincos_f32(float angle) {
 template <class F> struct ExpParts {
     F p, n_biased;
 };
-template <class F, class Splat, class Fma> DC_CONSTEXPR ExpParts<F> exp_parts(F x, Splat splat, Fma fma) {
+template <class F, class Splat, class Fma> DC_SHARED ExpParts<F> exp_parts(F x, Splat splat, Fma fma) {
     const F magic = splat(12582912.0F);  // 1.5 * 2^23: rounds to an integer that stays in the low bits
     const F n_biased = fma(x, splat(1.44269504088896341F), magic), n = n_biased - magic;
     const F r = fma(n, splat(2.12194440e-4F), fma(n, splat(-0.693359375F), x));  // ln 2 in two parts
@@ -85,5 +85,19 @@ template <class F, class Splat, class Fma> DC_CONSTEXPR ExpParts<F> exp_parts(F 
     p = fma(p, r, splat(5.0000001201e-1F));
     return {fma(p, r * r, r) + splat(1.0F), n_biased};
 }
+// Of one float <= 0; 0 below -87 (the smallest normal results); NaN stays NaN.
+template <class Fma> DC_SHARED float exp_neg(float x, Fma fma) {
+    if (x < -87.0F) return 0.0F;
+    const auto [p, n_biased] = exp_parts(x, [](float c) { return c; }, fma);
+    return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, p) + (__builtin_bit_cast(uint32_t, n_biased) << 23));
+}
+
+// Nearest even bf16, in the low half; NaN stays NaN.
+DC_CONSTEXPR uint32_t bf16_bits(float f) {
+    const uint32_t u = __builtin_bit_cast(uint32_t, f);
+    if ((u & 0x7fffffffU) > 0x7f800000U) return (u >> 16) | 0x40U;
+    return (u + 0x7fffU + ((u >> 16) & 1U)) >> 16;
+}
+DC_CONSTEXPR float bf16_value(uint32_t h) { return __builtin_bit_cast(float, h << 16); }
 
 }  // namespace deepcalm

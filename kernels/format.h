@@ -23,6 +23,12 @@
 // Always inlined, unoptimised too: the linker would keep one copy for all objects, and that of an instruction set's object
 // does not run on every processor.
 #define DC_CONSTEXPR constexpr __attribute__((always_inline))
+// Code that CPU and CUDA kernels share: where nvcc compiles it, of the device.
+#ifdef __CUDACC__
+#define DC_SHARED __device__ __forceinline__
+#else
+#define DC_SHARED DC_CONSTEXPR
+#endif
 
 namespace deepcalm {
 

@@ -131,7 +131,7 @@ const CpuKernels* const* all_cpu_kernels() noexcept;  // null-terminated, best f
 // The first supported table, or the one called `name`; null if unknown or unsupported by this processor.
 const CpuKernels* select_cpu_kernels(const char* name /* may be null */) noexcept;
 
-// kernels/cpu/router.cc: routing of one token (docs/model.md section 5), f32, ties to the lowest index.
+// kernels/router.h: routing of one token (docs/model.md section 5), f32, ties to the lowest index.
 enum class ScoringFunc : uint8_t { kSoftmax, kSigmoid };
 enum class TopkMethod : uint8_t { kGreedy, kGroupLimitedGreedy, kNoauxTc };
 struct RouterArgs {

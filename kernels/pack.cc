@@ -2,6 +2,7 @@
 //
 // Packing is written once on vectors of 16 rows, as the tiles are, and compiled three times (baseline, AVX2, AVX-512);
 // without contraction and without sums across lanes the three give the same bytes. Reading back is plain and slow.
+#include "kernels/elementary.h"
 #include "kernels/kernels.h"
 
 #include <algorithm>
@@ -355,10 +356,8 @@ float f16_to_f32(uint16_t h) noexcept { return from_f16<float, uint32_t>(h); }
 uint16_t f32_to_f16(float f) noexcept {
     return static_cast<uint16_t>(is_nan(f) ? 0x7E00U | (std::signbit(f) ? 0x8000U : 0U) : to_f16<float, uint32_t>(f));
 }
-float bf16_to_f32(uint16_t h) noexcept { return bits_of<float>(uint32_t{h} << 16); }
-uint16_t f32_to_bf16(float f) noexcept {
-    return static_cast<uint16_t>(is_nan(f) ? bits_of<uint32_t>(f) >> 16 | 0x40U : to_bf16<float, uint32_t>(f));
-}
+float bf16_to_f32(uint16_t h) noexcept { return bf16_value(h); }
+uint16_t f32_to_bf16(float f) noexcept { return static_cast<uint16_t>(bf16_bits(f)); }
 float e4m3_to_f32(uint8_t b) noexcept {
     return (b & 0x7FU) == 0x7FU ? bits_of<float>((b & 0x80U) << 24 | 0x7FC00000U) : e4m3_value(b);
 }

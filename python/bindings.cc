@@ -2,6 +2,7 @@
 // Whatever takes the model's mutex runs without the GIL; arrays returned are fresh copies owned by Python, and arrays of ids
 // are copied before they are checked, because another thread may write to them.
 #include "bind_common.h"
+#include "kernels/noise.h"
 #include "runtime/sampler.h"
 #include "runtime/session.h"
 #include "runtime/speculate.h"

@@ -93,6 +93,19 @@ struct ModelConfig {
     int r_pad() const { return static_cast<int>(round_up(qk_rope_head_dim, 16)); }
     int q_full_width() const { return c_pad() + r_pad(); }
     int64_t cache_row_bytes(CacheType type) const { return deepcalm::cache_row_bytes(type, c_pad(), r_pad()); }
+
+    // Without a row's logits, scratch and results.
+    RouterArgs router(const float* bias) const {
+        return {.bias = bias,
+                .n_routed_experts = n_routed_experts,
+                .num_experts_per_tok = num_experts_per_tok,
+                .n_group = n_group,
+                .topk_group = topk_group,
+                .scoring_func = scoring_func,
+                .topk_method = topk_method,
+                .norm_topk_prob = norm_topk_prob,
+                .routed_scaling_factor = routed_scaling_factor};
+    }
 };
 
 inline constexpr float kLatentNormEps = 1e-6F;

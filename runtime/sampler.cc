@@ -1,6 +1,6 @@
 #include "runtime/sampler.h"
 
-#include "kernels/elementary.h"
+#include "kernels/noise.h"
 
 #include <algorithm>
 #include <array>
@@ -10,19 +10,6 @@
 
 namespace deepcalm {
 namespace {
-
-// Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
-std::array<uint32_t, 4> philox(std::array<uint32_t, 4> c, uint64_t seed) {
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-        const uint64_t p0 = uint64_t{0xD2511F53U} * c[0], p1 = uint64_t{0xCD9E8D57U} * c[2];
-        c = {static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k0, static_cast<uint32_t>(p1),
-             static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k1, static_cast<uint32_t>(p0)};
-        k0 += 0x9E3779B9U;
-        k1 += 0xBB67AE85U;
-    }
-    return c;
-}
 
 struct Candidate {
     float logit;
@@ -61,22 +48,6 @@ void filter(std::vector<Candidate>& c, const SampleParams& p, double max) {
     }
 }
 
-constexpr uint64_t kNoiseRange = uint64_t{1} << 52;
-
-// Two tokens share a Philox block.
-std::array<uint32_t, 4> noise_block(uint64_t seed, int64_t pos, int v) {
-    const auto p = static_cast<uint64_t>(pos);
-    return philox({static_cast<uint32_t>(v / 2), static_cast<uint32_t>(p), static_cast<uint32_t>(p >> 32), 0}, seed);
-}
-uint64_t noise_bits(const std::array<uint32_t, 4>& block, int v) {  // 0..kNoiseRange-1
-    const size_t half = static_cast<size_t>(v % 2) * 2;
-    return (uint64_t{block[half]} << 32 | block[half + 1]) >> 12;
-}
-double gumbel_of(uint64_t bits) {
-    const double u = (static_cast<double>(bits) + 0.5) * 0x1p-52;  // never 0 or 1
-    return -log_f64(-log_f64(u));
-}
-
 // [k] noise bits below kNoiseRange minus this give less than k of Gumbel noise: 1 - u > exp(-k), with room for rounding.
 constexpr auto kTails = [] {
     std::array<uint64_t, 40> tail{};
@@ -104,8 +75,6 @@ Result<int> argmax(const float* logits, int n) {
     return Error{ErrorCode::kSession, "logits are not finite: no finite maximum"};
 }
 
-double gumbel(uint64_t seed, int64_t pos, int v) { return gumbel_of(noise_bits(noise_block(seed, pos, v), v)); }
-
 Result<int> sample(const float* logits, int n_vocab, int n_valid, const SampleParams& p, int64_t pos) {
     n_valid = std::min(n_valid, n_vocab);
     DC_TRY(const int best, argmax(logits, n_valid));
@@ -121,13 +90,13 @@ Result<int> sample(const float* logits, int n_vocab, int n_valid, const SamplePa
     // Of a large vocabulary few tokens can still win once some score is known: the others are ruled out without logarithms.
     double best_score = -INFINITY;
     int choice = best, block_of = -1;
-    std::array<uint32_t, 4> block{};
+    NoiseBlock block{};
     for (const Candidate& x : c) {
         if (x.id / 2 != block_of) {
             block_of = x.id / 2;
             block = noise_block(p.seed, pos, x.id);
         }
-        const uint64_t bits = noise_bits(block, x.id);
+        const uint64_t bits = block.bits(x.id);
         const double base = double{x.logit} / p.temp, needed = best_score - base;
         if (needed >= 1 && kNoiseRange - bits > kTails[needed < 39 ? static_cast<size_t>(needed) : 39]) continue;
         const double score = base + gumbel_of(bits);

@@ -21,7 +21,4 @@ struct SampleParams {
 // Philox4x32-10. Error (kSession) when a valid logit is NaN or none is finite.
 Result<int> sample(const float* logits, int n_vocab, int n_valid, const SampleParams& params, int64_t pos);
 
-// The noise itself, for the tests: u in (0, 1) from Philox4x32-10 with counter (v / 2, pos), key seed.
-double gumbel(uint64_t seed, int64_t pos, int v);
-
 }  // namespace deepcalm

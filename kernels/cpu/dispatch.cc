@@ -1,5 +1,5 @@
 // Which kernel tables are compiled in, and which of them this processor and operating system can run.
-#include "kernels/kernels.h"
+#include "kernels/router.h"
 
 #include <array>
 #include <cstring>
@@ -56,5 +56,7 @@ const CpuKernels* select_cpu_kernels(const char* name) noexcept {
     }
     return nullptr;
 }
+
+void route(const RouterArgs& args) noexcept { router::route(args, router::OneLane{}); }
 
 }  // namespace deepcalm

@@ -245,26 +245,22 @@ struct FfnInArgs {
     constexpr int64_t smem(const Fit& f, int threads) const { return product_smem(f, threads); }
 };
 
-// Routing of a layer: kernels/cpu/router.cc, bit for bit.
+// Routing of a layer.
 struct Routing {
-    View<const float> logits;     // [n, n_experts]
-    const float* bias = nullptr;  // [E] or null
-    int n_experts = 0, topk = 0, n_group = 1, topk_group = 1;
-    ScoringFunc scoring_func = ScoringFunc::kSoftmax;
-    TopkMethod topk_method = TopkMethod::kGreedy;
-    bool norm_topk_prob = false;
-    float scale = 1;
-    int32_t* topk_idx = nullptr;   // [n, topk] ascending
-    float* topk_weight = nullptr;  // [n, topk]
+    RouterArgs router;         // topk_idx, topk_weight: [n, topk]; gate_logits, scratch unused
+    View<const float> logits;  // [n, n_experts]
 
+    constexpr int n_experts() const { return router.n_routed_experts; }
+    constexpr int topk() const { return router.num_experts_per_tok; }
+    constexpr int scratch() const { return 2 * router.n_routed_experts + router.n_group; }  // f32 of a warp
     // Scratch of every warp that routes a row, and one block of routed rows.
     constexpr int64_t smem(const PassRows& rows, int threads) const {
         const int warps = rows.n < threads / 32 ? rows.n : threads / 32;
-        return align16(warps * int64_t{4} * (2 * n_experts + n_group)) + align16(8 * int64_t{kBlockRows} * topk);
+        return align16(warps * int64_t{4} * scratch()) + align16(8 * int64_t{kBlockRows} * topk());
     }
     // The pass's (row, expert) pairs grouped by expert.
     constexpr int64_t lists_smem(const PassRows& rows) const {
-        return align16(4 * (2 * int64_t{n_experts} + 2)) + align16(2 * int64_t{rows.n} * topk);
+        return align16(4 * (2 * int64_t{n_experts()} + 2)) + align16(2 * int64_t{rows.n} * topk());
     }
 };
 
@@ -291,7 +287,7 @@ struct ExpertsArgs {
     Routing routing;
     View<float> h;  // [n * topk, width]
 
-    constexpr int units() const { return rows.n * routing.topk * (w.row_tiles / 2); }
+    constexpr int units() const { return rows.n * routing.topk() * (w.row_tiles / 2); }
     constexpr int64_t smem(const Fit& f, int threads) const {
         return product_smem(f, threads) + routing.lists_smem(rows) +
                (rows.n <= kBlockRows ? routing.smem(rows, threads) : 0);
@@ -304,7 +300,7 @@ struct DownArgs {
     static constexpr Stage kStage{"down", true};
     PassRows rows;
     Matrix experts;               // [E][d, width] or absent
-    Routing routing;              // topk_idx, topk_weight, n_experts, topk: read
+    Routing routing;              // its choices are read
     View<const float> h;          // [n * topk, width]
     Matrix shared;                // [d, shared width] or absent
     View<const float> shared_h;   // [n, shared width]

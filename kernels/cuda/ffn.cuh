@@ -1,128 +1,42 @@
 // FFN: gate and up, routing, routed experts, down (docs/model.md 5).
-//
-// Routing is kernels/cpu/router.cc, operation for operation, so that indices and weights have the same bits: exponentials and
-// sigmoids of different experts in different lanes, sums in expert order, ties to the lowest index.
 #pragma once
 
 #include "kernels/cuda/product.cuh"
+#include "kernels/router.h"
 
 namespace deepcalm::gpu {
 
-// router.cc's exponential: every product and sum rounded, nothing fused.
-DC_DEVICE float exp_neg_unfused(float x) {
-    if (x < -87.0F) return 0.0F;
-    const float n_biased = x * 1.44269504088896341F + 12582912.0F;
-    const float n = n_biased - 12582912.0F;
-    const float r = (x - n * 0.693359375F) - n * -2.12194440e-4F;
-    float p = 1.9875691500e-4F;
-    p = p * r + 1.3981999507e-3F;
-    p = p * r + 8.3334519073e-3F;
-    p = p * r + 4.1665795894e-2F;
-    p = p * r + 1.6666665459e-1F;
-    p = p * r + 5.0000001201e-1F;
-    p = p * (r * r) + r + 1.0F;
-    return rt::from_bits(rt::bits(p) + (rt::bits(n_biased) << 23));
-}
-DC_DEVICE float minus_inf() { return rt::from_bits(0xff800000U); }
-DC_DEVICE float quiet_nan() { return rt::from_bits(0x7fc00000U); }
-
-// The warp's best of v[0..n): the largest, the lowest index on ties, NaN (taken) never; marks it as taken.
-DC_DEVICE int take_best(float* v, int n) {
-    float top = 0;
-    int best = -1;
-    for (int e = rt::lane(); e < n; e += 32) {
-        const float x = v[e];
-        if (x == x && (best < 0 || x > top)) {
-            top = x;
-            best = e;
-        }
-    }
-    for (int m = 16; m > 0; m /= 2) {
-        const float other = rt::shfl_xor(top, m);
-        const int index = rt::shfl_xor(best, m);
-        if (index >= 0 && (best < 0 || other > top || (other == top && index < best))) {
-            top = other;
-            best = index;
-        }
-    }
-    rt::sync_warp();
-    if (rt::lane() == 0) v[best] = quiet_nan();
-    rt::sync_warp();
-    return best;
-}
-
-// One warp routes one row. scratch: [2 * n_experts + n_group] of this warp. idx, weight: [topk].
-DC_DEVICE void route_row(const Routing& a, const float* logits, float* scratch, int32_t* idx, float* weight) {
-    const int n = a.n_experts, k = a.topk, lane = rt::lane();
-    float* scores = scratch;
-    float* choice = scratch + n;
-    float* groups = scratch + 2 * n;
-    if (a.scoring_func == ScoringFunc::kSoftmax) {
-        float top = minus_inf();
-        for (int e = lane; e < n; e += 32) top = logits[e] > top ? logits[e] : top;
+// The lanes of a warp as kernels/router.h wants them.
+struct WarpLanes {
+    DC_DEVICE static int lane() { return rt::lane(); }
+    DC_DEVICE static int count() { return 32; }
+    DC_DEVICE static void sync() { rt::sync_warp(); }
+    DC_DEVICE static float max(float v) {
         for (int m = 16; m > 0; m /= 2) {
-            const float other = rt::shfl_xor(top, m);
-            top = other > top ? other : top;
+            const float other = rt::shfl_xor(v, m);
+            v = other > v ? other : v;
         }
-        for (int e = lane; e < n; e += 32) scores[e] = exp_neg_unfused(logits[e] - top);
-        rt::sync_warp();
-        float sum = 0;
-        for (int e = 0; e < n; ++e) sum += scores[e];
-        rt::sync_warp();
-        for (int e = lane; e < n; e += 32) scores[e] /= sum;
-    } else {
-        for (int e = lane; e < n; e += 32) {
-            const float z = logits[e], p = exp_neg_unfused(z > 0 ? -z : z);
-            scores[e] = z > 0 ? 1.0F / (1.0F + p) : p / (1.0F + p);
-        }
+        return v;
     }
-    for (int e = lane; e < n; e += 32) {
-        const float c = a.bias ? scores[e] + a.bias[e] : scores[e];
-        choice[e] = c == c ? c : minus_inf();
-    }
-    rt::sync_warp();
-    if (a.topk_method != TopkMethod::kGreedy && a.n_group > 1) {
-        const bool noaux = a.topk_method == TopkMethod::kNoauxTc;
-        const int size = n / a.n_group;
-        for (int g = lane; g < a.n_group; g += 32) {
-            float first = minus_inf(), second = minus_inf();
-            for (int e = g * size; e < (g + 1) * size; ++e) {
-                const float c = choice[e];
-                if (c > first) {
-                    second = first;
-                    first = c;
-                } else if (c > second) {
-                    second = c;
-                }
+    DC_DEVICE static void best(float& v, int& index) {
+        for (int m = 16; m > 0; m /= 2) {
+            const float other = rt::shfl_xor(v, m);
+            const int i = rt::shfl_xor(index, m);
+            if (i >= 0 && (index < 0 || other > v || (other == v && i < index))) {
+                v = other;
+                index = i;
             }
-            const float s = noaux && size > 1 ? first + second : first;
-            groups[g] = s == s ? s : minus_inf();
-        }
-        rt::sync_warp();
-        for (int i = 0; i < a.topk_group; ++i) take_best(groups, a.n_group);
-        for (int e = lane; e < size * a.n_group; e += 32) {
-            if (groups[e / size] != groups[e / size]) continue;  // taken: the group stays
-            choice[e] = noaux ? minus_inf() : 0.0F;
-            if (!noaux) scores[e] *= 0.0F;
-        }
-        rt::sync_warp();
-    }
-    for (int i = 0; i < k; ++i) {
-        const int e = take_best(choice, n);
-        if (lane == 0) {  // insertion keeps the indices ascending
-            int j = i;
-            for (; j > 0 && idx[j - 1] > e; --j) idx[j] = idx[j - 1];
-            idx[j] = e;
         }
     }
-    rt::sync_warp();
-    float sum = 0;
-    for (int i = 0; i < k; ++i) sum += scores[idx[i]];
-    for (int i = lane; i < k; i += 32) {
-        const float w = scores[idx[i]];
-        weight[i] = (a.norm_topk_prob ? w / (sum + 1e-20F) : w) * a.scale;
-    }
-    rt::sync_warp();
+};
+// A warp routes row i into topk_idx, topk_weight [n, topk]; scratch: [warps, Routing::scratch()] f32.
+DC_DEVICE void route_row(const Routing& r, int i, float* scratch, int32_t* topk_idx, float* topk_weight) {
+    RouterArgs args = r.router;
+    args.gate_logits = r.logits.row(i);
+    args.scratch = scratch + rt::warp() * r.scratch();
+    args.topk_idx = topk_idx + int64_t{i} * r.topk();
+    args.topk_weight = topk_weight + int64_t{i} * r.topk();
+    router::route(args, WarpLanes{});
 }
 
 // The pass's pairs by expert, rows in order inside an expert. Slot s holds pair[s] = row * topk + rank.
@@ -142,8 +56,8 @@ struct Lists {
 };
 DC_DEVICE Lists carve_lists(unsigned char* smem, const Routing& r) {
     auto* ints = reinterpret_cast<int32_t*>(smem);
-    return {ints, ints + r.n_experts + 1, ints + 2 * r.n_experts + 1,
-            reinterpret_cast<uint16_t*>(smem + align16(4 * (2 * int64_t{r.n_experts} + 2)))};
+    return {ints, ints + r.n_experts() + 1, ints + 2 * r.n_experts() + 1,
+            reinterpret_cast<uint16_t*>(smem + align16(4 * (2 * int64_t{r.n_experts()} + 2)))};
 }
 
 // Every thread of the block; idx [n_rows, topk] is complete and visible. Ends with a barrier.
@@ -223,9 +137,9 @@ template <int NB> DC_DEVICE void stage(const RouteArgs& a, const Fit&) {
     rt::dependency_wait();
     const Routing& r = a.routing;
     const int n = live_rows(a.rows);
-    float* scratch = reinterpret_cast<float*>(rt::dynamic_smem()) + rt::warp() * (2 * r.n_experts + r.n_group);
+    auto* scratch = reinterpret_cast<float*>(rt::dynamic_smem());
     for (int i = rt::block() * rt::warps() + rt::warp(); i < n; i += rt::blocks() * rt::warps())
-        route_row(r, r.logits.row(i), scratch, r.topk_idx + int64_t{i} * r.topk, r.topk_weight + int64_t{i} * r.topk);
+        route_row(r, i, scratch, r.router.topk_idx, r.router.topk_weight);
 }
 
 // Routed experts: a problem is a touched expert. Short passes multiply all rows and keep those that chose the expert;
@@ -239,7 +153,7 @@ template <int NB> struct ExpertsPlan : NormedPlan<NB> {
     DC_DEVICE int live(int problem) const { return gather ? lists.count(problem) : this->n_live; }
     DC_DEVICE int act_id(int problem) const { return gather ? problem : 0; }
     DC_DEVICE int source(int problem, int row) const {
-        return gather ? lists.pair[lists.first(problem) + row] / a->routing.topk : row;
+        return gather ? lists.pair[lists.first(problem) + row] / a->routing.topk() : row;
     }
     DC_DEVICE void rows_start(const Group& g, int rows, const ProductSmem& s) {
         this->start(rows, s, [&](int j) { return source(g.problem, g.row0 + j); });
@@ -251,7 +165,7 @@ template <int NB> struct ExpertsPlan : NormedPlan<NB> {
     DC_DEVICE void finish(int problem, int unit, int r, int row, float gate, float up) const {
         const int o = unit * kTileRows + r;
         if (o >= a->width) return;
-        const int slot = gather ? lists.first(problem) + row : lists.slot(problem, row, a->routing.topk);
+        const int slot = gather ? lists.first(problem) + row : lists.slot(problem, row, a->routing.topk());
         if (slot >= 0) a->h.row(slot)[o] = swiglu(gate, up);
     }
 };
@@ -262,26 +176,24 @@ template <int NB> DC_DEVICE void stage(const ExpertsArgs& a, const Fit& fit) {
     const bool route_here = a.rows.n <= kBlockRows;
     rt::dependency_wait();
     const int n = live_rows(a.rows);
-    const int32_t* idx = r.topk_idx;
+    const int32_t* idx = r.router.topk_idx;
     if (route_here) {
         unsigned char* at = s.end + r.lists_smem(a.rows);
         auto* my_idx = reinterpret_cast<int32_t*>(at);
-        auto* my_weight = reinterpret_cast<float*>(my_idx + kBlockRows * r.topk);
-        float* scratch = reinterpret_cast<float*>(at + align16(8 * int64_t{kBlockRows} * r.topk)) +
-                         rt::warp() * (2 * r.n_experts + r.n_group);
-        for (int i = rt::warp(); i < n; i += rt::warps())
-            route_row(r, r.logits.row(i), scratch, my_idx + i * r.topk, my_weight + i * r.topk);
+        auto* my_weight = reinterpret_cast<float*>(my_idx + kBlockRows * r.topk());
+        auto* scratch = reinterpret_cast<float*>(at + align16(8 * int64_t{kBlockRows} * r.topk()));
+        for (int i = rt::warp(); i < n; i += rt::warps()) route_row(r, i, scratch, my_idx, my_weight);
         rt::sync_block();
         if (rt::block() == 0) {
-            for (int i = rt::thread(); i < n * r.topk; i += rt::threads()) {
-                r.topk_idx[i] = my_idx[i];
-                r.topk_weight[i] = my_weight[i];
+            for (int i = rt::thread(); i < n * r.topk(); i += rt::threads()) {
+                r.router.topk_idx[i] = my_idx[i];
+                r.router.topk_weight[i] = my_weight[i];
             }
         }
         idx = my_idx;
     }
     const Lists lists = carve_lists(s.end, r);
-    build_lists(lists, idx, n, r.topk, r.n_experts);
+    build_lists(lists, idx, n, r.topk(), r.n_experts());
     const int pairs = a.w.row_tiles / 2;
     ExpertsPlan<NB> plan{{plan_of(a.rows, a.w, pairs), a.x, a.w.cols, &a.norm}, &a, lists, !route_here};
     run<NB>(plan, own_units(*lists.n_touched * pairs), s, false);
@@ -299,7 +211,7 @@ struct DownPlan : Plan {
         if (p < n_routed) return segment(a->experts, lists.touched[p / per_expert], p % per_expert);
         return segment(a->shared, 0, p - n_routed);
     }
-    DC_DEVICE int slot(int p, int row) const { return lists.slot(p / per_expert, row, a->routing.topk); }
+    DC_DEVICE int slot(int p, int row) const { return lists.slot(p / per_expert, row, a->routing.topk()); }
     DC_DEVICE Quad get(int, int row, int, int p, int col) const {
         if (p >= n_routed) {
             const int c = (p - n_routed) * kSegment + col;
@@ -324,7 +236,7 @@ DC_DEVICE void fold(DownPlan& plan, const Group& g, int unit, int r, int j, cons
         y = p % plan.per_expert == 0 ? v : y + v;
         if (p % plan.per_expert + 1 < plan.per_expert) continue;
         const int slot = plan.slot(p, row);
-        if (slot >= 0) out = rt::fma(a.routing.topk_weight[plan.lists.pair[slot]], y, out);
+        if (slot >= 0) out = rt::fma(a.routing.router.topk_weight[plan.lists.pair[slot]], y, out);
     }
     if (!g.last) {
         acc[unit * n_sum] = out;
@@ -363,14 +275,14 @@ struct GatheredDownPlan : Plan {
         const int o = (tile0 + unit) * kTileRows + r;
         if (o >= a->experts.rows) return;
         const int pair = lists.pair[lists.first(problem) + row];
-        float* out = a->routed + pair / a->routing.topk * a->x.stride + o;
-        *out = rt::fma(a->routing.topk_weight[pair], v, *out);
+        float* out = a->routed + pair / a->routing.topk() * a->x.stride + o;
+        *out = rt::fma(a->routing.router.topk_weight[pair], v, *out);
     }
 };
 
 DC_DEVICE Lists lists_of(const DownArgs& a, const ProductSmem& s) {
     const Lists l = carve_lists(s.end, a.routing);
-    build_lists(l, a.routing.topk_idx, live_rows(a.rows), a.routing.topk, a.routing.n_experts);
+    build_lists(l, a.routing.router.topk_idx, live_rows(a.rows), a.routing.topk(), a.routing.n_experts());
     return l;
 }
 
@@ -419,7 +331,7 @@ template <int NB> DC_DEVICE void down_long(const DownArgs& a, const Units& u, co
         rows_plan<NB>(a.rows, a.shared, a.shared_h, nullptr, a.shared.rows, [&](int o, int row, float v, float) {
             const int64_t at = row * a.x.stride + o;
             if (a.shared_tap) a.shared_tap[at] = v;
-            a.x.data[at] += moe ? a.routed[at] + v : v;
+            a.x.data[at] += a.experts.rows > 0 ? a.routed[at] + v : v;
         });
     run<NB>(plan, u, s, a.experts.rows == 0);
 }

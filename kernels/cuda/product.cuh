@@ -12,6 +12,7 @@
 
 #include "kernels/cuda/args.h"
 #include "kernels/cuda/rt.h"
+#include "kernels/elementary.h"
 
 namespace deepcalm::gpu {
 
@@ -20,28 +21,10 @@ namespace deepcalm::gpu {
 DC_DEVICE int min_int(int a, int b) { return a < b ? a : b; }
 DC_DEVICE int ceil_to(int a, int b) { return (a + b - 1) / b; }
 
-DC_DEVICE uint32_t bf16_bits(float f) {  // nearest even
-    const uint32_t u = rt::bits(f);
-    if ((u & 0x7fffffffU) > 0x7f800000U) return (u >> 16) | 0x40U;
-    return (u + 0x7fffU + ((u >> 16) & 1U)) >> 16;
-}
-DC_DEVICE float bf16_value(uint32_t h) { return rt::from_bits(h << 16); }
 DC_DEVICE float bf16_round(float f) { return bf16_value(bf16_bits(f)); }
-
-// exp(x) for x <= 0 with fused multiply-adds, about 1 ulp; 0 below -87; NaN stays NaN. Cephes expf coefficients.
+// exp(x) for x <= 0 with fused multiply-adds.
 DC_DEVICE float exp_neg(float x) {
-    if (x < -87.0F) return 0.0F;
-    const float n_biased = rt::fma(x, 1.44269504088896341F, 12582912.0F);  // 1.5 * 2^23
-    const float n = n_biased - 12582912.0F;
-    const float r = rt::fma(n, 2.12194440e-4F, rt::fma(n, -0.693359375F, x));
-    float p = 1.9875691500e-4F;
-    p = rt::fma(p, r, 1.3981999507e-3F);
-    p = rt::fma(p, r, 8.3334519073e-3F);
-    p = rt::fma(p, r, 4.1665795894e-2F);
-    p = rt::fma(p, r, 1.6666665459e-1F);
-    p = rt::fma(p, r, 5.0000001201e-1F);
-    p = rt::fma(p, r * r, r) + 1.0F;
-    return rt::from_bits(rt::bits(p) + (rt::bits(n_biased) << 23));
+    return deepcalm::exp_neg(x, [](float a, float b, float c) { return rt::fma(a, b, c); });
 }
 
 struct alignas(16) Quad {

@@ -82,11 +82,11 @@ template <int NB> DC_DEVICE void stage(const HeadArgs& a, const Fit& fit) {
     const int lane = rt::lane(), lo = u.begin * kTileRows,
               hi = min_int(u.end * kTileRows, min_int(a.n_valid, a.w.rows));
     for (int j = rt::warp(); j < n - a.first_row; j += rt::warps()) {
-        float value = minus_inf();
+        float value = -router::kInf;
         int32_t id = -1;
         for (int o = lo + lane; o < hi; o += 32) {
             const float v = a.logits.row(j)[o];
-            if (v > minus_inf() || v != v) take_better(value, id, v, v == v ? o : -2);
+            if (v > -router::kInf || v != v) take_better(value, id, v, v == v ? o : -2);
         }
         warp_best(value, id);
         if (lane == 0) {
@@ -101,7 +101,7 @@ template <int NB> DC_DEVICE void stage(const HeadArgs& a, const Fit& fit) {
     rt::sync_block();
     if (*last == 0) return;
     for (int j = rt::warp(); j < n - a.first_row; j += rt::warps()) {
-        float value = minus_inf();
+        float value = -router::kInf;
         int32_t id = -1;
         for (int k = lane; k < rt::blocks(); k += 32)
             take_better(value, id, a.best_value[int64_t{j} * rt::blocks() + k],

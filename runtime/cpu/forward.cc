@@ -458,20 +458,13 @@ class Pass {
 
         const int k = c_.num_experts_per_tok;
         const Range rows = split(n_, tid_, threads_);
+        RouterArgs router = c_.router(w.router_bias);
+        router.scratch = s_.route_scratch + tid_ * (2 * int64_t{c_.n_routed_experts} + c_.n_group);
         for (int i = rows.begin; i < rows.end; ++i) {
-            route({.gate_logits = s_.gate_logits + i * c_.gate_logits_stride(),
-                   .bias = w.router_bias,
-                   .n_routed_experts = c_.n_routed_experts,
-                   .num_experts_per_tok = k,
-                   .n_group = c_.n_group,
-                   .topk_group = c_.topk_group,
-                   .scoring_func = c_.scoring_func,
-                   .topk_method = c_.topk_method,
-                   .norm_topk_prob = c_.norm_topk_prob,
-                   .routed_scaling_factor = c_.routed_scaling_factor,
-                   .scratch = s_.route_scratch + tid_ * (2 * int64_t{c_.n_routed_experts} + c_.n_group),
-                   .topk_idx = s_.topk_idx + int64_t{i} * k,
-                   .topk_weight = s_.topk_weight + int64_t{i} * k});
+            router.gate_logits = s_.gate_logits + i * c_.gate_logits_stride();
+            router.topk_idx = s_.topk_idx + int64_t{i} * k;
+            router.topk_weight = s_.topk_weight + int64_t{i} * k;
+            route(router);
         }
         if (w.router_bias != nullptr) read_floats(c_.n_routed_experts);
         meet(Stage::kRoute);

@@ -8,7 +8,7 @@
 
 #include "kernels/cuda/args.h"
 #include "kernels/cuda/rt.h"
-#include "kernels/elementary.h"
+#include "kernels/noise.h"
 #include "runtime/cuda/abi.h"
 
 namespace deepcalm::gpu {
@@ -69,29 +69,6 @@ struct ChooseArgs {
 };
 
 namespace choose {
-
-struct Block {
-    uint32_t v[4];
-};
-// Philox4x32-10 and its noise, as in runtime/sampler.cc.
-DC_DEVICE Block philox(Block c, uint64_t seed) {
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-        const uint64_t p0 = uint64_t{0xD2511F53U} * c.v[0], p1 = uint64_t{0xCD9E8D57U} * c.v[2];
-        c = {{static_cast<uint32_t>(p1 >> 32) ^ c.v[1] ^ k0, static_cast<uint32_t>(p1),
-              static_cast<uint32_t>(p0 >> 32) ^ c.v[3] ^ k1, static_cast<uint32_t>(p0)}};
-        k0 += 0x9E3779B9U;
-        k1 += 0xBB67AE85U;
-    }
-    return c;
-}
-DC_DEVICE double gumbel(uint64_t seed, int64_t pos, int v) {
-    const auto p = static_cast<uint64_t>(pos);
-    const Block b =
-        philox({{static_cast<uint32_t>(v / 2), static_cast<uint32_t>(p), static_cast<uint32_t>(p >> 32), 0}}, seed);
-    const uint64_t bits = ((v % 2 ? uint64_t{b.v[2]} << 32 | b.v[3] : uint64_t{b.v[0]} << 32 | b.v[1])) >> 12;
-    return -log_f64(-log_f64((static_cast<double>(bits) + 0.5) * 0x1p-52));
-}
 
 // f32 -> u32 of the same order.
 DC_DEVICE uint32_t order(float f) {

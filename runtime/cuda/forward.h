@@ -327,18 +327,9 @@ class PassWriter {
         Routing routing;
         if (w.moe) {
             tap("gate_logits", b_.gate_logits, {c_.n_routed_experts});
-            routing = {.logits = b_.gate_logits,
-                       .bias = w.router_bias,
-                       .n_experts = c_.n_routed_experts,
-                       .topk = k,
-                       .n_group = c_.n_group,
-                       .topk_group = c_.topk_group,
-                       .scoring_func = c_.scoring_func,
-                       .topk_method = c_.topk_method,
-                       .norm_topk_prob = c_.norm_topk_prob,
-                       .scale = c_.routed_scaling_factor,
-                       .topk_idx = topk_of(layer_idx),
-                       .topk_weight = b_.topk_weight};
+            routing = {.router = c_.router(w.router_bias), .logits = b_.gate_logits};
+            routing.router.topk_idx = topk_of(layer_idx);
+            routing.router.topk_weight = b_.topk_weight;
             if (n_ > kBlockRows) add(RouteArgs{.rows = rows(), .routing = routing});
             reads(w.experts_gate_up, int64_t{n_} * k);
             add(ExpertsArgs{.rows = rows(),
@@ -348,8 +339,8 @@ class PassWriter {
                             .width = c_.moe_intermediate_size,
                             .routing = routing,
                             .h = b_.expert_h});
-            tap("topk_idx", View<int32_t>{routing.topk_idx, k}, {k});
-            tap("topk_weight", View<float>{routing.topk_weight, k}, {k});
+            tap("topk_idx", View<int32_t>{routing.router.topk_idx, k}, {k});
+            tap("topk_weight", View<float>{routing.router.topk_weight, k}, {k});
             reads(w.experts_down, int64_t{n_} * k);
         }
         reads(shared);

@@ -24,7 +24,8 @@ PREFILL_BLOCKS = 4
 FIT = {PREFILL_BLOCKS: 0, 2: 1, 1: 3}  # the generous way of each number of column blocks in kFits, which has 8
 FITS = 8
 I32, I64 = c.c_int32, c.c_int64
-Matrix, Rows, Norm, Routing, View = (ctype(name) for name in ("Matrix", "PassRows", "Norm", "Routing", "View"))
+Matrix, Rows, Norm, View = map(ctype, ("Matrix", "PassRows", "Norm", "View"))
+Routing, RouterArgs = map(ctype, ("Routing", "RouterArgs"))
 ARGS = {
     stage: ctype(args) for args, stage in re.findall(r'struct (\w+) {\s*static constexpr Stage kStage{"(\w+)"', TEXT)
 }

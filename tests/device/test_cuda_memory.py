@@ -22,7 +22,7 @@ def stage_args(model: str, n: int, ctx: int, cache: str) -> dict[str, Any]:
     """The fields of every stage's arguments that shared memory depends on, as a pass fills them."""
     heads, experts, topk, groups = MODELS[model]
     rows = cs.Rows(n)
-    routing = cs.Routing(n_experts=experts, topk=topk, n_group=groups)
+    routing = cs.Routing(cs.RouterArgs(n_routed_experts=experts, num_experts_per_tok=topk, n_group=groups))
     single = n <= 8 and ctx <= SHORT
     chunks = 1 if single else PARTIAL
     units = -(-ctx // (CHUNK * chunks))

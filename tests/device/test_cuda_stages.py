@@ -512,20 +512,20 @@ def routing_args(
     idx: Array,
     weight: Array,
 ) -> Any:
-    return cs.Routing(
-        cs.view(logits),
-        cs.ptr(bias),
-        e,
-        k,
-        groups,
-        top_groups,
-        ("softmax", "sigmoid").index(scoring),
-        ("greedy", "group_limited_greedy", "noaux_tc").index(method),
-        norm,
-        scale,
-        cs.ptr(idx),
-        cs.ptr(weight),
+    router = cs.RouterArgs(
+        bias=cs.ptr(bias),
+        n_routed_experts=e,
+        num_experts_per_tok=k,
+        n_group=groups,
+        topk_group=top_groups,
+        scoring_func=("softmax", "sigmoid").index(scoring),
+        topk_method=("greedy", "group_limited_greedy", "noaux_tc").index(method),
+        norm_topk_prob=norm,
+        routed_scaling_factor=scale,
+        topk_idx=cs.ptr(idx),
+        topk_weight=cs.ptr(weight),
     )
+    return cs.Routing(router, cs.view(logits))
 
 
 class Moe:
