@@ -51,17 +51,9 @@ template <class Get> DC_DEVICE void cache_write(CacheType type, std::byte* row, 
         auto* scale = reinterpret_cast<uint16_t*>(row + c_pad);
         for (int i = rt::thread(); i < c_pad; i += rt::threads()) {  // a warp is a group of 32
             const float v = get(i);
-            uint32_t top = rt::bits(v) & 0x7fffffffU;
-            for (int m = 1; m < 32; m *= 2) {
-                const uint32_t u = rt::shfl_xor(top, m);
-                top = u > top ? u : top;
-            }
-            const uint32_t h = rt::f16_bits(rt::from_bits(top) / 127.0F);
+            const uint32_t h = rt::f16_bits(rt::from_bits(rt::max_lanes(magnitude(v))) / 127.0F);
             const float d = rt::f16_value(h), inv = d > 0 ? 1.0F / d : d;
-            float c = v * inv;
-            c = c > -127.0F ? c : -127.0F;
-            c = c < 127.0F ? c : 127.0F;
-            reinterpret_cast<int8_t*>(row)[i] = static_cast<int8_t>(static_cast<int32_t>(rt::rint(c)));
+            reinterpret_cast<int8_t*>(row)[i] = static_cast<int8_t>(i8_code(v * inv));
             if (rt::lane() == 0) scale[i / 32] = static_cast<uint16_t>(h);
         }
         for (int i = rt::thread(); i < r_pad; i += rt::threads())
@@ -173,6 +165,12 @@ DC_DEVICE AttendSmem carve_attend(const Fit& fit, const AttendArgs& a) {
     return s;
 }
 
+DC_DEVICE void split_f16(float v, uint16_t& hi, uint16_t& lo) {  // v as a sum of two
+    const uint32_t u = rt::f16_bits(v);
+    hi = static_cast<uint16_t>(u);
+    lo = static_cast<uint16_t>(rt::f16_bits(v - rt::f16_value(u)));
+}
+
 // Queries of 16 heads into shared memory; heads past the last are zeros. Warps deal the heads.
 DC_DEVICE void load_queries(const AttendArgs& a, const AttendSmem& s, const float* q, int heads) {
     const int width = a.width(), row16 = 2 * width + 16, lane = rt::lane();
@@ -183,31 +181,19 @@ DC_DEVICE void load_queries(const AttendArgs& a, const AttendSmem& s, const floa
             for (int i = lane; i < width; i += 32) reinterpret_cast<float*>(s.q_hi)[h * width + i] = live ? x[i] : 0.0F;
             continue;
         }
-        float scale = 1.0F;
+        F16Scale f{1, 1};
         if (a.type == CacheType::kF16) {
             uint32_t top = 0;
-            for (int i = lane; i < width; i += 32) {
-                const uint32_t u = live ? rt::bits(x[i]) & 0x7fffffffU : 0;
-                top = u > top ? u : top;
-            }
-            for (int m = 1; m < 32; m *= 2) {
-                const uint32_t u = rt::shfl_xor(top, m);
-                top = u > top ? u : top;
-            }
-            const int k = min_int(14 + 127 - static_cast<int>(top >> 23), 126);
-            scale = rt::from_bits(static_cast<uint32_t>(127 + k) << 23);
-            if (lane == 0) s.q_scale[h] = rt::from_bits(static_cast<uint32_t>(127 - k) << 23);
-        } else if (lane == 0) {
-            s.q_scale[h] = 1.0F;
+            for (int i = lane; i < width; i += 32) top = max_of(top, live ? magnitude(x[i]) : 0);
+            f = f16_scale(rt::max_lanes(top));
         }
+        if (lane == 0) s.q_scale[h] = f.inverse;
         auto* hi = reinterpret_cast<uint16_t*>(s.q_hi + h * row16);
         auto* lo = reinterpret_cast<uint16_t*>(s.q_lo + h * row16);
         for (int i = lane; i < width; i += 32) {
-            const float v = live ? x[i] * scale : 0.0F;
+            const float v = live ? x[i] * f.scale : 0.0F;
             if (a.type == CacheType::kF16) {
-                const uint32_t u = rt::f16_bits(v);
-                hi[i] = static_cast<uint16_t>(u);
-                lo[i] = static_cast<uint16_t>(rt::f16_bits(v - rt::f16_value(u)));
+                split_f16(v, hi[i], lo[i]);
             } else {
                 hi[i] = static_cast<uint16_t>(bf16_bits(v));
             }
@@ -274,31 +260,24 @@ DC_DEVICE void softmax_chunk(const AttendArgs& a, const AttendSmem& s, bool firs
     const int lane = rt::lane();
     for (int h = rt::warp(); h < kHeadRows; h += rt::warps()) {
         float* row = s.s + h * kScoreStride;
+        auto* hi = reinterpret_cast<uint16_t*>(s.p_hi + h * kProbStride);
         float v[2] = {row[lane], row[lane + 32]};
-        float m = v[1] > v[0] ? v[1] : v[0];
-        for (int k = 16; k > 0; k /= 2) {
-            const float other = rt::shfl_xor(m, k);
-            m = other > m ? other : m;
-        }
+        const float m = rt::max_lanes(v[1] > v[0] ? v[1] : v[0]);
         float l = 0;
         for (int i = 0; i < 2; ++i) {
             v[i] = exp_neg(v[i] - m);
             if (a.type == CacheType::kBF16) v[i] = bf16_round(v[i]);
             const int j = lane + 32 * i;
             if (a.type == CacheType::kF16) {
-                const float p = v[i] * kProbScale;
-                const uint32_t u = rt::f16_bits(p);
-                reinterpret_cast<uint16_t*>(s.p_hi + h * kProbStride)[j] = static_cast<uint16_t>(u);
-                reinterpret_cast<uint16_t*>(s.p_lo + h * kProbStride)[j] =
-                    static_cast<uint16_t>(rt::f16_bits(p - rt::f16_value(u)));
+                split_f16(v[i] * kProbScale, hi[j], reinterpret_cast<uint16_t*>(s.p_lo + h * kProbStride)[j]);
             } else if (a.type == CacheType::kBF16) {
-                reinterpret_cast<uint16_t*>(s.p_hi + h * kProbStride)[j] = static_cast<uint16_t>(bf16_bits(v[i]));
+                hi[j] = static_cast<uint16_t>(bf16_bits(v[i]));
             } else {
                 row[j] = v[i];
             }
             l += v[i];
         }
-        for (int k = 16; k > 0; k /= 2) l += rt::shfl_xor(l, k);
+        l = rt::sum_lanes(l);
         if (lane == 0) {
             const Merge r = first ? Merge{m, l, 0, 1} : merge_stats(s.m[h], s.l[h], m, l);
             s.m[h] = r.m;

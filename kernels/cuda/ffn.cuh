@@ -11,13 +11,7 @@ struct WarpLanes {
     DC_DEVICE static int lane() { return rt::lane(); }
     DC_DEVICE static int count() { return 32; }
     DC_DEVICE static void sync() { rt::sync_warp(); }
-    DC_DEVICE static float max(float v) {
-        for (int m = 16; m > 0; m /= 2) {
-            const float other = rt::shfl_xor(v, m);
-            v = other > v ? other : v;
-        }
-        return v;
-    }
+    DC_DEVICE static float max(float v) { return rt::max_lanes(v); }
     DC_DEVICE static void best(float& v, int& index) {
         for (int m = 16; m > 0; m /= 2) {
             const float other = rt::shfl_xor(v, m);

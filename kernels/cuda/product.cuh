@@ -19,6 +19,7 @@ namespace deepcalm::gpu {
 // --- rounding -------------------------------------------------------------------------------------------------------
 
 DC_DEVICE int min_int(int a, int b) { return a < b ? a : b; }
+DC_DEVICE uint32_t max_of(uint32_t a, uint32_t b) { return a > b ? a : b; }
 DC_DEVICE int ceil_to(int a, int b) { return (a + b - 1) / b; }
 
 DC_DEVICE float bf16_round(float f) { return bf16_value(bf16_bits(f)); }
@@ -27,8 +28,27 @@ DC_DEVICE float exp_neg(float x) {
     return deepcalm::exp_neg(x, [](float a, float b, float c) { return rt::fma(a, b, c); });
 }
 
+// |f| as bits, in its order but that NaN is the largest.
+DC_DEVICE uint32_t magnitude(float f) { return rt::bits(f) & 0x7fffffffU; }
+// The power of two that moves values up to `top` into 2^14 .. 2^15, and its inverse.
+struct F16Scale {
+    float scale, inverse;
+};
+DC_DEVICE F16Scale f16_scale(uint32_t top) {
+    const int k = min_int(14 + 127 - static_cast<int>(top >> 23), 126);
+    return {rt::from_bits(static_cast<uint32_t>(127 + k) << 23), rt::from_bits(static_cast<uint32_t>(127 - k) << 23)};
+}
+DC_DEVICE int32_t i8_code(float c) {  // NaN: -127
+    c = c > -127.0F ? c : -127.0F;
+    c = c < 127.0F ? c : 127.0F;
+    return static_cast<int32_t>(rt::rint(c));
+}
+
 struct alignas(16) Quad {
     float v[4];
+    DC_DEVICE uint32_t top() const {
+        return max_of(max_of(magnitude(v[0]), magnitude(v[1])), max_of(magnitude(v[2]), magnitude(v[3])));
+    }
 };
 // x[0..3], zeros from `left` on.
 DC_DEVICE Quad load4(const float* x, int left) {
@@ -68,25 +88,11 @@ template <class Get> DC_DEVICE void round_row(Act act, unsigned char* out, Get&&
     }
     if (act == Act::kI8) {  // per 32 columns, which 8 lanes hold: d = amax / 127, code = rint(x * (127 / amax))
         for (int t = 0; t < 4; ++t) {
-            uint32_t top = 0;  // of |x| as bits, so that NaN wins
-            for (int i = 0; i < 4; ++i) {
-                const uint32_t u = rt::bits(v[t].v[i]) & 0x7fffffffU;
-                top = u > top ? u : top;
-            }
-            for (int m = 1; m < 8; m *= 2) {
-                const uint32_t u = rt::shfl_xor(top, m);
-                top = u > top ? u : top;
-            }
-            const float amax = rt::from_bits(top);
+            const float amax = rt::from_bits(rt::max_lanes(v[t].top(), 8));
             const bool zero = amax < 0x1p-119F;
             const float inv = zero ? 0.0F : 127.0F / amax;
             uint32_t codes = 0;
-            for (int i = 0; i < 4; ++i) {
-                float c = v[t].v[i] * inv;
-                c = c > -127.0F ? c : -127.0F;  // NaN: -127
-                c = c < 127.0F ? c : 127.0F;
-                codes |= (static_cast<uint32_t>(static_cast<int32_t>(rt::rint(c))) & 255U) << (8 * i);
-            }
+            for (int i = 0; i < 4; ++i) codes |= (static_cast<uint32_t>(i8_code(v[t].v[i] * inv)) & 255U) << (8 * i);
             *reinterpret_cast<uint32_t*>(out + 128 * t + 4 * lane) = codes;
             if (lane % 8 == 0)
                 *reinterpret_cast<float*>(out + kSegment + 4 * (4 * t + lane / 8)) = zero ? 0.0F : amax / 127.0F;
@@ -94,21 +100,12 @@ template <class Get> DC_DEVICE void round_row(Act act, unsigned char* out, Get&&
         return;
     }
     float scale = 1.0F;
-    if (act == Act::kF16) {  // a power of two that moves the largest value to 2^14 .. 2^15
+    if (act == Act::kF16) {
         uint32_t top = 0;
-        for (int t = 0; t < 4; ++t)
-            for (int i = 0; i < 4; ++i) {
-                const uint32_t u = rt::bits(v[t].v[i]) & 0x7fffffffU;
-                top = u > top ? u : top;
-            }
-        for (int m = 1; m < 32; m *= 2) {
-            const uint32_t u = rt::shfl_xor(top, m);
-            top = u > top ? u : top;
-        }
-        const int k = min_int(14 + 127 - static_cast<int>(top >> 23), 126);
-        scale = rt::from_bits(static_cast<uint32_t>(127 + k) << 23);
-        if (lane == 0)
-            *reinterpret_cast<float*>(out + 2 * kSegment) = rt::from_bits(static_cast<uint32_t>(127 - k) << 23);
+        for (int t = 0; t < 4; ++t) top = max_of(top, v[t].top());
+        const F16Scale f = f16_scale(rt::max_lanes(top));
+        scale = f.scale;
+        if (lane == 0) *reinterpret_cast<float*>(out + 2 * kSegment) = f.inverse;
     }
     for (int t = 0; t < 4; ++t) {
         uint32_t h[4];
@@ -590,7 +587,7 @@ DC_DEVICE void rms_rows(int rows, int runs, int width, float eps, float* partial
             const Quad v = load4(row + c, width - c);
             for (int i = 0; i < 4; ++i) sum = rt::fma(v.v[i], v.v[i], sum);
         }
-        for (int m = 16; m > 0; m /= 2) sum += rt::shfl_xor(sum, m);
+        sum = rt::sum_lanes(sum);
         if (lane == 0) partial[u] = sum;
     }
     rt::sync_block();

@@ -208,6 +208,19 @@ DC_DEVICE int warps() { return threads() >> 5; }
 DC_DEVICE int64_t grid_thread() { return int64_t{block()} * threads() + thread(); }
 DC_DEVICE int64_t grid_threads() { return int64_t{blocks()} * threads(); }
 
+// The sum, the largest v of groups of `lanes` neighbouring lanes, for each of them; lanes: a power of two.
+template <class T> DC_DEVICE T sum_lanes(T v, int lanes = 32) {
+    for (int m = lanes / 2; m > 0; m /= 2) v += shfl_xor(v, m);
+    return v;
+}
+template <class T> DC_DEVICE T max_lanes(T v, int lanes = 32) {
+    for (int m = lanes / 2; m > 0; m /= 2) {
+        const T other = shfl_xor(v, m);
+        v = other > v ? other : v;
+    }
+    return v;
+}
+
 #ifdef DC_SM90
 inline constexpr bool kBulk = true;  // copies report to a barrier; else to the thread that started them
 #else

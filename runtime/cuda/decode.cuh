@@ -68,27 +68,10 @@ struct ChooseArgs {
     constexpr int64_t smem(const Fit&, int) const { return 32 * 16 * 8; }
 };
 
-namespace choose {
-
-// f32 -> u32 of the same order.
-DC_DEVICE uint32_t order(float f) {
-    const uint32_t u = rt::bits(f == 0 ? 0.0F : f);  // -0 equals 0
-    return u >> 31 ? ~u : u | 0x80000000U;
-}
-
-// What filters keep: tokens whose key is above `key`, and of those that equal it the ids below `ids`.
-struct Cut {
-    uint32_t key = 0;
-    int ids = 0x7FFFFFFF;
-};
-DC_DEVICE bool kept(const Cut& c, uint32_t key, int v) { return key > c.key || (key == c.key && v < c.ids); }
-
 // sums[j] over the block, for all threads; scratch [warps, N].
-template <int N> DC_DEVICE void block_sums(uint64_t (&sums)[N], uint64_t* scratch) {
+template <class T, int N> DC_DEVICE void block_sums(T (&sums)[N], T* scratch) {
     DC_UNROLL
-    for (int j = 0; j < N; ++j) {
-        for (int m = 16; m > 0; m >>= 1) sums[j] += rt::shfl_xor(sums[j], m);
-    }
+    for (int j = 0; j < N; ++j) sums[j] = rt::sum_lanes(sums[j]);
     rt::sync_block();
     if (rt::lane() == 0) {
         DC_UNROLL
@@ -102,18 +85,33 @@ template <int N> DC_DEVICE void block_sums(uint64_t (&sums)[N], uint64_t* scratc
     }
 }
 
-// The largest t below 2^bits with sum of weight(v) over visited v whose key(v) >= t at least `target` (the sum over all
-// is); `above`: the sum over keys > t. weight and key are asked for v < n; weight 0 leaves v out.
-template <class Key, class Weight>
-DC_DEVICE uint32_t search(int bits, int n, uint64_t target, Key key, Weight weight, uint64_t* scratch,
-                          uint64_t& above) {
-    uint32_t prefix = 0;
-    above = 0;
-    for (int shift = bits - 4; shift >= 0; shift -= 4) {
-        uint64_t sums[16] = {};  // [j]: keys >= prefix + (j << shift) and inside the prefix's range
-        for (int v = rt::thread(); v < n; v += rt::threads()) {
-            const uint32_t k = key(v);
-            if (shift + 4 < 32 && k >> (shift + 4) != prefix >> (shift + 4)) continue;
+// One row's tokens.
+struct Candidates {
+    const float* logits;  // [n]
+    int n;
+    float max, temp;
+
+    DC_DEVICE bool finite(int v) const { return logits[v] - logits[v] == 0; }
+    // 56 bits in the order of the logits, of equal ones the lower id above.
+    DC_DEVICE uint64_t rank(int v) const {
+        const uint32_t u = rt::bits(logits[v] == 0 ? 0.0F : logits[v]);  // -0 equals 0
+        return uint64_t{u >> 31 ? ~u : u | 0x80000000U} << 24 | static_cast<uint32_t>(0xFFFFFF - v);
+    }
+    DC_DEVICE double probability(int v) const {  // of the best one: 1
+        return exp_f64((static_cast<double>(logits[v]) - static_cast<double>(max)) / static_cast<double>(temp));
+    }
+    DC_DEVICE uint64_t mass(int v) const { return static_cast<uint64_t>(probability(v) * 0x1p40 + 0.5); }
+};
+
+// The largest t that tokens of rank >= t reach with a sum of weight(v) of at least `target`; all of them do.
+template <class Weight>
+DC_DEVICE uint64_t search(const Candidates& c, uint64_t target, Weight weight, uint64_t* scratch) {
+    uint64_t prefix = 0, above = 0;  // above: the sum over ranks past the prefix's range
+    for (int shift = 52; shift >= 0; shift -= 4) {
+        uint64_t sums[16] = {};  // [j]: ranks >= prefix + (j << shift) and inside the prefix's range
+        for (int v = rt::thread(); v < c.n; v += rt::threads()) {
+            const uint64_t k = c.rank(v);
+            if (k >> (shift + 4) != prefix >> (shift + 4)) continue;
             const uint64_t w = weight(v);
             const uint32_t digit = k >> shift & 15;
             DC_UNROLL
@@ -130,107 +128,71 @@ DC_DEVICE uint32_t search(int bits, int n, uint64_t target, Key key, Weight weig
             }
         }
         above += greater;
-        prefix |= digit << shift;
+        prefix |= uint64_t{digit} << shift;
     }
     return prefix;
 }
 
-}  // namespace choose
+// The rank from which on top_k and top_p keep tokens: the first ones, by rank, whose weights reach a target.
+DC_DEVICE uint64_t filter(const Candidates& c, int top_k, float top_p, uint64_t* scratch) {
+    uint64_t border = 0;
+    DC_UNROLL_BY(1)                                  // one copy of the search for both
+    for (int by_mass = 0; by_mass < 2; ++by_mass) {  // top_p, of what top_k keeps
+        if (by_mass ? !(top_p < 1) : top_k <= 0 || top_k >= c.n) continue;
+        const auto weight = [&](int v) -> uint64_t {
+            if (!c.finite(v) || c.rank(v) < border) return 0;
+            return by_mass ? c.mass(v) : 1;
+        };
+        uint64_t total[1] = {0};
+        for (int v = rt::thread(); v < c.n; v += rt::threads()) total[0] += weight(v);
+        block_sums(total, scratch);
+        auto target = static_cast<uint64_t>(top_k);
+        if (by_mass) {
+            const double share = static_cast<double>(top_p) * static_cast<double>(total[0]);
+            target = static_cast<uint64_t>(share);
+            target = target < 1 ? 1 : target + (static_cast<double>(target) < share ? 1 : 0);
+        } else if (total[0] <= target) {
+            continue;
+        }
+        border = search(c, target, weight, scratch);
+    }
+    return border;
+}
 
 template <int NB> DC_DEVICE void stage(const ChooseArgs& a, const Fit&) {
-    using namespace choose;
     rt::dependency_wait();
-    auto* scratch = reinterpret_cast<uint64_t*>(rt::dynamic_smem());
+    auto* scores = reinterpret_cast<double*>(rt::dynamic_smem());  // [warps], then ids [warps]
+    auto* ids = reinterpret_cast<int*>(rt::dynamic_smem() + 32 * 8);
     const Loop& p = *a.loop;
-    const int live = *a.n_live < a.rows ? *a.n_live : a.rows, n = p.n_valid;
+    const int live = *a.n_live < a.rows ? *a.n_live : a.rows;
     for (int row = a.last ? live - 1 + rt::block() : rt::block(); row >= 0 && row < live; row += rt::blocks()) {
+        int choice = a.choice[row];
+        if (choice < 0) continue;
         const float* logits = a.logits.row(row);
-        const int best = a.choice[row];
-        if (best < 0) continue;
-        const float max = logits[best], temp = p.temp;
-        const auto finite = [&](float l) { return l - l == 0; };
-        const auto key = [&](int v) { return order(logits[v]); };
-        const auto probability = [&](float l) {
-            return exp_f64((static_cast<double>(l) - static_cast<double>(max)) / static_cast<double>(temp));
-        };
-        const auto mass = [&](float l) { return static_cast<uint64_t>(probability(l) * 0x1p40 + 0.5); };
-        const auto value = [&](uint32_t k) { return rt::from_bits(k >> 31 ? k & 0x7FFFFFFFU : ~k); };
-        const auto reversed = [&](int v) { return static_cast<uint32_t>(0xFFFFFF - v); };
-
-        Cut top_k, top_p;
-        DC_UNROLL_BY(1)  // one copy of the search for all its uses
-        for (int filter = 0; filter < 2; ++filter) {
-            const bool by_mass = filter == 1;  // top_p, of what top_k keeps
-            if (by_mass ? !(p.top_p < 1) : p.top_k <= 0 || p.top_k >= n) continue;
-            const auto weight = [&](int v) -> uint64_t {
-                if (!finite(logits[v])) return 0;
-                if (!by_mass) return 1;
-                return kept(top_k, key(v), v) ? mass(logits[v]) : 0;
-            };
-            uint64_t total[1] = {0};
-            for (int v = rt::thread(); v < n; v += rt::threads()) total[0] += weight(v);
-            block_sums(total, scratch);
-            auto target = static_cast<uint64_t>(p.top_k);
-            if (by_mass) {
-                const double share = static_cast<double>(p.top_p) * static_cast<double>(total[0]);
-                target = static_cast<uint64_t>(share);
-                target = target < 1 ? 1 : target + (static_cast<double>(target) < share ? 1 : 0);
-            } else if (total[0] <= target) {
-                continue;
-            }
-            // The first tokens (by key, then id) whose weights reach the target: the key at the border; then, of the ids
-            // there, as many as are needed, the lowest: the largest reversed id that enough reversed ids are not below.
-            Cut cut;
-            uint64_t need = target, above = 0;
-            DC_UNROLL_BY(1)
-            for (int ids = 0; ids < 2 && need > 0; ++ids) {
-                const uint32_t found = search(
-                    ids ? 24 : 32, n, need, [&](int v) { return ids ? reversed(v) : key(v); },
-                    [&](int v) -> uint64_t {
-                        if (!ids) return weight(v);
-                        return key(v) == cut.key && weight(v) > 0 ? 1 : 0;
-                    },
-                    scratch, above);
-                if (ids) {
-                    cut.ids = 0xFFFFFF - static_cast<int>(found) + 1;
-                } else {
-                    cut.key = found;
-                    const uint64_t w = by_mass ? mass(value(found)) : 1;
-                    need = w > 0 ? (target - above + w - 1) / w : 0;
-                }
-            }
-            if (by_mass) {
-                top_p = cut;
-            } else {
-                top_k = cut;
-            }
-        }
+        const Candidates c{logits, p.n_valid, logits[choice], p.temp};
+        const uint64_t border = filter(c, p.top_k, p.top_p, reinterpret_cast<uint64_t*>(rt::dynamic_smem()));
         const int64_t pos = int64_t{*a.pos} + a.offset + (a.last ? 0 : row);
         double best_score = -1e300;
-        int choice = best;
         const auto take = [&](double score, int v) {
             if (score > best_score || (score == best_score && v < choice)) {
                 best_score = score;
                 choice = v;
             }
         };
-        for (int v = rt::thread(); v < n; v += rt::threads()) {
-            const float l = logits[v];
-            if (!finite(l) || !kept(top_k, key(v), v) || !kept(top_p, key(v), v)) continue;
-            if (p.min_p > 0 && probability(l) < static_cast<double>(p.min_p)) continue;
-            take(static_cast<double>(l) / static_cast<double>(temp) + gumbel(p.seed, pos, v), v);
+        for (int v = rt::thread(); v < c.n; v += rt::threads()) {
+            if (!c.finite(v) || c.rank(v) < border) continue;
+            if (p.min_p > 0 && c.probability(v) < static_cast<double>(p.min_p)) continue;
+            take(static_cast<double>(logits[v]) / static_cast<double>(p.temp) + gumbel(p.seed, pos, v), v);
         }
         for (int m = 16; m > 0; m >>= 1) take(rt::shfl_xor(best_score, m), rt::shfl_xor(choice, m));
-        auto* score_of = reinterpret_cast<double*>(rt::dynamic_smem());
-        auto* id_of = reinterpret_cast<int*>(rt::dynamic_smem() + 32 * 8);
         rt::sync_block();
         if (rt::lane() == 0) {
-            score_of[rt::warp()] = best_score;
-            id_of[rt::warp()] = choice;
+            scores[rt::warp()] = best_score;
+            ids[rt::warp()] = choice;
         }
         rt::sync_block();
         if (rt::thread() == 0) {
-            for (int w = 1; w < rt::warps(); ++w) take(score_of[w], id_of[w]);
+            for (int w = 1; w < rt::warps(); ++w) take(scores[w], ids[w]);
             a.choice[row] = choice;
         }
         rt::sync_block();
@@ -246,21 +208,16 @@ struct Routed {
 };
 DC_DEVICE int distinct_experts(const Routed& r, int n, int* smem) {
     const int per_layer = n * r.topk;
-    int count = 0;
+    int count[1] = {0};
     for (int i = rt::thread(); i < r.layers * per_layer; i += rt::threads()) {
         const int32_t* ids = r.topk_idx + static_cast<int64_t>(i / per_layer) * r.rows * r.topk;
         const int at = i % per_layer;
         int first = 1;
         for (int j = 0; j < at; ++j) first &= ids[j] != ids[at] ? 1 : 0;
-        count += first;
+        count[0] += first;
     }
-    for (int m = 16; m > 0; m >>= 1) count += rt::shfl_xor(count, m);
-    rt::sync_block();
-    if (rt::lane() == 0) smem[rt::warp()] = count;
-    rt::sync_block();
-    count = 0;
-    for (int w = 0; w < rt::warps(); ++w) count += smem[w];
-    return count;
+    block_sums(count, smem);
+    return count[0];
 }
 
 // The rows that the MTP layer is behind, in `parts` passes of up to 8; the last part always ends with the last of them.
@@ -362,29 +319,58 @@ struct AcceptArgs {
     constexpr int64_t smem(const Fit&, int) const { return 256; }
 };
 
+// Emits the choices of the round's rows; one thread. bad: the lowest id whose logit is NaN. Returns how many.
+DC_DEVICE int take_choices(const AcceptArgs& a, Loop& l, DeviceRound& r, int rows, int bad) {
+    int e = 0;
+    while (e < rows && l.stop == kStopNone) {
+        const int32_t id = l.s.choice[e];
+        if (id < 0) {
+            if (e > 0) break;  // plain decoding reports it when it gets there
+            l.stop = kStopNotFinite;
+            l.bad_id = bad == 0x7FFFFFFF ? -1 : bad;
+            break;
+        }
+        ++e;
+        a.tokens[l.s.pos + e] = id;
+        r.tokens[e - 1] = id;
+        l.left -= 1;
+        for (int i = 0; i < l.n_eos; ++i) {
+            if (l.eos[i] == id) l.stop = kStopEos;
+        }
+        if (l.stop == kStopNone && l.left <= 0) l.stop = kStopLength;
+        if (l.stop == kStopNone && l.s.pos + e + 1 >= l.ctx) l.stop = kStopContext;
+        if (e < rows && l.s.tokens[e] != id) break;
+    }
+    if (e == 0) return 0;
+    r.n_tokens = e;
+    r.drafted = rows - 1;
+    r.accepted = e - 1;
+    l.s.pos += e;
+    l.s.tokens[0] = l.s.choice[e - 1];
+    return e;
+}
+
 template <int NB> DC_DEVICE void stage(const AcceptArgs& a, const Fit&) {
     rt::dependency_wait();
     if (rt::block() != 0) return;
     Loop& l = *a.loop;
-    auto* shared = reinterpret_cast<int*>(
-        rt::dynamic_smem());  // [0, 32): distinct_experts; 32: emitted; 33: first pending row; 34: bad id
-    const int rows = l.s.n, stop_before = l.stop;
+    // [0, 32): a word of each warp; 32: emitted; 33: first pending row
+    auto* shared = reinterpret_cast<int*>(rt::dynamic_smem());
+    const int rows = l.s.n;
+    const bool running = l.stop == kStopNone;
     const int experts = distinct_experts(a.routed, rows, shared);
     int bad = 0x7FFFFFFF;  // the row that plain decoding is at has no token: name the first NaN
-    if (stop_before == kStopNone && l.s.choice[0] < 0) {
+    if (running && l.s.choice[0] < 0) {
         for (int v = rt::thread(); v < l.n_valid; v += rt::threads()) {
             if (a.logits.data[v] != a.logits.data[v] && v < bad) bad = v;
         }
     }
-    for (int m = 16; m > 0; m >>= 1) {
-        const int other = rt::shfl_xor(bad, m);
-        bad = other < bad ? other : bad;
-    }
+    bad = -rt::max_lanes(-bad);
     rt::sync_block();
     if (rt::lane() == 0) shared[rt::warp()] = bad;
     rt::sync_block();
     if (rt::thread() == 0) {
-        int e = 0;
+        for (int w = 0; w < rt::warps(); ++w) bad = shared[w] < bad ? shared[w] : bad;
         DeviceRound& r = a.ring->rounds[l.done % kRingRounds];
         r = {};
         r.experts = experts;
@@ -392,37 +378,8 @@ template <int NB> DC_DEVICE void stage(const AcceptArgs& a, const Fit&) {
         l.counts.passes += 1;
         l.counts.rows += rows;
         l.counts.cache_rows += l.s.pos + rows;
-        int base = a.caught_up ? 0 : l.n_pend;
-        if (stop_before == kStopNone) {
-            while (e < rows && l.stop == kStopNone) {
-                const int32_t id = l.s.choice[e];
-                if (id < 0) {
-                    if (e > 0) break;  // plain decoding reports it when it gets there
-                    l.stop = kStopNotFinite;
-                    for (int w = 0; w < rt::warps(); ++w) bad = shared[w] < bad ? shared[w] : bad;
-                    l.bad_id = bad == 0x7FFFFFFF ? -1 : bad;
-                    break;
-                }
-                ++e;
-                a.tokens[l.s.pos + e] = id;
-                r.tokens[e - 1] = id;
-                l.left -= 1;
-                for (int i = 0; i < l.n_eos; ++i) {
-                    if (l.eos[i] == id) l.stop = kStopEos;
-                }
-                if (l.stop == kStopNone && l.left <= 0) l.stop = kStopLength;
-                if (l.stop == kStopNone && l.s.pos + e + 1 >= l.ctx) l.stop = kStopContext;
-                if (e < rows && l.s.tokens[e] != id) break;
-            }
-            if (e > 0) {
-                r.n_tokens = e;
-                r.drafted = rows - 1;
-                r.accepted = e - 1;
-                l.s.pos += e;
-                l.s.tokens[0] = l.s.choice[e - 1];
-            }
-            if (a.pend != nullptr && e > 0) l.n_pend = base + e;
-        }
+        const int base = a.caught_up ? 0 : l.n_pend, e = running ? take_choices(a, l, r, rows, bad) : 0;
+        if (a.pend != nullptr && e > 0) l.n_pend = base + e;
         l.s.n = 1;
         shared[32] = a.pend != nullptr ? e : 0;
         shared[33] = base;
