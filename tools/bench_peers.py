@@ -386,7 +386,7 @@ def run_case(case: Case, rows: list[Row], binary: Path, args: argparse.Namespace
         if path in made:
             check_room(args.folder, case.gigabytes)
             if path == ours:
-                synthetic.write_model(path, case.spec, case.dtype, case.dtype, case.dtype)
+                synthetic.write_model(path, case.spec, case.dtype, attn_dtype=case.dtype, head_dtype=case.dtype)
             else:
                 gguf_synthetic.write(path, case.spec, case.gguf)
         say(f"{path.name}: {path.stat().st_size / 1e9:.2f} GB")

@@ -50,7 +50,8 @@ class Model:
     long: bool = False  # also 16384 positions, with all threads
 
     def write(self, path: Path) -> int:
-        return synthetic.write_model(path, self.spec, self.dtype, self.dtype, self.dtype, self.overrides)
+        return synthetic.write_model(path, self.spec, self.dtype, attn_dtype=self.dtype, head_dtype=self.dtype,
+                                     overrides=self.overrides)  # fmt: skip
 
 
 MODELS = (

@@ -4,15 +4,14 @@
     tools/gguf_synthetic.py v2-lite:14 OUT.gguf --type Q8_0
 
 Architecture deepseek2 with latent attention (MLA); router and norms in f32, embedding and output in the type of the
-rest, no tokenizer. Rotary scaling is left out: it costs nothing at run time. Blocks of random codes are made once per
-standard deviation and repeated, as deepcalm.measure.synthetic does: the disk's speed, little memory.
+rest, no tokenizer. Rotary scaling is left out: it costs nothing at run time.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
+import math
 import os
 import struct
 import sys
@@ -21,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -29,11 +27,11 @@ from deepcalm.files.pack import slabs, write_at
 from deepcalm.measure import synthetic
 
 U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
 Keys = dict[str, "int | float | bool | str"]
 # name -> (number in the file, elements of a block, bytes of a block)
 TYPES = {"F32": (0, 1, 4), "Q4_0": (2, 32, 18), "Q8_0": (8, 32, 34), "BF16": (30, 1, 2)}
 Part = tuple[str, int, tuple[int, ...]]  # name, rows or columns, experts
-N_BLOCKS = 65521  # blocks of 32 values, a prime
 ALIGN = 32
 
 
@@ -50,10 +48,7 @@ class Tensor:
     @property
     def n_bytes(self) -> int:
         _, elems, size = TYPES[self.type]
-        n = 1
-        for s in self.shape:
-            n *= s
-        return n // elems * size
+        return math.prod(self.shape) // elems * size
 
 
 def tensors(c: dict[str, Any], kind: str) -> Iterator[Tensor]:
@@ -150,42 +145,18 @@ def header(keys: Keys, plan: list[Tensor]) -> bytes:
     return out + b"\0" * (-len(out) % ALIGN)
 
 
-class Values:
-    """Blocks of 32 random values, in the bytes of each (type, mean, deviation) that was asked for."""
+class Values(synthetic.Values):
+    """Blocks of 32 values as this format has them: the scale before the codes, those of Q8_0 signed."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.normal = np.random.default_rng(seed).standard_normal((N_BLOCKS, 32), dtype=np.float32).clip(-4.5, 4.5)
-        self.made: dict[tuple[str, float, float], U8] = {}
+    def encoded(self, fmt: str, x: F32, mean: float, deviation: float) -> U8:
+        if fmt not in ("Q8_0", "Q4_0"):
+            return super().encoded(fmt.lower(), x, mean, deviation)
+        block = super().encoded(fmt[:2].lower(), x, mean, deviation)
+        return np.concatenate([block[:, -2:], block[:, :-2] ^ (0x80 if fmt == "Q8_0" else 0)], 1)
 
-    def blocks(self, t: Tensor) -> U8:
-        """[N_BLOCKS, bytes of 32 values]"""
-        key = (t.type, t.mean, t.deviation)
-        if key not in self.made:
-            x = self.normal
-            if t.type in ("Q8_0", "Q4_0"):
-                unit = synthetic.Q8_DEVIATION if t.type == "Q8_0" else synthetic.Q4_DEVIATION
-                if t.type == "Q8_0":
-                    codes = np.rint(unit * x).clip(-127, 127).astype(np.int8).view(np.uint8)
-                else:
-                    nibbles = (np.rint(unit * x).clip(-7, 7) + 8).astype(np.uint8)
-                    codes = (nibbles[:, :16] | nibbles[:, 16:] << 4).astype(np.uint8)
-                scale = np.full((N_BLOCKS, 1), t.deviation / unit, np.float16).view(np.uint8)
-                self.made[key] = np.concatenate([scale, codes], 1)
-            else:
-                kind = np.float32 if t.type == "F32" else ml_dtypes.bfloat16
-                self.made[key] = (t.mean + np.float32(t.deviation) * x).astype(kind).view(np.uint8)
-        return self.made[key]
-
-    def pieces(self, t: Tensor) -> Iterator[U8]:
-        """Its bytes and what pads them."""
-        block = self.blocks(t)
-        digest = hashlib.blake2b(f"{self.seed}/{t.name}".encode(), digest_size=8).digest()
-        begin, left = int.from_bytes(digest, "little") % N_BLOCKS * block.shape[1], t.n_bytes
-        while left:
-            part = block.reshape(-1)[begin : begin + left]
-            left, begin = left - len(part), 0
-            yield part
+    def padded(self, t: Tensor) -> Iterator[U8]:
+        """A tensor's bytes and what pads them."""
+        yield from self.pieces(t.name, t.type, 32, (t.mean, t.deviation), t.n_bytes)
         yield np.zeros(-t.n_bytes % ALIGN, np.uint8)
 
 
@@ -198,7 +169,7 @@ def write(path: Path, spec: str, kind: str, overrides: tuple[str, ...] = (), see
     try:
         head = np.frombuffer(header(metadata(config), plan), np.uint8)
         at = 0
-        for slab in slabs(itertools.chain([head], *map(values.pieces, plan)), 0):
+        for slab in slabs(itertools.chain([head], *map(values.padded, plan)), 0):
             write_at(fd, slab.data, at)
             at += len(slab)
         os.fsync(fd)

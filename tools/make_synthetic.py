@@ -9,34 +9,29 @@
 For packing, memory and file-format work on shapes that cannot be shipped (`deepcalm bench --synthetic` writes the
 packed form at once): the text that such a model writes is noise, but activations stay in range (logit standard
 deviation about 2), and tokens spread over the experts. The same name, seed and options give the same bytes.
-
-Values are not drawn one by one. One block of 2^21 - 9 normal values (a prime, so that rows never line up) is rounded
-once per standard deviation and repeated, each tensor from its own hashed offset: writing runs at the disk's speed.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-import numpy.typing as npt
-
+from deepcalm import _core
+from deepcalm.files.checkpoint import SOURCE_DTYPES, source_names
+from deepcalm.files.config import normalise
+from deepcalm.files.pack import slabs, write_at
+from deepcalm.files.safetensors import DTYPE_BYTES, build_header
 from deepcalm.measure import synthetic
 
 Config = dict[str, Any]
-U8 = npt.NDArray[np.uint8]
 
-BLOCK = 2**21 - 9  # values; the largest prime below 2^21
-F8_GAIN = 96.0  # standard deviation of the e4m3 codes: 448 is 4.7 of them, so that nothing saturates
 SCALE_BLOCK = 128  # rows and columns of one weight_scale_inv entry
 SHARD_BYTES = 4 << 30
 
@@ -47,21 +42,21 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    dtype: str  # safetensors name: BF16, F32, F8_E4M3
-    std: float
-    mean: float = 0.0
+    format: str  # bf16, f32, f8
+    spread: tuple[float, float]  # mean, standard deviation
     seed_name: str = ""
 
     @property
+    def dtype(self) -> str:
+        return SOURCE_DTYPES[self.format]
+
+    @property
     def n_elems(self) -> int:
-        n = 1
-        for s in self.shape:
-            n *= s
-        return n
+        return math.prod(self.shape)
 
     @property
     def n_bytes(self) -> int:
-        return self.n_elems * {"F8_E4M3": 1, "BF16": 2, "F32": 4}[self.dtype]
+        return self.n_elems * DTYPE_BYTES[self.dtype]
 
 
 def make_config(spec: str, overrides: list[str], dtype: str, mtp: bool) -> tuple[Config, int]:
@@ -79,123 +74,38 @@ def make_config(spec: str, overrides: list[str], dtype: str, mtp: bool) -> tuple
 
 
 def tensors(c: Config, dtype: str) -> Iterator[Tensor]:
-    """Every tensor of the checkpoint in file order, with Hugging Face names.
-
-    Standard deviations: 1/sqrt(inputs) keeps a normed vector at 1; what is added to the residual stream is divided by
-    sqrt(2 * layers), so that the stream grows by about sqrt(2) over the whole depth.
-    """
-    d, heads, r = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"]
-    dn, dr, dv = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
-    residual = (2 * c["num_hidden_layers"]) ** -0.5
-
-    def plain(name: str, rows: int, cols: int, gain: float = 1.0, seed_name: str = "") -> Tensor:
-        return Tensor(name + ".weight", (rows, cols), "BF16", gain * cols**-0.5, 0.0, seed_name)
-
-    def norm(name: str, n: int) -> Tensor:
-        return Tensor(name + ".weight", (n,), "BF16", 0.1, 1.0)
-
-    def linear(name: str, rows: int, cols: int, gain: float = 1.0) -> Iterator[Tensor]:
-        weight = plain(name, rows, cols, gain)
-        if dtype != "f8":
-            yield weight
-            return
-        yield Tensor(weight.name, weight.shape, "F8_E4M3", F8_GAIN)
-        grid = (-(-rows // SCALE_BLOCK), -(-cols // SCALE_BLOCK))
-        scale = weight.std / F8_GAIN
-        yield Tensor(name + ".weight_scale_inv", grid, "F32", 0.05 * scale, scale)
-
-    def mlp(name: str, width: int) -> Iterator[Tensor]:
-        yield from linear(name + ".gate_proj", width, d)
-        yield from linear(name + ".up_proj", width, d)
-        yield from linear(name + ".down_proj", d, width, residual)
-
-    def layer(p: str, moe: bool) -> Iterator[Tensor]:
-        yield norm(p + "input_layernorm", d)
-        rq, a = c["q_lora_rank"], p + "self_attn."
-        if rq:
-            yield from linear(a + "q_a_proj", rq, d)
-            yield norm(a + "q_a_layernorm", rq)
-            yield from linear(a + "q_b_proj", heads * (dn + dr), rq)
-        else:
-            yield from linear(a + "q_proj", heads * (dn + dr), d)
-        yield from linear(a + "kv_a_proj_with_mqa", r + dr, d)
-        yield norm(a + "kv_a_layernorm", r)
-        yield from linear(a + "kv_b_proj", heads * (dn + dv), r)
-        yield from linear(a + "o_proj", d, heads * dv, residual)
-        yield norm(p + "post_attention_layernorm", d)
-        if not moe:
-            yield from mlp(p + "mlp", c["intermediate_size"])
-            return
-        yield plain(p + "mlp.gate", c["n_routed_experts"], d)
-        if c["topk_method"] == "noaux_tc":
-            yield Tensor(p + "mlp.gate.e_score_correction_bias", (c["n_routed_experts"],), "F32", 0.02)
-        for e in range(c["n_routed_experts"]):
-            yield from mlp(f"{p}mlp.experts.{e}", c["moe_intermediate_size"])
-        if c["n_shared_experts"]:
-            yield from mlp(p + "mlp.shared_experts", c["n_shared_experts"] * c["moe_intermediate_size"])
-
-    embed = Tensor("model.embed_tokens.weight", (c["vocab_size"], d), "BF16", 1.0)
-    head = plain("lm_head", c["vocab_size"], d, 2.0)
-    yield embed
-    for i in range(c["num_hidden_layers"]):
-        yield from layer(f"model.layers.{i}.", i >= c["first_k_dense_replace"])
-    if c.get("num_nextn_predict_layers"):
-        p = f"model.layers.{c['num_hidden_layers']}."
-        yield Tensor(p + "embed_tokens.weight", embed.shape, "BF16", embed.std, 0.0, embed.name)
-        yield norm(p + "enorm", d)
-        yield norm(p + "hnorm", d)
-        yield plain(p + "eh_proj", d, 2 * d)
-        yield from layer(p, True)
-        yield norm(p + "shared_head.norm", d)
-        yield Tensor(p + "shared_head.head.weight", head.shape, "BF16", head.std, 0.0, head.name)
-    yield norm("model.norm", d)
-    yield head
+    """Every tensor of the checkpoint in file order, with Hugging Face names."""
+    cfg = normalise(c, {}, min(c.get("num_nextn_predict_layers", 0), 1), c["model_type"])
+    mtp = f"model.layers.{cfg['num_hidden_layers']}."
+    names: Any = SimpleNamespace(config=cfg, prefix="", mtp_prefix=mtp, has_weight=lambda _: True)
+    copies = {"embed": mtp + "embed_tokens.weight", "head": mtp + "shared_head.head.weight"}
+    for spec in _core.expected_tensors(cfg):
+        name, parts, spread = spec["name"], spec["parts"] or [spec["rows"]], synthetic.spread(spec, cfg)
+        if name.endswith("w_uv"):  # kv_b_proj holds the rows of both, as w_uk
+            continue
+        sources = list(dict.fromkeys(source_names(name, spec["n_slices"], names)))
+        for i, source in enumerate(sources):
+            shape = (parts[i % len(parts)], *([spec["cols"]] if spec["cols"] else []))
+            if name.endswith("w_uk"):
+                shape = (spec["n_slices"] * (spec["cols"] + cfg["v_head_dim"]), spec["rows"])
+            if dtype != "f8" or spec["role"] == "head" or "f8" not in spec["formats"]:
+                yield Tensor(source, shape, "f32" if spec["role"] == "bias" else "bf16", spread)
+                continue
+            yield Tensor(source, shape, "f8", (0.0, synthetic.F8_DEVIATION))
+            scale, grid = spread[1] / synthetic.F8_DEVIATION, tuple(-(-n // SCALE_BLOCK) for n in shape)
+            yield Tensor(source + "_scale_inv", grid, "f32", (scale, 0.05 * scale))
+        if name in copies and cfg["num_nextn_predict_layers"]:
+            yield Tensor(copies[name], shape, "bf16", spread, sources[0])
 
 
-class Values:
-    """The repeated block of normal values, in the bytes of each (dtype, mean, std) that was asked for."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.normal = np.random.default_rng(seed).standard_normal(BLOCK, dtype=np.float32)  # [BLOCK]
-        self.cache: dict[tuple[str, float, float], U8] = {}
-
-    def block(self, t: Tensor) -> U8:
-        """[BLOCK, item size] u8; few distinct standard deviations exist in a model, so all are kept."""
-        key = (t.dtype, t.mean, t.std)
-        if key not in self.cache:
-            numpy_dtype = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}[t.dtype]
-            x = (t.mean + np.float32(t.std) * np.clip(self.normal, -4.5, 4.5)).astype(numpy_dtype)
-            self.cache[key] = x.view(np.uint8).reshape(BLOCK, -1)
-        return self.cache[key]
-
-    def write(self, fd: int, t: Tensor) -> None:
-        block, left = self.block(t), t.n_elems
-        digest = hashlib.blake2b(f"{self.seed}/{t.seed_name or t.name}".encode(), digest_size=8).digest()
-        start = int.from_bytes(digest, "little") % BLOCK
-        while left:
-            part = block[start : start + left].data.cast("B")
-            left -= len(part) // block.shape[1]
-            start = 0
-            while part:
-                part = part[os.write(fd, part) :]
-
-
-def write_shard(path: Path, shard: list[Tensor], values: Values) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for t in shard:
-        header[t.name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [offset, offset + t.n_bytes]}
-        offset += t.n_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        os.write(fd, len(text).to_bytes(8, "little") + text)
+def write_shard(path: Path, shard: list[Tensor], values: synthetic.Values) -> None:
+    layout = {t.name: (t.dtype, t.shape, t.n_bytes) for t in shard}
+    with path.open("wb", buffering=0) as out:
+        at = out.write(build_header({"format": "pt"}, layout))
         for t in shard:
-            values.write(fd, t)
-    finally:
-        os.close(fd)
+            for slab in slabs(values.pieces(t.seed_name or t.name, t.format, 1, t.spread, t.n_bytes), at):
+                write_at(out.fileno(), slab.data, at)
+                at += len(slab)
 
 
 def write_checkpoint(out: Path, config: Config, n_tokens: int, dtype: str, seed: int, quiet: bool = False) -> int:
@@ -209,7 +119,7 @@ def write_checkpoint(out: Path, config: Config, n_tokens: int, dtype: str, seed:
         shards[-1].append(t)
         size += t.n_bytes
     out.mkdir(parents=True, exist_ok=True)
-    values, total, weight_map = Values(seed), 0, {}
+    values, total, weight_map = synthetic.Values(seed), 0, {}
     for i, shard in enumerate(shards):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         write_shard(out / name, shard, values)

@@ -147,7 +147,8 @@ def write_synthetic(
         raise Error(f"{path} exists; measure it with: deepcalm bench {shlex.quote(str(path))}")
     try:
         with progress(f"writing {name}", quiet, "bytes") as update:
-            n_bytes = write_model(path, name, dtype, attn_dtype, head_dtype, overrides, progress=update)
+            n_bytes = write_model(path, name, dtype, attn_dtype=attn_dtype, head_dtype=head_dtype,
+                                  overrides=overrides, progress=update)  # fmt: skip
     except ValueError as e:
         raise click.UsageError(f"--synthetic: {e}") from None
     available = available_memory() or 0

@@ -4,8 +4,9 @@ For measuring speed and memory on shapes that cannot be shipped: the text that s
 activations stay in range (logit standard deviation about 2) and tokens spread over the experts. The same name, options
 and seed give the same bytes.
 
-Values are not drawn one by one: tiles of random codes, a prime number of them so that rows never line up, are made once
-per format and standard deviation and repeated, each tensor from its own hashed offset. Memory stays below 100 MB.
+Values are not drawn one by one: units of random codes, a prime number of them so that rows never line up, are made once
+per format, mean and standard deviation and repeated, each tensor from its own hashed offset: writing runs at the disk's
+speed, in less than 100 MB. tools/make_synthetic.py and tools/gguf_synthetic.py write the same models in other forms.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,18 @@ from .. import _core
 from ..errors import ResourceError, UnsupportedError
 from ..files.config import normalise
 from ..files.pack import file_header, lay_out, slabs, write_at
-from ..files.packed import SCALE_OF, TILE_BYTES, TILE_COLS, TILE_ROWS, Tensor
+from ..files.packed import SCALE_OF, TILE_COLS, TILE_ROWS, Tensor
 from ..files.plan import Plan, draft_head_key
 from ..files.plan import dtypes as plan_dtypes
 from ..files.safetensors import whole_file
 
 Config = dict[str, Any]
 U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
 
-N_TILES = 4093  # tiles of a block, a prime: 2 to 8 MB
-PLAIN_VALUES = 2**21 - 9  # values of a block of a tensor that is not tiled, a prime
+TILE = TILE_ROWS * TILE_COLS
+UNITS = {1: 2**21 - 9, 32: 65521, TILE: 4093}  # values of a unit -> units of a block, a prime: 2 to 8 MB
+FLOATS = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 Q8_DEVIATION, Q4_DEVIATION, F8_DEVIATION = 42.0, 2.4, 96.0  # standard deviations of the codes: almost none saturate
 
 _COMMON: Config = {
@@ -158,73 +162,59 @@ def _stored(spec: dict[str, Any], dtypes: dict[str, str]) -> Tensor:
     return Tensor.of(spec, fmt, SCALE_OF.get(fmt, "") if spec["tiled"] else "", block, "random")
 
 
-def _deviation(name: str, spec: dict[str, Any], cfg: Config) -> float:
-    """1/sqrt(inputs) keeps a normed vector at 1; what joins the residual stream is divided by sqrt(2 * layers)."""
-    leaf = name.rpartition(".")[2]
+def spread(spec: dict[str, Any], cfg: Config) -> tuple[float, float]:
+    """(mean, standard deviation) of an entry of ``_core.expected_tensors``.
+
+    1/sqrt(inputs) keeps a normed vector at 1; what joins the residual stream is divided by sqrt(2 * layers), so that
+    the stream grows by about sqrt(2) over the whole depth.
+    """
+    if spec["role"] in ("norm", "bias", "embed"):
+        return {"norm": (1.0, 0.1), "bias": (0.0, 0.02), "embed": (0.0, 1.0)}[spec["role"]]
+    leaf = spec["name"].rpartition(".")[2]
     inputs = cfg["kv_lora_rank"] if leaf == "w_uk" else spec["cols"]
     gain = (2 * cfg["num_hidden_layers"]) ** -0.5 if leaf in ("wo", "w_down") else 2.0 if leaf == "head" else 1.0
-    return float(gain * inputs**-0.5)
+    return 0.0, float(gain * inputs**-0.5)
 
 
-class _Values:
-    """Blocks of random bytes, made when first needed; few distinct standard deviations exist in a model."""
+class Values:
+    """Blocks of random units, made when first needed; few distinct standard deviations exist in a model."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.tiles: dict[tuple[str, float], U8] = {}  # [N_TILES, tile bytes]
-        self.normal = np.random.default_rng(seed).standard_normal(PLAIN_VALUES, dtype=np.float32).clip(-4.5, 4.5)
+        self.normal = np.random.default_rng(seed).standard_normal(UNITS[1], dtype=np.float32).clip(-4.5, 4.5)
+        self.blocks: dict[tuple[str, int, float, float], U8] = {}
 
-    def number(self, name: str) -> int:
-        """A hash of a tensor's name."""
-        return int.from_bytes(hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest(), "little")
+    def encoded(self, fmt: str, x: F32, mean: float, deviation: float) -> U8:
+        """Units x [n, values] -> [n, bytes]; q8 and q4: codes as in a tile, in any order, then a scale per 32."""
+        codes: npt.NDArray[Any]
+        if fmt in FLOATS or fmt == "f8":
+            codes = F8_DEVIATION * x if fmt == "f8" else mean + np.float32(deviation) * x
+            return codes.astype(FLOATS.get(fmt, ml_dtypes.float8_e4m3fn)).view(np.uint8)
+        unit, most = (Q8_DEVIATION, 127) if fmt == "q8" else (Q4_DEVIATION, 7)
+        codes = (np.rint(unit * x).clip(-most, most) + most + 1).astype(np.uint8)
+        if fmt == "q4":
+            codes = codes[:, : x.shape[1] // 2] | codes[:, x.shape[1] // 2 :] << 4
+        scale = np.full((len(x), x.shape[1] // 32), deviation / unit, np.float16).view(np.uint8)
+        return np.concatenate([codes, scale], 1)
 
-    def tile_block(self, fmt: str, deviation: float) -> U8:
-        """[N_TILES, tile bytes]: inside a tile no order matters, all codes are drawn alike."""
-        key = (fmt, deviation)
-        if key not in self.tiles:
-            x = np.resize(self.normal, (N_TILES, TILE_ROWS * TILE_COLS))
-            if fmt in ("q8", "q4"):
-                unit = Q8_DEVIATION if fmt == "q8" else Q4_DEVIATION
-                codes: npt.NDArray[Any]
-                if fmt == "q8":
-                    codes = (np.rint(unit * x).clip(-127, 127) + 128).astype(np.uint8)
-                else:
-                    nibbles = (np.rint(unit * x).clip(-7, 7) + 8).astype(np.uint8)
-                    codes = nibbles[:, : x.shape[1] // 2] | nibbles[:, x.shape[1] // 2 :] << 4
-                scale = np.full((N_TILES, TILE_ROWS), deviation / unit, np.float16).view(np.uint8)
-                self.tiles[key] = np.concatenate([codes, scale], 1)
-            elif fmt == "f8":
-                codes = (F8_DEVIATION * x).astype(ml_dtypes.float8_e4m3fn)
-                self.tiles[key] = codes.view(np.uint8)
-            else:
-                kind = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}[fmt]
-                self.tiles[key] = (np.float32(deviation) * x).astype(kind).view(np.uint8)
-            assert self.tiles[key].shape[1] == TILE_BYTES[fmt, SCALE_OF.get(fmt, "")]
-        return self.tiles[key]
-
-    def pieces(self, s: Tensor, deviation: float) -> Iterator[U8]:
-        """The bytes of a tensor, piece after piece, none longer than a block."""
-        start = self.number(s.name)
-        if s.kind == "tiled":
-            block = self.tile_block(s.format, deviation)
-        elif s.role == "embed":
-            block = self.tile_block(s.format, 1.0)
-        else:  # a vector or f8 scales: small enough to be made whole
-            mean, spread = {"scale": (deviation, 0.05 * deviation), "bias": (0.0, 0.02)}.get(s.role, (1.0, 0.1))
-            at = np.arange(start % PLAIN_VALUES, start % PLAIN_VALUES + s.nbytes // 4) % PLAIN_VALUES
-            yield (mean + spread * self.normal[at]).astype(np.float32).view(np.uint8)
-            return
-        flat, begin, left = block.reshape(-1), start % N_TILES * block.shape[1], s.nbytes
-        while left:
-            piece = flat[begin : begin + left]
+    def pieces(self, name: str, fmt: str, unit: int, spread: tuple[float, float], n_bytes: int) -> Iterator[U8]:
+        """The bytes of a tensor in units of so many values, piece after piece, none longer than a block."""
+        key = (fmt, unit, *spread)
+        if key not in self.blocks:
+            self.blocks[key] = self.encoded(fmt, np.resize(self.normal, (UNITS[unit], unit)), *spread)
+        block, digest = self.blocks[key], hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
+        begin = int.from_bytes(digest, "little") % len(block) * block.shape[1]
+        while n_bytes:
+            piece = block.reshape(-1)[begin : begin + n_bytes]
             yield piece
-            left, begin = left - len(piece), 0
+            n_bytes, begin = n_bytes - len(piece), 0
 
 
 def write_model(
     path: str | Path,
     spec: str,
     dtype: str = "q8",
+    *,
     attn_dtype: str | None = None,
     head_dtype: str | None = None,
     overrides: Sequence[str] = (),
@@ -256,13 +246,12 @@ def write_model(
     raw, n_tokens = make_config(spec, overrides)
     cfg = normalise(raw, {}, min(raw.get("num_nextn_predict_layers", 0), 1), spec)
     cfg |= draft_head_key(options, cfg)
-    values, specs = _Values(seed), _core.expected_tensors(cfg)
-    deviations: dict[str, float] = {}
-    tensors = []
-    for entry in specs:
+    spreads, tensors = dict[str, tuple[float, float]](), []
+    for entry in _core.expected_tensors(cfg):
         t = _stored(entry, dtypes)
-        deviations[t.name] = _deviation(t.name, entry, cfg) if entry["cols"] else 1.0
-        deviations[t.name + ".scale"] = deviations[t.name] / F8_DEVIATION
+        spreads[t.name] = spread(entry, cfg)
+        scale = spreads[t.name][1] / F8_DEVIATION
+        spreads[t.name + ".scale"] = (scale, 0.05 * scale)
         tensors.append(t)
     tokenizer, tokenizer_config = make_tokenizer(raw, n_tokens)
     files = {"tokenizer.json": tokenizer.encode(), "tokenizer_config.json": json.dumps(tokenizer_config).encode()}
@@ -272,28 +261,31 @@ def write_model(
     total = lay_out(plan, tensors)
     if (free := shutil.disk_usage(path.parent).free) < total and not sparse:
         raise ResourceError(f"{path}: {total / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on that disk")
-    with (
-        whole_file(path) as name,
-        name.open("wb", buffering=0) as out,
-        ThreadPoolExecutor(1, "deepcalm-write") as writer,
-    ):
+    values = Values(seed)
+    with whole_file(path) as name, name.open("wb", buffering=0) as out:
         os.ftruncate(out.fileno(), total)  # padding is never written: it reads as zeros
-        pending = []
-        for s in (s for t in tensors for s in t.stored):
-            sha, at = hashlib.sha256(), s.offset
-            pieces: Iterable[U8] = [np.frombuffer(s.data, np.uint8)] if s.data else []
-            if s.kind != "file" and not sparse:
-                pieces = values.pieces(s, deviations[s.name])
-            for piece in slabs(pieces, at):
-                pending.append(writer.submit(write_at, out.fileno(), piece.data, at))
-                sha.update(piece.data)  # beside the write
-                at += len(piece)
-                while len(pending) > 8:
-                    pending.pop(0).result()
-            s.sha256 = sha.hexdigest()
-            if progress:
-                progress(s.offset + s.container()[2], total)
-        for write in pending:
-            write.result()
+        with ThreadPoolExecutor(1, "deepcalm-write") as writer:
+            for s in (s for t in tensors for s in t.stored):
+                pieces: Iterable[U8] = [np.frombuffer(s.data, np.uint8)] if s.data else []
+                if s.kind != "file" and not sparse:
+                    unit = TILE if s.kind == "tiled" or s.role == "embed" else 1
+                    pieces = values.pieces(s.name, s.format, unit, spreads[s.name], s.nbytes)
+                _write(s, pieces, out.fileno(), writer)
+                if progress:
+                    progress(s.offset + s.container()[2], total)
         write_at(out.fileno(), file_header(plan, tensors), 0)
     return total
+
+
+def _write(s: Tensor, pieces: Iterable[U8], fd: int, writer: ThreadPoolExecutor) -> None:
+    """Writes and hashes a tensor's bytes, one beside the other."""
+    sha, at, pending = hashlib.sha256(), s.offset, deque[Future[None]]()
+    for piece in slabs(pieces, at):
+        pending.append(writer.submit(write_at, fd, piece.data, at))
+        sha.update(piece.data)
+        at += len(piece)
+        while len(pending) > 8:
+            pending.popleft().result()
+    for write in pending:
+        write.result()
+    s.sha256 = sha.hexdigest()
