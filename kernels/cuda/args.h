@@ -142,65 +142,79 @@ struct ProductArgs {
     constexpr int64_t smem(const Fit& f, int threads) const { return product_smem(f, threads); }
 };
 
+// One layer's latent cache (kernels/format.h).
+struct LatentCache {
+    CacheType type = CacheType::kF16;
+    int ctx = 0, c_pad = 0, r_pad = 0;
+    std::byte* data = nullptr;  // [ctx, row_bytes]
+    int64_t row_bytes = 0;      // cache_row_bytes() rounded up to 16
+
+    constexpr int width() const { return c_pad + r_pad; }
+    DC_CONSTEXPR std::byte* row(int64_t pos) const { return data + pos * row_bytes; }
+};
+
 // q_full[i, h] = W_UK[h] * q_nope[i, h] | rope(q_rope[i, h]); cache row *pos + i = norm(c_kv) | rope(k_rope).
 // Rows whose position is not below ctx write nothing.
 struct AbsorbArgs {
     static constexpr Stage kStage{"absorb", true};
     PassRows rows;
     Matrix w_uk;  // [n_heads][r, dn]
-    int n_heads = 0, dn = 0, dr = 0, r = 0, c_pad = 0, r_pad = 0;
+    int n_heads = 0, dn = 0, dr = 0, r = 0;
     View<const float> q;                         // [n, n_heads, dn + dr]: nope | rope, as q_b (or qkv_a) left it
     View<const float> kv;                        // [n, r + dr]: c_kv | k_rope, as qkv_a left it, past the q part
     const float* kv_norm = nullptr;              // [r]
     float eps = 0;                               // kLatentNormEps
     const float *cos = nullptr, *sin = nullptr;  // [ctx, dr / 2] f32, scaled as Rope::fill gives them
-    int ctx = 0;
-    CacheType type = CacheType::kF16;
-    std::byte* cache = nullptr;  // row 0 of this layer
-    int64_t row_bytes = 0;       // cache_row_bytes() rounded up to 16
-    float* q_full = nullptr;     // [n, n_heads, c_pad + r_pad] f32; pads are written as zeros
-    View<float> q_tap;           // [n, n_heads, dn + dr] or null: q with its rope part rotated
-    View<float> c_tap, k_tap;    // [n, r], [n, dr] or null: what the cache row was made from
+    LatentCache cache;
+    float* q_full = nullptr;   // [n, n_heads, c_pad + r_pad] f32; pads are written as zeros
+    View<float> q_tap;         // [n, n_heads, dn + dr] or null: q with its rope part rotated
+    View<float> c_tap, k_tap;  // [n, r], [n, dr] or null: what the cache row was made from
 
     constexpr int units() const { return n_heads * w_uk.row_tiles; }
     constexpr int64_t smem(const Fit& f, int threads) const { return product_smem(f, threads); }
 };
 
-inline constexpr int kHeadRows = 16;                 // heads of a unit of attention: the 16 rows of the mma
+// Split attention: a unit is (row, group of 16 heads, `chunks` chunks). Every unit leaves its maximum, sum and unnormalised
+// values here. chunks is 1 (short contexts: many units) or kPartialChunks; the bits after ValueArgs are the same. Use 1 up to
+// 8k of context and n <= kBlockRows, else kPartialChunks (ValueArgs keeps two floats per chunk and row in shared memory).
+struct Partials {
+    int n_heads = 0, c_pad = 0;
+    int chunks = 1;
+    int max_units = 0;    // units along the context that there is room for: ceil(ctx / (kChunk * chunks))
+    float* o = nullptr;   // [n, max_units, n_heads, c_pad] f32
+    float* ml = nullptr;  // [n, max_units, n_heads, 2] f32: maximum, sum
+
+    DC_CONSTEXPR int64_t slot(int row, int unit, int head) const {
+        return (int64_t{row} * max_units + unit) * n_heads + head;
+    }
+};
+
+inline constexpr int kHeadRows = 16;                 // heads of a unit: the 16 rows of the mma
 inline constexpr int kScoreStride = kChunk + 4;      // f32
 inline constexpr int kProbStride = 2 * kChunk + 16;  // bytes
 
-// Split attention: a unit is (row, group of 16 heads, `unit_chunks` chunks). Every unit leaves its maximum, sum and
-// unnormalised values in `part`. unit_chunks is 1 (short contexts: many units) or kPartialChunks; the bits after
-// it are the same. Use 1 up to 8k of context and n <= kBlockRows, else kPartialChunks (the stage keeps two floats per
-// chunk and row in shared memory).
 struct AttendArgs {
     static constexpr Stage kStage{"attend"};
     PassRows rows;
-    int n_heads = 0, c_pad = 0, r_pad = 0, ctx = 0;
     float softmax_scale = 0;
     const float* q_full = nullptr;  // [n, n_heads, c_pad + r_pad]
-    CacheType type = CacheType::kF16;
-    const std::byte* cache = nullptr;
-    int64_t row_bytes = 0;
-    int unit_chunks = 1;
-    int max_units = 0;         // units along the context that `part` has room for: ceil(ctx / (kChunk * unit_chunks))
-    float* part_o = nullptr;   // [n, max_units, n_heads, c_pad] f32
-    float* part_ml = nullptr;  // [n, max_units, n_heads, 2] f32: maximum, sum
+    LatentCache cache;
+    Partials part;
 
-    constexpr int width() const { return c_pad + r_pad; }
-    constexpr bool mma() const { return type == CacheType::kF16 || type == CacheType::kBF16; }
+    constexpr bool mma() const { return cache.type == CacheType::kF16 || cache.type == CacheType::kBF16; }
     // Of a chunk, that shared memory holds.
     constexpr int columns(const Fit& f) const {
-        return f.halves ? static_cast<int>(round_up(ceil_div(width(), 2), 16)) : width();
+        return f.halves ? static_cast<int>(round_up(ceil_div(cache.width(), 2), 16)) : cache.width();
     }
-    constexpr int units() const { return rows.n * static_cast<int>(ceil_div(n_heads, kHeadRows)) * max_units; }
+    constexpr int units() const {
+        return rows.n * static_cast<int>(ceil_div(part.n_heads, kHeadRows)) * part.max_units;
+    }
     constexpr int64_t smem(const Fit& f, int threads) const {
-        const int64_t q_row = 2 * width() + 16, k_row = 2 * columns(f) + 16;
+        const int64_t width = cache.width(), q_row = 2 * width + 16, k_row = 2 * columns(f) + 16;
         return align16(threads / 32 * int64_t{8}) + kHeadRows * 4 * (5 + kScoreStride) +
                (mma() ? 2 * kHeadRows * q_row + kChunk * k_row + int64_t{2} * kHeadRows * kProbStride
-                      : int64_t{kHeadRows} * 4 * width()) +
-               (unit_chunks > 1 && !f.halves ? int64_t{kHeadRows} * c_pad * 4 : 0);
+                      : kHeadRows * 4 * width) +
+               (part.chunks > 1 && !f.halves ? int64_t{kHeadRows} * part.c_pad * 4 : 0);
     }
 };
 
@@ -209,22 +223,20 @@ struct ValueArgs {
     static constexpr Stage kStage{"value"};
     PassRows rows;
     Matrix w_uv;  // [n_heads][dv, r]
-    int n_heads = 0, dv = 0, c_pad = 0, ctx = 0;
-    int unit_chunks = 1, max_units = 0;
-    const float* part_o = nullptr;
-    const float* part_ml = nullptr;
+    int dv = 0, ctx = 0;
+    Partials part;
     View<float> v;           // [n, n_heads, dv]
     View<float> latent_tap;  // [n, n_heads, r] or null
 
     // Pairs of factors of one row: of every chunk where units are single chunks, and of every partial.
     constexpr int factors() const {
-        return (unit_chunks == 1 ? max_units : 0) +
-               static_cast<int>(ceil_div(int64_t{max_units} * unit_chunks, kPartialChunks));
+        return (part.chunks == 1 ? part.max_units : 0) +
+               static_cast<int>(ceil_div(int64_t{part.max_units} * part.chunks, kPartialChunks));
     }
-    constexpr int units() const { return n_heads * w_uv.row_tiles; }
+    constexpr int units() const { return part.n_heads * w_uv.row_tiles; }
     constexpr int64_t smem(const Fit& f, int threads) const {  // and sums, combined latents
         return product_smem(f, threads) + align16((rows.n < f.value_rows ? rows.n : f.value_rows) *
-                                                  (int64_t{8} * factors() + 4 + 4 * int64_t{c_pad}));
+                                                  (int64_t{8} * factors() + 4 + 4 * int64_t{part.c_pad}));
     }
 };
 

@@ -31,9 +31,10 @@ DC_DEVICE int row_end(const PassRows& rows, int i, int ctx) { return min_int(*ro
 
 // --- cache rows -----------------------------------------------------------------------------------------------------
 
-DC_DEVICE float cache_value(CacheType type, const std::byte* row, int c_pad, int i) {
+DC_DEVICE float cache_value(const LatentCache& cache, const std::byte* row, int i) {
+    const int c_pad = cache.c_pad;
     const auto* u16 = reinterpret_cast<const uint16_t*>(row);
-    switch (type) {
+    switch (cache.type) {
     case CacheType::kF32: return reinterpret_cast<const float*>(row)[i];
     case CacheType::kF16: return rt::f16_value(u16[i]);
     case CacheType::kBF16: return bf16_value(u16[i]);
@@ -45,8 +46,9 @@ DC_DEVICE float cache_value(CacheType type, const std::byte* row, int c_pad, int
 }
 
 // One cache row by the whole block: get(i) is value i of latent | rope, zero in the pads.
-template <class Get> DC_DEVICE void cache_write(CacheType type, std::byte* row, int c_pad, int r_pad, Get&& get) {
-    const int width = c_pad + r_pad;
+template <class Get> DC_DEVICE void cache_write(const LatentCache& cache, std::byte* row, Get&& get) {
+    const CacheType type = cache.type;
+    const int c_pad = cache.c_pad, r_pad = cache.r_pad;
     if (type == CacheType::kQ8) {
         auto* scale = reinterpret_cast<uint16_t*>(row + c_pad);
         for (int i = rt::thread(); i < c_pad; i += rt::threads()) {  // a warp is a group of 32
@@ -60,7 +62,7 @@ template <class Get> DC_DEVICE void cache_write(CacheType type, std::byte* row, 
             scale[c_pad / 32 + i] = static_cast<uint16_t>(rt::f16_bits(get(c_pad + i)));
         return;
     }
-    for (int i = rt::thread(); i < width; i += rt::threads()) {
+    for (int i = rt::thread(); i < c_pad + r_pad; i += rt::threads()) {
         const float v = get(i);
         if (type == CacheType::kF32) {
             reinterpret_cast<float*>(row)[i] = v;
@@ -81,7 +83,7 @@ struct AbsorbPlan : HeadsPlan {
     }
     DC_DEVICE void finish(int head, int unit, int r, int row, float v, float) const {
         const int o = unit * kTileRows + r;
-        if (o < a->r) a->q_full[(int64_t{row} * a->n_heads + head) * (a->c_pad + a->r_pad) + o] = v;
+        if (o < a->r) a->q_full[(int64_t{row} * a->n_heads + head) * a->cache.width() + o] = v;
     }
 };
 
@@ -97,14 +99,14 @@ template <int NB> DC_DEVICE void stage(const AbsorbArgs& a, const Fit& fit) {
     AbsorbPlan plan{{plan_of(a.rows, a.w_uk, a.w_uk.row_tiles), &a.w_uk}, &a};
     run<NB>(plan, own_units(a.n_heads * a.w_uk.row_tiles), s);
 
-    const int n = live_rows(a.rows), pos = *a.rows.pos, width = a.c_pad + a.r_pad, half = a.dr / 2, dqk = a.dn + a.dr;
+    const int n = live_rows(a.rows), pos = *a.rows.pos, width = a.cache.width(), half = a.dr / 2, dqk = a.dn + a.dr;
     // everything of q_full but the product: rotated q, zeros in the pads
     const int rest = width - a.r;
     for (int64_t e = rt::grid_thread(); e < int64_t{n} * a.n_heads * rest; e += rt::grid_threads()) {
-        const int i = a.r + static_cast<int>(e % rest), k = i - a.c_pad;
+        const int i = a.r + static_cast<int>(e % rest), k = i - a.cache.c_pad;
         const int64_t row_head = e / rest, row = row_head / a.n_heads, head = row_head % a.n_heads;
         const float* q = a.q.row(row) + head * dqk + a.dn;
-        const int64_t at = min_int(pos + static_cast<int>(row), a.ctx - 1);
+        const int64_t at = min_int(pos + static_cast<int>(row), a.cache.ctx - 1);
         const float v = k >= 0 && k < a.dr ? rotated(q, a.cos + at * half, a.sin + at * half, a.dr, k) : 0.0F;
         a.q_full[row_head * width + i] = v;
         if (a.q_tap.data && k >= 0 && k < a.dr) a.q_tap.row(row)[head * dqk + a.dn + k] = v;
@@ -114,19 +116,19 @@ template <int NB> DC_DEVICE void stage(const AbsorbArgs& a, const Fit& fit) {
             const int64_t row = e / a.dn / a.n_heads, i = e / a.dn % a.n_heads * dqk + e % a.dn;
             a.q_tap.row(row)[i] = a.q.row(row)[i];
         }
-    for (int i = rt::block(); i < n && pos + i < a.ctx; i += rt::blocks()) {
+    for (int i = rt::block(); i < n && pos + i < a.cache.ctx; i += rt::blocks()) {
         const float* kv = a.kv.row(i);
         rms_rows(1, 1, a.r, a.eps, s.sum, s.inv, 1, [&](int) { return kv; });
         const float *cos = a.cos + int64_t{pos + i} * half, *sin = a.sin + int64_t{pos + i} * half;
         const auto value = [&](int c) {
-            if (c < a.c_pad) return c < a.r ? a.kv_norm[c] * (kv[c] * s.inv[0]) : 0.0F;
-            return c - a.c_pad < a.dr ? rotated(kv + a.r, cos, sin, a.dr, c - a.c_pad) : 0.0F;
+            if (c < a.cache.c_pad) return c < a.r ? a.kv_norm[c] * (kv[c] * s.inv[0]) : 0.0F;
+            return c - a.cache.c_pad < a.dr ? rotated(kv + a.r, cos, sin, a.dr, c - a.cache.c_pad) : 0.0F;
         };
-        cache_write(a.type, a.cache + (pos + i) * a.row_bytes, a.c_pad, a.r_pad, value);
+        cache_write(a.cache, a.cache.row(pos + i), value);
         if (a.c_tap.data)
             for (int c = rt::thread(); c < a.r; c += rt::threads()) a.c_tap.row(i)[c] = value(c);
         if (a.k_tap.data)
-            for (int c = rt::thread(); c < a.dr; c += rt::threads()) a.k_tap.row(i)[c] = value(a.c_pad + c);
+            for (int c = rt::thread(); c < a.dr; c += rt::threads()) a.k_tap.row(i)[c] = value(a.cache.c_pad + c);
         rt::sync_block();
     }
 }
@@ -139,13 +141,13 @@ struct AttendSmem {
     int k_cols, k_stride;            // k_stride: bytes
     unsigned char *p_hi, *p_lo;      // [16][kProbStride]
     float* s;                        // [16][kScoreStride] scores, then probabilities
-    float* o;                        // [16][c_pad], units of several chunks; null: in part_o
+    float* o;                        // [16][c_pad], units of several chunks; null: in part.o
     float *q_scale, *m, *l, *a, *b;  // [16] each
     uint64_t* bar;                   // [warps]
 };
 DC_DEVICE AttendSmem carve_attend(const Fit& fit, const AttendArgs& a) {
     AttendSmem s;
-    const int row16 = 2 * a.width() + 16;
+    const int row16 = 2 * a.cache.width() + 16;
     s.k_cols = a.columns(fit);
     s.k_stride = 2 * s.k_cols + 16;
     s.bar = reinterpret_cast<uint64_t*>(rt::dynamic_smem());
@@ -160,8 +162,9 @@ DC_DEVICE AttendSmem carve_attend(const Fit& fit, const AttendArgs& a) {
     s.k = s.q_lo + kHeadRows * row16;
     s.p_hi = s.k + kChunk * s.k_stride;
     s.p_lo = s.p_hi + kHeadRows * kProbStride;
-    s.o = reinterpret_cast<float*>(a.mma() ? s.p_lo + kHeadRows * kProbStride : s.q_hi + kHeadRows * 4 * a.width());
-    if (a.unit_chunks == 1 || fit.halves) s.o = nullptr;
+    s.o =
+        reinterpret_cast<float*>(a.mma() ? s.p_lo + kHeadRows * kProbStride : s.q_hi + kHeadRows * 4 * a.cache.width());
+    if (a.part.chunks == 1 || fit.halves) s.o = nullptr;
     return s;
 }
 
@@ -173,16 +176,16 @@ DC_DEVICE void split_f16(float v, uint16_t& hi, uint16_t& lo) {  // v as a sum o
 
 // Queries of 16 heads into shared memory; heads past the last are zeros. Warps deal the heads.
 DC_DEVICE void load_queries(const AttendArgs& a, const AttendSmem& s, const float* q, int heads) {
-    const int width = a.width(), row16 = 2 * width + 16, lane = rt::lane();
+    const int width = a.cache.width(), row16 = 2 * width + 16, lane = rt::lane();
     for (int h = rt::warp(); h < kHeadRows; h += rt::warps()) {
         const float* x = q + int64_t{h} * width;
         const bool live = h < heads;
-        if (a.type == CacheType::kF32 || a.type == CacheType::kQ8) {
+        if (a.cache.type == CacheType::kF32 || a.cache.type == CacheType::kQ8) {
             for (int i = lane; i < width; i += 32) reinterpret_cast<float*>(s.q_hi)[h * width + i] = live ? x[i] : 0.0F;
             continue;
         }
         F16Scale f{1, 1};
-        if (a.type == CacheType::kF16) {
+        if (a.cache.type == CacheType::kF16) {
             uint32_t top = 0;
             for (int i = lane; i < width; i += 32) top = max_of(top, live ? magnitude(x[i]) : 0);
             f = f16_scale(rt::max_lanes(top));
@@ -192,7 +195,7 @@ DC_DEVICE void load_queries(const AttendArgs& a, const AttendSmem& s, const floa
         auto* lo = reinterpret_cast<uint16_t*>(s.q_lo + h * row16);
         for (int i = lane; i < width; i += 32) {
             const float v = live ? x[i] * f.scale : 0.0F;
-            if (a.type == CacheType::kF16) {
+            if (a.cache.type == CacheType::kF16) {
                 split_f16(v, hi[i], lo[i]);
             } else {
                 hi[i] = static_cast<uint16_t>(bf16_bits(v));
@@ -214,7 +217,7 @@ DC_DEVICE void fragment_a(uint32_t (&a)[4], const unsigned char* rows, int strid
 
 // Scores over columns [begin, end), which s.k holds, added to those of the columns before.
 DC_DEVICE void scores_mma(const AttendArgs& a, const AttendSmem& s, int begin, int end, int n_pos) {
-    const int width = a.width(), row16 = 2 * width + 16, q = rt::lane() % 4, g = rt::lane() / 4;
+    const int width = a.cache.width(), row16 = 2 * width + 16, q = rt::lane() % 4, g = rt::lane() / 4;
     for (int t = rt::warp(); t < kChunk / 8; t += rt::warps()) {
         float c[4] = {0, 0, 0, 0};
         float* score = s.s + g * kScoreStride + 8 * t + 2 * q;  // c[i]: head g + i / 2 * 8, position 8 t + 2 q + i % 2
@@ -226,7 +229,7 @@ DC_DEVICE void scores_mma(const AttendArgs& a, const AttendSmem& s, int begin, i
             const uint32_t b[2] = {k[0], k[4]};
             uint32_t w[4];
             fragment_a(w, s.q_hi, row16, step);
-            if (a.type == CacheType::kF16) {
+            if (a.cache.type == CacheType::kF16) {
                 rt::mma_f16(c, w, b);
                 fragment_a(w, s.q_lo, row16, step);
                 rt::mma_f16(c, w, b);
@@ -243,14 +246,14 @@ DC_DEVICE void scores_mma(const AttendArgs& a, const AttendSmem& s, int begin, i
 }
 
 DC_DEVICE void scores_plain(const AttendArgs& a, const AttendSmem& s, const std::byte* k, int n_pos) {
-    const int width = a.width();
+    const int width = a.cache.width();
     const auto* q = reinterpret_cast<const float*>(s.q_hi);
     for (int u = rt::thread(); u < kHeadRows * kChunk; u += rt::threads()) {
         const int h = u / kChunk, j = u % kChunk;
         float c = 0;
         if (j < n_pos)
             for (int i = 0; i < width; ++i)
-                c = rt::fma(q[h * width + i], cache_value(a.type, k + j * a.row_bytes, a.c_pad, i), c);
+                c = rt::fma(q[h * width + i], cache_value(a.cache, k + j * a.cache.row_bytes, i), c);
         s.s[h * kScoreStride + j] = j < n_pos ? c * a.softmax_scale : rt::from_bits(0xff800000U);
     }
 }
@@ -266,11 +269,11 @@ DC_DEVICE void softmax_chunk(const AttendArgs& a, const AttendSmem& s, bool firs
         float l = 0;
         for (int i = 0; i < 2; ++i) {
             v[i] = exp_neg(v[i] - m);
-            if (a.type == CacheType::kBF16) v[i] = bf16_round(v[i]);
+            if (a.cache.type == CacheType::kBF16) v[i] = bf16_round(v[i]);
             const int j = lane + 32 * i;
-            if (a.type == CacheType::kF16) {
+            if (a.cache.type == CacheType::kF16) {
                 split_f16(v[i] * kProbScale, hi[j], reinterpret_cast<uint16_t*>(s.p_lo + h * kProbStride)[j]);
-            } else if (a.type == CacheType::kBF16) {
+            } else if (a.cache.type == CacheType::kBF16) {
                 hi[j] = static_cast<uint16_t>(bf16_bits(v[i]));
             } else {
                 row[j] = v[i];
@@ -292,7 +295,7 @@ DC_DEVICE void softmax_chunk(const AttendArgs& a, const AttendSmem& s, bool firs
 template <class Put>
 DC_DEVICE void values_mma(const AttendArgs& a, const AttendSmem& s, int begin, int end, Put&& put) {
     const int lane = rt::lane(), q = lane % 4, g = lane / 4;
-    for (int t = begin / 16 + rt::warp(); t < min_int(end, a.c_pad) / 16; t += rt::warps()) {
+    for (int t = begin / 16 + rt::warp(); t < min_int(end, a.cache.c_pad) / 16; t += rt::warps()) {
         float c[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
         for (int step = 0; step < kChunk / 16; ++step) {
             uint32_t v[4], w[4];
@@ -300,7 +303,7 @@ DC_DEVICE void values_mma(const AttendArgs& a, const AttendSmem& s, int begin, i
                                          2 * (16 * t - begin + lane / 16 * 8));
             const uint32_t b0[2] = {v[0], v[1]}, b1[2] = {v[2], v[3]};
             fragment_a(w, s.p_hi, kProbStride, step);
-            if (a.type == CacheType::kF16) {
+            if (a.cache.type == CacheType::kF16) {
                 rt::mma_f16(c[0], w, b0);
                 rt::mma_f16(c[1], w, b1);
                 fragment_a(w, s.p_lo, kProbStride, step);
@@ -311,7 +314,7 @@ DC_DEVICE void values_mma(const AttendArgs& a, const AttendSmem& s, int begin, i
                 rt::mma_bf16(c[1], w, b1);
             }
         }
-        const float scale = a.type == CacheType::kF16 ? 1.0F / kProbScale : 1.0F;
+        const float scale = a.cache.type == CacheType::kF16 ? 1.0F / kProbScale : 1.0F;
         for (int i = 0; i < 4; ++i) {
             put(g + (i >> 1) * 8, 16 * t + 2 * q + (i & 1), c[0][i] * scale);
             put(g + (i >> 1) * 8, 16 * t + 8 + 2 * q + (i & 1), c[1][i] * scale);
@@ -321,11 +324,11 @@ DC_DEVICE void values_mma(const AttendArgs& a, const AttendSmem& s, int begin, i
 
 template <class Put>
 DC_DEVICE void values_plain(const AttendArgs& a, const AttendSmem& s, const std::byte* k, int n_pos, Put&& put) {
-    for (int u = rt::thread(); u < kHeadRows * a.c_pad; u += rt::threads()) {
-        const int h = u / a.c_pad, i = u % a.c_pad;
+    for (int u = rt::thread(); u < kHeadRows * a.cache.c_pad; u += rt::threads()) {
+        const int h = u / a.cache.c_pad, i = u % a.cache.c_pad;
         float c = 0;
         for (int j = 0; j < n_pos; ++j)
-            c = rt::fma(s.s[h * kScoreStride + j], cache_value(a.type, k + j * a.row_bytes, a.c_pad, i), c);
+            c = rt::fma(s.s[h * kScoreStride + j], cache_value(a.cache, k + j * a.cache.row_bytes, i), c);
         put(h, i, c);
     }
 }
@@ -333,23 +336,23 @@ DC_DEVICE void values_plain(const AttendArgs& a, const AttendSmem& s, const std:
 // --- the unit -------------------------------------------------------------------------------------------------------
 
 DC_DEVICE void attend_unit(const AttendArgs& a, const AttendSmem& s, int row, int group, int unit, int& phase) {
-    const int end = row_end(a.rows, row, a.ctx), begin = unit * a.unit_chunks * kChunk;
+    const int end = row_end(a.rows, row, a.cache.ctx), begin = unit * a.part.chunks * kChunk;
     if (begin >= end) return;  // the same for the whole block
-    const int width = a.width(), heads = min_int(kHeadRows, a.n_heads - group * kHeadRows);
+    const int width = a.cache.width(), heads = min_int(kHeadRows, a.part.n_heads - group * kHeadRows);
     const bool mma = a.mma();
     const int parts = mma ? ceil_to(width, s.k_cols) : 1;
-    const int64_t slot = (int64_t{row} * a.max_units + unit) * a.n_heads + group * kHeadRows;
+    const int64_t slot = a.part.slot(row, unit, group * kHeadRows);
     const int warp = rt::warp(), per = ceil_to(kChunk, rt::warps());
-    float* out = s.o ? s.o : a.part_o + slot * a.c_pad;
-    load_queries(a, s, a.q_full + (int64_t{row} * a.n_heads + group * kHeadRows) * width, heads);
-    for (int c = 0; c < a.unit_chunks && begin + c * kChunk < end; ++c) {
+    float* out = s.o ? s.o : a.part.o + slot * a.cache.c_pad;
+    load_queries(a, s, a.q_full + (int64_t{row} * a.part.n_heads + group * kHeadRows) * width, heads);
+    for (int c = 0; c < a.part.chunks && begin + c * kChunk < end; ++c) {
         const int pos = begin + c * kChunk, n_pos = min_int(kChunk, end - pos);
-        const std::byte* k = a.cache + pos * a.row_bytes;
+        const std::byte* k = a.cache.row(pos);
         const auto load = [&](int first, int last) {  // columns of the chunk into s.k
             const int r0 = warp * per, n = min_int(per, n_pos - r0);
             rt::copy_rows_start(s.k + r0 * s.k_stride, s.k_stride,
-                                reinterpret_cast<const unsigned char*>(k) + r0 * a.row_bytes + 2 * first, a.row_bytes,
-                                2 * (last - first), n, s.bar + warp);
+                                reinterpret_cast<const unsigned char*>(k) + r0 * a.cache.row_bytes + 2 * first,
+                                a.cache.row_bytes, 2 * (last - first), n, s.bar + warp);
             for (int i = n_pos * s.k_stride / 4 + rt::thread(); i < kChunk * s.k_stride / 4; i += rt::threads())
                 reinterpret_cast<uint32_t*>(s.k)[i] = 0;  // positions past the row's end may hold anything
             if (n > 0 || !rt::kBulk) rt::copy_wait<0>(s.bar + warp, phase);
@@ -370,7 +373,7 @@ DC_DEVICE void attend_unit(const AttendArgs& a, const AttendSmem& s, int row, in
         rt::sync_block();
         const auto put = [&](int h, int i, float v) {
             if (h >= heads) return;
-            float* o = out + h * a.c_pad + i;  // the same thread's in every chunk
+            float* o = out + h * a.cache.c_pad + i;  // the same thread's in every chunk
             *o = c == 0 ? v : merge_value(*o, s.a[h], v, s.b[h]);
         };
         if (!mma) values_plain(a, s, k, n_pos, put);
@@ -386,10 +389,11 @@ DC_DEVICE void attend_unit(const AttendArgs& a, const AttendSmem& s, int row, in
         rt::sync_block();
     }
     if (s.o)
-        for (int i = rt::thread(); i < heads * a.c_pad; i += rt::threads()) a.part_o[slot * a.c_pad + i] = s.o[i];
+        for (int i = rt::thread(); i < heads * a.cache.c_pad; i += rt::threads())
+            a.part.o[slot * a.cache.c_pad + i] = s.o[i];
     for (int h = rt::thread(); h < heads; h += rt::threads()) {
-        a.part_ml[2 * (slot + h)] = s.m[h];
-        a.part_ml[2 * (slot + h) + 1] = s.l[h];
+        a.part.ml[2 * (slot + h)] = s.m[h];
+        a.part.ml[2 * (slot + h) + 1] = s.l[h];
     }
     rt::sync_block();
 }
@@ -398,8 +402,9 @@ template <int NB> DC_DEVICE void stage(const AttendArgs& a, const Fit& fit) {
     const AttendSmem s = carve_attend(fit, a);
     rt::copy_open(s.bar + rt::warp());
     rt::dependency_wait();
-    const int n = live_rows(a.rows), groups = ceil_to(a.n_heads, kHeadRows);
-    const int units = n > 0 ? ceil_to(row_end(a.rows, n - 1, a.ctx), kChunk * a.unit_chunks) : 0;  // of the longest row
+    const int n = live_rows(a.rows), groups = ceil_to(a.part.n_heads, kHeadRows);
+    const int units =
+        n > 0 ? ceil_to(row_end(a.rows, n - 1, a.cache.ctx), kChunk * a.part.chunks) : 0;  // of the longest row
     int phase = 0;
     for (int64_t u = rt::block(); u < int64_t{units} * n * groups; u += rt::blocks())
         attend_unit(a, s, static_cast<int>(u / groups % n), static_cast<int>(u % groups),
@@ -417,7 +422,7 @@ struct ValuePlan : HeadsPlan {
     int factors = 0, partials = 0;
     DC_DEVICE Quad get(int, int, int j, int p, int col) const {
         const int c = p * kSegment + col;
-        return load4(latent + j * a->c_pad + c, a->w_uv.cols - c);
+        return load4(latent + j * a->part.c_pad + c, a->w_uv.cols - c);
     }
     DC_DEVICE void finish(int head, int unit, int r, int row, float v, float) const {
         const int o = unit * kTileRows + r;
@@ -427,19 +432,20 @@ struct ValuePlan : HeadsPlan {
     // Factors of row j (this warp's): (a, b) of every chunk inside its partial, then of every partial.
     DC_DEVICE void merge_factors(int row, int j, int head) const {
         const int lane = rt::lane(), end = row_end(a->rows, row, a->ctx);
-        const int units = ceil_to(end, kChunk * a->unit_chunks), n_partials = ceil_to(end, kChunk * kPartialChunks);
+        const int units = ceil_to(end, kChunk * a->part.chunks), n_partials = ceil_to(end, kChunk * kPartialChunks);
         float* f = factor + 2 * j * factors;
-        const int64_t slot = int64_t{row} * a->max_units * a->n_heads + head;
+        const int64_t slot = a->part.slot(row, 0, head);
         float m = 0, l = 0;
         for (int p = 0; p < n_partials; ++p) {
             float m1, l1;
-            if (a->unit_chunks > 1) {
-                const float* ml = a->part_ml + 2 * (slot + int64_t{p} * a->n_heads);
+            if (a->part.chunks > 1) {
+                const float* ml = a->part.ml + 2 * (slot + int64_t{p} * a->part.n_heads);
                 m1 = ml[0];
                 l1 = ml[1];
             } else {
                 const int u = p * kPartialChunks + lane, n = min_int(kPartialChunks, units - p * kPartialChunks);
-                const float* ml = a->part_ml + 2 * (slot + int64_t{lane < n ? u : p * kPartialChunks} * a->n_heads);
+                const float* ml =
+                    a->part.ml + 2 * (slot + int64_t{lane < n ? u : p * kPartialChunks} * a->part.n_heads);
                 const float mine = ml[0], sum = ml[1];
                 float top = mine;  // running maximum up to this chunk
                 for (int k = 1; k < kPartialChunks; k *= 2) {
@@ -470,17 +476,18 @@ struct ValuePlan : HeadsPlan {
     DC_DEVICE void rows_start(const Group& g, int rows, const ProductSmem&) const {
         for (int j = rt::warp(); j < rows; j += rt::warps()) merge_factors(g.row0 + j, j, g.problem);
         rt::sync_block();
-        for (int e = rt::thread(); e < rows * a->c_pad; e += rt::threads()) {
-            const int j = e / a->c_pad, c = e % a->c_pad, row = g.row0 + j, end = row_end(a->rows, row, a->ctx);
-            const int units = ceil_to(end, kChunk * a->unit_chunks), per = kPartialChunks / a->unit_chunks;
+        for (int e = rt::thread(); e < rows * a->part.c_pad; e += rt::threads()) {
+            const int j = e / a->part.c_pad, c = e % a->part.c_pad, row = g.row0 + j,
+                      end = row_end(a->rows, row, a->ctx);
+            const int units = ceil_to(end, kChunk * a->part.chunks), per = kPartialChunks / a->part.chunks;
             const float* f = factor + 2 * j * factors;
-            const float* o = a->part_o + (int64_t{row} * a->max_units * a->n_heads + g.problem) * a->c_pad + c;
+            const float* o = a->part.o + a->part.slot(row, 0, g.problem) * a->part.c_pad + c;
             float v = 0;
             for (int u = 0; u < units;) {
                 const int p = u / per, stop = min_int(u + per, units);
-                float part = o[int64_t{u} * a->n_heads * a->c_pad];
+                float part = o[int64_t{u} * a->part.n_heads * a->part.c_pad];
                 for (++u; u < stop; ++u)
-                    part = merge_value(part, f[2 * u], o[int64_t{u} * a->n_heads * a->c_pad], f[2 * u + 1]);
+                    part = merge_value(part, f[2 * u], o[int64_t{u} * a->part.n_heads * a->part.c_pad], f[2 * u + 1]);
                 const float* fp = f + 2 * (partials + p);
                 v = p == 0 ? part : merge_value(v, fp[0], part, fp[1]);
             }
@@ -496,12 +503,12 @@ template <int NB> DC_DEVICE void stage(const ValueArgs& a, const Fit& fit) {
     const ProductSmem s = carve<1>(fit);
     ValuePlan plan{{plan_of(a.rows, a.w_uv, a.w_uv.row_tiles), &a.w_uv}, &a};
     plan.factors = a.factors();
-    plan.partials = a.unit_chunks == 1 ? a.max_units : 0;
+    plan.partials = a.part.chunks == 1 ? a.part.max_units : 0;
     plan.max_rows = min_int(a.rows.n, fit.value_rows);
     plan.latent = reinterpret_cast<float*>(s.end);
-    plan.factor = plan.latent + plan.max_rows * a.c_pad;
+    plan.factor = plan.latent + plan.max_rows * a.part.c_pad;
     plan.total = plan.factor + 2 * plan.max_rows * plan.factors;
-    run<1>(plan, own_units(a.n_heads * a.w_uv.row_tiles), s);
+    run<1>(plan, own_units(a.part.n_heads * a.w_uv.row_tiles), s);
 }
 
 }  // namespace deepcalm::gpu

@@ -1,4 +1,4 @@
-// Products of packed weights and activation rows: the engine under every stage that reads a matrix.
+// Products of packed weights and activation rows: what is under every stage that reads a matrix.
 //
 // A block owns a range of units (row tiles, or gate/up pairs of them). Its warps deal the pairs (row tile, segment of 512
 // columns) among themselves; each pair is one chain of mma (or integer mma, or fma) from zero in column order, its 16 x
@@ -324,7 +324,7 @@ template <int NB> DC_DEVICE ProductSmem carve(const Fit& fit) {
     return s;
 }
 
-// What a stage tells the engine: the base of every plan. Problems are numbered; unit u of the stage is unit
+// What a stage tells run(): the base of every plan. Problems are numbered; unit u of the stage is unit
 // u % units_per_problem of problem u / units_per_problem. rows(), pieces() and piece() must be known before the dependency
 // wait, unless the plan runs after it. A plan adds
 //     Piece piece(int problem, int p)                                     p < pieces of a problem

@@ -148,13 +148,10 @@ class PassWriter {
               .launch = [args, f](const rt::LaunchConfig& c) { return rt::launch(c, kernel_of<A>(f.nb), args, f); }};
         if constexpr (std::is_same_v<A, ProductArgs>)
             op.name += " " + std::to_string(args.w.rows) + "x" + std::to_string(args.w.cols);
-        if constexpr (std::is_same_v<A, AttendArgs>) op.row_bytes = args.row_bytes;
+        if constexpr (std::is_same_v<A, AttendArgs>) op.row_bytes = args.cache.row_bytes;
         bytes_ = 0;
         p_.ops.push_back(std::move(op));
     }
-
-    // Rows of a long pass whose attention shares the partial buffer: as many as it has room for.
-    int attention_rows(int units) const { return static_cast<int>(std::max<int64_t>(1, b_.part_units / units)); }
 
   private:
     PassRows rows() const { return {.n = n_, .n_live = t_.n_live, .pos = t_.pos}; }
@@ -180,7 +177,7 @@ class PassWriter {
                  .dims = std::move(dims)});
         }
     }
-    // Room for a tap of `width` columns; null when nobody records. Valid until the layer's next begin_taps().
+    // Room for a tap of `width` columns; null when nobody records. Valid until the next layer().
     View<float> room(int64_t width) {
         if (!t_.trace) return {};
         float* p = b_.taps + tap_used_;
@@ -205,7 +202,13 @@ class PassWriter {
 
     void attention(const LayerWeights& w, int cache_layer) {
         const int d = c_.hidden_size;
-        std::byte* cache = (t_.mtp ? b_.mtp_cache : b_.cache) + int64_t{cache_layer} * s_.ctx * b_.row_stride;
+        const LatentCache cache{.type = s_.kv,
+                                .ctx = s_.ctx,
+                                .c_pad = c_.c_pad(),
+                                .r_pad = c_.r_pad(),
+                                .data =
+                                    (t_.mtp ? b_.mtp_cache : b_.cache) + int64_t{cache_layer} * s_.ctx * b_.row_stride,
+                                .row_bytes = b_.row_stride};
 
         const View<float> norm_tap = room(d);
         reads(w.wqkv_a);
@@ -229,7 +232,7 @@ class PassWriter {
         tap("attn_out", out_tap, {d});
     }
 
-    void absorb(const LayerWeights& w, std::byte* cache) {
+    void absorb(const LayerWeights& w, const LatentCache& cache) {
         const int heads = c_.num_attention_heads, dr = c_.qk_rope_head_dim, r = c_.kv_lora_rank;
         const View<float> q_tap = room(c_.q_width()), c_tap = room(r), k_tap = room(dr);
         reads(w.w_uk, heads);
@@ -239,18 +242,13 @@ class PassWriter {
                        .dn = c_.qk_nope_head_dim,
                        .dr = dr,
                        .r = r,
-                       .c_pad = c_.c_pad(),
-                       .r_pad = c_.r_pad(),
                        .q = b_.q,
                        .kv = {b_.qkv.data + c_.kv_offset(), b_.qkv.stride},
                        .kv_norm = w.kv_a_norm,
                        .eps = kLatentNormEps,
                        .cos = b_.cos,
                        .sin = b_.sin,
-                       .ctx = s_.ctx,
-                       .type = s_.kv,
                        .cache = cache,
-                       .row_bytes = b_.row_stride,
                        .q_full = b_.q_full.data,
                        .q_tap = q_tap,
                        .c_tap = c_tap,
@@ -265,41 +263,32 @@ class PassWriter {
         q.width = r;
     }
 
-    void latent_attention(const LayerWeights& w, const std::byte* cache) {
+    void latent_attention(const LayerWeights& w, const LatentCache& cache) {
         const int heads = c_.num_attention_heads, r = c_.kv_lora_rank;
         const bool single = n_ <= kBlockRows && !t_.long_context;
-        const int unit_chunks = single ? 1 : kPartialChunks;
-        const int limit = single ? std::min(s_.ctx, kShortContext) : s_.ctx;
-        const int units = static_cast<int>(ceil_div(limit, int64_t{kChunk} * unit_chunks));
+        const int limit = single ? std::min(s_.ctx, kShortContext) : s_.ctx, chunks = single ? 1 : kPartialChunks;
+        const Partials part{.n_heads = heads,
+                            .c_pad = cache.c_pad,
+                            .chunks = chunks,
+                            .max_units = static_cast<int>(ceil_div(limit, int64_t{kChunk} * chunks)),
+                            .o = b_.part_o,
+                            .ml = b_.part_ml};
         const View<float> latent_tap = room(int64_t{heads} * r);
-        const int step = attention_rows(units);
+        // as many rows at once as the buffer of partials has room for
+        const int step = static_cast<int>(std::max<int64_t>(1, b_.part_units / part.max_units));
         for (int i = 0; i < n_; i += step) {  // all rows at once in short passes
-            const PassRows part{.n = std::min(step, n_ - i), .n_live = t_.n_live, .pos = t_.pos + i};
-            add(AttendArgs{.rows = part,
-                           .n_heads = heads,
-                           .c_pad = c_.c_pad(),
-                           .r_pad = c_.r_pad(),
-                           .ctx = s_.ctx,
+            const PassRows rows{.n = std::min(step, n_ - i), .n_live = t_.n_live, .pos = t_.pos + i};
+            add(AttendArgs{.rows = rows,
                            .softmax_scale = s_.softmax_scale,
                            .q_full = b_.q_full.row(i),
-                           .type = s_.kv,
                            .cache = cache,
-                           .row_bytes = b_.row_stride,
-                           .unit_chunks = unit_chunks,
-                           .max_units = units,
-                           .part_o = b_.part_o,
-                           .part_ml = b_.part_ml});
+                           .part = part});
             reads(w.w_uv, heads);
-            add(ValueArgs{.rows = part,
+            add(ValueArgs{.rows = rows,
                           .w_uv = w.w_uv,
-                          .n_heads = heads,
                           .dv = c_.v_head_dim,
-                          .c_pad = c_.c_pad(),
                           .ctx = s_.ctx,
-                          .unit_chunks = unit_chunks,
-                          .max_units = units,
-                          .part_o = b_.part_o,
-                          .part_ml = b_.part_ml,
+                          .part = part,
                           .v = b_.v.from(i),
                           .latent_tap = t_.trace ? latent_tap.from(i) : View<float>{}});
         }

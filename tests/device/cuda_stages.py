@@ -25,7 +25,7 @@ FIT = {PREFILL_BLOCKS: 0, 2: 1, 1: 3}  # the generous way of each number of colu
 FITS = 8
 I32, I64 = c.c_int32, c.c_int64
 Matrix, Rows, Norm, View = map(ctype, ("Matrix", "PassRows", "Norm", "View"))
-Routing, RouterArgs = map(ctype, ("Routing", "RouterArgs"))
+Routing, RouterArgs, LatentCache, Partials = map(ctype, ("Routing", "RouterArgs", "LatentCache", "Partials"))
 ARGS = {
     stage: ctype(args) for args, stage in re.findall(r'struct (\w+) {\s*static constexpr Stage kStage{"(\w+)"', TEXT)
 }

@@ -26,10 +26,10 @@ def stage_args(model: str, n: int, ctx: int, cache: str) -> dict[str, Any]:
     single = n <= 8 and ctx <= SHORT
     chunks = 1 if single else PARTIAL
     units = -(-ctx // (CHUNK * chunks))
-    shape = {"rows": rows, "n_heads": heads, "c_pad": 512, "ctx": ctx, "unit_chunks": chunks, "max_units": units}
+    part = cs.Partials(heads, 512, chunks, units)
     more = {
-        "attend": shape | {"r_pad": 64, "type": cs.CACHE[cache]},
-        "value": shape,
+        "attend": {"cache": cs.LatentCache(cs.CACHE[cache], ctx, 512, 64), "part": part},
+        "value": {"part": part},
         "route": {"routing": routing},
         "experts": {"routing": routing},
         "down": {"routing": routing, "experts": cs.Matrix(rows=16)},

@@ -238,6 +238,10 @@ class Attention:
         self.keep: list[Any] = []
         self.w_uk, self.w_uv = cs.matrix(self.uk, self.keep), cs.matrix(self.uv, self.keep)
 
+    def cache_args(self) -> Any:
+        kind = cs.CACHE[self.kind]
+        return cs.LatentCache(kind, self.ctx, self.c_pad, self.r_pad, cs.ptr(self.cache), self.row_bytes)
+
     def absorb(self, stages: cs.Stages, first: int, n: int, taps: bool = False, **kw: Any) -> Array:
         pos, width = np.array([first], np.int32), self.c_pad + self.r_pad
         q, kv = cs.to_aligned(self.q[first : first + n]), cs.to_aligned(self.kv[first : first + n])
@@ -250,18 +254,13 @@ class Attention:
             self.dn,
             self.dr,
             self.r,
-            self.c_pad,
-            self.r_pad,
             cs.view(q),
             cs.view(kv),
             cs.ptr(self.kv_norm),
             EPS,
             cs.ptr(self.cos),
             cs.ptr(self.sin),
-            self.ctx,
-            cs.CACHE[self.kind],
-            cs.ptr(self.cache),
-            self.row_bytes,
+            self.cache_args(),
             cs.ptr(q_full),
             *(cs.view(t if taps else None) for t in self.taps),
         )
@@ -275,45 +274,12 @@ class Attention:
         units = formats.ceil_div(self.ctx, 64 * unit)
         part_o, part_ml = cs.aligned((n, units, self.heads, self.c_pad)), cs.aligned((n, units, self.heads, 2))
         v, self.latent = cs.aligned((n, self.heads * self.dv + 4)), cs.aligned((n, self.heads, self.r))
-        stages.launch(
-            "attend",
-            cs.ARGS["attend"](
-                cs.rows(n, pos),
-                self.heads,
-                self.c_pad,
-                self.r_pad,
-                self.ctx,
-                self.scale,
-                cs.ptr(q_full),
-                cs.CACHE[self.kind],
-                cs.ptr(self.cache),
-                self.row_bytes,
-                unit,
-                units,
-                cs.ptr(part_o),
-                cs.ptr(part_ml),
-            ),
-            **kw,
-        )
-        stages.launch(
-            "value",
-            cs.ARGS["value"](
-                cs.rows(n, pos),
-                self.w_uv,
-                self.heads,
-                self.dv,
-                self.c_pad,
-                self.ctx,
-                unit,
-                units,
-                cs.ptr(part_o),
-                cs.ptr(part_ml),
-                cs.view(v),
-                cs.view(self.latent if tap else None),
-            ),
-            dependent=True,
-            **kw,
-        )
+        part = cs.Partials(self.heads, self.c_pad, unit, units, cs.ptr(part_o), cs.ptr(part_ml))
+        attend = cs.ARGS["attend"](cs.rows(n, pos), self.scale, cs.ptr(q_full), self.cache_args(), part)
+        latent = cs.view(self.latent if tap else None)
+        value = cs.ARGS["value"](cs.rows(n, pos), self.w_uv, self.dv, self.ctx, part, cs.view(v), latent)
+        stages.launch("attend", attend, **kw)
+        stages.launch("value", value, dependent=True, **kw)
         stages.run()
         assert np.isnan(v[:, self.heads * self.dv :]).all()
         return v[:, : self.heads * self.dv].copy()
