@@ -138,6 +138,7 @@ def speed_text(head: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         "Predicted: from the times of plain steps and of rounds whose drafts are all right, and the acceptance met.",
         "`accept`: every draft is the known next token, spoiled with probability 1 - accept, while the MTP layer runs",
         "for real; own: its own drafts.\n",
+        "![gain predicted from bytes; measured against predicted](../drafting.svg)\n",
         "| file | threads | K | accept | met | tokens a pass | experts a pass, plain -> drafted | gain by bytes | "
         "predicted | measured | error | read GB/s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
