@@ -2,6 +2,7 @@
 // deepcalm._core.testing the kernels' addresses, which tests/cpu_kernels.py calls, and hooks into the runtime.
 #include "kernels/elementary.h"
 #include "python/bind_common.h"
+#include "runtime/cpu/engine.h"
 #include "runtime/cpu/probe.h"
 #include "runtime/model.h"
 
@@ -85,8 +86,7 @@ std::vector<bool> thread_choice(const std::vector<std::array<double, 3>>& passes
 }
 
 void hold_passes(Model& model, const py::function& fn) {
-    std::unique_lock held(model.pass_mutex(), std::defer_lock);
-    without_gil([&] { held.lock(); });
+    const auto held = without_gil([&] { return model.hold_passes(); });
     fn();
 }
 
@@ -136,7 +136,10 @@ void init_testing(py::module_& m) {
           "Which of the passes (cost on all threads, cost alone, share of waiting) are chosen to run alone.");
     m.def("hold_passes", &hold_passes, "model"_a, "fn"_a, "Calls fn() as if a pass of the model ran meanwhile.");
     m.def(
-        "set_policy", [](Model& model, bool one_stream, bool bf16_dot) { model.set_policy({one_stream, bf16_dot}); },
+        "set_policy",
+        [](const Model& model, bool one_stream, bool bf16_dot) {
+            dynamic_cast<CpuBackend&>(model.backend()).policy = {one_stream, bf16_dot};
+        },
         "model"_a, "one_stream"_a, "bf16_dot"_a, "Later passes use the kernels as another processor would.");
     m.def("exp", py::vectorize(exp_f64), "x"_a, "e^x, f64.");
     m.def("log", py::vectorize(log_f64), "x"_a, "Natural logarithm, f64.");

@@ -3,7 +3,8 @@
 // are copied before they are checked, because another thread may write to them.
 #include "bind_common.h"
 #include "kernels/noise.h"
-#include "runtime/sampler.h"
+#include "runtime/cpu/engine.h"
+#include "runtime/cuda/library.h"
 #include "runtime/session.h"
 #include "runtime/speculate.h"
 
@@ -224,7 +225,7 @@ class PySession {
     }
     void decode_step(int k) { unwrap(call(&Session::decode_step, k)); }
     // At least one round unless none is queued or one failed. Ctrl-C works however long that takes, as do other threads.
-    Result<std::vector<DeviceRound>> wait_rounds(int& left) {
+    Result<std::vector<DecodedRound>> wait_rounds(int& left) {
         for (;;) {
             auto rounds = without_gil([&] { return s_->decode_poll(left, std::chrono::milliseconds(50)); });
             if (!rounds.ok() || !rounds.value().empty() || left == 0) return rounds;
@@ -232,17 +233,16 @@ class PySession {
         }
     }
     py::list decode_poll() {
-        static constexpr const char* kStops[] = {"", "eos", "length", "context", "not finite"};
         int left = 0;
-        const std::vector<DeviceRound> rounds = unwrap(wait_rounds(left));
+        const std::vector<DecodedRound> rounds = unwrap(wait_rounds(left));
         py::list out;
-        for (const DeviceRound& r : rounds) {
+        for (const DecodedRound& r : rounds) {
             py::dict d;
             d["tokens"] = std::vector<int32_t>(r.tokens, r.tokens + r.n_tokens);
             d["drafted"] = r.drafted;
             d["accepted"] = r.accepted;
             d["experts_verify"] = r.experts;
-            d["stop"] = kStops[r.stop];
+            d["stop"] = kStopNames[r.stop];
             d["bad_id"] = r.bad_id;
             d["end_ns"] = r.end_ns;
             out.append(d);
@@ -255,31 +255,11 @@ class PySession {
         unwrap(call(&Session::decode_finish));
     }
     // (address, shape, type string) of a device buffer; for the oracles
-    py::tuple device_view(const std::string& name) {
-        DeviceView v;
-        const bool found = s_->device() != nullptr && without_gil([&] {
-                               const std::lock_guard lock(s_->model().pass_mutex());
-                               return s_->model().device().api->view(s_->device(), name.c_str(), v);
-                           });
-        if (!found)
-            throw_error(session_error("device view: no buffer '" + name +
-                                      "', expected on a device x, hidden, logits, cache, mtp_cache or a recorded tap"));
-        py::tuple shape(v.n_dims);
-        for (int i = 0; i < v.n_dims; ++i) shape[static_cast<size_t>(i)] = v.dims[i];
-        return py::make_tuple(reinterpret_cast<uintptr_t>(v.data), shape, v.type);
+    py::tuple device_view(const std::string& name) const {
+        const ArrayView v = unwrap(call(&Session::device_view, name));
+        return py::make_tuple(reinterpret_cast<uintptr_t>(v.data), py::tuple(py::cast(v.shape)), v.type);
     }
-    std::string device_report(const std::string& what) {
-        if (s_->device() == nullptr) throw_error(session_error("device report: this session runs on the CPU"));
-        std::string text(1 << 20, '\0');
-        unwrap(without_gil([&]() -> Status {
-            const std::lock_guard lock(s_->model().pass_mutex());
-            DeviceError error;
-            if (!s_->model().device().api->report(s_->device(), what.c_str(), text.data(), text.size(), error))
-                return to_error(error);
-            return {};
-        }));
-        return text.c_str();
-    }
+    std::string device_report(const std::string& what) const { return unwrap(call(&Session::device_report, what)); }
 
     I32Array tokens() const { return token_array(call(&Session::tokens)); }
 
@@ -305,10 +285,10 @@ class PySession {
             if (!same)
                 throw_error(session_error(std::string("saved session: ") + name + ": expected shape [" + text + "]"));
         };
-        const KvCache &main = s_->cache(false), &mtp = s_->cache(true);
+        const Cache &main = s_->cache(false), &mtp = s_->cache(true);
         const int64_t m = mtp_rows.ndim() == 3 ? mtp_rows.shape(1) : 0;
-        require(rows, {main.n_layers(), static_cast<int64_t>(ids.size()), main.row_bytes()}, "cache");
-        require(mtp_rows, {mtp.n_layers(), std::min<int64_t>(m, mtp.ctx()), mtp.row_bytes()}, "mtp_cache");
+        require(rows, {main.n_layers, static_cast<int64_t>(ids.size()), main.row_bytes}, "cache");
+        require(mtp_rows, {mtp.n_layers, std::min<int64_t>(m, mtp.ctx), mtp.row_bytes}, "mtp_cache");
         require(hidden, {hidden.ndim() == 2 ? hidden.shape(0) : 0, d_}, "hidden");
         const auto *main_bytes = reinterpret_cast<const std::byte*>(rows.data()),
                    *mtp_bytes = reinterpret_cast<const std::byte*>(mtp_rows.data());
@@ -317,10 +297,9 @@ class PySession {
     }
 
     void trace(const std::optional<std::vector<std::string>>& names, const std::map<std::string, F32Array>& feed) {
-        if (!feed.empty() && s_->device() == nullptr) throw_error(session_error("feed: this session runs on the CPU"));
         std::map<std::string, std::vector<float>> values;
         for (const auto& [name, array] : feed) values[name].assign(array.data(), array.data() + array.size());
-        without_gil([&] { s_->trace(names.value_or(std::vector<std::string>{}), std::move(values)); });
+        unwrap(without_gil([&] { return s_->trace(names.value_or(std::vector<std::string>{}), std::move(values)); }));
     }
 
     py::dict taps() {
@@ -337,7 +316,7 @@ class PySession {
     }
 
     py::dict stats() const {
-        const SessionStats t = call(&Session::stats);
+        const PassStats t = call(&Session::stats);
         py::dict d;
         d["passes"] = t.passes;
         d["rows"] = t.rows;
@@ -352,7 +331,7 @@ class PySession {
 
     py::list stage_stats() const {
         py::list out;
-        const SessionStats stats = call(&Session::stats);
+        const PassStats stats = call(&Session::stats);
         for (int i = 0; i < 2 * kNumStages; ++i) {
             const StageStats& t = stats.stages[i / kNumStages][i % kNumStages];
             const std::string name = std::string(i < kNumStages ? "" : "mtp.") + kStageNames[i % kNumStages];
@@ -368,7 +347,7 @@ class PySession {
         return out;
     }
 
-    const KvCache& cache(bool mtp) const { return s_->cache(mtp); }
+    const Cache& cache(bool mtp) const { return s_->cache(mtp); }
     int max_rows() const { return s_->max_rows(); }
 
   private:
@@ -387,10 +366,10 @@ ModelHolder open_model(const std::string& path, int fd, const py::dict& cfg, con
     const ModelConfig c = config_from_dict(cfg);
     auto model = unwrap(without_gil([&]() -> Result<std::unique_ptr<Model>> {
         DC_TRY(MappedFile file, MappedFile::map(fd, path));  // a copy of fd: it need not stay open
-        const char* set = isa ? isa->c_str() : nullptr;
-        if (!device) return Model::open(std::move(file), path, c, entries, set, threads, adaptive);
-        DC_TRY(Device d, open_device(*device));
-        return Model::open_on(std::move(d), std::move(file), path, c, entries, fill_seed);
+        return Model::open(std::move(file), path, c, entries, [&](const BoundModel& bound) {
+            return device ? open_device(*device, bound, fill_seed)
+                          : CpuBackend::open(bound, isa ? isa->c_str() : nullptr, threads, adaptive);
+        });
     }));
     return ModelHolder(model.release());
 }
@@ -468,18 +447,23 @@ PYBIND11_MODULE(_core, m) {
              "fd: of the packed file whose header was checked; a copy of it is mapped. path: its name in errors. "
              "device: path of a device library; None computes on the CPU. adaptive: passes for which all threads do "
              "not pay run on one.")
-        .def("fileno", &Model::fd, "Descriptor of the mapped file, open while the model is.")
-        .def_property_readonly("isa", [](const Model& s) { return s.isa(); })
-        .def_property_readonly("device_name", [](const Model& s) { return s.device().name; })
-        .def_property_readonly("n_threads", [](Model& s) { return s.pool().size(); })
-        .def_property_readonly("file_bytes", &Model::file_bytes)
         .def(
-            "lock", [](const Model& m, const std::string& path) { unwrap(without_gil([&] { return m.lock(path); })); },
+            "fileno", [](const Model& m) { return m.bound().file.fd(); },
+            "Descriptor of the mapped file, open while the model is.")
+        .def_property_readonly("isa", [](const Model& m) { return m.backend().arch; })
+        .def_property_readonly("device_name", [](const Model& m) { return m.backend().device_name; })
+        .def_property_readonly("n_threads", [](const Model& m) { return m.backend().n_threads; })
+        .def_property_readonly("file_bytes", [](const Model& m) { return m.bound().file.size(); })
+        .def(
+            "lock",
+            [](const Model& m, const std::string& path) {
+                unwrap(without_gil([&] { return m.bound().file.lock(path); }));
+            },
             py::arg("path"), "Reads the packed file and keeps it in memory; `path` names it in the error.")
         .def_property_readonly(
             "weight_bytes",
             [](const Model& s) {
-                const WeightBytes& b = s.weight_bytes();
+                const WeightBytes& b = s.bound().bytes;
                 py::dict d;
                 d["fixed"] = b.fixed;
                 d["experts"] = b.experts;
@@ -495,7 +479,7 @@ PYBIND11_MODULE(_core, m) {
         .def(
             "active_bytes_per_token",
             [](const Model& s, int ctx_pos, const std::string& kv) {
-                return s.active_bytes(ctx_pos, s.cfg().cache_row_bytes(cache_type(kv)));
+                return s.bound().active_bytes(ctx_pos, s.cfg().cache_row_bytes(cache_type(kv)));
             },
             py::arg("ctx_pos"), py::arg("kv"), "Bytes that decoding one token at this cache length reads.");
 
@@ -504,7 +488,7 @@ PYBIND11_MODULE(_core, m) {
              py::arg("max_rows"), py::arg("mtp") = false, py::keep_alive<1, 2>())
         .def_property_readonly("pos", [](const PySession& s) { return s.pos(false); })
         .def_property_readonly("mtp_pos", [](const PySession& s) { return s.pos(true); })
-        .def_property_readonly("ctx", [](PySession& s) { return s.cache(false).ctx(); })
+        .def_property_readonly("ctx", [](PySession& s) { return s.cache(false).ctx; })
         .def_property_readonly("max_rows", &PySession::max_rows)
         .def_property_readonly("tokens", &PySession::tokens, "Token ids of the cached positions [pos] int32 (a copy).")
         .def_property_readonly("cache_bytes",

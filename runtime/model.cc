@@ -27,64 +27,19 @@ WeightBytes count_bytes(const ModelWeights& w, const ModelConfig& c) {
 }  // namespace
 
 Result<std::unique_ptr<Model>> Model::open(MappedFile file, const std::string& path, const ModelConfig& cfg,
-                                           const std::vector<TensorEntry>& entries, const char* isa, int n_threads,
-                                           bool adaptive) {
-    auto m = std::make_unique<Model>();
-    m->kernels_ = select_cpu_kernels(isa);
-    if (m->kernels_ == nullptr) {
-        std::string have;
-        for (const CpuKernels* const* k = all_cpu_kernels(); *k != nullptr; ++k) {
-            if (((*k)->required & ~cpu_features()) == 0) have += std::string(have.empty() ? "" : ", ") + (*k)->isa;
-        }
-        return Error{ErrorCode::kResource,
-                     std::string("isa: '") + isa + "' is unknown or not supported here; this processor runs: " + have};
-    }
-    DC_TRY_STATUS(m->bind(std::move(file), path, cfg, entries));
-    DC_TRY(m->pool_, ThreadPool::make(n_threads == 0 ? default_threads() : n_threads));
-    m->adaptive_ = adaptive && m->pool_->size() > 1;
-    return m;
-}
-
-Result<std::unique_ptr<Model>> Model::open_on(Device device, MappedFile file, const std::string& path,
-                                              const ModelConfig& cfg, const std::vector<TensorEntry>& entries,
-                                              uint64_t fill_seed) {
-    auto m = std::make_unique<Model>();
-    DC_TRY_STATUS(m->bind(std::move(file), path, cfg, entries));
-    m->device_ = std::move(device);
-    DeviceError error;
-    const DeviceApi* api = m->device_.api;
-    m->device_model_ = {api->open_model({.cfg = &m->cfg_,
-                                         .weights = &m->weights_,
-                                         .rope = &m->rope_,
-                                         .path = path.c_str(),
-                                         .fd = m->file_.fd(),
-                                         .base = m->file_.data(),
-                                         .bytes = m->file_.size(),
-                                         .fill_seed = fill_seed,
-                                         .device = m->device_.index},
-                                        error),
-                        {api}};
-    if (m->device_model_ == nullptr) return to_error(error);
-    DC_TRY(m->pool_, ThreadPool::make(1));
-    return m;
-}
-
-Status Model::bind(MappedFile file, const std::string& path, const ModelConfig& cfg,
-                   const std::vector<TensorEntry>& entries) {
+                                           const std::vector<TensorEntry>& entries, const MakeBackend& backend) {
     const FloatMode mode;
     DC_TRY_STATUS(validate(cfg));
-    cfg_ = cfg;
-    file_ = std::move(file);
-    DC_TRY(weights_, bind_weights(cfg_, file_, entries, path));
-    rope_ = make_rope(cfg);
-    weight_bytes_ = count_bytes(weights_, cfg);
-    return {};
-}
-
-int64_t Model::active_bytes(int n_ctx, int64_t cache_row_bytes) const {
-    const WeightBytes& b = weight_bytes_;
-    return b.fixed + b.head + b.embed_row + cfg_.num_experts_per_tok * b.experts +
-           int64_t{cfg_.num_hidden_layers} * n_ctx * cache_row_bytes;
+    auto m = std::make_unique<Model>();
+    BoundModel& b = m->bound_;
+    b.cfg = cfg;
+    b.path = path;
+    b.file = std::move(file);
+    DC_TRY(b.weights, bind_weights(cfg, b.file, entries, path));
+    b.rope = make_rope(cfg);
+    b.bytes = count_bytes(b.weights, cfg);
+    DC_TRY(m->backend_, backend(b));
+    return m;
 }
 
 }  // namespace deepcalm

@@ -3,11 +3,10 @@
 #include <algorithm>
 #include <cstring>
 #include <iterator>
+#include <thread>
 
 namespace deepcalm {
 namespace {
-
-constexpr int kKeepRows = 4 * kSplitRows;  // buffers of so many rows stay
 
 int n_logits_of(WantLogits want, size_t n) {
     return want == WantLogits::kAll ? static_cast<int>(n) : want == WantLogits::kLast ? 1 : 0;
@@ -29,45 +28,37 @@ Result<std::unique_ptr<Session>> Session::make(Model& model, int ctx, CacheType 
     }
     std::unique_ptr<Session> s(new Session(model));
     s->keep_mtp_ = keep_mtp;
-    DC_TRY(s->cache_, KvCache::make(kv, c.num_hidden_layers, ctx, c, model.on_device()));
-    if (c.num_nextn_predict_layers > 0) {
-        DC_TRY(s->mtp_cache_, KvCache::make(kv, 1, ctx, c, model.on_device()));
-    }
-    if (model.on_device()) {
-        DeviceError error;
-        const DeviceApi* api = model.device().api;
-        const DeviceSessionArgs args{.ctx = ctx, .kv = kv, .max_rows = max_rows, .mtp = c.num_nextn_predict_layers > 0};
-        const auto lock = s->lock();
-        s->device_ = {api->open_session(model.device_model(), args, error), {api}};
-        if (s->device_ == nullptr) return to_error(error);
-    }
-    DC_TRY(s->state_, Buffers::make(c, max_rows, static_cast<int>(ceil_div(ctx, kPartialLen)), model.pool().size()));
+    s->max_rows_ = max_rows;
+    s->cache_ = {.n_layers = c.num_hidden_layers, .ctx = ctx, .row_bytes = c.cache_row_bytes(kv)};
+    if (c.num_nextn_predict_layers > 0) s->mtp_cache_ = {.n_layers = 1, .ctx = ctx, .row_bytes = s->cache_.row_bytes};
+    const auto held = model.hold_passes();
+    DC_TRY(s->engine_, model.backend().make_engine({.ctx = ctx, .kv = kv, .max_rows = max_rows}));
     return s;
 }
 
 Session::~Session() {
-    if (device_ == nullptr) return;
+    if (engine_ == nullptr) return;
     try {
-        const auto waits_for_passes = lock();
-        device_.reset();
-    } catch (const InUseAtFork&) {  // the device is the parent's
-        (void)device_.release();
+        const auto held = model_.hold_passes();
+        engine_.reset();
+    } catch (const InUseAtFork&) {  // a device is the parent's
+        (void)engine_.release();
     }
 }
 
-Status Session::check(const KvCache& cache, std::span<const int32_t> ids, const char* what) const {
+Status Session::check(const Cache& cache, std::span<const int32_t> ids, const char* what) const {
     const auto fail = [&](const std::string& text) {
         return Error{ErrorCode::kSession, std::string(what) + ": " + text};
     };
     DC_TRY_STATUS(not_decoding(what));
     if (ids.empty()) return fail("no tokens");
-    if (static_cast<int64_t>(ids.size()) > state_.max_rows) {
+    if (static_cast<int64_t>(ids.size()) > max_rows_) {
         return fail(std::to_string(ids.size()) +
-                    " tokens in one pass, at most max_rows = " + std::to_string(state_.max_rows));
+                    " tokens in one pass, at most max_rows = " + std::to_string(max_rows_));
     }
-    if (cache.len + static_cast<int64_t>(ids.size()) > cache.ctx()) {
+    if (cache.len + static_cast<int64_t>(ids.size()) > cache.ctx) {
         return fail("context full: " + std::to_string(cache.len) + " + " + std::to_string(ids.size()) +
-                    " positions, the session holds " + std::to_string(cache.ctx()));
+                    " positions, the session holds " + std::to_string(cache.ctx));
     }
     for (const int32_t id : ids) {
         if (id < 0 || id >= model_.cfg().vocab_size) {
@@ -78,8 +69,8 @@ Status Session::check(const KvCache& cache, std::span<const int32_t> ids, const 
     return {};
 }
 
-const float* Session::logits_row(int64_t i) const {
-    return static_cast<const float*>(static_cast<const void*>(logits_.data())) + i * model_.cfg().logits_stride();
+float* Session::logits_row(int64_t i) const {
+    return static_cast<float*>(static_cast<void*>(logits_.data())) + i * model_.cfg().logits_stride();
 }
 
 void Session::copy_logits(int n_logits, float* logits) const {
@@ -87,39 +78,34 @@ void Session::copy_logits(int n_logits, float* logits) const {
     for (int i = 0; i < n_logits; ++i) std::memcpy(logits + i * vocab, logits_row(i), static_cast<size_t>(vocab) * 4);
 }
 
-Status Session::run(std::span<const int32_t> ids, const float* hidden, int n_logits, KvCache& cache) {
+Status Session::run(std::span<const int32_t> ids, const float* hidden, int n_logits, Cache& cache) {
     const int64_t logits_bytes = n_logits * model_.cfg().logits_stride() * 4;
     if (logits_.size() < logits_bytes) {
         DC_TRY(logits_, ZeroedBuffer::make(logits_bytes, "logits"));
     }
-    const bool mtp = hidden != nullptr;
-    const int n = static_cast<int>(ids.size());
-    // The buffers of a long pass, 0.4 MB a row in V2-Lite, are given back before decoding: nothing in them is read again.
-    if (n <= kSplitRows && touched_rows_ > kKeepRows) {
-        state_.memory.release();
-        touched_rows_ = 0;
-    }
-    touched_rows_ = std::max(touched_rows_, n);
     last_rows_ = 0;  // the pass overwrites them
-    const PassArgs args{.model = model_,
-                        .state = state_,
-                        .cache = cache,
-                        .trace = trace_,
-                        .ids = ids,
+    const PassArgs args{.ids = ids,
                         .hidden = hidden,
-                        .mtp = mtp,
                         .pos = cache.len,
                         .n_logits = n_logits,
-                        .logits = static_cast<float*>(static_cast<void*>(logits_.data())),
-                        .stats = &stats_};
-    if (device_ != nullptr) {
-        DC_TRY_STATUS(forward_device(args));
-    } else {
-        DC_TRY_STATUS(forward_cpu(args));
+                        .logits = logits_row(0),
+                        .trace = trace_,
+                        .stats = stats_};
+    auto ran = engine_->forward(args);
+    if (!ran.ok()) {
+        trace_.taps.clear();
+        return std::move(ran.error());
     }
-    cache.len += n;
-    last_rows_ = mtp ? 0 : n;
-    if (mtp) mtp_last_rows_ = n;
+    pass_ = ran.value();
+    cache.len += args.n();
+    stats_.passes += 1;
+    stats_.rows += args.n();
+    if (args.mtp()) {
+        stats_.mtp_passes += 1;
+        stats_.mtp_rows += args.n();
+    } else {
+        last_rows_ = args.n();
+    }
     return {};
 }
 
@@ -132,27 +118,35 @@ Status Session::main_pass(std::span<const int32_t> ids, int n_logits) {
 
 void Session::keep_hidden() {
     const int64_t d = model_.cfg().hidden_size;
-    for (int i = 0; i < last_rows_; ++i)
-        pending_.insert(pending_.end(), state_.final_h.row(i), state_.final_h.row(i) + d);
+    for (int i = 0; i < last_rows_; ++i) pending_.insert(pending_.end(), pass_.hidden.row(i), pass_.hidden.row(i) + d);
 }
 
 Status Session::mtp_pass(std::span<const int32_t> ids, const float* hidden, int n_logits) {
     return run(ids, hidden, n_logits, mtp_cache_);
 }
 
+Status Session::accept(int rows, bool now) {
+    count_union(rows);
+    cache_.len += rows - last_rows_;
+    tokens_.resize(static_cast<size_t>(cache_.len));
+    if (!keep_mtp_) return {};
+    pending_.resize(static_cast<size_t>(cache_.len - mtp_cache_.len) * static_cast<size_t>(model_.cfg().hidden_size));
+    return now || n_pending() > kMaxPending ? catch_up(nullptr, 0) : Status();
+}
+
 void Session::count_union(int rows) {
-    const Buffers& s = state_;
-    const auto n = static_cast<size_t>(last_rows_);
-    if (s.pass_experts.empty() || n > ExpertUnion::kMaxWindow) {
+    const std::span<const int32_t> experts = pass_.experts;
+    if (experts.empty()) {
         recent_.clear();  // no window reaches across a long pass
         return;
     }
+    const auto n = static_cast<size_t>(last_rows_);
     const auto per_layer = static_cast<size_t>(model_.cfg().num_experts_per_tok);
     for (size_t i = 0; i < static_cast<size_t>(rows); ++i) {
         std::vector<int32_t> token;
-        for (size_t at = i * per_layer; at < s.pass_experts.size(); at += n * per_layer) {
-            token.insert(token.end(), s.pass_experts.begin() + static_cast<int64_t>(at),
-                         s.pass_experts.begin() + static_cast<int64_t>(at + per_layer));
+        for (size_t at = i * per_layer; at < experts.size(); at += n * per_layer) {
+            const auto of_layer = experts.subspan(at, per_layer);
+            token.insert(token.end(), of_layer.begin(), of_layer.end());
         }
         if (recent_.size() == ExpertUnion::kMaxWindow) recent_.erase(recent_.begin());
         recent_.push_back(std::move(token));
@@ -175,8 +169,8 @@ Status Session::catch_up(const int32_t* next, int n_logits) {
     if (rows <= 0) return {};
     std::vector<int32_t> ids(tokens_.begin() + m + 1, tokens_.begin() + std::min(m + 1 + rows, cache_.len));
     if (static_cast<int>(ids.size()) < rows) ids.push_back(*next);
-    for (int i = 0; i < rows; i += state_.max_rows) {
-        const int n = std::min(state_.max_rows, rows - i);
+    for (int i = 0; i < rows; i += max_rows_) {
+        const int n = std::min(max_rows_, rows - i);
         DC_TRY_STATUS(mtp_pass(std::span(ids).subspan(static_cast<size_t>(i), static_cast<size_t>(n)), pending_.data(),
                                i + n == rows ? n_logits : 0));
         pending_.erase(pending_.begin(), pending_.begin() + n * d);  // pass by pass: the next one may fail
@@ -197,7 +191,7 @@ Status Session::restore_pending() {
 }
 
 Status Session::forward(std::span<const int32_t> ids, WantLogits want, float* logits) {
-    const auto held = lock();
+    const auto held = model_.hold_passes();
     DC_TRY_STATUS(check(cache_, ids, "forward"));
     const int n_logits = n_logits_of(want, ids.size());
     Undo undo(*this);
@@ -205,16 +199,15 @@ Status Session::forward(std::span<const int32_t> ids, WantLogits want, float* lo
         DC_TRY_STATUS(restore_pending());
     }
     DC_TRY_STATUS(main_pass(ids, n_logits));
-    count_union(last_rows_);
     copy_logits(n_logits, logits);
     // A prompt's MTP rows belong to its prefill, where they share a pass; single steps collect them.
-    if (keep_mtp_ && (ids.size() > 1 || n_pending() > kMaxPending)) DC_TRY_STATUS(catch_up(nullptr, 0));
+    DC_TRY_STATUS(accept(last_rows_, ids.size() > 1));
     undo.keep();
     return {};
 }
 
 Status Session::truncate(int n) {
-    const auto held = lock();
+    const auto held = model_.hold_passes();
     DC_TRY_STATUS(not_decoding("truncate"));
     if (n < 0 || n > cache_.len) {
         return Error{ErrorCode::kSession,
@@ -237,38 +230,24 @@ void Session::forget(int n) noexcept {
     }
 }
 
-Status Session::copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_cache) const {
-    const KvCache& c = cache(mtp);
-    if (n == 0) return {};
-    if (device_ != nullptr) {
-        DeviceError error;
-        if (!model_.device().api->copy_cache(device_.get(), mtp, layer, 0, n, host, to_cache, error))
-            return to_error(error);
-    } else {
-        std::memcpy(to_cache ? c.layer(layer) : host, to_cache ? host : c.layer(layer),
-                    static_cast<size_t>(n * c.row_bytes()));
-    }
-    return {};
-}
-
 Result<CacheRows> Session::copy_cache(bool mtp) const {
     DC_TRY_STATUS(not_decoding("read cache"));
-    const KvCache& c = cache(mtp);
-    const int64_t layer_bytes = c.len * c.row_bytes();
-    CacheRows out{c.n_layers(), c.len, c.row_bytes(), nullptr};
-    out.bytes = std::make_unique_for_overwrite<std::byte[]>(static_cast<size_t>(c.n_layers() * layer_bytes));
-    for (int i = 0; i < c.n_layers(); ++i)
-        DC_TRY_STATUS(copy_rows(mtp, i, c.len, out.bytes.get() + i * layer_bytes, false));
+    const Cache& c = cache(mtp);
+    const int64_t layer_bytes = c.len * c.row_bytes;
+    CacheRows out{c.n_layers, c.len, c.row_bytes, nullptr};
+    out.bytes = std::make_unique_for_overwrite<std::byte[]>(static_cast<size_t>(c.n_layers * layer_bytes));
+    for (int i = 0; i < c.n_layers && c.len > 0; ++i)
+        DC_TRY_STATUS(engine_->copy_rows(mtp, i, c.len, out.bytes.get() + i * layer_bytes, false));
     return out;
 }
 
 Result<CacheRows> Session::read_cache(bool mtp) const {
-    const auto held = lock();
+    const auto held = model_.hold_passes();
     return copy_cache(mtp);
 }
 
 Result<SessionState> Session::state() const {
-    const auto held = lock();
+    const auto held = model_.hold_passes();
     SessionState s{.tokens = tokens_, .cache = {}, .mtp_cache = {}, .pending = pending_};
     DC_TRY(s.cache, copy_cache(false));
     DC_TRY(s.mtp_cache, copy_cache(true));
@@ -276,33 +255,48 @@ Result<SessionState> Session::state() const {
 }
 
 std::vector<float> Session::hidden() const {
-    const auto held = lock();
+    const auto held = model_.hold_passes();
     const int64_t d = model_.cfg().hidden_size;
     std::vector<float> out(static_cast<size_t>(last_rows_ * d));
-    for (int64_t i = 0; i < last_rows_; ++i) std::copy_n(state_.final_h.row(i), d, out.begin() + i * d);
+    for (int64_t i = 0; i < last_rows_; ++i) std::copy_n(pass_.hidden.row(i), d, out.begin() + i * d);
     return out;
 }
 
-void Session::trace(std::vector<std::string> names, std::map<std::string, std::vector<float>> feed) {
-    const auto held = lock();
+Status Session::trace(std::vector<std::string> names, std::map<std::string, std::vector<float>> feed) {
+    const auto held = model_.hold_passes();
+    if (!feed.empty() && !engine_->takes_feed())
+        return Error{ErrorCode::kSession, "feed: this session runs on the CPU"};
     trace_.enable(std::move(names));
     trace_.feed = std::move(feed);
     trace_.taps.clear();
+    return {};
 }
 
 std::map<std::string, Tap> Session::take_taps() {
-    const auto held = lock();
+    const auto held = model_.hold_passes();
     return std::exchange(trace_.taps, {});
+}
+
+Result<ArrayView> Session::device_view(const std::string& name) const {
+    const auto held = model_.hold_passes();
+    if (auto view = engine_->view(name)) return *std::move(view);
+    return Error{ErrorCode::kSession,
+                 "device view: no buffer '" + name +
+                     "', expected on a device x, hidden, logits, cache, mtp_cache or a recorded tap"};
+}
+
+Result<std::string> Session::device_report(const std::string& what) const {
+    const auto held = model_.hold_passes();
+    return engine_->report(what);
 }
 
 Status Session::load(std::span<const int32_t> tokens, const std::byte* main_rows, int m, const std::byte* mtp_rows,
                      std::span<const float> pending) {
-    const auto held = lock();
+    const auto held = model_.hold_passes();
     const auto fail = [](const std::string& text) { return Error{ErrorCode::kSession, "saved session: " + text}; };
     const int64_t d = model_.cfg().hidden_size;
     const auto n = static_cast<int64_t>(tokens.size());
-    if (n > cache_.ctx())
-        return fail(std::to_string(n) + " positions, this session holds " + std::to_string(cache_.ctx()));
+    if (n > cache_.ctx) return fail(std::to_string(n) + " positions, this session holds " + std::to_string(cache_.ctx));
     for (const int32_t id : tokens) {
         if (id < 0 || id >= model_.cfg().vocab_size)
             return fail("token id " + std::to_string(id) + " outside the vocabulary");
@@ -318,11 +312,15 @@ Status Session::load(std::span<const int32_t> tokens, const std::byte* main_rows
     std::vector<int32_t> new_tokens(tokens.begin(), tokens.end());
     std::vector<float> new_pending(pending.begin(), pending.end());
     forget(0);
-    for (int i = 0; i < cache_.n_layers(); ++i) {  // both directions leave the source alone
-        DC_TRY_STATUS(copy_rows(false, i, static_cast<int>(n),
-                                const_cast<std::byte*>(main_rows) + i * n * cache_.row_bytes(), true));
-    }
-    DC_TRY_STATUS(copy_rows(true, 0, m, const_cast<std::byte*>(mtp_rows), true));
+    const auto fill = [&](bool mtp, const std::byte* rows, int n_rows) -> Status {
+        const Cache& c = cache(mtp);
+        auto* from = const_cast<std::byte*>(rows);  // both directions leave the source alone
+        for (int i = 0; i < c.n_layers && n_rows > 0; ++i)
+            DC_TRY_STATUS(engine_->copy_rows(mtp, i, n_rows, from + i * n_rows * c.row_bytes, true));
+        return {};
+    };
+    DC_TRY_STATUS(fill(false, main_rows, static_cast<int>(n)));
+    DC_TRY_STATUS(fill(true, mtp_rows, m));
     cache_.len = static_cast<int>(n);
     mtp_cache_.len = m;
     tokens_ = std::move(new_tokens);
@@ -332,7 +330,7 @@ Status Session::load(std::span<const int32_t> tokens, const std::byte* main_rows
 
 Status Session::mtp_forward(std::span<const int32_t> ids, const float* hidden, WantLogits want, float* logits,
                             float* g) {
-    const auto held = lock();
+    const auto held = model_.hold_passes();
     if (model_.cfg().num_nextn_predict_layers == 0)
         return Error{ErrorCode::kUnsupported, "mtp_forward: this model has no MTP layer"};
     if (keep_mtp_) return Error{ErrorCode::kSession, "mtp_forward: this session keeps its own MTP state"};
@@ -342,12 +340,68 @@ Status Session::mtp_forward(std::span<const int32_t> ids, const float* hidden, W
     copy_logits(n_logits, logits);
     if (g != nullptr) {
         const int64_t d = model_.cfg().hidden_size;
-        for (size_t i = 0; i < ids.size(); ++i) {
-            std::memcpy(g + static_cast<int64_t>(i) * d, state_.final_h.row(static_cast<int64_t>(i)),
-                        static_cast<size_t>(d) * 4);
-        }
+        for (int i = 0; i < pass_.n; ++i) std::copy_n(pass_.hidden.row(i), d, g + i * d);
     }
     return {};
+}
+
+Status Session::not_decoding(const char* what) const {
+    if (!decoding_) return {};
+    return Error{ErrorCode::kSession, std::string(what) + ": decoding on the device is not finished"};
+}
+
+Status Session::decode_start(int32_t token, const SampleParams& sample, int n_valid, int64_t max_tokens,
+                             std::span<const int32_t> eos) {
+    const auto held = model_.hold_passes();
+    DC_TRY_STATUS(check(cache_, {&token, 1}, "decode"));
+    if (keep_mtp_) DC_TRY_STATUS(restore_pending());
+    std::vector<int32_t> tokens = tokens_;
+    tokens.push_back(token);
+    DC_TRY_STATUS(engine_->decode_start({.tokens = tokens,
+                                         .keeps_mtp = keep_mtp_,
+                                         .pending = pending_,
+                                         .max_tokens = max_tokens,
+                                         .n_valid = std::min(n_valid, model_.cfg().vocab_size),
+                                         .sample = sample,
+                                         .eos = eos}));
+    decoding_ = true;
+    recent_.clear();
+    last_rows_ = 0;
+    return {};
+}
+
+Status Session::decode_step(int k) {
+    const auto held = model_.hold_passes();
+    if (!decoding_) return Error{ErrorCode::kSession, "decode: not started"};
+    if (k < 0 || k >= kMaxRound || (k > 0 && !keep_mtp_)) {
+        return Error{ErrorCode::kSession, "decode: " + std::to_string(k) + " drafts, expected 0.." +
+                                              std::to_string(keep_mtp_ ? kMaxRound - 1 : 0)};
+    }
+    return engine_->decode_step(k);
+}
+
+Result<std::vector<DecodedRound>> Session::decode_poll(int& left, std::chrono::milliseconds patience) {
+    using Clock = std::chrono::steady_clock;
+    for (const auto end = Clock::now() + patience;; std::this_thread::sleep_for(std::chrono::microseconds(20))) {
+        const auto held = model_.hold_passes();
+        if (!decoding_) return Error{ErrorCode::kSession, "decode: not started"};
+        auto rounds = engine_->decode_poll(left);
+        if (!rounds.ok() || !rounds.value().empty() || left == 0 || Clock::now() >= end) return rounds;
+    }
+}
+
+Status Session::decode_finish() {
+    const auto held = model_.hold_passes();
+    if (!decoding_) return Error{ErrorCode::kSession, "decode: not started"};
+    decoding_ = false;
+    DC_TRY(DecodeResult end,
+           engine_->decode_finish(stats_));  // an error: the session is as it was before decode_start()
+    tokens_ = std::move(end.tokens);
+    pending_ = std::move(end.pending);
+    cache_.len = static_cast<int>(tokens_.size());
+    if (!keep_mtp_) return {};
+    mtp_cache_.len = cache_.len - n_pending();
+    return n_pending() > kMaxPending ? catch_up(nullptr, 0) : Status();
 }
 
 }  // namespace deepcalm

@@ -16,62 +16,69 @@ double probability(const float* logits, int n_valid, float temp, int id) {
 }
 
 struct Meter {  // what the session's counters gained since construction
-    explicit Meter(const SessionStats& s) : stats(s), before(s) {}
+    explicit Meter(const PassStats& s) : stats(s), before(s) {}
     int64_t bytes() const { return stats.weight_bytes - before.weight_bytes + stats.cache_bytes - before.cache_bytes; }
     double seconds() const { return stats.seconds - before.seconds; }
     int64_t experts() const { return stats.experts_touched - before.experts_touched; }
-    const SessionStats& stats;
-    SessionStats before;
+    const PassStats& stats;
+    PassStats before;
 };
 
 }  // namespace
 
-Result<Round> Speculator::round(Session& s, int32_t token, const DraftParams& p, float* logits) {
-    const auto held = s.lock();
+Status Speculator::check(const Session& s, int32_t token, const DraftParams& p) {
     DC_TRY_STATUS(s.check(s.cache_, {&token, 1}, "draft round"));
-    const int n_vocab = s.model_.cfg().vocab_size, n_valid = std::min(p.n_valid, n_vocab);
-    if (p.k < 0 || p.k > kMaxDraft) {
-        return Error{ErrorCode::kSession,
-                     "draft: " + std::to_string(p.k) + ", expected 0.." + std::to_string(kMaxDraft)};
-    }
-    if (p.k > 0 && !s.keep_mtp_) return Error{ErrorCode::kSession, "draft: this session keeps no MTP state"};
+    const auto fail = [](const std::string& text) { return Error{ErrorCode::kSession, "draft: " + text}; };
+    if (p.k < 0 || p.k > kMaxDraft) return fail(std::to_string(p.k) + ", expected 0.." + std::to_string(kMaxDraft));
+    if (p.k > 0 && !s.keep_mtp_) return fail("this session keeps no MTP state");
+    const int n_vocab = s.model_.cfg().vocab_size;
     for (int j = 0; p.forced != nullptr && j < p.k; ++j) {
         if (p.forced[j] < 0 || p.forced[j] >= n_vocab) {
-            return Error{ErrorCode::kSession, "draft: forced token id " + std::to_string(p.forced[j]) +
-                                                  ", expected 0.." + std::to_string(n_vocab - 1)};
+            return fail("forced token id " + std::to_string(p.forced[j]) + ", expected 0.." +
+                        std::to_string(n_vocab - 1));
         }
     }
-    int k = std::min({p.k, s.cache_.ctx() - s.cache_.len - 1, s.state_.max_rows - 1});
-    // Row 0 of the MTP cache pairs (h_0, t_1): nothing can be drafted before the first main row.
-    if (s.cache_.len == 0) k = 0;
-    Round r;
+    return {};
+}
 
+Status Speculator::draft(Session& s, int k, const DraftParams& p, std::vector<int32_t>& rows) {
+    const int n = s.cache_.len, n_vocab = s.model_.cfg().vocab_size, n_valid = std::min(p.n_valid, n_vocab);
+    // catch-up from true pairs; its last row drafts d_1; then the layer feeds on its own post-norm output
+    DC_TRY_STATUS(s.catch_up(&rows[0], 1));
+    std::vector<float> g(static_cast<size_t>(s.model_.cfg().hidden_size));
+    for (int j = 1; j <= k; ++j) {
+        if (j > 1) {
+            const int32_t id = rows.back();
+            DC_TRY_STATUS(s.mtp_pass({&id, 1}, g.data(), 1));
+        }
+        std::copy_n(s.pass_.hidden.row(s.pass_.n - 1), g.size(), g.data());
+        auto draft = sample(s.logits_row(0), n_vocab, n_valid, p.sample, n + j);
+        if (!draft.ok()) break;  // a damaged MTP layer must not stop generation: verify what there is
+        if (p.min_confidence > 0 &&
+            probability(s.logits_row(0), n_valid, p.sample.temp, draft.value()) < p.min_confidence)
+            break;
+        rows.push_back(p.forced != nullptr ? p.forced[j - 1] : draft.value());
+    }
+    s.drop_drafts();
+    return {};
+}
+
+Result<Round> Speculator::round(Session& s, int32_t token, const DraftParams& p, float* logits) {
+    const auto held = s.model_.hold_passes();
+    DC_TRY_STATUS(check(s, token, p));
+    const int n_vocab = s.model_.cfg().vocab_size, n_valid = std::min(p.n_valid, n_vocab);
     std::vector<int32_t> rows{token};  // the verification batch: t_n, d_1, ..., d_k
     Session::Undo undo(s);             // as if the round had not been: `token` may be another one next time
     if (s.keep_mtp_) {
         DC_TRY_STATUS(s.restore_pending());
     }
     const int n = s.cache_.len;
+    Round r;
+    // Row 0 of the MTP cache pairs (h_0, t_1): nothing can be drafted before the first main row.
+    const int k = n == 0 ? 0 : std::min({p.k, s.cache_.ctx - n - 1, s.max_rows_ - 1});
     if (k > 0) {
         const Meter meter(s.stats_);
-        // catch-up from true pairs; its last row drafts d_1; then the layer feeds on its own post-norm output
-        DC_TRY_STATUS(s.catch_up(&token, 1));
-        const int64_t last = s.mtp_last_rows_ - 1;
-        std::vector<float> g(s.state_.final_h.row(last), s.state_.final_h.row(last) + s.model_.cfg().hidden_size);
-        for (int j = 1; j <= k; ++j) {
-            if (j > 1) {
-                const int32_t id = rows.back();
-                DC_TRY_STATUS(s.mtp_pass({&id, 1}, g.data(), 1));
-                std::copy_n(s.state_.final_h.row(0), g.size(), g.data());
-            }
-            auto draft = sample(s.logits_row(0), n_vocab, n_valid, p.sample, n + j);
-            if (!draft.ok()) break;  // a damaged MTP layer must not stop generation: verify what there is
-            if (p.min_confidence > 0 &&
-                probability(s.logits_row(0), n_valid, p.sample.temp, draft.value()) < p.min_confidence)
-                break;
-            rows.push_back(p.forced != nullptr ? p.forced[j - 1] : draft.value());
-        }
-        s.mtp_cache_.len = n;  // rows from recycled states are never kept
+        DC_TRY_STATUS(draft(s, k, p, rows));
         r.draft_bytes = meter.bytes();
         r.draft_seconds = meter.seconds();
     }
@@ -94,23 +101,10 @@ Result<Round> Speculator::round(Session& s, int32_t token, const DraftParams& p,
         ++r.n_accepted;
     }
     if (logits != nullptr) s.copy_logits(r.n_accepted + 1, logits);
-
-    s.count_union(r.n_accepted + 1);
-
-    // forget rejected rows
-    const int keep = n + 1 + r.n_accepted;
-    s.cache_.len = keep;
-    s.tokens_.resize(static_cast<size_t>(keep));
-    if (s.keep_mtp_) {
-        const auto d = static_cast<size_t>(s.model_.cfg().hidden_size);
-        s.pending_.resize(static_cast<size_t>(keep - s.mtp_cache_.len) * d);
-        if (s.n_pending() > Session::kMaxPending) {
-            const Meter catch_up(s.stats_);
-            DC_TRY_STATUS(s.catch_up(nullptr, 0));
-            r.draft_bytes += catch_up.bytes();
-            r.draft_seconds += catch_up.seconds();
-        }
-    }
+    const Meter catch_up(s.stats_);
+    DC_TRY_STATUS(s.accept(r.n_accepted + 1, false));  // rejected rows are forgotten
+    r.draft_bytes += catch_up.bytes();
+    r.draft_seconds += catch_up.seconds();
     undo.keep();
     return r;
 }

@@ -10,7 +10,7 @@
 
 namespace deepcalm {
 
-inline constexpr int kMaxDraft = 7;
+inline constexpr int kMaxDraft = kMaxRound - 1;
 
 struct DraftParams {
     int k = 1;  // drafts of this round, 0..kMaxDraft; capped by the context
@@ -35,6 +35,11 @@ class Speculator {
     // accepted drafts, and round.tokens.back() is the next token to pass. With k = 0 this is a plain decode step.
     // logits: [k + 1, vocab_size] or null; receives the rows that round.tokens were chosen from.
     static Result<Round> round(Session& session, int32_t token, const DraftParams& params, float* logits);
+
+  private:
+    static Status check(const Session& session, int32_t token, const DraftParams& params);
+    // Appends up to k drafts to rows = {token}.
+    static Status draft(Session& session, int k, const DraftParams& params, std::vector<int32_t>& rows);
 };
 
 }  // namespace deepcalm

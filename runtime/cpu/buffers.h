@@ -6,7 +6,7 @@
 #include "kernels/kernels.h"
 #include "runtime/config.h"
 #include "runtime/memory.h"
-#include "runtime/stages.h"
+#include "runtime/timing.h"
 
 #include <vector>
 

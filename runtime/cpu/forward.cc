@@ -4,7 +4,7 @@
 //
 // Law L1: a row's bits depend on its own history only. Rows, tiles, heads and experts are dealt to threads in any way that
 // is convenient, by arrival too; sums never are: each output element is computed by one thread in the order its kernel fixes.
-#include "runtime/session.h"
+#include "runtime/cpu/engine.h"
 
 #include <algorithm>
 #include <cstring>
@@ -17,13 +17,15 @@ namespace {
 constexpr int kDealtTiles = 4, kDealtPairs = 2;
 // Bytes to read a layer, row and thread below which all threads never pay: stages of a few microseconds.
 constexpr int64_t kLittle = 512 << 10;
+constexpr int kKeepRows = 4 * kSplitRows;  // buffers of so many rows stay
 
 class Pass {
   public:
-    Pass(const PassArgs& a, int tid)
-        : a_(a), s_(a.state), c_(a.model.cfg()), w_(a.model.weights()), k_(a.model.kernels()), pool_(a.model.pool()),
-          clock_(s_.clocks[static_cast<size_t>(tid)]), tid_(tid), threads_(pool_.active()),
-          n_(static_cast<int>(a.ids.size())), d_(c_.hidden_size), heads_(c_.num_attention_heads) {}
+    Pass(CpuEngine& e, const PassArgs& a, int tid)
+        : a_(a), s_(e.buffers), backend_(e.backend), model_(backend_.model), c_(model_.cfg), w_(model_.weights),
+          k_(backend_.kernels), cache_(a.mtp() ? e.mtp_cache : e.cache), pool_(*backend_.pool),
+          clock_(s_.clocks[static_cast<size_t>(tid)]), tid_(tid), threads_(pool_.active()), n_(a.n()),
+          d_(c_.hidden_size), heads_(c_.num_attention_heads) {}
 
     void run_main() {
         const Range rows = split(n_, tid_, threads_);
@@ -141,7 +143,7 @@ class Pass {
                                                .n = n,
                                                .y = y,
                                                .y_stride = y_stride,
-                                               .one_stream = a_.model.policy().one_stream});
+                                               .one_stream = backend_.policy.one_stream});
     }
     // A plain product over all rows of the pass; then(tiles) where row tiles of y are done.
     template <class Fn>
@@ -238,9 +240,9 @@ class Pass {
             float* k_rope = s_.k_rope + int64_t{i} * dr;
             k_.rmsnorm(kv, w.kv_a_norm, c_kv, r, kLatentNormEps);
             std::copy(kv + r, kv + r + dr, k_rope);
-            a_.model.rope().fill(pos, cos_.data(), sin_.data());
+            model_.rope.fill(pos, cos_.data(), sin_.data());
             k_.rope(k_rope, cos_.data(), sin_.data(), dr / 2);
-            k_.cache_write(a_.cache.type(), c_kv, r, k_rope, dr, a_.cache.row(layer_idx, pos));
+            k_.cache_write(cache_.type, c_kv, r, k_rope, dr, cache_.row(layer_idx, pos));
             s_.row_end[i] = pos + 1;
             if (q_lora) {
                 k_.rmsnorm(s_.qkv_a + i * qkv_stride, w.q_a_norm, s_.q_a.row(i), c_.q_lora_rank, kLatentNormEps);
@@ -276,7 +278,7 @@ class Pass {
         for (int u = row_heads.begin; u < row_heads.end; ++u) {
             const int i = block.begin + u / heads_, h = u % heads_;
             float* q = s_.q + i * q_stride + int64_t{h} * dqk;
-            if (u == row_heads.begin || h == 0) a_.model.rope().fill(a_.pos + i, cos_.data(), sin_.data());
+            if (u == row_heads.begin || h == 0) model_.rope.fill(a_.pos + i, cos_.data(), sin_.data());
             k_.rope(q + dn, cos_.data(), sin_.data(), dr / 2);
             std::copy(q, q + dn, s_.q_nope.row(u));
             prepare(s_.q_nope, u, {&w.w_uk});
@@ -328,15 +330,15 @@ class Pass {
     void latent_attention(const LayerWeights& w, int layer_idx, Range block) {
         const int c_pad = c_.c_pad();
         const int64_t q_full = c_.q_full_width();
-        MlaPartialArgs m{.type = a_.cache.type(),
-                         .cache = a_.cache.layer(layer_idx),
-                         .row_bytes = a_.cache.row_bytes(),
+        MlaPartialArgs m{.type = cache_.type,
+                         .cache = cache_.layer(layer_idx),
+                         .row_bytes = cache_.row_bytes,
                          .c_pad = c_pad,
                          .r_pad = c_.r_pad(),
                          .q_row_stride = heads_ * q_full,
-                         .softmax_scale = a_.model.rope().softmax_scale,
+                         .softmax_scale = model_.rope.softmax_scale,
                          .scratch = s_.mla_scratch[static_cast<size_t>(tid_)],
-                         .bf16_dot = a_.model.policy().bf16_dot};
+                         .bf16_dot = backend_.policy.bf16_dot};
         // Rows [i0, i1) x heads [h0, h1) x partial p; (row, head) goes to slot + (row - i0) * row_stride + (head - h0).
         // Meanwhile rows of partial `next` are asked for, which this thread is likely to come to then.
         const auto partial = [&](int i0, int i1, int h0, int h1, int p, int next, int64_t slot, int64_t row_stride) {
@@ -556,11 +558,11 @@ class Pass {
                 s_.slot_weight[at] = s_.topk_weight[i];
             }
         }
-        if (!a_.mtp && n_ <= ExpertUnion::kMaxWindow) {
+        if (!a_.mtp() && n_ <= kMaxRound) {
             for (int i = 0; i < n_ * k; ++i)
                 s_.pass_experts.push_back(layer_idx_ * c_.n_routed_experts + s_.topk_idx[i]);
         }
-        a_.stats->experts_touched += static_cast<int64_t>(s_.touched.size());
+        a_.stats.experts_touched += static_cast<int64_t>(s_.touched.size());
     }
 
     // ---- layer, head -----------------------------------------------------------------------------------------------
@@ -599,9 +601,12 @@ class Pass {
 
     const PassArgs& a_;
     Buffers& s_;
+    const CpuBackend& backend_;
+    const BoundModel& model_;
     const ModelConfig& c_;
     const ModelWeights& w_;
     const CpuKernels& k_;
+    const KvCache& cache_;
     ThreadPool& pool_;
     StageClock& clock_;
     const int tid_, threads_, n_, d_, heads_;
@@ -615,36 +620,41 @@ class Pass {
 
 }  // namespace
 
-Status forward_cpu(const PassArgs& args) {
-    std::vector<StageClock>& clocks = args.state.clocks;
-    SessionStats& stats = *args.stats;
-    ThreadPool& pool = args.model.pool();
-    if (!args.mtp) args.state.pass_experts.clear();
-    const auto n = static_cast<int>(args.ids.size());
-    const int64_t work = n * args.model.active_bytes(args.pos + n, args.cache.row_bytes());
-    const bool little = work < kLittle * pool.size() * args.model.cfg().num_hidden_layers;
-    ThreadChoice* choice = args.model.thread_choice();
-    const int kind = std::min(n, ThreadChoice::kLong) + (args.mtp ? ThreadChoice::kKinds / 2 : 0);
+Result<PassResult> CpuEngine::forward(const PassArgs& args) {
+    const BoundModel& model = backend.model;
+    const int n = args.n();
+    // The buffers of a long pass, 0.4 MB a row in V2-Lite, are given back before decoding: nothing in them is read again.
+    if (n <= kSplitRows && touched_rows > kKeepRows) {
+        buffers.memory.release();
+        touched_rows = 0;
+    }
+    touched_rows = std::max(touched_rows, n);
+    buffers.pass_experts.clear();
+    std::vector<StageClock>& clocks = buffers.clocks;
+    ThreadPool& pool = *backend.pool;
+    PassStats& stats = args.stats;
+    const int64_t work = n * model.active_bytes(args.pos + n, cache.row_bytes);
+    const bool little = work < kLittle * pool.size() * model.cfg.num_hidden_layers;
+    ThreadChoice& choice = backend.choice;
+    const int kind = std::min(n, ThreadChoice::kLong) + (args.mtp() ? ThreadChoice::kKinds / 2 : 0);
     const int64_t begin = now_ns(), experts_touched = stats.experts_touched;
     Status ran = pool.run(
         [&](int tid) {
             clocks[static_cast<size_t>(tid)] = {.mark = begin};
-            Pass pass(args, tid);
-            args.mtp ? pass.run_mtp() : pass.run_main();
+            Pass pass(*this, args, tid);
+            args.mtp() ? pass.run_mtp() : pass.run_main();
         },
-        choice != nullptr && (little || choice->alone(kind)));
-    if (!ran.ok()) {  // as if it had not been: its rows are not counted, its taps of no use
+        backend.adaptive && (little || choice.alone(kind)));
+    if (!ran.ok()) {
         stats.experts_touched = experts_touched;
-        args.trace.taps.clear();
-        return Error{ran.error().code,
-                     "a pass of " + std::to_string(args.ids.size()) + " tokens: " + ran.error().message};
+        return Error{ran.error().code, "a pass of " + std::to_string(n) + " tokens: " + ran.error().message};
     }
     const int64_t end = now_ns();
     StageClock& first = clocks[0];
     int64_t read = 0, waited = 0;
     first.stage[static_cast<int>(first.last)].ns += end - first.mark;  // until the pool has come to rest
     for (int i = 0; i < kNumStages; ++i) {
-        StageStats& sum = stats.stages[args.mtp][i];
+        StageStats& sum = stats.stages[args.mtp()][i];
         int64_t bytes = 0, wait_sum = 0, wait_max = 0;
         for (const StageClock& clock : std::span(clocks).first(static_cast<size_t>(pool.active()))) {
             bytes += clock.stage[i].bytes;
@@ -660,19 +670,13 @@ Status forward_cpu(const PassArgs& args) {
         waited += wait_sum;
         (static_cast<Stage>(i) == Stage::kAttention ? stats.cache_bytes : stats.weight_bytes) += bytes;
     }
-    if (choice != nullptr && !little && !args.trace.on()) {
+    if (backend.adaptive && !little && !args.trace.on()) {
         const auto ns = static_cast<double>(end - begin);
-        choice->ran(kind, ns / static_cast<double>(n < ThreadChoice::kLong ? read : n),
-                    static_cast<double>(waited) / (pool.active() * ns), [&] { return crowded(pool.size() - 1); });
+        choice.ran(kind, ns / static_cast<double>(n < ThreadChoice::kLong ? read : n),
+                   static_cast<double>(waited) / (pool.active() * ns), [&] { return crowded(pool.size() - 1); });
     }
     stats.seconds += 1e-9 * static_cast<double>(end - begin);
-    stats.passes += 1;
-    stats.rows += n;
-    if (args.mtp) {
-        stats.mtp_passes += 1;
-        stats.mtp_rows += n;
-    }
-    return {};
+    return PassResult{n, {buffers.final_h.f32, buffers.final_h.stride()}, buffers.pass_experts};
 }
 
 }  // namespace deepcalm

@@ -181,24 +181,6 @@ bool crowded(int n) {
     return running + n > sysconf(_SC_NPROCESSORS_ONLN);
 }
 
-void PassMutex::lock() {
-    const pid_t self = getpid();
-    for (pid_t holder = 0; !holder_.compare_exchange_weak(holder, self, std::memory_order_acquire); holder = 0) {
-        if (holder == 0) continue;
-        if (holder != self) {
-            throw InUseAtFork(
-                "this process was forked while another thread was using the model: open it again here, or "
-                "fork between passes");
-        }
-        holder_.wait(holder, std::memory_order_relaxed);
-    }
-}
-
-void PassMutex::unlock() {
-    holder_.store(0, std::memory_order_release);
-    holder_.notify_one();
-}
-
 int default_threads() {
     cpu_set_t mask;
     CPU_ZERO(&mask);

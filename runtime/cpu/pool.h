@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
-#include <stdexcept>
 #include <thread>
 #include <unistd.h>
 #include <vector>
@@ -132,20 +131,6 @@ class ThreadChoice {
 };
 // Whether the system has no idle processor for each of n more threads, as of now.
 bool crowded(int n);
-
-// A mutex that knows fork(). Held by another thread at that moment it would stay locked in the child for ever, and what it
-// guards be half done there: lock() throws InUseAtFork instead of waiting.
-class PassMutex {
-  public:
-    void lock();
-    void unlock();
-
-  private:
-    std::atomic<pid_t> holder_{0};  // process of the thread that holds it
-};
-struct InUseAtFork : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
 
 // Threads to use by default: distinct physical cores of the affinity mask.
 int default_threads();

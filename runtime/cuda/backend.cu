@@ -1,14 +1,16 @@
-// A device library: weights and sessions in device memory, passes as graphs of kernels, decoding, and the table of
-// functions that the core calls. Compiled by nvcc into libdeepcalm_cuda.so and, for the tests, by g++ (tests/sim).
+// The engine on a device: weights and sessions in device memory, passes as graphs of kernels, decoding. Compiled by nvcc
+// into libdeepcalm_cuda.so and, for the tests, by g++ (tests/sim).
 #include "runtime/cuda/fill.cuh"
 #include "runtime/cuda/forward.h"
 #include "runtime/cuda/host.h"
+#include "runtime/cuda/library.h"
 
 #include <cerrno>
 #include <chrono>
 #include <cstdarg>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <tuple>
 #include <unistd.h>
 
@@ -18,34 +20,30 @@ namespace {
 
 // --- errors ---------------------------------------------------------------------------------------------------------
 
-__attribute__((format(printf, 3, 4))) bool fail(DeviceError& e, ErrorCode code, const char* format, ...) {
-    e.code = code;
+__attribute__((format(printf, 2, 3))) Error fail(ErrorCode code, const char* format, ...) {
+    char text[1000];
     std::va_list args;
     va_start(args, format);
-    std::vsnprintf(e.text, sizeof e.text, format, args);
+    std::vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    return false;
+    return {code, text};
 }
-bool check(rt::Error code, const char* what, DeviceError& e) {
-    if (code == 0) return true;
+Status check(rt::Error code, const char* what) {
+    if (code == 0) return {};
     rt::last_error();  // clears what can be cleared
-    return fail(e, ErrorCode::kResource, "device: %s failed: %s", what, rt::error_string(code));
+    return fail(ErrorCode::kResource, "device: %s failed: %s", what, rt::error_string(code));
 }
-#define DC_RT(call)                                                                                                    \
-    if (!check(call, #call, error)) return false
+#define DC_RT(call) DC_TRY_STATUS(check(call, #call))
 
-// fn(), or `failed` with an error where it throws: nothing is thrown across the table.
-template <class R, class Fn> R guarded(DeviceError& error, R failed, Fn&& fn) noexcept {
+// fn(), where an exception is an error too.
+template <class Fn> auto guarded(Fn&& fn) -> decltype(fn()) {
     try {
         return fn();
     } catch (const std::bad_alloc&) {
-        fail(error, ErrorCode::kResource, "device: no host memory left");
+        return fail(ErrorCode::kResource, "device: no host memory left");
     } catch (const std::exception& e) {
-        fail(error, ErrorCode::kResource, "device: %s", e.what());
-    } catch (...) {
-        fail(error, ErrorCode::kResource, "device: an unknown exception");
+        return fail(ErrorCode::kResource, "device: %s", e.what());
     }
-    return failed;
 }
 
 double gb(int64_t bytes) { return 1e-9 * static_cast<double>(bytes); }
@@ -80,20 +78,45 @@ using namespace gpu;
 
 // --- model ----------------------------------------------------------------------------------------------------------
 
-struct DeviceModel {
-    ModelConfig cfg;
-    Rope rope;
-    std::string path;
+struct DeviceBackend final : Backend {
+    const BoundModel& model;
+    const ModelConfig& cfg = model.cfg;
     rt::DeviceInfo info;
-    int index = 0;
+    int index = 0;         // of several GPUs: CUDA_VISIBLE_DEVICES order
     bool hangs = false;    // a session of it did not come to rest
-    Memory memory;         // the packed file, byte for byte
+    Memory memory;         // the packed file, byte for byte: a pointer there is the base + the offset in the file
     ModelWeights weights;  // pointers into `memory`
+
+    explicit DeviceBackend(const BoundModel& m) : model(m) {}
+    ~DeviceBackend() override {
+        if (hangs) memory.p = nullptr;  // what may still be read is given up, not waited for
+    }
+    Result<std::unique_ptr<Engine>> make_engine(const EngineArgs& args) override;
 
     std::byte* base() const { return static_cast<std::byte*>(memory.p); }
 
+    Status open(uint64_t fill_seed) {
+        DC_TRY(info, rt::find_device(index));
+        device_name = info.name;
+        arch = info.arch;
+        const int64_t bytes = model.file.size();
+        if (bytes > info.free) {
+            return fail(ErrorCode::kResource, "%s needs %.2f GB of device memory, %.2f GB of %.2f GB are free on %s",
+                        model.path.c_str(), gb(bytes), gb(info.free), gb(info.total), info.name.c_str());
+        }
+        DC_RT(memory.allocate(bytes));
+        weights = model.weights;
+        visit(weights, cfg, [&](const TensorSpec& spec, auto& member) {
+            pieces(spec, member, [&]<class T>(const T*& at, int64_t, const char*) {
+                at = reinterpret_cast<const T*>(base() + (reinterpret_cast<const std::byte*>(at) - model.file.data()));
+            });
+        });
+        if (fill_seed == 0) return upload(model.file.fd(), bytes);
+        return check(fill_weights(weights, base(), fill_seed, cfg, info.sms), "drawing weights");
+    }
+
     // Reads the file in pieces through pinned memory: one is read while another travels; no second copy on the host.
-    bool upload(int fd, int64_t bytes, DeviceError& error) {
+    Status upload(int fd, int64_t bytes) {
         constexpr int64_t kPiece = int64_t{16} << 20;
         struct Lane {
             void* pinned = nullptr;
@@ -115,7 +138,7 @@ struct DeviceModel {
                 const ssize_t r = pread(fd, static_cast<char*>(l.pinned) + got, static_cast<size_t>(n - got), at + got);
                 if (r < 0 && errno == EINTR) continue;
                 if (r <= 0) {
-                    return fail(error, ErrorCode::kPackedFile, "%s: %s at byte %lld of %lld", path.c_str(),
+                    return fail(ErrorCode::kPackedFile, "%s: %s at byte %lld of %lld", model.path.c_str(),
                                 r < 0 ? std::strerror(errno) : "ends early", static_cast<long long>(at + got),
                                 static_cast<long long>(bytes));
                 }
@@ -124,7 +147,7 @@ struct DeviceModel {
             DC_RT(rt::copy(base() + at, l.pinned, n, l.stream));
         }
         for (const Lane& l : lanes) DC_RT(rt::synchronize(l.stream));
-        return true;
+        return {};
     }
 };
 
@@ -136,15 +159,15 @@ struct Replay {
     rt::Graph graph;
 };
 
-class JsonText;  // report.h
-
 struct DeviceSession {
-    DeviceModel& m;
-    const DeviceSessionArgs args;
+    DeviceBackend& m;
+    const EngineArgs args;
     rt::Stream stream = nullptr;
     Memory memory, tap_memory, kept[2];  // kept: copies of the taps of the last traced main pass, and MTP pass
     void* pinned = nullptr;
-    std::map<std::string, DeviceView> kept_taps[2];
+    std::map<std::string, ArrayView> kept_taps[2];
+    std::vector<float> hidden;           // PassResult
+    std::vector<int32_t> topk, experts;  // [moe layers, n, num_experts_per_tok] ids of the last pass; PassResult
     Buffers b;
     TokenRing* ring = nullptr;
     int threads = std::min(kThreads, rt::kMaxThreads), blocks = 1;
@@ -153,13 +176,13 @@ struct DeviceSession {
     using ReplayKey = std::tuple<int, int, int, bool, bool>;
     std::map<ReplayKey, std::unique_ptr<Replay>> replays;
     // a run of decoding
-    DeviceDecode run;
+    DecodeArgs run;                  // its arrays are the caller's of decode_start()
     bool closed = false;             // it does not hold what it should: nothing more is computed
     unsigned queued = 0, taken = 0;  // rounds queued, rounds handed over
     int pend_bound = 0;              // pending rows at most
     int64_t pos_bound = 0;           // position that the queued rounds cannot pass
 
-    DeviceSession(DeviceModel& model, const DeviceSessionArgs& a) : m(model), args(a) {}
+    DeviceSession(DeviceBackend& model, const EngineArgs& a) : m(model), args(a) {}
     ~DeviceSession() {
         if (stream != nullptr) {
             rt::drain(stream);
@@ -200,7 +223,7 @@ struct DeviceSession {
             const int64_t k = c.num_experts_per_tok;
             take_rows(b.expert_h, rows * k, c.moe_intermediate_size);
             take_rows(b.gate_logits, rows, c.gate_logits_stride());
-            take(b.topk_idx, (moe_layers() + 1) * rows * k);
+            take(b.topk_idx, (moe_layers(false) + 1) * rows * k);
             take(b.topk_weight, rows * k);
             if (rows > kBlockRows) take(b.routed, rows * b.x.stride);
         }
@@ -221,7 +244,7 @@ struct DeviceSession {
         take(b.tokens, ctx + kMaxRound);
         take(b.choice, rows);
         take(b.loop, 1);
-        if (args.mtp) {
+        if (c.num_nextn_predict_layers > 0) {
             take(b.mtp_cache, ctx * b.row_stride);
             take_rows(b.eh, rows, 2 * d);
             take(b.hidden, rows * d);
@@ -232,22 +255,21 @@ struct DeviceSession {
                        4 * b.x.stride + round_up(c.kv_lora_rank, 4) + round_up(c.qk_rope_head_dim, 4) + 64;
         return used;
     }
-    int64_t moe_layers() const {
-        return m.cfg.n_routed_experts > 0 ? std::max(m.cfg.num_hidden_layers - m.cfg.first_k_dense_replace, 0) : 0;
+    int64_t moe_layers(bool mtp) const {
+        if (m.cfg.n_routed_experts == 0) return 0;
+        return mtp ? m.cfg.num_nextn_predict_layers : m.cfg.num_hidden_layers - m.cfg.first_k_dense_replace;
     }
 
-    bool open(DeviceError& error) {
+    Status open() {
         blocks = m.info.sms;
         DC_RT(rt::set_device(m.index));
         const int64_t bytes = lay_out(nullptr);
-        rt::DeviceInfo now;
-        if (!rt::find_device(m.index, now, error.text, sizeof error.text)) return false;
+        DC_TRY(const rt::DeviceInfo now, rt::find_device(m.index));
         if (bytes > now.free) {
-            return fail(
-                error, ErrorCode::kResource,
-                "a session of %d positions needs %.2f GB of device memory, %.2f GB of %.2f GB are free on %s; use "
-                "a smaller ctx or max_rows, or another kv type",
-                args.ctx, gb(bytes), gb(now.free), gb(now.total), now.name);
+            return fail(ErrorCode::kResource,
+                        "a session of %d positions needs %.2f GB of device memory, %.2f GB of %.2f GB are free on %s; "
+                        "use a smaller ctx or max_rows, or another kv type",
+                        args.ctx, gb(bytes), gb(now.free), gb(now.total), now.name.c_str());
         }
         DC_RT(memory.allocate(bytes));
         lay_out(static_cast<std::byte*>(memory.p));
@@ -259,16 +281,16 @@ struct DeviceSession {
         const int half = m.cfg.qk_rope_head_dim / 2;
         std::vector<float> cos(static_cast<size_t>(args.ctx) * static_cast<size_t>(half)), sin(cos.size());
         for (int i = 0; i < args.ctx; ++i)
-            m.rope.fill(i, cos.data() + int64_t{i} * half, sin.data() + int64_t{i} * half);
+            m.model.rope.fill(i, cos.data() + int64_t{i} * half, sin.data() + int64_t{i} * half);
         const rt::Settled settled{stream};
         DC_RT(rt::copy(b.cos, cos.data(), static_cast<int64_t>(cos.size()) * 4, stream));
         DC_RT(rt::copy(b.sin, sin.data(), static_cast<int64_t>(sin.size()) * 4, stream));
         DC_RT(allow_smem(PassStages{}, m.info.smem));
         DC_RT(rt::synchronize(stream));
-        return fits(error);
+        return fits();
     }
     // Every shape that this session can launch, or false and the stage that needs more shared memory than a block has.
-    bool fits(DeviceError& error) const {
+    Status fits() const {
         Program p;
         for (const int n : {1, std::min(args.max_rows, kBlockRows), kBlockRows, std::min(args.max_rows, pass_rows)}) {
             for (const bool long_context : {false, args.ctx > kShortContext})
@@ -276,16 +298,16 @@ struct DeviceSession {
         }
         for (const Op& op : p.ops) {
             if (op.need <= m.info.smem) continue;
-            return fail(error, ErrorCode::kUnsupported,
+            return fail(ErrorCode::kUnsupported,
                         "stage '%s' of this model needs %lld bytes of shared memory a block at ctx %d, %s gives %lld",
-                        op.name.c_str(), static_cast<long long>(op.need), args.ctx, m.info.name,
+                        op.name.c_str(), static_cast<long long>(op.need), args.ctx, m.info.name.c_str(),
                         static_cast<long long>(m.info.smem));
         }
-        return true;
+        return {};
     }
 
     PassWriter writer(Program& p) const {
-        return {{m.cfg, m.weights, b, args.ctx, args.kv, m.rope.softmax_scale, blocks, threads, m.info.smem}, p};
+        return {{m.cfg, m.weights, b, args.ctx, args.kv, m.model.rope.softmax_scale, blocks, threads, m.info.smem}, p};
     }
     // A pass whose inputs the host has put into b.ids, b.pos, b.hidden.
     PassShape shape(int n, bool mtp, int n_logits, bool long_context, bool trace) const {
@@ -326,115 +348,147 @@ struct DeviceSession {
         }
         return false;
     }
-    // What was prepared under `key`, now or earlier; null: failed.
-    template <class Write> Replay* replay(const ReplayKey& key, Write&& write, DeviceError& error) {
+    // What was prepared under `key`, now or earlier.
+    template <class Write> Result<Replay*> replay(const ReplayKey& key, Write&& write) {
         if (const auto it = replays.find(key); it != replays.end()) return it->second.get();
         auto r = std::make_unique<Replay>();
         write(r->program);
-        if (!check(prepare(*r), "recording a graph", error)) return nullptr;
+        DC_TRY_STATUS(check(prepare(*r), "recording a graph"));
         return (replays[key] = std::move(r)).get();
     }
 
     // ---- passes from the host --------------------------------------------------------------------------------------
 
-    bool forward(const DevicePass& p, DeviceError& error) {
+    // What a traced pass is asked for and leaves.
+    struct Taps {
+        bool on = false;
+        std::map<std::string, std::vector<float>> feed;
+        std::vector<std::string> fed;
+        std::map<std::string, ArrayView> views;  // of the names wanted: [rows of the pass, ...] in `kept`
+    };
+
+    Result<PassResult> forward(const PassArgs& p) {
         DC_RT(rt::set_device(m.index));
-        if (p.trace != nullptr) kept_taps[p.mtp].clear();
-        std::map<std::string, DeviceView> taps;
-        for (int at = 0; at < p.n; at += pass_rows) {  // sub-passes: the same bits (law L1)
-            const int n = std::min(pass_rows, p.n - at);
-            DevicePass part = p;
-            const int64_t first_logit = p.n - p.n_logits;
-            part.ids = p.ids + at;
-            part.n = n;
-            part.pos = p.pos + at;
-            part.n_logits = static_cast<int>(std::clamp<int64_t>(at + n - first_logit, 0, n));
-            part.logits = p.logits + std::max<int64_t>(at - first_logit, 0) * p.logits_stride;
-            if (p.hidden != nullptr) part.hidden = p.hidden + int64_t{at} * m.cfg.hidden_size;
-            if (p.final_h != nullptr) part.final_h = p.final_h + at * p.hidden_stride;
-            if (!forward_part(part, at, p.n, taps, error)) return false;
+        const int64_t start = now_ns();
+        Taps taps{.feed = std::exchange(p.trace.feed, {}), .fed = {}, .views = {}};
+        taps.on = p.trace.on() || !taps.feed.empty();
+        if (taps.on) kept_taps[p.mtp()].clear();
+        hidden.resize(static_cast<size_t>(p.n()) * static_cast<size_t>(m.cfg.hidden_size));
+        topk.resize(static_cast<size_t>(moe_layers(p.mtp()) * p.n() * m.cfg.num_experts_per_tok));
+        for (int at = 0; at < p.n(); at += pass_rows)  // parts: the same bits (law L1)
+            DC_TRY_STATUS(forward_part(p, at, std::min(pass_rows, p.n() - at), taps));
+        if (taps.on) DC_TRY_STATUS(record(p, taps));
+        for (const std::string& name : taps.fed) taps.feed.erase(name);
+        if (!taps.feed.empty()) {
+            return fail(ErrorCode::kSession, "feed: '%s' is no embed, gate_logits or layer_out of this pass",
+                        taps.feed.begin()->first.c_str());
         }
-        return p.trace == nullptr || record(p, std::move(taps), error);
+        return count(p, 1e-9 * static_cast<double>(now_ns() - start));
     }
-    // Rows [first, first + p.n) of a pass of n_all.
-    bool forward_part(const DevicePass& p, int first, int n_all, std::map<std::string, DeviceView>& taps,
-                      DeviceError& error) {
-        const int n = p.n;
-        const int64_t d = m.cfg.hidden_size;
+    // Rows [first, first + n) of a pass.
+    Status forward_part(const PassArgs& p, int first, int n, Taps& taps) {
+        const int64_t d = m.cfg.hidden_size, k = m.cfg.num_experts_per_tok, stride = m.cfg.logits_stride();
+        const int first_logit = p.n() - p.n_logits, n_logits = std::clamp(first + n - first_logit, 0, n);
+        float* logits = p.logits + std::max(first - first_logit, 0) * stride;
         std::vector<int32_t> pos(static_cast<size_t>(n));
-        for (int i = 0; i < n; ++i) pos[static_cast<size_t>(i)] = p.pos + i;
+        std::iota(pos.begin(), pos.end(), p.pos + first);
         const rt::Settled settled{stream};
-        DC_RT(rt::copy(b.ids, p.ids, 4 * int64_t{n}, stream));
+        DC_RT(rt::copy(b.ids, p.ids.data() + first, 4 * int64_t{n}, stream));
         DC_RT(rt::copy(b.pos, pos.data(), 4 * int64_t{n}, stream));
-        if (p.mtp) DC_RT(rt::copy(b.hidden, p.hidden, 4 * n * d, stream));
-        const bool long_context = p.pos + n > kShortContext;
-        const PassShape s = shape(n, p.mtp, p.n_logits, long_context, p.trace != nullptr);
-        if (p.trace != nullptr) {
-            if (!traced(s, p, first, n_all, taps, error)) return false;
+        if (p.mtp()) DC_RT(rt::copy(b.hidden, p.hidden + first * d, 4 * n * d, stream));
+        const bool long_context = p.pos + first + n > kShortContext;
+        const PassShape s = shape(n, p.mtp(), n_logits, long_context, taps.on);
+        if (taps.on) {
+            DC_TRY_STATUS(traced(s, p, first, taps));
         } else if (n > kBlockRows) {
             Program program;
             writer(program).pass(s);
             DC_RT(launch_all(program, stream));
         } else {
-            Replay* r = replay(
-                {p.mtp ? -2 : -1, n, p.n_logits, long_context, false},
-                [&](Program& program) { writer(program).pass(s); }, error);
-            if (r == nullptr) return false;
+            DC_TRY(const Replay* r, replay({p.mtp() ? -2 : -1, n, n_logits, long_context, false},
+                                           [&](Program& program) { writer(program).pass(s); }));
             DC_RT(r->graph.launch(stream));
         }
         const auto take_logits = [&](int rows, int64_t to) {
-            return rt::copy_rows(p.logits + to * p.logits_stride, 4 * p.logits_stride, b.logits.data,
-                                 4 * b.logits.stride, 4 * int64_t{m.cfg.vocab_size}, rows, stream);
+            return rt::copy_rows(logits + to * stride, 4 * stride, b.logits.data, 4 * b.logits.stride,
+                                 4 * int64_t{m.cfg.vocab_size}, rows, stream);
         };
-        if (n <= kBlockRows || p.n_logits <= 1) {
-            if (p.n_logits > 0) DC_RT(take_logits(p.n_logits, 0));
+        if (n <= kBlockRows || n_logits <= 1) {
+            if (n_logits > 0) DC_RT(take_logits(n_logits, 0));
         } else {
-            for (int i = 0; i < p.n_logits; i += kLogitRows) {
-                const int rows = std::min(kLogitRows, p.n_logits - i);
+            for (int i = 0; i < n_logits; i += kLogitRows) {
+                const int rows = std::min(kLogitRows, n_logits - i);
                 Program program;
-                writer(program).rows_head(p.mtp, n - p.n_logits + i, rows, m.cfg.vocab_size, b.pos);
+                writer(program).rows_head(p.mtp(), n - n_logits + i, rows, m.cfg.vocab_size, b.pos);
                 DC_RT(launch_all(program, stream));
                 DC_RT(take_logits(rows, i));
             }
         }
-        if (p.final_h != nullptr)
-            DC_RT(rt::copy_rows(p.final_h, 4 * p.hidden_stride, b.h.data, 4 * b.h.stride, 4 * d, n, stream));
-        const int64_t layers = p.mtp ? (m.cfg.is_moe(m.cfg.num_hidden_layers) ? 1 : 0) : moe_layers();
-        const int64_t k = m.cfg.num_experts_per_tok, skip = p.mtp ? moe_layers() : 0;
-        if (p.topk != nullptr && layers > 0) {
-            DC_RT(rt::copy_rows(p.topk + first * k, 4 * n_all * k, b.topk_idx + skip * b.rows * k, 4 * b.rows * k,
+        DC_RT(rt::copy_rows(hidden.data() + first * d, 4 * d, b.h.data, 4 * b.h.stride, 4 * d, n, stream));
+        if (const int64_t layers = moe_layers(p.mtp()); layers > 0) {
+            const int64_t skip = p.mtp() ? moe_layers(false) : 0;
+            DC_RT(rt::copy_rows(topk.data() + first * k, 4 * p.n() * k, b.topk_idx + skip * b.rows * k, 4 * b.rows * k,
                                 4 * n * k, layers, stream));
         }
-        DC_RT(rt::synchronize(stream));
-        return true;
+        return check(rt::synchronize(stream), "a pass");
+    }
+    // Counts what a pass that has ended read.
+    Result<PassResult> count(const PassArgs& p, double seconds) {
+        const ModelConfig& c = m.cfg;
+        const size_t per_layer = static_cast<size_t>(p.n()) * static_cast<size_t>(c.num_experts_per_tok);
+        const int first = p.mtp() ? c.num_hidden_layers : c.first_k_dense_replace;
+        const WeightBytes& b = m.model.bytes;
+        PassStats s;
+        experts.clear();
+        std::vector<bool> seen(static_cast<size_t>(c.n_routed_experts));
+        for (int l = 0; l < moe_layers(p.mtp()); ++l) {
+            std::fill(seen.begin(), seen.end(), false);
+            int64_t touched = 0;
+            for (size_t i = 0; i < per_layer; ++i) {
+                const int32_t e = topk[static_cast<size_t>(l) * per_layer + i];
+                if (e < 0 || e >= c.n_routed_experts) {
+                    return fail(ErrorCode::kResource, "device: expert %d of layer %d does not exist", e, first + l);
+                }
+                touched += seen[static_cast<size_t>(e)] ? 0 : 1;
+                seen[static_cast<size_t>(e)] = true;
+                if (!p.mtp() && p.n() <= kMaxRound) experts.push_back((first + l) * c.n_routed_experts + e);
+            }
+            const LayerWeights& layer =
+                p.mtp() ? m.weights.mtp_layer : m.weights.layers[static_cast<size_t>(first + l)];
+            s.experts_touched += touched;
+            s.weight_bytes += touched * layer.expert_bytes();
+        }
+        s.weight_bytes += (p.mtp() ? b.mtp_fixed : b.fixed) + p.n() * b.embed_row;
+        if (p.n_logits > 0) s.weight_bytes += p.mtp() ? b.mtp_head : b.head;
+        p.stats.experts_touched += s.experts_touched;
+        p.stats.weight_bytes += s.weight_bytes;
+        p.stats.cache_bytes += (p.pos + p.n()) * c.cache_row_bytes(args.kv) * (p.mtp() ? 1 : c.num_hidden_layers);
+        p.stats.seconds += seconds;  // stage by stage, a pass is timed by report("stages")
+        return PassResult{p.n(), {hidden.data(), c.hidden_size}, experts};
     }
 
     // The same stages one by one; behind each its intermediates are copied to `kept`, or replaced by what the host feeds.
-    // taps: [n_all, ...] views into `kept`.
-    bool traced(const PassShape& s, const DevicePass& p, int first, int n_all, std::map<std::string, DeviceView>& taps,
-                DeviceError& error) {
+    Status traced(const PassShape& s, const PassArgs& p, int first, Taps& taps) {
         if (tap_memory.p == nullptr) DC_RT(tap_memory.allocate(4 * b.rows * b.tap_stride));
         b.taps = static_cast<float*>(tap_memory.p);
         Program program;
         writer(program).pass(s);
         const auto row_bytes = [&](const TapOut& t) { return 4 * t.vectors / t.rows * t.width; };
         if (first == 0) {
+            Memory& into = kept[p.mtp()];
             std::map<std::string, int64_t> at;
             int64_t bytes = 0;
             for (const TapOut& t : program.taps) {
-                if (!p.trace->wants(p.trace->ctx, t.name.c_str())) continue;
+                if (!p.trace.wants(t.name)) continue;
                 at[t.name] = bytes;
-                bytes += round_up(row_bytes(t) * n_all, 256);
+                bytes += round_up(row_bytes(t) * p.n(), 256);
             }
-            if (bytes > kept[p.mtp].bytes) DC_RT(kept[p.mtp].allocate(bytes));
+            if (bytes > into.bytes) DC_RT(into.allocate(bytes));
             for (const TapOut& t : program.taps) {
                 if (!at.contains(t.name)) continue;
-                DeviceView& v = taps[t.name];
-                v = {.data = static_cast<std::byte*>(kept[p.mtp].p) + at[t.name],
-                     .type = t.is_int ? "<i4" : "<f4",
-                     .n_dims = static_cast<int>(t.dims.size()) + 1};
-                v.dims[0] = n_all;
-                std::copy(t.dims.begin(), t.dims.end(), v.dims + 1);
+                ArrayView& v = taps.views[t.name];
+                v = {static_cast<std::byte*>(into.p) + at[t.name], t.is_int ? "<i4" : "<f4", t.dims};
+                v.shape.insert(v.shape.begin(), p.n());
             }
         }
         size_t next = 0;
@@ -442,90 +496,92 @@ struct DeviceSession {
             DC_RT(launch(program.ops[i], i > 0, stream));
             for (; next < program.taps.size() && program.taps[next].op == i; ++next) {
                 const TapOut& t = program.taps[next];
-                if (const auto v = taps.find(t.name); v != taps.end()) {
+                if (const auto v = taps.views.find(t.name); v != taps.views.end()) {
                     DC_RT(rt::copy_rows(static_cast<std::byte*>(v->second.data) + first * row_bytes(t), 4 * t.width,
                                         t.data, 4 * t.stride, 4 * t.width, t.vectors, stream));
                 }
-                int64_t fed = 0;
-                const float* feed = t.input ? p.trace->take(p.trace->ctx, t.name.c_str(), &fed) : nullptr;
-                if (feed == nullptr) continue;
-                if (fed != row_bytes(t) / 4 * n_all) {
-                    return fail(error, ErrorCode::kSession, "feed: %s has %lld values, expected %lld", t.name.c_str(),
-                                static_cast<long long>(fed), static_cast<long long>(row_bytes(t) / 4 * n_all));
+                const auto feed = t.input ? taps.feed.find(t.name) : taps.feed.end();
+                if (feed == taps.feed.end()) continue;
+                taps.fed.push_back(t.name);
+                const int64_t per_row = row_bytes(t) / 4, fed = std::ssize(feed->second);
+                if (fed != per_row * p.n()) {
+                    return fail(ErrorCode::kSession, "feed: %s has %lld values, expected %lld", t.name.c_str(),
+                                static_cast<long long>(fed), static_cast<long long>(per_row * p.n()));
                 }
-                DC_RT(rt::copy_rows(t.data, 4 * t.stride, feed + first * row_bytes(t) / 4, 4 * t.width, 4 * t.width,
-                                    t.vectors, stream));
+                DC_RT(rt::copy_rows(t.data, 4 * t.stride, feed->second.data() + first * per_row, 4 * t.width,
+                                    4 * t.width, t.vectors, stream));
             }
         }
-        return true;
+        return {};
     }
     // Hands the taps of all rows to the host.
-    bool record(const DevicePass& p, std::map<std::string, DeviceView> taps, DeviceError& error) {
-        const DeviceTrace& to = *p.trace;
+    Status record(const PassArgs& p, Taps& taps) {
         std::vector<float> host;
         const rt::Settled settled{stream};
-        for (const auto& [name, v] : taps) {
-            int64_t per_row = 1;
-            for (int i = 1; i < v.n_dims; ++i) per_row *= v.dims[i];
-            host.resize(static_cast<size_t>(v.dims[0] * per_row));
+        for (const auto& [name, v] : taps.views) {
+            const std::vector<int64_t> dims(v.shape.begin() + 1, v.shape.end());
+            const int64_t per_row = std::accumulate(dims.begin(), dims.end(), int64_t{1}, std::multiplies<>());
+            host.resize(static_cast<size_t>(p.n() * per_row));
             DC_RT(rt::copy(host.data(), v.data, static_cast<int64_t>(host.size()) * 4, stream));
             DC_RT(rt::synchronize(stream));
-            to.record(to.ctx, name.c_str(), host.data(), v.type[1] == 'i', v.dims[0], v.dims + 1, v.n_dims - 1,
-                      per_row);
+            if (v.type[1] == 'i') {
+                p.trace.record(name, reinterpret_cast<const int32_t*>(host.data()), p.n(), dims, per_row);
+            } else {
+                p.trace.record(name, host.data(), p.n(), dims, per_row);
+            }
         }
-        kept_taps[p.mtp] = std::move(taps);
-        const char* name = p.mtp ? "mtp.logits" : "logits";
-        const int64_t vocab = m.cfg.vocab_size;
-        if (p.n_logits > 0 && to.wants(to.ctx, name))
-            to.record(to.ctx, name, p.logits, false, p.n_logits, &vocab, 1, p.logits_stride);
-        return true;
+        kept_taps[p.mtp()] = std::move(taps.views);
+        if (p.n_logits > 0) {
+            p.trace.record(p.mtp() ? "mtp.logits" : "logits", p.logits, p.n_logits, {m.cfg.vocab_size},
+                           m.cfg.logits_stride());
+        }
+        return {};
     }
 
-    bool copy_cache(bool mtp, int layer, int row, int n, void* host, bool to_device, DeviceError& error) {
+    Status copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_cache) {
         DC_RT(rt::set_device(m.index));
         const int64_t bytes = m.cfg.cache_row_bytes(args.kv);
-        std::byte* at = (mtp ? b.mtp_cache : b.cache) + (int64_t{layer} * args.ctx + row) * b.row_stride;
-        if (to_device) {
-            DC_RT(rt::copy_rows(at, b.row_stride, host, bytes, bytes, n, stream));
-        } else {
-            DC_RT(rt::copy_rows(host, bytes, at, b.row_stride, bytes, n, stream));
-        }
-        DC_RT(rt::synchronize(stream));
-        return true;
+        std::byte* at = (mtp ? b.mtp_cache : b.cache) + int64_t{layer} * args.ctx * b.row_stride;
+        DC_RT(to_cache ? rt::copy_rows(at, b.row_stride, host, bytes, bytes, n, stream)
+                       : rt::copy_rows(host, bytes, at, b.row_stride, bytes, n, stream));
+        return check(rt::synchronize(stream), "copying cache rows");
     }
 
     // ---- decoding --------------------------------------------------------------------------------------------------
 
-    bool decode_start(const DeviceDecode& d, DeviceError& error) {
+    Status decode_start(const DecodeArgs& d) {
+        if (d.eos.size() > kMaxEos) {
+            return fail(ErrorCode::kSession, "decode: %zu end tokens, at most %d on a device", d.eos.size(), kMaxEos);
+        }
         DC_RT(rt::set_device(m.index));
         DC_RT(rt::synchronize(stream));
         run = d;
         *ring = TokenRing{};
         queued = taken = 0;
-        pend_bound = d.n_pending;
-        pos_bound = d.n;
+        const auto n = static_cast<int>(d.tokens.size()) - 1;
+        pend_bound = static_cast<int>(std::ssize(d.pending) / m.cfg.hidden_size);
+        pos_bound = n;
         Loop l;
         const rt::Settled settled{stream};
-        l.s.pos = d.n;
+        l.s.pos = n;
         l.s.n = 1;
-        l.s.tokens[0] = d.tokens[d.n];
-        l.n_pend = d.n_pending;
+        l.s.tokens[0] = d.tokens.back();
+        l.n_pend = pend_bound;
         l.left = d.max_tokens;
         l.ctx = args.ctx;
         l.n_valid = d.n_valid;
-        l.temp = d.temp;
-        l.top_p = d.top_p;
-        l.min_p = d.min_p;
-        l.top_k = d.top_k;
-        l.seed = d.seed;
-        l.n_eos = d.n_eos;
-        std::copy_n(d.eos, d.n_eos, l.eos);
-        l.stop = d.max_tokens <= 0 ? kStopLength : d.n + 1 >= args.ctx ? kStopContext : kStopNone;
+        l.temp = d.sample.temp;
+        l.top_p = d.sample.top_p;
+        l.min_p = d.sample.min_p;
+        l.top_k = d.sample.top_k;
+        l.seed = d.sample.seed;
+        l.n_eos = static_cast<int>(d.eos.size());
+        std::copy(d.eos.begin(), d.eos.end(), l.eos);
+        l.stop = d.max_tokens <= 0 ? kStopLength : n + 1 >= args.ctx ? kStopContext : kStopNone;
         DC_RT(rt::copy(b.loop, &l, sizeof l, stream));
-        DC_RT(rt::copy(b.tokens, d.tokens, 4 * (int64_t{d.n} + 1), stream));
-        if (d.n_pending > 0) DC_RT(rt::copy(b.pend, d.pending, 4 * int64_t{d.n_pending} * m.cfg.hidden_size, stream));
-        DC_RT(rt::synchronize(stream));
-        return true;
+        DC_RT(rt::copy(b.tokens, d.tokens.data(), 4 * std::ssize(d.tokens), stream));
+        if (!d.pending.empty()) DC_RT(rt::copy(b.pend, d.pending.data(), 4 * std::ssize(d.pending), stream));
+        return check(rt::synchronize(stream), "starting to decode");
     }
 
     // The stages of a round of k drafts that first brings the MTP cache up to date in `parts` passes.
@@ -533,8 +589,8 @@ struct DeviceSession {
         PassWriter w = writer(program);
         Loop* l = b.loop;
         const int d = m.cfg.hidden_size, topk = m.cfg.num_experts_per_tok, rows = static_cast<int>(b.rows);
-        const Routed mtp_routed{b.topk_idx + moe_layers() * b.rows * topk,
-                                m.cfg.is_moe(m.cfg.num_hidden_layers) ? 1 : 0, rows, topk};
+        const Routed mtp_routed{b.topk_idx + moe_layers(false) * b.rows * topk, static_cast<int>(moe_layers(true)),
+                                rows, topk};
         const auto choose = [&](const int32_t* n_live, int n, bool last, int offset, int32_t* choice) {
             if (!sampled) return;
             w.add(ChooseArgs{.logits = b.logits,
@@ -595,207 +651,187 @@ struct DeviceSession {
                          .h = b.h,
                          .pend = run.keeps_mtp ? b.pend : nullptr,
                          .d = d,
-                         .routed = {b.topk_idx, static_cast<int>(moe_layers()), rows, topk}});
+                         .routed = {b.topk_idx, static_cast<int>(moe_layers(false)), rows, topk}});
     }
 
-    bool decode_step(int k, DeviceError& error) {
+    Status decode_step(int k) {
         DC_RT(rt::set_device(m.index));
         if (queued - taken >= kRingRounds) {
-            return fail(error, ErrorCode::kSession, "decode: %d rounds are queued and not polled, no more fit",
-                        kRingRounds);
+            return fail(ErrorCode::kSession, "decode: %d rounds are queued and not polled, no more fit", kRingRounds);
         }
-        const bool long_context = pos_bound + kMaxRound > kShortContext;
+        const bool long_context = pos_bound + kMaxRound > kShortContext, sampled = run.sample.temp > 0;
         const bool catch_up = run.keeps_mtp && (k > 0 || pend_bound + 1 > kMaxPending);
         const int parts = catch_up ? static_cast<int>(ceil_div(pend_bound, kBlockRows)) : 0;
         // The writer keeps run.n_valid in the program: a run over another vocabulary is another program.
-        Replay* r = replay(
-            {k, parts, run.n_valid * 2 + (run.keeps_mtp ? 1 : 0), long_context, run.temp > 0},
-            [&](Program& p) { write_round(p, parts > 0 ? k : 0, parts, long_context, run.temp > 0); }, error);
-        if (r == nullptr) return false;
+        DC_TRY(const Replay* r,
+               replay({k, parts, run.n_valid * 2 + (run.keeps_mtp ? 1 : 0), long_context, sampled},
+                      [&](Program& p) { write_round(p, parts > 0 ? k : 0, parts, long_context, sampled); }));
         DC_RT(r->graph.launch(stream));
         ++queued;
         pend_bound = !run.keeps_mtp ? 0 : catch_up ? k + 1 : pend_bound + 1;
         pos_bound += k + 1;
-        return true;
+        return {};
     }
 
-    int decode_poll(DeviceRound* rounds, int capacity, int& left, DeviceError& error) {
+    Result<std::vector<DecodedRound>> decode_poll(int& left) {
         rt::Error e = 0;
         const bool idle = rt::idle(stream, e);
-        if (!check(e, "decoding", error)) return -1;
+        DC_TRY_STATUS(check(e, "decoding"));
         const unsigned done = __atomic_load_n(&ring->done, __ATOMIC_ACQUIRE);
-        if (done == taken && idle && done != queued) {
-            fail(error, ErrorCode::kResource, "device: %u rounds were queued, %u have ended", queued, done);
-            return -1;
+        if (done == taken && idle && done != queued)
+            return fail(ErrorCode::kResource, "device: %u rounds were queued, %u have ended", queued, done);
+        std::vector<DecodedRound> rounds;
+        for (; taken != done; ++taken) {
+            rounds.push_back(ring->rounds[taken % kRingRounds]);
+            if (const int n = rounds.back().n_tokens; n < 0 || n > kMaxRound)
+                return fail(ErrorCode::kResource, "device: a round of %d tokens", n);
         }
-        int n = 0;
-        for (; n < capacity && taken != done; ++n, ++taken) rounds[n] = ring->rounds[taken % kRingRounds];
         left = static_cast<int>(queued - taken);
-        return n;
+        return rounds;
     }
 
-    bool decode_finish(DeviceDecodeState& state, float* pending, DeviceError& error) {
+    Result<DecodeResult> decode_finish(PassStats& stats) {
         DC_RT(rt::set_device(m.index));
+        const ModelConfig& c = m.cfg;
         Loop l;
+        DecodeResult end;
         const rt::Settled settled{stream};
         DC_RT(rt::copy(&l, b.loop, sizeof l, stream));
         DC_RT(rt::synchronize(stream));
-        if (l.n_pend < 0 || l.n_pend > (run.keeps_mtp ? kMaxPending + kMaxRound : 0))
-            return fail(error, ErrorCode::kResource, "device: %d pending rows", l.n_pend);
-        if (l.n_pend > 0) {
-            DC_RT(rt::copy(pending, b.pend, 4 * int64_t{l.n_pend} * m.cfg.hidden_size, stream));
-            DC_RT(rt::synchronize(stream));
-        }
-        state = l.counts;
-        state.n = l.s.pos;
-        state.n_pending = l.n_pend;
-        return true;
+        if (l.n_pend < 0 || l.n_pend > (run.keeps_mtp ? std::min(l.s.pos, kMaxPending + kMaxRound) : 0))
+            return fail(ErrorCode::kResource, "device: %d pending rows", l.n_pend);
+        if (l.s.pos < std::ssize(run.tokens) - 1 || l.s.pos > args.ctx)
+            return fail(ErrorCode::kResource, "device: %d cached tokens", l.s.pos);
+        end.tokens.resize(static_cast<size_t>(l.s.pos));
+        end.pending.resize(static_cast<size_t>(l.n_pend) * static_cast<size_t>(c.hidden_size));
+        DC_RT(rt::copy(end.tokens.data(), b.tokens, 4 * std::ssize(end.tokens), stream));
+        DC_RT(rt::copy(end.pending.data(), b.pend, 4 * std::ssize(end.pending), stream));
+        DC_RT(rt::synchronize(stream));
+        taken = queued;
+        const LoopCounts& n = l.counts;
+        const WeightBytes& w = m.model.bytes;
+        stats.passes += n.passes + n.mtp_passes;
+        stats.rows += n.rows + n.mtp_rows;
+        stats.mtp_passes += n.mtp_passes;
+        stats.mtp_rows += n.mtp_rows;
+        stats.experts_touched += n.experts + n.mtp_experts;
+        stats.weight_bytes += n.passes * (w.fixed + w.head) + n.mtp_passes * (w.mtp_fixed + w.mtp_head) +
+                              (n.rows + n.mtp_rows) * w.embed_row + n.mtp_experts * w.mtp_expert +
+                              n.experts * w.experts / std::max(w.n_moe_layers, 1);  // of all layers alike
+        stats.cache_bytes += c.cache_row_bytes(args.kv) * (n.cache_rows * c.num_hidden_layers + n.mtp_cache_rows);
+        return end;
     }
 
-    bool view(const char* name, DeviceView& v) const {
+    std::optional<ArrayView> view(const std::string& name) const {
         const ModelConfig& c = m.cfg;
-        const auto f32 = [](const View<float>& p, int64_t rows) {
-            return DeviceView{.data = p.data, .type = "<f4", .n_dims = 2, .dims = {rows, p.stride}};
+        const std::map<std::string, ArrayView> buffers = {
+            {"x", {b.x.data, "<f4", {b.rows, b.x.stride}}},
+            {"hidden", {b.h.data, "<f4", {b.rows, b.h.stride}}},
+            {"logits", {b.logits.data, "<f4", {kLogitRows, b.logits.stride}}},
+            {"cache", {b.cache, "|u1", {c.num_hidden_layers, args.ctx, b.row_stride}}},
+            {"mtp_cache", {b.mtp_cache, "|u1", {1, args.ctx, b.row_stride}}},
         };
-        const auto cache = [&](std::byte* p, int64_t layers) {
-            return DeviceView{.data = p, .type = "|u1", .n_dims = 3, .dims = {layers, args.ctx, b.row_stride}};
-        };
-        const std::map<std::string, DeviceView> views = {
-            {"x", f32(b.x, b.rows)},
-            {"hidden", f32(b.h, b.rows)},
-            {"logits", f32(b.logits, kLogitRows)},
-            {"cache", cache(b.cache, c.num_hidden_layers)},
-            {"mtp_cache", cache(b.mtp_cache, 1)},
-        };
-        for (const auto& named : {views, kept_taps[0], kept_taps[1]}) {
-            const auto it = named.find(name);
-            if (it == named.end() || it->second.data == nullptr) continue;
-            v = it->second;
-            return true;
+        for (const auto* named : {&buffers, &kept_taps[0], &kept_taps[1]}) {
+            const auto it = named->find(name);
+            if (it != named->end() && it->second.data != nullptr) return it->second;
         }
-        return false;
+        return std::nullopt;
     }
 
     // report.h
-    bool report(const char* what, char* text, size_t size, DeviceError& error);
-    bool report_stages(int n, int pos, JsonText& out, DeviceError& error);
-    double seconds(int repeats, DeviceError& error, const std::function<rt::Error()>& queue);
+    Result<std::string> report(const std::string& what);
+    Status report_stages(int n, int pos, std::string& json);
+    Result<double> seconds(int repeats, const std::function<rt::Error()>& queue);
 };
 
 #include "runtime/cuda/report.h"
 
-// --- the table ------------------------------------------------------------------------------------------------------
+// --- the engine -----------------------------------------------------------------------------------------------------
 
 namespace {
 
-bool probe(int device, char* text, size_t size, char arch[16]) {
-    rt::DeviceInfo info;
-    if (!rt::find_device(device, info, text, size)) return false;
-    std::snprintf(text, size, "%s", info.name);
-    std::memcpy(arch, info.arch, sizeof info.arch);
-    return true;
-}
-
-DeviceModel* open_model(const DeviceModelArgs& a, DeviceError& error) {
-    auto m = std::make_unique<DeviceModel>();
-    m->cfg = *a.cfg;
-    m->rope = *a.rope;
-    m->path = a.path;
-    m->index = a.device;
-    const auto open = [&] {
-        if (!rt::find_device(a.device, m->info, error.text, sizeof error.text)) return false;
-        if (a.bytes > m->info.free) {
-            return fail(error, ErrorCode::kResource,
-                        "%s needs %.2f GB of device memory, %.2f GB of %.2f GB are free on %s", a.path, gb(a.bytes),
-                        gb(m->info.free), gb(m->info.total), m->info.name);
-        }
-        DC_RT(m->memory.allocate(a.bytes));
-        m->weights = *a.weights;
-        visit(m->weights, m->cfg, [&](const TensorSpec& spec, auto& member) {
-            pieces(spec, member, [&]<class T>(const T*& at, int64_t, const char*) {
-                at = reinterpret_cast<const T*>(m->base() + (reinterpret_cast<const std::byte*>(at) - a.base));
-            });
-        });
-        if (a.fill_seed == 0) return m->upload(a.fd, a.bytes, error);
-        DC_RT(fill_weights(m->weights, m->base(), a.fill_seed, m->cfg, m->info.sms));
-        return true;
-    };
-    return open() ? m.release() : nullptr;
-}
-
-DeviceSession* open_session(DeviceModel* m, const DeviceSessionArgs& a, DeviceError& error) {
-    auto s = std::make_unique<DeviceSession>(*m, a);
-    return s->open(error) ? s.release() : nullptr;
-}
-
-// fn() of a session. Where it fails nothing that is queued may still use the caller's memory.
-template <class R, class Fn> R session_call(DeviceSession* s, DeviceError& error, R failed, Fn&& fn) noexcept {
-    if (s->closed) {
-        fail(error, ErrorCode::kSession, "device: this session is closed, a report could not put its cache rows back");
-        return failed;
-    }
-    const R r = guarded(error, failed, fn);
-    if (r == failed) rt::drain(s->stream);
-    return r;
-}
-// A method of a session as a function of the table (nvcc takes no member pointers here).
-#define DC_ENTRY(failed, parameters, call)                                                                             \
-    [] parameters noexcept { return session_call(s, e, failed, [&] { return s->call; }); }
-
-constexpr DeviceApi kApi = {
-    .abi = kDeviceAbi,
-    .fingerprint = kDeviceFingerprint,
-    .probe =
-        [](int device, char* text, size_t size, char arch[16]) noexcept {
-            DeviceError e;
-            const bool found = guarded(e, false, [&] { return probe(device, text, size, arch); });
-            if (!found && e.text[0] != 0) std::snprintf(text, size, "%s", e.text);
-            return found;
-        },
-    .open_model =
-        [](const DeviceModelArgs& a, DeviceError& e) noexcept {
-            return guarded(e, static_cast<DeviceModel*>(nullptr), [&] { return open_model(a, e); });
-        },
-    .close_model =
-        [](DeviceModel* m) noexcept {
-            if (!m->hangs) delete m;
-        },
-    .open_session =
-        [](DeviceModel* m, const DeviceSessionArgs& a, DeviceError& e) noexcept {
-            return guarded(e, static_cast<DeviceSession*>(nullptr), [&] { return open_session(m, a, e); });
-        },
+class DeviceEngine final : public Engine {
+  public:
+    explicit DeviceEngine(std::unique_ptr<DeviceSession> s) : s_(std::move(s)) {}
     // What a device that hangs may still write to is given up, not waited for: the process can end.
-    .close_session =
-        [](DeviceSession* s) noexcept {
-            DeviceError e;
-            if (guarded(e, false, [&] { return s->at_rest(); })) {
-                delete s;
-            } else {
-                s->m.hangs = true;
+    ~DeviceEngine() override {
+        bool rests = false;
+        try {
+            rests = s_->at_rest();
+        } catch (const std::exception&) {
+        }
+        if (rests) return;
+        s_->m.hangs = true;
+        (void)s_.release();
+    }
+    Result<PassResult> forward(const PassArgs& p) override {
+        return call([&] { return s_->forward(p); });
+    }
+    Status copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_cache) override {
+        return call([&] { return s_->copy_rows(mtp, layer, n, host, to_cache); });
+    }
+    bool takes_feed() const override { return true; }
+    Status decode_start(const DecodeArgs& d) override {
+        return call([&] { return s_->decode_start(d); });
+    }
+    Status decode_step(int k) override {
+        return call([&] { return s_->decode_step(k); });
+    }
+    Result<std::vector<DecodedRound>> decode_poll(int& left) override {
+        return call([&] { return s_->decode_poll(left); });
+    }
+    Result<DecodeResult> decode_finish(PassStats& stats) override {
+        return call([&] { return s_->decode_finish(stats); });
+    }
+    std::optional<ArrayView> view(const std::string& name) override { return s_->view(name); }
+    Result<std::string> report(const std::string& what) override {
+        return call([&] { return s_->report(what); });
+    }
+
+  private:
+    // fn() of the session. Where it fails nothing that is queued may still use the caller's memory.
+    template <class Fn> auto call(Fn&& fn) -> decltype(fn()) {
+        if (s_->closed) {
+            return fail(ErrorCode::kSession,
+                        "device: this session is closed, a report could not put its cache rows back");
+        }
+        struct Drain {
+            rt::Stream stream;
+            bool needed = true;
+            ~Drain() {
+                if (needed) rt::drain(stream);
             }
-        },
-    .forward = DC_ENTRY(false, (DeviceSession * s, const DevicePass& p, DeviceError& e), forward(p, e)),
-    .copy_cache = DC_ENTRY(
-        false, (DeviceSession * s, bool mtp, int layer, int row, int n, void* host, bool to_device, DeviceError& e),
-        copy_cache(mtp, layer, row, n, host, to_device, e)),
-    .decode_start = DC_ENTRY(false, (DeviceSession * s, const DeviceDecode& d, DeviceError& e), decode_start(d, e)),
-    .decode_step = DC_ENTRY(false, (DeviceSession * s, int k, DeviceError& e), decode_step(k, e)),
-    .decode_poll = DC_ENTRY(-1, (DeviceSession * s, DeviceRound* rounds, int capacity, int& left, DeviceError& e),
-                            decode_poll(rounds, capacity, left, e)),
-    .decode_finish = DC_ENTRY(false, (DeviceSession * s, DeviceDecodeState& state, float* pending, DeviceError& e),
-                              decode_finish(state, pending, e)),
-    .view =
-        [](DeviceSession* s, const char* name, DeviceView& v) noexcept {
-            DeviceError e;
-            return guarded(e, false, [&] { return s->view(name, v); });
-        },
-    .report = DC_ENTRY(false, (DeviceSession * s, const char* what, char* text, size_t size, DeviceError& e),
-                       report(what, text, size, e)),
+        } drain{s_->stream};
+        auto result = guarded(fn);
+        drain.needed = !result.ok();
+        return result;
+    }
+
+    std::unique_ptr<DeviceSession> s_;
 };
-#undef DC_ENTRY
+
+Result<std::unique_ptr<Backend>> open_backend(const BoundModel& model, uint64_t fill_seed) {
+    return guarded([&]() -> Result<std::unique_ptr<Backend>> {
+        auto m = std::make_unique<DeviceBackend>(model);
+        DC_TRY_STATUS(m->open(fill_seed));
+        return std::unique_ptr<Backend>(std::move(m));
+    });
+}
 
 }  // namespace
+
+Result<std::unique_ptr<Engine>> DeviceBackend::make_engine(const EngineArgs& args) {
+    return guarded([&]() -> Result<std::unique_ptr<Engine>> {
+        auto s = std::make_unique<DeviceSession>(*this, args);
+        DC_TRY_STATUS(s->open());
+        return std::unique_ptr<Engine>(std::make_unique<DeviceEngine>(std::move(s)));
+    });
+}
+
 }  // namespace deepcalm
+
+extern "C" __attribute__((visibility("default")))
+const deepcalm::DeviceLibrary deepcalm_device = {DC_DEVICE_BUILD, deepcalm::open_backend};
 
 // One stage by itself, for tests and oracles: `args` is its struct of `size` bytes (kernels/cuda/args.h), whose pointers
 // are the caller's device memory. Launches queue on a stream of their own; name null waits for them. `smem` not 0: only tells
@@ -837,9 +873,10 @@ extern "C" __attribute__((visibility("default"))) int deepcalm_stage(const char*
             return 0;
         });
     }
-    char text[512];
     if (stream == nullptr) {
-        if (!rt::find_device(0, info, text, sizeof text)) return -1;
+        auto found = rt::find_device(0);
+        if (!found.ok()) return -1;
+        info = found.value();
         if (const rt::Error e = allow_smem(PassStages{}, info.smem); e != 0) return e;
         if (const rt::Error e = rt::create(&stream); e != 0) return e;
     }
@@ -853,8 +890,4 @@ extern "C" __attribute__((visibility("default"))) int deepcalm_stage(const char*
                            .stream = stream},
                           kernel_of<A>(f.nb), a, f);
     });
-}
-
-extern "C" __attribute__((visibility("default"))) const deepcalm::DeviceApi* deepcalm_backend(int abi) {
-    return abi == deepcalm::kDeviceAbi ? &deepcalm::kApi : nullptr;
 }

@@ -9,16 +9,26 @@
 #include "kernels/cuda/args.h"
 #include "kernels/cuda/rt.h"
 #include "kernels/noise.h"
-#include "runtime/cuda/abi.h"
+#include "runtime/engine.h"
 
 namespace deepcalm::gpu {
 
 inline constexpr int kRingRounds = 128;  // rounds in flight at most
+inline constexpr int kMaxEos = 32;
 
 // In pinned memory, written by accept, read by the host after `done`.
 struct TokenRing {
-    unsigned done = 0;                // rounds that have ended; the last word written
-    DeviceRound rounds[kRingRounds];  // round i at i % kRingRounds
+    unsigned done = 0;                 // rounds that have ended; the last word written
+    DecodedRound rounds[kRingRounds];  // round i at i % kRingRounds
+};
+
+// Of everything that ran, rounds queued after a stop included.
+struct LoopCounts {
+    int64_t passes = 0, rows = 0, mtp_passes = 0, mtp_rows = 0;
+    int64_t experts = 0;      // distinct (layer, expert) pairs of main passes, summed over them
+    int64_t mtp_experts = 0;  // and of MTP passes
+    int64_t cache_rows = 0;   // rows of one layer that main passes read; mtp_cache_rows likewise
+    int64_t mtp_cache_rows = 0;
 };
 
 // Rows of the passes of decoding; they read them through pointers into this.
@@ -45,7 +55,7 @@ struct Loop {
     float temp = 0, top_p = 1, min_p = 0;
     uint64_t seed = 0;
     int32_t eos[kMaxEos] = {};
-    DeviceDecodeState counts;  // n and n_pending are kept above
+    LoopCounts counts;
 };
 
 // --- choice at temperature > 0 --------------------------------------------------------------------------------------
@@ -320,7 +330,7 @@ struct AcceptArgs {
 };
 
 // Emits the choices of the round's rows; one thread. bad: the lowest id whose logit is NaN. Returns how many.
-DC_DEVICE int take_choices(const AcceptArgs& a, Loop& l, DeviceRound& r, int rows, int bad) {
+DC_DEVICE int take_choices(const AcceptArgs& a, Loop& l, DecodedRound& r, int rows, int bad) {
     int e = 0;
     while (e < rows && l.stop == kStopNone) {
         const int32_t id = l.s.choice[e];
@@ -371,7 +381,7 @@ template <int NB> DC_DEVICE void stage(const AcceptArgs& a, const Fit&) {
     rt::sync_block();
     if (rt::thread() == 0) {
         for (int w = 0; w < rt::warps(); ++w) bad = shared[w] < bad ? shared[w] : bad;
-        DeviceRound& r = a.ring->rounds[l.done % kRingRounds];
+        DecodedRound& r = a.ring->rounds[l.done % kRingRounds];
         r = {};
         r.experts = experts;
         l.counts.experts += experts;

@@ -2,8 +2,8 @@
 // that activations keep their size; the same seed gives the same bytes.
 #pragma once
 
-#include "runtime/cuda/abi.h"
 #include "runtime/cuda/host.h"
+#include "runtime/manifest.h"
 
 #include <algorithm>
 #include <cmath>

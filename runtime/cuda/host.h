@@ -3,14 +3,16 @@
 #pragma once
 
 #include "kernels/cuda/rt.h"
+#include "runtime/result.h"
 
 #include <chrono>
 #include <cstdio>
+#include <string>
 
 namespace deepcalm::rt {
 
 struct DeviceInfo {
-    char name[256] = "", arch[16] = "";
+    std::string name, arch;       // as in Backend
     int sms = 0;                  // multiprocessors: blocks that run at once, one each
     int64_t smem = 0;             // dynamic shared memory that one block may have (Fit in kernels/cuda/stages.h)
     bool dependent = false;       // programmatic dependent launches work (sm_90 and later)
@@ -24,52 +26,39 @@ inline constexpr int kMaxThreads = 1024, kMaxRows = 1 << 20, kMaxRepeats = 1 << 
 inline constexpr std::chrono::seconds kPatience{10};
 
 inline Error set_device(int index) { return cudaSetDevice(index); }
-// False: `text` says what is missing.
-inline bool find_device(int index, DeviceInfo& info, char* text, size_t size) {
-    int count = 0;
+inline Result<DeviceInfo> find_device(int index) {
+    const auto missing = [](const std::string& what) { return deepcalm::Error{ErrorCode::kUnsupported, what}; };
+    const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+    int count = 0, driver = 0, runtime = 0;
     const cudaError_t e = cudaGetDeviceCount(&count);
-    int driver = 0, runtime = 0;
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);
-    if (driver == 0) {
-        std::snprintf(text, size, "the CUDA driver: none is installed (this build needs %d.%d or later)",
-                      runtime / 1000, runtime % 1000 / 10);
-        return false;
-    }
+    const std::string needs = "this build needs " + version(runtime) + " or later)";
+    if (driver == 0) return missing("the CUDA driver: none is installed (" + needs);
     if (e == cudaErrorInsufficientDriver) {
-        std::snprintf(text, size, "the CUDA driver: %s (found %d.%d, this build needs %d.%d or later)",
-                      cudaGetErrorString(e), driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
-        return false;
+        return missing(std::string("the CUDA driver: ") + cudaGetErrorString(e) + " (found " + version(driver) + ", " +
+                       needs);
     }
     if (e != cudaSuccess || index >= count) {
-        std::snprintf(text, size, "no CUDA device: %s",
-                      e != cudaSuccess ? cudaGetErrorString(e) : "the driver shows none");
-        return false;
+        return missing(std::string("no CUDA device: ") +
+                       (e != cudaSuccess ? cudaGetErrorString(e) : "the driver shows none"));
     }
     cudaDeviceProp p;
-    if (cudaGetDeviceProperties(&p, index) != cudaSuccess) {
-        std::snprintf(text, size, "no CUDA device: its properties cannot be read");
-        return false;
-    }
-    if (p.major <
-        8) {  // sm_80: A100; sm_86, sm_89, sm_120: RTX 30, 40, 50, A10, L4, L40; sm_90: H100, H200; sm_100: B200
-        std::snprintf(text, size, "no CUDA device: %s is sm_%d%d, this build needs sm_80 or later", p.name, p.major,
-                      p.minor);
-        return false;
-    }
-    std::snprintf(info.name, sizeof info.name, "%s", p.name);
-    std::snprintf(info.arch, sizeof info.arch, "sm_%d%d", p.major, p.minor);
-    info.sms = p.multiProcessorCount;
-    info.smem = static_cast<int64_t>(p.sharedMemPerBlockOptin);
-    info.dependent = p.major >= 9;
+    if (cudaGetDeviceProperties(&p, index) != cudaSuccess)
+        return missing("no CUDA device: its properties cannot be read");
+    DeviceInfo info{.name = p.name,
+                    .arch = "sm_" + std::to_string(p.major) + std::to_string(p.minor),
+                    .sms = p.multiProcessorCount,
+                    .smem = static_cast<int64_t>(p.sharedMemPerBlockOptin),
+                    .dependent = p.major >= 9};
+    if (p.major < 8)  // A100; 86, 89, 120: RTX 30, 40, 50, A10, L4, L40; 90: H100, H200; 100: B200
+        return missing("no CUDA device: " + info.name + " is " + info.arch + ", this build needs sm_80 or later");
     size_t free = 0, total = 0;
-    if (cudaSetDevice(index) == cudaSuccess && cudaMemGetInfo(&free, &total) == cudaSuccess) {
-        info.free = static_cast<int64_t>(free);
-        info.total = static_cast<int64_t>(total);
-        return true;
-    }
-    std::snprintf(text, size, "no CUDA device: %s", cudaGetErrorString(cudaGetLastError()));
-    return false;
+    if (cudaSetDevice(index) != cudaSuccess || cudaMemGetInfo(&free, &total) != cudaSuccess)
+        return missing(std::string("no CUDA device: ") + cudaGetErrorString(cudaGetLastError()));
+    info.free = static_cast<int64_t>(free);
+    info.total = static_cast<int64_t>(total);
+    return info;
 }
 inline Error allocate(void** p, int64_t bytes) { return cudaMalloc(p, static_cast<size_t>(bytes)); }
 inline void release(void* p) { cudaFree(p); }

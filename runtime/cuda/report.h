@@ -19,22 +19,14 @@ DC_KERNEL(512, 3) kernel_read(const Words* data, int64_t n, uint32_t* out) {
 
 }  // namespace
 
-// Text is cut at `size`; the caller sees broken JSON then, not memory errors.
-class JsonText {
-  public:
-    JsonText(char* text, size_t size) : text_(text), size_(size) { text_[0] = 0; }
-    template <class... A> void add(const char* format, A... args) {
-        const int n = std::snprintf(text_ + used_, size_ - used_, format, args...);
-        used_ = std::min(used_ + static_cast<size_t>(std::max(n, 0)), size_ - 1);
-    }
+template <class... A> void add(std::string& json, const char* format, A... args) {
+    char text[1000];
+    std::snprintf(text, sizeof text, format, args...);
+    json += text;
+}
 
-  private:
-    char* text_;
-    size_t size_, used_ = 0;
-};
-
-// The best of `repeats` times of what queue() queues, in seconds; < 0: failed.
-double DeviceSession::seconds(int repeats, DeviceError& error, const std::function<rt::Error()>& queue) {
+// The best of `repeats` times of what queue() queues, in seconds.
+Result<double> DeviceSession::seconds(int repeats, const std::function<rt::Error()>& queue) {
     rt::Event begin, end;
     const rt::Settled settled{stream};
     double best = 1e30;
@@ -43,7 +35,7 @@ double DeviceSession::seconds(int repeats, DeviceError& error, const std::functi
         if (e == 0) e = queue();
         if (e == 0) e = end.record(stream);
         if (e == 0) e = rt::synchronize(stream);
-        if (!check(e, "measurement", error)) return -1;
+        DC_TRY_STATUS(check(e, "measurement"));
         best = std::min(best, end.seconds_since(begin));
     }
     return best;
@@ -52,37 +44,36 @@ double DeviceSession::seconds(int repeats, DeviceError& error, const std::functi
 // "device"; "bandwidth:BYTES"; "stages:N:POS", a main pass of N <= 8 rows at position POS: seconds of the whole pass and of every
 // kind of stage by itself (all layers' stages of that kind in a row, so that weights come from memory and not from the L2
 // cache). No report changes what the session computes or shows.
-bool DeviceSession::report(const char* what, char* text, size_t size, DeviceError& error) {
+Result<std::string> DeviceSession::report(const std::string& what) {
     DC_RT(rt::set_device(m.index));
-    JsonText out(text, size);
-    const std::string name = what;
-    if (name == "device") {
-        rt::DeviceInfo now;
-        if (!rt::find_device(m.index, now, error.text, sizeof error.text)) return false;
-        out.add("{\"name\": \"%s\", \"arch\": \"%s\", \"sms\": %d, \"smem\": %lld, \"free\": %lld, \"total\": %lld}",
-                now.name, now.arch, now.sms, static_cast<long long>(now.smem), static_cast<long long>(now.free),
-                static_cast<long long>(now.total));
-        return true;
+    std::string json;
+    if (what == "device") {
+        DC_TRY(const rt::DeviceInfo now, rt::find_device(m.index));
+        add(json, "{\"name\": \"%s\", \"arch\": \"%s\", \"sms\": %d, \"smem\": %lld, \"free\": %lld, \"total\": %lld}",
+            now.name.c_str(), now.arch.c_str(), now.sms, static_cast<long long>(now.smem),
+            static_cast<long long>(now.free), static_cast<long long>(now.total));
+        return json;
     }
-    if (name.starts_with("bandwidth:")) {
-        const int64_t bytes = std::max<int64_t>(std::atoll(what + 10), 1 << 16) / 16 * 16;
+    if (what.starts_with("bandwidth:")) {
+        const int64_t bytes = std::max<int64_t>(std::atoll(what.c_str() + 10), 1 << 16) / 16 * 16;
         Memory buffer;
         const rt::Settled settled{stream};
         DC_RT(buffer.allocate(bytes));
         DC_RT(rt::zero(buffer.p, bytes, stream));
-        const double t = seconds(7, error, [&] {
-            return rt::launch({.grid = 3 * m.info.sms, .block = 512, .smem = 0, .dependent = false, .stream = stream},
-                              kernel_read, static_cast<const Words*>(buffer.p), bytes / 16, b.arrived);
-        });
-        if (t < 0) return false;
-        out.add("{\"bytes\": %lld, \"seconds\": %.9g, \"gbps\": %.6g}", static_cast<long long>(bytes), t,
-                1e-9 * static_cast<double>(bytes) / t);
-        return true;
+        DC_TRY(const double t, seconds(7, [&] {
+                   return rt::launch(
+                       {.grid = 3 * m.info.sms, .block = 512, .smem = 0, .dependent = false, .stream = stream},
+                       kernel_read, static_cast<const Words*>(buffer.p), bytes / 16, b.arrived);
+               }));
+        add(json, "{\"bytes\": %lld, \"seconds\": %.9g, \"gbps\": %.6g}", static_cast<long long>(bytes), t,
+            1e-9 * static_cast<double>(bytes) / t);
+        return json;
     }
     int n = 0, pos = 0;
-    if (std::sscanf(what, "stages:%d:%d", &n, &pos) != 2 || n < 1 || n > kBlockRows || pos < 0 || pos + n > args.ctx)
-        return fail(error, ErrorCode::kSession, "device report: '%s' is not known", what);
-    if (queued != taken) return fail(error, ErrorCode::kSession, "device report: rounds of decoding are running");
+    if (std::sscanf(what.c_str(), "stages:%d:%d", &n, &pos) != 2 || n < 1 || n > kBlockRows || pos < 0 ||
+        pos + n > args.ctx)
+        return fail(ErrorCode::kSession, "device report: '%s' is not known", what.c_str());
+    if (queued != taken) return fail(ErrorCode::kSession, "device report: rounds of decoding are running");
     // Where the pass writes and a reader of the session looks: kept aside, and put back however this ends.
     struct Kept {
         void* at;
@@ -112,24 +103,24 @@ bool DeviceSession::report(const char* what, char* text, size_t size, DeviceErro
         return e == 0 ? rt::synchronize(stream) : e;
     };
     DC_RT(move_rows(false));
-    const bool measured = guarded(error, false, [&] { return report_stages(n, pos, out, error); });
+    Status measured = guarded([&] { return report_stages(n, pos, json); });
     rt::drain(stream);
     closed = true;  // until everything is back
     DC_RT(move_rows(true));
     closed = false;
-    return measured;
+    DC_TRY_STATUS(std::move(measured));
+    return json;
 }
 
 // Seconds of a pass of n rows at `pos`, and of its stages by kind.
-bool DeviceSession::report_stages(int n, int pos, JsonText& out, DeviceError& error) {
+Status DeviceSession::report_stages(int n, int pos, std::string& json) {
     const rt::Settled settled{stream};
     DC_RT(rt::copy(b.pos, &pos, 4, stream));
     Replay whole;
     writer(whole.program).pass(shape(n, false, n, pos + n > kShortContext, false));
     DC_RT(prepare(whole));
-    const double pass = seconds(20, error, [&] { return whole.graph.launch(stream); });
-    if (pass < 0) return false;
-    out.add("{\"rows\": %d, \"pos\": %d, \"seconds\": %.9g, \"stages\": [", n, pos, pass);
+    DC_TRY(const double pass, seconds(20, [&] { return whole.graph.launch(stream); }));
+    add(json, "{\"rows\": %d, \"pos\": %d, \"seconds\": %.9g, \"stages\": [", n, pos, pass);
     std::map<std::string, Replay> kinds;
     for (const Op& op : whole.program.ops) kinds[op.name].program.ops.push_back(op);
     const char* comma = "";
@@ -137,12 +128,11 @@ bool DeviceSession::report_stages(int n, int pos, JsonText& out, DeviceError& er
         DC_RT(prepare(r));
         int64_t bytes = 0;
         for (const Op& op : r.program.ops) bytes += op.bytes + int64_t{pos + n} * op.row_bytes;
-        const double t = seconds(20, error, [&, &r = r] { return r.graph.launch(stream); });
-        if (t < 0) return false;
-        out.add("%s{\"stage\": \"%s\", \"calls\": %zu, \"bytes\": %lld, \"seconds\": %.9g}", comma, name_of.c_str(),
-                r.program.ops.size(), static_cast<long long>(bytes), t);
+        DC_TRY(const double t, seconds(20, [&, &r = r] { return r.graph.launch(stream); }));
+        add(json, "%s{\"stage\": \"%s\", \"calls\": %zu, \"bytes\": %lld, \"seconds\": %.9g}", comma, name_of.c_str(),
+            r.program.ops.size(), static_cast<long long>(bytes), t);
         comma = ", ";
     }
-    out.add("%s", "]}");
-    return true;
+    json += "]}";
+    return {};
 }

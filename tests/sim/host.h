@@ -13,18 +13,16 @@ inline constexpr int kMaxThreads = 64, kMaxRows = 48, kMaxRepeats = 1;  // slow,
 inline constexpr std::chrono::milliseconds kPatience{100};
 
 inline Error set_device(int) { return sim::call(); }
-inline bool find_device(int, DeviceInfo& info, char* text, size_t size) {
-    if (sim::call() != 0) {
-        std::snprintf(text, size, "no CUDA device: a test asked for none");
-        return false;
-    }
-    std::snprintf(info.name, sizeof info.name, "simulated GPU");
-    std::snprintf(info.arch, sizeof info.arch, "sim");
-    info.sms = 3;  // few and odd: work never divides evenly
-    info.smem = sim::device.smem;
-    info.dependent = true;
-    info.free = info.total = int64_t{8} << 30;
-    return true;
+inline Result<DeviceInfo> find_device(int) {
+    if (sim::call() != 0) return deepcalm::Error{ErrorCode::kUnsupported, "no CUDA device: a test asked for none"};
+    constexpr int64_t kTotal = int64_t{8} << 30;
+    return DeviceInfo{.name = "simulated GPU",
+                      .arch = "sim",
+                      .sms = 3,  // few and odd: work never divides evenly
+                      .smem = sim::device.smem,
+                      .dependent = true,
+                      .free = kTotal,
+                      .total = kTotal};
 }
 inline Error allocate(void** p, int64_t bytes) {  // poisoned: NaN in every float format
     if (const Error e = sim::call(); e != 0) return e;

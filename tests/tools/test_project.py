@@ -50,7 +50,6 @@ def test_project_area_is_within_its_line_budget(area: sz.Area) -> None:
 TOO_LARGE = {
     "pack.cc: pack_q4_codes",
     "forward.cc: matmul",
-    "speculate.cc: round",
     "bind_pack.cc: pack_rows",
     "bind_pack.cc: convert_rows",
     "bind_pack.cc: unpack_slice",
@@ -186,6 +185,17 @@ def test_project_wheel_holds_no_simulator() -> None:
     assert not [n for n in installed if not re.fullmatch(r"_core\..*|libdeepcalm_cuda\.so", n)]
     product = {p: t for p, t in text_files().items() if p.parts[0] in ("kernels", "runtime")}
     assert {p.name for p, t in product.items() if '#include "tests/' in t} == {"rt.h", "host.h"}, "the two seams"
+
+
+def test_project_runtime_knows_no_processor() -> None:
+    """Session, sampler and drafting see ``runtime/engine.h``; the bindings choose an engine."""
+    includes = {p: re.findall(r'^#include "(runtime/.+?)"', t, re.M) for p, t in text_files().items()}
+    shared = {p for p in includes if p.parent == Path("runtime")}
+    engines = {Path("runtime/cpu"), Path("runtime/cuda")}
+    assert len(shared) > 15 and engines < {p.parent for p in includes}
+    across = {f"{p}: {name}" for p, names in includes.items() for name in names
+              if p in shared or p.parent in engines if Path(name).parent in engines - {p.parent}}  # fmt: skip
+    assert not across
 
 
 def test_project_package_stays_small() -> None:

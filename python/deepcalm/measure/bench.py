@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CONTEXTS = (0, 1024, 4096)
 INSTRUCTION = {"f32": "f32", "f16": "f32", "bf16": "bf16", "f8": "bf16", "q8": "int8", "q4": "int8"}
-# The stage that multiplies with a tensor, by the end of its name (runtime/stages.h).
+# The stage that multiplies with a tensor, by the end of its name (runtime/timing.h).
 _STAGE_OF = {
     "wqkv_a": "qkv_a", "wq_b": "q_b", "w_uk": "w_uk", "w_uv": "w_uv", "wo": "wo", "router": "router", "head": "head",
     "w_gate_up": "ffn_up", "w_down": "ffn_down", "experts.w_gate_up": "experts_up", "experts.w_down": "experts_down",

@@ -1,0 +1,43 @@
+#include "runtime/cpu/engine.h"
+
+#include <cstring>
+
+namespace deepcalm {
+
+Result<std::unique_ptr<Backend>> CpuBackend::open(const BoundModel& model, const char* isa, int n_threads,
+                                                  bool adaptive) {
+    const CpuKernels* kernels = select_cpu_kernels(isa);
+    if (kernels == nullptr) {
+        std::string have;
+        for (const CpuKernels* const* k = all_cpu_kernels(); *k != nullptr; ++k) {
+            if (((*k)->required & ~cpu_features()) == 0) have += std::string(have.empty() ? "" : ", ") + (*k)->isa;
+        }
+        return Error{ErrorCode::kResource,
+                     std::string("isa: '") + isa + "' is unknown or not supported here; this processor runs: " + have};
+    }
+    auto b = std::make_unique<CpuBackend>(model, *kernels);
+    DC_TRY(b->pool, ThreadPool::make(n_threads == 0 ? default_threads() : n_threads));
+    b->arch = kernels->isa;
+    b->n_threads = b->pool->size();
+    b->adaptive = adaptive && b->n_threads > 1;
+    return std::unique_ptr<Backend>(std::move(b));
+}
+
+Result<std::unique_ptr<Engine>> CpuBackend::make_engine(const EngineArgs& args) {
+    const ModelConfig& c = model.cfg;
+    auto e = std::make_unique<CpuEngine>(*this);
+    DC_TRY(e->cache, KvCache::make(args.kv, c.num_hidden_layers, args.ctx, c));
+    DC_TRY(e->mtp_cache, KvCache::make(args.kv, c.num_nextn_predict_layers, args.ctx, c));
+    const auto partials = static_cast<int>(ceil_div(args.ctx, kPartialLen));
+    DC_TRY(e->buffers, Buffers::make(c, args.max_rows, partials, n_threads));
+    return std::unique_ptr<Engine>(std::move(e));
+}
+
+Status CpuEngine::copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_cache) {
+    const KvCache& c = mtp ? mtp_cache : cache;
+    std::memcpy(to_cache ? c.layer(layer) : host, to_cache ? host : c.layer(layer),
+                static_cast<size_t>(n * c.row_bytes));
+    return {};
+}
+
+}  // namespace deepcalm
