@@ -18,10 +18,8 @@ import itertools
 import json
 import lzma
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,7 +27,8 @@ from typing import Any
 
 import deepcalm
 import jsonl
-from deepcalm.measure.bench import bench_draft
+import lab
+from deepcalm.measure.drafts import bench_draft
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, NEW, PAIRS, PAIR_SECONDS = 40, 120, 21, 100
@@ -185,9 +184,8 @@ def markdown(lines: list[dict[str, Any]]) -> str:
 
 
 def machine() -> str:
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.machine())  # fmt: skip
-    return f"{cpu}, {os.cpu_count()} processors, {deepcalm.Model(deepcalm.demo_path()).isa}"
+    m = lab.machine()
+    return f"{m['processor']}, {m['cores']} cores, {deepcalm.Model(deepcalm.demo_path()).isa}"
 
 
 def main() -> int:
@@ -222,14 +220,12 @@ def main() -> int:
             continue
         for k, accept in itertools.product((1, 2, 3), (None, 0.8) if path is None else (0.6, 0.8, 0.9)):
             quiet(args.max_load)
-            result = bench_draft(model, k, accept, 40, 128 if path is None else 48, args.repeats, prompt=ids)
+            result = bench_draft(model, k, accept, ids, 128 if path is None else 48, args.repeats)
             rows.append(dataclasses.asdict(result) | {"file": Path(result.file).name})
             print(json.dumps(rows[-1]), file=sys.stderr)
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, check=False)
     words = ["tools/bench_draft.py", args.part, *(f"--slice {p.name}" for p in args.slice)]
     words += ["--threads", *map(str, args.threads)] if any(args.threads) else []
-    part = {"machine": machine(), "commit": git.stdout.strip(), "command": " ".join(words),
+    part = {"machine": machine(), "commit": lab.commit(), "command": " ".join(words),
             "load": None if load is None else [*load, os.getloadavg()[0]]}  # fmt: skip
     path = args.out / "draft.jsonl"
     head, *others = jsonl.read(path) or [{}]

@@ -41,10 +41,12 @@ import numpy as np
 import bench_rows
 import deepcalm
 import gguf_synthetic
+import lab
 from bench_rows import Results, check_room, evict, read_into_memory, say
 from deepcalm import _core
 from deepcalm.measure import synthetic
-from deepcalm.measure.bench import Others, fill, machine
+from deepcalm.measure.bench import fill
+from deepcalm.measure.machine import Others
 from deepcalm.sampling import Sampling
 
 AGREE = 0.15  # largest difference of the probes around a pair, relative
@@ -524,7 +526,7 @@ def main() -> int:
     if binary is None or not Path(binary).exists():
         raise SystemExit("llama-bench is not there: --llama-bench PATH, or --build FOLDER")
     command = "tools/bench_peers.py" + " --quick" * args.quick + " --build FOLDER"
-    results.head |= {"machine": machine(), "command": command}
+    results.head |= {"machine": lab.machine(), "command": command}
     for case in dict.fromkeys(r.case for r in rows):
         mine = [r for r in rows if r.case is case]
         run_case(case, mine, Path(binary), args, results)

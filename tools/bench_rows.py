@@ -30,8 +30,10 @@ from typing import Any
 
 import deepcalm
 import jsonl
-from deepcalm.measure import report, synthetic
+import lab
+from deepcalm.measure import synthetic
 from deepcalm.measure.bench import BenchResult, bench
+from deepcalm.measure.report import linear_cost
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "perf"
 V3_SLICE = ("first_k_dense_replace=1", "vocab_size=16384", "num_nextn_predict_layers=0")
@@ -270,7 +272,7 @@ def plot(results: Results, path: Path) -> None:
     for axes, t in zip(figure.subplots(1, len(threads), squeeze=False)[0], threads, strict=True):
         for i, r in enumerate(r for r in rows if r["threads"] == t):
             contexts, ms = [d["context"] for d in r["decode"]], [1e3 / d["rate"]["median"] for d in r["decode"]]
-            report.draw_cost(axes, contexts, ms, r["linear"], f"C{i}", r["name"])
+            lab.draw_cost(axes, contexts, ms, r["linear"], f"C{i}", r["name"])
         axes.set(xlabel="context, positions", ylabel="ms per token", title=f"{t} thread{'s' if t > 1 else ''}")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
@@ -323,7 +325,7 @@ def main() -> int:
                     "file_bytes": path.stat().st_size,
                     "name": m.name,
                     "file": path.name,
-                    "linear": report.linear_cost(r.decode),
+                    "linear": linear_cost([d.context for d in r.decode], [d.rate.median for d in r.decode]),
                 }
                 results.add(key(m, threads, kv), row | {"time": time.strftime("%Y-%m-%d %H:%M")})
                 args.out.with_suffix(".md").write_text(markdown(results))

@@ -11,7 +11,7 @@ from . import _core
 ROOT = Path("/")
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """A small file; empty if it cannot be read."""
     try:
         return path.read_text()
@@ -19,16 +19,16 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _number(path: Path, key: str = "") -> int | None:
+def number(path: Path, key: str = "") -> int | None:
     """The number in a file, or behind ``key`` in a table; None if there is none: "max", -1, no such file."""
-    words = ["", *_text(path).split()]
+    words = ["", *read_text(path).split()]
     text = words[words.index(key) + 1] if key in words[:-1] else ""
     return int(text) if text.isdigit() else None
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
     """Folders of this process's control group and of those above it, in versions 2 and 1; some may not exist."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         _, names, path = (line + "::").split(":", 3)[:3]
         if names and controller not in names.split(","):
             continue
@@ -42,8 +42,8 @@ def cpu_quota(root: Path = ROOT) -> float | None:
     """Processors whose time the control groups allow, 1.5 for instance; None: no limit."""
     found = []
     for group in _groups("cpu", root):
-        words = _text(group / "cpu.max").split() or [
-            _text(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
+        words = read_text(group / "cpu.max").split() or [
+            read_text(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
         ]
         if len(words) == 2 and all(w.isdigit() for w in words) and int(words[1]):
             found.append(int(words[0]) / int(words[1]))
@@ -63,7 +63,7 @@ def default_threads(root: Path = ROOT) -> int:
 
 def available_memory(root: Path = ROOT) -> int | None:
     """Bytes that can be allocated without swapping, of the system and of the control groups; None: unknown."""
-    system = _number(root / "proc/meminfo", "MemAvailable:")
+    system = number(root / "proc/meminfo", "MemAvailable:")
     found = [] if system is None else [system * 1024]
     for group in _groups("memory", root):
         for limit, usage, prefix in (
@@ -71,9 +71,9 @@ def available_memory(root: Path = ROOT) -> int | None:
             ("memory.high", "memory.current", ""),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
         ):
-            most, used = _number(group / limit), _number(group / usage)
+            most, used = number(group / limit), number(group / usage)
             if most is not None and used is not None:
                 # pages of files count as used and are given back when memory is wanted
-                files = (_number(group / "memory.stat", f"{prefix}{kind}_file") for kind in ("active", "inactive"))
+                files = (number(group / "memory.stat", f"{prefix}{kind}_file") for kind in ("active", "inactive"))
                 found.append(max(0, most - max(0, used - sum(n or 0 for n in files))))
     return min(found, default=None)

@@ -295,9 +295,10 @@ def test_every_command_that_has_defaults_runs_without_arguments(run: Run, monkey
 
     def quick(*args: object, **_options: object) -> object:
         model, prompt, contexts, tokens, _repeats, kv = args
-        return measure(model, prompt, contexts, tokens, 1, kv, 1)
+        return measure(model, prompt, contexts, tokens, 1, kv)
 
     monkeypatch.setattr(measure_bench, "bench", quick)
+    monkeypatch.setattr(measure_bench, "PROBE_MIB", 1)
     needs_arguments = {"generate", "pack", "verify", "perplexity"}
     assert {name for name in cli.cli.commands if run(name, stdin=b"")[0] != 0} == needs_arguments
 

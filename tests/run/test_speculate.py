@@ -25,7 +25,7 @@ import tiny
 from deepcalm import SessionError, _core, cli
 from deepcalm.drafting import LIMIT, LIMIT_TOKENS, PLAIN_EVERY, Controller, CostModel, expected_tokens
 from deepcalm.generation import TextGeneration
-from deepcalm.measure.bench import bench_draft
+from deepcalm.measure import drafts
 from test_sampling import chi_square_p, softmax
 
 F64 = npt.NDArray[np.float64]
@@ -455,11 +455,12 @@ def test_auto_reads_at_most_two_per_cent_more(name: str) -> None:
 # ---- measurement
 
 
-def test_bench_draft_measures_what_was_asked() -> None:
+def test_bench_draft_measures_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     model = deepcalm.Model(surface_cases.packed("v3", dtype="q8"), threads=1)
-    options: dict[str, Any] = {"context": 9, "decode_tokens": 60, "repeats": 3, "probe_mib": 8}
+    monkeypatch.setattr(drafts, "PROBE_MIB", 8)
+    options: dict[str, Any] = {"decode_tokens": 60, "repeats": 3}
     for k, accept in ((1, 1.0), (3, 0.0), (2, 0.7)):
-        r = bench_draft(model, k, accept, **options)
+        r = drafts.bench_draft(model, k, accept, 9, **options)
         assert abs(r.acceptance - expected_tokens(accept, k) / k + 1 / k) < 0.15
         assert r.tokens_per_pass == pytest.approx(1 + k * r.acceptance)
         assert r.plain_experts == 10 and 10 < r.experts_per_pass <= 10 * (k + 1)  # 2 MoE layers, top 5
@@ -467,14 +468,14 @@ def test_bench_draft_measures_what_was_asked() -> None:
         measured = r.plain_bytes_per_token / r.drafted_bytes_per_token
         assert measured == pytest.approx(r.predicted_bytes, rel=0.1)
         assert r.predicted > 0 and 0 < r.speedup.low <= r.speedup.median <= r.speedup.high
-    own = bench_draft(demo(), 1, prompt=demo().encode("Once upon a time"), **options)
+    own = drafts.bench_draft(demo(), 1, prompt=demo().encode("Once upon a time"), **options)
     assert own.acceptance > 0.8 and own.predicted_bytes > 1
     with pytest.raises(SessionError, match="no MTP layer"):
-        bench_draft(surface_cases.model("moonlight"), 1)
+        drafts.bench_draft(surface_cases.model("moonlight"), 1)
     with pytest.raises(SessionError, match="the model has 512"):
-        bench_draft(demo(), 1, context=500)
+        drafts.bench_draft(demo(), 1, prompt=500)
     with pytest.raises(ValueError, match=r"0\.\.1"):
-        bench_draft(demo(), 1, accept=1.5)
+        drafts.bench_draft(demo(), 1, accept=1.5)
 
 
 def test_bench_draft_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

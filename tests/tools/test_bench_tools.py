@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 
 import bench_draft
 import bench_peers
+import bench_plot
 import bench_rows
 import gguf_synthetic
 import jsonl
+import lab
 
 SIZES = ("hidden_size=64", "num_attention_heads=2", "kv_lora_rank=32", "qk_nope_head_dim=32", "qk_rope_head_dim=32",
          "v_head_dim=32", "intermediate_size=96", "moe_intermediate_size=32", "n_routed_experts=4", "vocab_size=64",
@@ -160,3 +163,12 @@ def test_the_tables_of_the_docs_are_made_from_the_rows_beside_them(folder: Path)
         assert tool.markdown(results) == (folder / f"{name}.md").read_text()
     if folder == bench_rows.DOCS:
         assert bench_draft.markdown(jsonl.read(folder / "draft.jsonl")) == (folder / "draft.md").read_text()
+
+
+def test_a_result_of_bench_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    decode = [{"context": c, "rate": {"median": 100 / (1 + c)}, "bound_rate": 120.0} for c in (0, 1, 2)]
+    run = {"file": "m.dcalm", "isa": "scalar", "kv": "f16", "threads": 1, "machine": lab.machine(), "decode": decode}
+    bench_plot.draw([run, run | {"threads": 2}], tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert re.fullmatch(r"([0-9a-f]{9}(-dirty)?)?", lab.commit())

@@ -59,7 +59,6 @@ TOO_LARGE = {
     "bindings.cc: PYBIND11_MODULE",
     "verify.py: verify",
     "bench.py: bench",
-    "bench.py: bench_draft",
     "check.py: verify",
     "check.py: perplexity",
     "files.py: pack",

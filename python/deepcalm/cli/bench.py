@@ -18,10 +18,11 @@ import click
 from ..errors import Error
 from ..files.safetensors import check_output, whole_file
 from ..names import DTYPES
-from .common import FILE, POSITIVE, columns, open_model, options, progress, say, size, write, write_json
+from ..tables import columns
+from .common import FILE, POSITIVE, open_model, options, progress, say, size, write, write_json
 
 if TYPE_CHECKING:
-    from ..measure.bench import DraftBench
+    from ..measure.drafts import DraftBench
 
 
 def _numbers(
@@ -42,7 +43,7 @@ def _numbers(
     epilog="""\b
 Examples:
   deepcalm bench
-  deepcalm bench v2-lite.dcalm --contexts 0,1024,4096,16384 --threads 1,2 --plot v2-lite.png
+  deepcalm bench v2-lite.dcalm --contexts 0,1024,4096,16384 --threads 1,2
   deepcalm bench v2-lite.dcalm --kv bf16 --repeats 9 --json
   deepcalm bench --synthetic v2-lite:8 --dtype q8
   deepcalm bench --synthetic v3:2 --dtype q4 --set first_k_dense_replace=1 --set vocab_size=16384
@@ -63,7 +64,6 @@ Examples:
 @click.option("--head-dtype", type=click.Choice(DTYPES), help="Another format for the head.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=JSON", help="Override a value of its config.json.")
 @click.option("--keep", type=FILE, metavar="FILE", help="Write synthetic weights here and keep them.")
-@click.option("--plot", type=FILE, metavar="FILE.png", help="Draw achieved and bound, and cost against context.")
 @click.option("--json-file", type=FILE, metavar="FILE", help="Write the JSON object here too.")
 @click.option("--threads", metavar="N,...", callback=_numbers(1, 1024),
               help="Threads, each in turn (default: as many as pay).")
@@ -71,8 +71,8 @@ Examples:
 def bench(
     file: Path | None, prompt: int | None, contexts: list[int] | None, tokens: int, repeats: int, draft: int | None,
     accept: float | None, synthetic: str | None, dtype: str | None, attn_dtype: str | None, head_dtype: str | None,
-    overrides: tuple[str, ...], keep: Path | None, plot: Path | None, json_file: Path | None,
-    threads: list[int] | None, kv: str, isa: str | None, as_json: bool, quiet: bool,
+    overrides: tuple[str, ...], keep: Path | None, json_file: Path | None, threads: list[int] | None, kv: str,
+    isa: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure prefill and decode of FILE (default: the demo model), beside the bounds of this machine.
 
@@ -81,23 +81,20 @@ def bench(
     """
     from ..measure import report
     from ..measure.bench import bench as measure
-    from ..measure.bench import bench_draft
+    from ..measure.drafts import bench_draft
 
     if accept is not None and draft is None:
         raise click.UsageError("--accept goes with --draft K")
-    if draft is not None and (plot or json_file or len(contexts or ()) > 1 or len(threads or ()) > 1):
-        raise click.UsageError("--draft takes one context and one number of threads, no --plot and no --json-file")
+    if draft is not None and (json_file or len(contexts or ()) > 1 or len(threads or ()) > 1):
+        raise click.UsageError("--draft takes one context and one number of threads, and no --json-file")
     if draft is not None and contexts == [0]:
         raise click.UsageError("--draft needs a context of at least 1")
     if draft is not None and prompt is not None:
         raise click.UsageError("--prompt does not go with --draft: --context N is the length of its prompt")
     if draft is not None and tokens < draft + 3:
         raise click.UsageError(f"--tokens {tokens}: with --draft {draft} expected at least {draft + 3}")
-    if plot is not None:
-        report.check_plot(plot)
-    for out in (plot, json_file):
-        if out is not None:
-            check_output(out)
+    if json_file is not None:
+        check_output(json_file)
     if synthetic is None and (dtype or attn_dtype or head_dtype or overrides or keep):
         raise click.UsageError("--dtype, --attn-dtype, --head-dtype, --set and --keep go with --synthetic NAME")
     if synthetic is not None and file is not None:
@@ -130,9 +127,6 @@ def bench(
     if json_file is not None:
         with whole_file(json_file) as name:
             name.write_text(json.dumps(value, indent=2) + "\n")
-    if plot is not None:
-        with whole_file(plot) as name:
-            report.plot(results, name, report.check_plot(plot))
 
 
 def write_synthetic(

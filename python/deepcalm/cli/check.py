@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import Error
+from ..tables import columns
 from ..text import decode_utf8, one_line
-from .common import FILE, RUNTIME, columns, open_model, options, progress, read_text, say, write, write_json
+from .common import FILE, RUNTIME, open_model, options, progress, read_text, say, write, write_json
 
 if TYPE_CHECKING:
     from ..check.perplexity import Perplexity

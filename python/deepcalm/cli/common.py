@@ -13,8 +13,7 @@ import re
 import shlex
 import signal
 import sys
-import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -291,21 +290,3 @@ def size(n: int, unit: str = "B") -> str:
         if n >= scale:
             return f"{n / scale:.2f} {prefix}{unit}"
     return f"{n} {unit}"
-
-
-def columns(rows: Iterable[tuple[str, ...]]) -> str:
-    """Left-aligned columns, two spaces between them."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() + "\n" for r in rows)
-
-
-def wrapped(rows: Iterable[tuple[str, str]], width: int) -> str:
-    """A label and a value a line; a value that does not fit into ``width`` columns goes on under itself."""
-    rows = list(rows)
-    indent = max(len(label) for label, _ in rows) + 2
-    lines = []
-    for label, value in rows:
-        parts = textwrap.wrap(value, max(width - indent, 20), break_on_hyphens=False) or [""]
-        lines += [((label if i == 0 else "").ljust(indent) + part).rstrip() for i, part in enumerate(parts)]
-    return "".join(line + "\n" for line in lines)

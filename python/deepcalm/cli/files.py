@@ -16,8 +16,9 @@ import click
 from ..errors import CheckpointError, Error, PackedFileError
 from ..files.safetensors import whole_file
 from ..names import DTYPES
+from ..tables import columns, wrapped
 from ..text import one_line
-from .common import FILE, columns, options, progress, say, size, wrapped, write, write_json
+from .common import FILE, options, progress, say, size, write, write_json
 
 if TYPE_CHECKING:
     from ..files.plan import Plan
