@@ -151,6 +151,8 @@ struct LatentCache {
 
     constexpr int width() const { return c_pad + r_pad; }
     DC_CONSTEXPR std::byte* row(int64_t pos) const { return data + pos * row_bytes; }
+    // Of several layers' caches one behind the other, whose first this is.
+    constexpr LatentCache layer(int i) const { return {type, ctx, c_pad, r_pad, row(int64_t{i} * ctx), row_bytes}; }
 };
 
 // q_full[i, h] = W_UK[h] * q_nope[i, h] | rope(q_rope[i, h]); cache row *pos + i = norm(c_kv) | rope(k_rope).

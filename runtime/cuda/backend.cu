@@ -208,7 +208,11 @@ struct DeviceSession {
         const int64_t d = c.hidden_size;
         const bool moe = c.n_routed_experts > 0;
         b.rows = rows;
-        b.row_stride = round_up(c.cache_row_bytes(args.kv), 16);
+        b.cache = b.mtp_cache = {.type = args.kv,
+                                 .ctx = args.ctx,
+                                 .c_pad = c.c_pad(),
+                                 .r_pad = c.r_pad(),
+                                 .row_bytes = round_up(c.cache_row_bytes(args.kv), 16)};
         take_rows(b.x, rows, d);
         take_rows(b.h, rows, d);
         take_rows(b.qkv, rows, c.qkv_a_stride());
@@ -238,14 +242,14 @@ struct DeviceSession {
         take(b.arrived, 1);
         take(b.cos, ctx * c.qk_rope_head_dim / 2);
         take(b.sin, ctx * c.qk_rope_head_dim / 2);
-        take(b.cache, c.num_hidden_layers * ctx * b.row_stride);
+        take(b.cache.data, c.num_hidden_layers * ctx * b.cache.row_bytes);
         take(b.ids, rows);
         take(b.pos, rows);
         take(b.tokens, ctx + kMaxRound);
         take(b.choice, rows);
-        take(b.loop, 1);
+        take(b.decode, 1);
         if (c.num_nextn_predict_layers > 0) {
-            take(b.mtp_cache, ctx * b.row_stride);
+            take(b.mtp_cache.data, ctx * b.mtp_cache.row_bytes);
             take_rows(b.eh, rows, 2 * d);
             take(b.hidden, rows * d);
             take(b.pend, (kMaxPending + kMaxRound) * d);
@@ -277,7 +281,7 @@ struct DeviceSession {
         DC_RT(rt::allocate_pinned(&pinned, sizeof(TokenRing)));
         ring = new (pinned) TokenRing;
         DC_RT(rt::zero(b.arrived, 4, stream));
-        DC_RT(rt::zero(b.loop, sizeof(Loop), stream));
+        DC_RT(rt::zero(b.decode, sizeof(DecodeState), stream));
         const int half = m.cfg.qk_rope_head_dim / 2;
         std::vector<float> cos(static_cast<size_t>(args.ctx) * static_cast<size_t>(half)), sin(cos.size());
         for (int i = 0; i < args.ctx; ++i)
@@ -307,7 +311,7 @@ struct DeviceSession {
     }
 
     PassWriter writer(Program& p) const {
-        return {{m.cfg, m.weights, b, args.ctx, args.kv, m.model.rope.softmax_scale, blocks, threads, m.info.smem}, p};
+        return {{m.cfg, m.weights, b, m.model.rope.softmax_scale, m.info, threads}, p};
     }
     // A pass whose inputs the host has put into b.ids, b.pos, b.hidden.
     PassShape shape(int n, bool mtp, int n_logits, bool long_context, bool trace) const {
@@ -325,16 +329,9 @@ struct DeviceSession {
 
     // ---- running a list of stages ----------------------------------------------------------------------------------
 
-    rt::Error launch(const Op& op, bool dependent, rt::Stream s) const {
-        return op.launch({.grid = op.blocks,
-                          .block = threads,
-                          .smem = op.smem,
-                          .dependent = dependent && m.info.dependent,
-                          .stream = s});
-    }
     rt::Error launch_all(const Program& p, rt::Stream s) const {
         rt::Error e = 0;
-        for (size_t i = 0; i < p.ops.size() && e == 0; ++i) e = launch(p.ops[i], i > 0, s);
+        for (size_t i = 0; i < p.ops.size() && e == 0; ++i) e = p.ops[i].launch(s, i > 0);
         return e;
     }
     rt::Error prepare(Replay& r) const {
@@ -493,7 +490,7 @@ struct DeviceSession {
         }
         size_t next = 0;
         for (size_t i = 0; i < program.ops.size(); ++i) {
-            DC_RT(launch(program.ops[i], i > 0, stream));
+            DC_RT(program.ops[i].launch(stream, i > 0));
             for (; next < program.taps.size() && program.taps[next].op == i; ++next) {
                 const TapOut& t = program.taps[next];
                 if (const auto v = taps.views.find(t.name); v != taps.views.end()) {
@@ -541,9 +538,9 @@ struct DeviceSession {
     Status copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_cache) {
         DC_RT(rt::set_device(m.index));
         const int64_t bytes = m.cfg.cache_row_bytes(args.kv);
-        std::byte* at = (mtp ? b.mtp_cache : b.cache) + int64_t{layer} * args.ctx * b.row_stride;
-        DC_RT(to_cache ? rt::copy_rows(at, b.row_stride, host, bytes, bytes, n, stream)
-                       : rt::copy_rows(host, bytes, at, b.row_stride, bytes, n, stream));
+        const LatentCache cache = (mtp ? b.mtp_cache : b.cache).layer(layer);
+        DC_RT(to_cache ? rt::copy_rows(cache.data, cache.row_bytes, host, bytes, bytes, n, stream)
+                       : rt::copy_rows(host, bytes, cache.data, cache.row_bytes, bytes, n, stream));
         return check(rt::synchronize(stream), "copying cache rows");
     }
 
@@ -561,59 +558,51 @@ struct DeviceSession {
         const auto n = static_cast<int>(d.tokens.size()) - 1;
         pend_bound = static_cast<int>(std::ssize(d.pending) / m.cfg.hidden_size);
         pos_bound = n;
-        Loop l;
+        DecodeState s;
         const rt::Settled settled{stream};
-        l.s.pos = n;
-        l.s.n = 1;
-        l.s.tokens[0] = d.tokens.back();
-        l.n_pend = pend_bound;
-        l.left = d.max_tokens;
-        l.ctx = args.ctx;
-        l.n_valid = d.n_valid;
-        l.temp = d.sample.temp;
-        l.top_p = d.sample.top_p;
-        l.min_p = d.sample.min_p;
-        l.top_k = d.sample.top_k;
-        l.seed = d.sample.seed;
-        l.n_eos = static_cast<int>(d.eos.size());
-        std::copy(d.eos.begin(), d.eos.end(), l.eos);
-        l.stop = d.max_tokens <= 0 ? kStopLength : n + 1 >= args.ctx ? kStopContext : kStopNone;
-        DC_RT(rt::copy(b.loop, &l, sizeof l, stream));
+        s.main.pos = n;
+        s.main.n = 1;
+        s.main.ids[0] = d.tokens.back();
+        s.n_pend = pend_bound;
+        s.left = d.max_tokens;
+        s.ctx = args.ctx;
+        s.n_valid = d.n_valid;
+        s.sample = d.sample;
+        s.n_eos = static_cast<int>(d.eos.size());
+        std::copy(d.eos.begin(), d.eos.end(), s.eos);
+        s.stop = d.max_tokens <= 0 ? kStopLength : n + 1 >= args.ctx ? kStopContext : kStopNone;
+        DC_RT(rt::copy(b.decode, &s, sizeof s, stream));
         DC_RT(rt::copy(b.tokens, d.tokens.data(), 4 * std::ssize(d.tokens), stream));
         if (!d.pending.empty()) DC_RT(rt::copy(b.pend, d.pending.data(), 4 * std::ssize(d.pending), stream));
         return check(rt::synchronize(stream), "starting to decode");
     }
 
     // The stages of a round of k drafts that first brings the MTP cache up to date in `parts` passes.
-    void write_round(Program& program, int k, int parts, bool long_context, bool sampled) const {
+    void write_round(Program& program, int k, int parts, bool long_context) const {
         PassWriter w = writer(program);
-        Loop* l = b.loop;
+        DecodeState* s = b.decode;
         const int d = m.cfg.hidden_size, topk = m.cfg.num_experts_per_tok, rows = static_cast<int>(b.rows);
+        const Routed routed{b.topk_idx, static_cast<int>(moe_layers(false)), rows, topk};
         const Routed mtp_routed{b.topk_idx + moe_layers(false) * b.rows * topk, static_cast<int>(moe_layers(true)),
                                 rows, topk};
-        const auto choose = [&](const int32_t* n_live, int n, bool last, int offset, int32_t* choice) {
-            if (!sampled) return;
-            w.add(ChooseArgs{.logits = b.logits,
-                             .rows = n,
-                             .n_live = n_live,
-                             .last = last,
-                             .pos = &l->s.pos,
-                             .offset = offset,
-                             .loop = l,
-                             .choice = choice});
+        const auto pass = [&](DecodeRows* r, int n, int n_logits, const float* hidden) {
+            w.pass({.n = n,
+                    .mtp = r == &s->mtp,
+                    .n_logits = n_logits,
+                    .long_context = long_context,
+                    .ids = r->ids,
+                    .pos = &r->pos,
+                    .n_live = &r->n,
+                    .hidden = {hidden, d},
+                    .choice = r->choice,
+                    .n_valid = run.n_valid});
         };
-        PassShape mtp{.n = kBlockRows,
-                      .mtp = true,
-                      .n_logits = 0,
-                      .long_context = long_context,
-                      .ids = l->s.mtp_tokens,
-                      .pos = &l->s.mtp_pos,
-                      .n_live = &l->s.mtp_n,
-                      .hidden = {parts > 1 ? b.hidden : b.pend, d},
-                      .choice = l->s.mtp_choice,
-                      .n_valid = run.n_valid};
+        const auto choose = [&](DecodeRows* r, int n, bool last, int offset) {
+            if (run.sample.temp <= 0) return;
+            w.add(ChooseArgs{.state = s, .rows = r, .logits = b.logits, .n = n, .last = last, .offset = offset});
+        };
         for (int i = 0; i < parts; ++i) {
-            w.add(CatchUpArgs{.loop = l,
+            w.add(CatchUpArgs{.state = s,
                               .tokens = b.tokens,
                               .part = i,
                               .parts = parts,
@@ -621,29 +610,16 @@ struct DeviceSession {
                               .hidden = b.hidden,
                               .d = d,
                               .before = mtp_routed});
-            mtp.n_logits = i + 1 == parts && k > 0 ? kBlockRows : 0;
-            w.pass(mtp);
+            pass(&s->mtp, kBlockRows, i + 1 == parts && k > 0 ? kBlockRows : 0, parts > 1 ? b.hidden : b.pend);
         }
         for (int j = 1; j <= k; ++j) {
-            if (j > 1) {
-                mtp.n = mtp.n_logits = 1;
-                mtp.hidden.data = b.g;
-                w.pass(mtp);
-            }
-            choose(&l->s.mtp_n, kBlockRows, true, j, l->s.mtp_choice);
-            w.add(DraftArgs{.loop = l, .j = j, .more = j < k, .h = b.h, .g = b.g, .d = d, .routed = mtp_routed});
+            if (j > 1) pass(&s->mtp, 1, 1, b.g);
+            choose(&s->mtp, kBlockRows, true, j);
+            w.add(DraftArgs{.state = s, .j = j, .more = j < k, .h = b.h, .g = b.g, .d = d, .routed = mtp_routed});
         }
-        w.pass({.n = k + 1,
-                .mtp = false,
-                .n_logits = k + 1,
-                .long_context = long_context,
-                .ids = l->s.tokens,
-                .pos = &l->s.pos,
-                .n_live = &l->s.n,
-                .choice = l->s.choice,
-                .n_valid = run.n_valid});
-        choose(&l->s.n, k + 1, false, 1, l->s.choice);
-        w.add(AcceptArgs{.loop = l,
+        pass(&s->main, k + 1, k + 1, nullptr);
+        choose(&s->main, k + 1, false, 1);
+        w.add(AcceptArgs{.state = s,
                          .ring = ring,
                          .tokens = b.tokens,
                          .caught_up = parts > 0,
@@ -651,7 +627,7 @@ struct DeviceSession {
                          .h = b.h,
                          .pend = run.keeps_mtp ? b.pend : nullptr,
                          .d = d,
-                         .routed = {b.topk_idx, static_cast<int>(moe_layers(false)), rows, topk}});
+                         .routed = routed});
     }
 
     Status decode_step(int k) {
@@ -663,9 +639,8 @@ struct DeviceSession {
         const bool catch_up = run.keeps_mtp && (k > 0 || pend_bound + 1 > kMaxPending);
         const int parts = catch_up ? static_cast<int>(ceil_div(pend_bound, kBlockRows)) : 0;
         // The writer keeps run.n_valid in the program: a run over another vocabulary is another program.
-        DC_TRY(const Replay* r,
-               replay({k, parts, run.n_valid * 2 + (run.keeps_mtp ? 1 : 0), long_context, sampled},
-                      [&](Program& p) { write_round(p, parts > 0 ? k : 0, parts, long_context, sampled); }));
+        DC_TRY(const Replay* r, replay({k, parts, run.n_valid * 2 + (run.keeps_mtp ? 1 : 0), long_context, sampled},
+                                       [&](Program& p) { write_round(p, parts > 0 ? k : 0, parts, long_context); }));
         DC_RT(r->graph.launch(stream));
         ++queued;
         pend_bound = !run.keeps_mtp ? 0 : catch_up ? k + 1 : pend_bound + 1;
@@ -693,32 +668,32 @@ struct DeviceSession {
     Result<DecodeResult> decode_finish(PassStats& stats) {
         DC_RT(rt::set_device(m.index));
         const ModelConfig& c = m.cfg;
-        Loop l;
+        DecodeState s;
         DecodeResult end;
         const rt::Settled settled{stream};
-        DC_RT(rt::copy(&l, b.loop, sizeof l, stream));
+        DC_RT(rt::copy(&s, b.decode, sizeof s, stream));
         DC_RT(rt::synchronize(stream));
-        if (l.n_pend < 0 || l.n_pend > (run.keeps_mtp ? std::min(l.s.pos, kMaxPending + kMaxRound) : 0))
-            return fail(ErrorCode::kResource, "device: %d pending rows", l.n_pend);
-        if (l.s.pos < std::ssize(run.tokens) - 1 || l.s.pos > args.ctx)
-            return fail(ErrorCode::kResource, "device: %d cached tokens", l.s.pos);
-        end.tokens.resize(static_cast<size_t>(l.s.pos));
-        end.pending.resize(static_cast<size_t>(l.n_pend) * static_cast<size_t>(c.hidden_size));
+        const DecodeRows &main = s.main, &mtp = s.mtp;
+        if (s.n_pend < 0 || s.n_pend > (run.keeps_mtp ? std::min(main.pos, kMaxPending + kMaxRound) : 0))
+            return fail(ErrorCode::kResource, "device: %d pending rows", s.n_pend);
+        if (main.pos < std::ssize(run.tokens) - 1 || main.pos > args.ctx)
+            return fail(ErrorCode::kResource, "device: %d cached tokens", main.pos);
+        end.tokens.resize(static_cast<size_t>(main.pos));
+        end.pending.resize(static_cast<size_t>(s.n_pend) * static_cast<size_t>(c.hidden_size));
         DC_RT(rt::copy(end.tokens.data(), b.tokens, 4 * std::ssize(end.tokens), stream));
         DC_RT(rt::copy(end.pending.data(), b.pend, 4 * std::ssize(end.pending), stream));
         DC_RT(rt::synchronize(stream));
         taken = queued;
-        const LoopCounts& n = l.counts;
         const WeightBytes& w = m.model.bytes;
-        stats.passes += n.passes + n.mtp_passes;
-        stats.rows += n.rows + n.mtp_rows;
-        stats.mtp_passes += n.mtp_passes;
-        stats.mtp_rows += n.mtp_rows;
-        stats.experts_touched += n.experts + n.mtp_experts;
-        stats.weight_bytes += n.passes * (w.fixed + w.head) + n.mtp_passes * (w.mtp_fixed + w.mtp_head) +
-                              (n.rows + n.mtp_rows) * w.embed_row + n.mtp_experts * w.mtp_expert +
-                              n.experts * w.experts / std::max(w.n_moe_layers, 1);  // of all layers alike
-        stats.cache_bytes += c.cache_row_bytes(args.kv) * (n.cache_rows * c.num_hidden_layers + n.mtp_cache_rows);
+        stats.passes += main.passes + mtp.passes;
+        stats.rows += main.passed_rows + mtp.passed_rows;
+        stats.mtp_passes += mtp.passes;
+        stats.mtp_rows += mtp.passed_rows;
+        stats.experts_touched += main.experts + mtp.experts;
+        stats.weight_bytes += main.passes * (w.fixed + w.head) + mtp.passes * (w.mtp_fixed + w.mtp_head) +
+                              (main.passed_rows + mtp.passed_rows) * w.embed_row + mtp.experts * w.mtp_expert +
+                              main.experts * w.experts / std::max(w.n_moe_layers, 1);  // of all layers alike
+        stats.cache_bytes += c.cache_row_bytes(args.kv) * (main.cache_rows * c.num_hidden_layers + mtp.cache_rows);
         return end;
     }
 
@@ -728,8 +703,8 @@ struct DeviceSession {
             {"x", {b.x.data, "<f4", {b.rows, b.x.stride}}},
             {"hidden", {b.h.data, "<f4", {b.rows, b.h.stride}}},
             {"logits", {b.logits.data, "<f4", {kLogitRows, b.logits.stride}}},
-            {"cache", {b.cache, "|u1", {c.num_hidden_layers, args.ctx, b.row_stride}}},
-            {"mtp_cache", {b.mtp_cache, "|u1", {1, args.ctx, b.row_stride}}},
+            {"cache", {b.cache.data, "|u1", {c.num_hidden_layers, args.ctx, b.cache.row_bytes}}},
+            {"mtp_cache", {b.mtp_cache.data, "|u1", {1, args.ctx, b.cache.row_bytes}}},
         };
         for (const auto* named : {&buffers, &kept_taps[0], &kept_taps[1]}) {
             const auto it = named->find(name);

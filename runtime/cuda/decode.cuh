@@ -22,40 +22,35 @@ struct TokenRing {
     DecodedRound rounds[kRingRounds];  // round i at i % kRingRounds
 };
 
-// Of everything that ran, rounds queued after a stop included.
-struct LoopCounts {
-    int64_t passes = 0, rows = 0, mtp_passes = 0, mtp_rows = 0;
-    int64_t experts = 0;      // distinct (layer, expert) pairs of main passes, summed over them
-    int64_t mtp_experts = 0;  // and of MTP passes
-    int64_t cache_rows = 0;   // rows of one layer that main passes read; mtp_cache_rows likewise
-    int64_t mtp_cache_rows = 0;
-};
+// Rows of the main pass or of the MTP pass of a round, which read them through pointers into this.
+struct DecodeRows {
+    int32_t pos = 0;                      // position of row 0
+    int32_t n = 0;                        // live rows
+    int32_t ids[kBlockRows] = {};         // their tokens; MTP: the token after each row's position
+    int32_t choice[kBlockRows] = {};      // HeadArgs::choice
+    int64_t passes = 0, passed_rows = 0;  // so far, rounds queued behind a stop included
+    int64_t experts = 0;                  // distinct (layer, expert) pairs, summed over passes
+    int64_t cache_rows = 0;               // rows of one layer that they read
 
-// Rows of the passes of decoding; they read them through pointers into this.
-struct DecodeState {
-    int32_t pos = 0;      // position of row 0 of the main pass = cached tokens
-    int32_t n = 0;        // live rows of the main pass: the last token and its drafts
-    int32_t mtp_pos = 0;  // the same of the MTP pass
-    int32_t mtp_n = 0;
-    int32_t tokens[kBlockRows] = {};      // ids of the main pass's rows
-    int32_t mtp_tokens[kBlockRows] = {};  // ids of the MTP pass's rows: the token after each row's position
-    int32_t choice[kBlockRows] = {};      // HeadArgs::choice of the main pass
-    int32_t mtp_choice[kBlockRows] = {};  // and of the MTP pass
+    DC_DEVICE void count_pass() {
+        passes += 1;
+        passed_rows += n;
+        cache_rows += pos + n;
+    }
 };
 
 // What decoding keeps in device memory; written by the host before a run, by catch_up, draft and accept during it.
-struct Loop {
-    DecodeState s;       // s.pos: tokens in the main cache; s.tokens[0]: t_pos, not in the cache yet
+struct DecodeState {
+    DecodeRows main;  // pos: tokens in the main cache; ids: t_pos, not in the cache yet, and its drafts
+    DecodeRows mtp;
     int32_t n_pend = 0;  // MTP rows pos - n_pend..pos-1 are due; their hidden rows are pend[0..n_pend-1]
     int32_t chain = 0;   // drafts made in this round, -1: the chain is broken (a draft had no finite logits)
     int32_t stop = 0, bad_id = -1;
     unsigned done = 0;
     int64_t left = 0;  // tokens that may still be emitted
-    int32_t ctx = 0, n_valid = 0, n_eos = 0, top_k = 0;
-    float temp = 0, top_p = 1, min_p = 0;
-    uint64_t seed = 0;
+    int32_t ctx = 0, n_valid = 0, n_eos = 0;
     int32_t eos[kMaxEos] = {};
-    LoopCounts counts;
+    SampleParams sample;
 };
 
 // --- choice at temperature > 0 --------------------------------------------------------------------------------------
@@ -65,16 +60,15 @@ struct Loop {
 // sum does not matter.
 struct ChooseArgs {
     static constexpr Stage kStage{"choose"};
-    View<const float> logits;  // [rows, n_valid]
-    int rows = 0;
-    const int32_t* n_live = nullptr;
-    bool last = false;  // only the last live row, chosen for position *pos + offset; else row i for *pos + offset + i
-    const int32_t* pos = nullptr;  // device
+    const DecodeState* state = nullptr;
+    DecodeRows* rows = nullptr;  // its main or mtp; choice: in, the argmax, -1 where there is none; out, the choice
+    View<const float> logits;    // [n, n_valid]
+    int n = 0;                   // rows at most
+    bool last =
+        false;  // only the last live row, chosen for position main.pos + offset; else row i for main.pos + offset + i
     int offset = 0;
-    const Loop* loop = nullptr;
-    int32_t* choice = nullptr;  // [rows] in: the argmax, -1 where there is none; out: the choice
 
-    constexpr int units() const { return last ? 1 : rows; }
+    constexpr int units() const { return last ? 1 : n; }
     constexpr int64_t smem(const Fit&, int) const { return 32 * 16 * 8; }
 };
 
@@ -173,15 +167,16 @@ template <int NB> DC_DEVICE void stage(const ChooseArgs& a, const Fit&) {
     rt::dependency_wait();
     auto* scores = reinterpret_cast<double*>(rt::dynamic_smem());  // [warps], then ids [warps]
     auto* ids = reinterpret_cast<int*>(rt::dynamic_smem() + 32 * 8);
-    const Loop& p = *a.loop;
-    const int live = *a.n_live < a.rows ? *a.n_live : a.rows;
+    const DecodeState& state = *a.state;
+    const SampleParams& p = state.sample;
+    const int live = a.rows->n < a.n ? a.rows->n : a.n;
     for (int row = a.last ? live - 1 + rt::block() : rt::block(); row >= 0 && row < live; row += rt::blocks()) {
-        int choice = a.choice[row];
+        int choice = a.rows->choice[row];
         if (choice < 0) continue;
         const float* logits = a.logits.row(row);
-        const Candidates c{logits, p.n_valid, logits[choice], p.temp};
+        const Candidates c{logits, state.n_valid, logits[choice], p.temp};
         const uint64_t border = filter(c, p.top_k, p.top_p, reinterpret_cast<uint64_t*>(rt::dynamic_smem()));
-        const int64_t pos = int64_t{*a.pos} + a.offset + (a.last ? 0 : row);
+        const int64_t pos = int64_t{state.main.pos} + a.offset + (a.last ? 0 : row);
         double best_score = -1e300;
         const auto take = [&](double score, int v) {
             if (score > best_score || (score == best_score && v < choice)) {
@@ -203,7 +198,7 @@ template <int NB> DC_DEVICE void stage(const ChooseArgs& a, const Fit&) {
         rt::sync_block();
         if (rt::thread() == 0) {
             for (int w = 1; w < rt::warps(); ++w) take(scores[w], ids[w]);
-            a.choice[row] = choice;
+            a.rows->choice[row] = choice;
         }
         rt::sync_block();
     }
@@ -233,7 +228,7 @@ DC_DEVICE int distinct_experts(const Routed& r, int n, int* smem) {
 // The rows that the MTP layer is behind, in `parts` passes of up to 8; the last part always ends with the last of them.
 struct CatchUpArgs {
     static constexpr Stage kStage{"catch_up"};
-    Loop* loop = nullptr;
+    DecodeState* state = nullptr;
     const int32_t* tokens = nullptr;  // [ctx + kMaxRound] every token, t_0..t_pos
     int part = 0, parts = 1;
     const float* pend = nullptr;  // [kMaxPending + kMaxRound, d]
@@ -248,31 +243,28 @@ struct CatchUpArgs {
 template <int NB> DC_DEVICE void stage(const CatchUpArgs& a, const Fit&) {
     rt::dependency_wait();
     if (rt::block() != 0) return;
-    Loop& l = *a.loop;
-    const int end = l.n_pend - kBlockRows * (a.parts - 1 - a.part);
+    DecodeState& s = *a.state;
+    const int end = s.n_pend - kBlockRows * (a.parts - 1 - a.part);
     const int begin = end > kBlockRows ? end - kBlockRows : 0, n = end > begin ? end - begin : 0;
     for (int i = rt::thread(); a.parts > 1 && i < n * a.d; i += rt::threads())
         a.hidden[i] = a.pend[static_cast<int64_t>(begin) * a.d + i];
     const int experts =
-        a.part > 0 ? distinct_experts(a.before, l.s.mtp_n, reinterpret_cast<int*>(rt::dynamic_smem())) : 0;
+        a.part > 0 ? distinct_experts(a.before, s.mtp.n, reinterpret_cast<int*>(rt::dynamic_smem())) : 0;
     rt::sync_block();
     if (rt::thread() != 0) return;
-    l.counts.mtp_experts += experts;
-    const int pos = l.s.pos - l.n_pend + begin;
-    l.s.mtp_pos = pos;
-    l.s.mtp_n = n;
-    for (int i = 0; i < l.s.mtp_n; ++i) l.s.mtp_tokens[i] = a.tokens[pos + i + 1];
-    if (a.part == 0) l.chain = l.n_pend > 0 && l.stop == kStopNone ? 0 : -1;
-    l.counts.mtp_passes += 1;
-    l.counts.mtp_rows += l.s.mtp_n;
-    l.counts.mtp_cache_rows += pos + l.s.mtp_n;
+    s.mtp.experts += experts;
+    s.mtp.pos = s.main.pos - s.n_pend + begin;
+    s.mtp.n = n;
+    for (int i = 0; i < n; ++i) s.mtp.ids[i] = a.tokens[s.mtp.pos + i + 1];
+    if (a.part == 0) s.chain = s.n_pend > 0 && s.stop == kStopNone ? 0 : -1;
+    s.mtp.count_pass();
 }
 
 // Draft j of the round from the MTP pass that just ended: it joins the rows to verify, and is what the next MTP pass
 // continues from, with that pass's own output as hidden row.
 struct DraftArgs {
     static constexpr Stage kStage{"draft"};
-    Loop* loop = nullptr;
+    DecodeState* state = nullptr;
     int j = 1;
     bool more = false;    // another draft follows
     View<const float> h;  // [rows, d] post-norm output of the MTP pass
@@ -287,35 +279,33 @@ struct DraftArgs {
 template <int NB> DC_DEVICE void stage(const DraftArgs& a, const Fit&) {
     rt::dependency_wait();
     if (rt::block() != 0) return;
-    Loop& l = *a.loop;
-    const int n = l.s.mtp_n, row = n > 0 ? n - 1 : 0;
+    DecodeState& s = *a.state;
+    const int n = s.mtp.n, row = n > 0 ? n - 1 : 0;
     for (int i = rt::thread(); i < a.d; i += rt::threads()) a.g[i] = a.h.row(row)[i];
     const int experts = distinct_experts(a.routed, n, reinterpret_cast<int*>(rt::dynamic_smem()));
     rt::sync_block();
     if (rt::thread() != 0) return;
-    l.counts.mtp_experts += experts;
-    const int32_t id = l.s.mtp_choice[row];
-    if (id < 0 || n == 0) l.chain = -1;  // a damaged MTP layer must not stop generation: verify what there is
+    s.mtp.experts += experts;
+    const int32_t id = s.mtp.choice[row];
+    if (id < 0 || n == 0) s.chain = -1;  // a damaged MTP layer must not stop generation: verify what there is
     // Not more rows than positions whose token a plain step would still choose.
-    if (l.chain >= 0 && l.s.pos + a.j + 1 < l.ctx) {
-        l.chain = a.j;
-        l.s.tokens[a.j] = id;
-        l.s.n = a.j + 1;
+    if (s.chain >= 0 && s.main.pos + a.j + 1 < s.ctx) {
+        s.chain = a.j;
+        s.main.ids[a.j] = id;
+        s.main.n = a.j + 1;
     } else {
-        l.chain = -1;
+        s.chain = -1;
     }
-    l.s.mtp_pos = l.s.pos + a.j - 1;  // a row of a recycled state: the next catch_up overwrites it
-    l.s.mtp_n = l.chain > 0 && a.more ? 1 : 0;
-    l.s.mtp_tokens[0] = id;
-    l.counts.mtp_passes += l.s.mtp_n;
-    l.counts.mtp_rows += l.s.mtp_n;
-    l.counts.mtp_cache_rows += l.s.mtp_n > 0 ? l.s.mtp_pos + 1 : 0;
+    s.mtp.pos = s.main.pos + a.j - 1;  // a row of a recycled state: the next catch_up overwrites it
+    s.mtp.n = s.chain > 0 && a.more ? 1 : 0;
+    s.mtp.ids[0] = id;
+    if (s.mtp.n > 0) s.mtp.count_pass();
 }
 
 // Takes the choices of the verified rows while they agree with the drafts, ends at a stop, appends, publishes.
 struct AcceptArgs {
     static constexpr Stage kStage{"accept"};
-    Loop* loop = nullptr;
+    DecodeState* state = nullptr;
     TokenRing* ring = nullptr;  // pinned host memory
     int32_t* tokens = nullptr;  // [ctx + kMaxRound]
     bool caught_up = false;     // the MTP rows that were due have been made in this round
@@ -330,48 +320,48 @@ struct AcceptArgs {
 };
 
 // Emits the choices of the round's rows; one thread. bad: the lowest id whose logit is NaN. Returns how many.
-DC_DEVICE int take_choices(const AcceptArgs& a, Loop& l, DecodedRound& r, int rows, int bad) {
+DC_DEVICE int take_choices(const AcceptArgs& a, DecodeState& s, DecodedRound& r, int rows, int bad) {
     int e = 0;
-    while (e < rows && l.stop == kStopNone) {
-        const int32_t id = l.s.choice[e];
+    while (e < rows && s.stop == kStopNone) {
+        const int32_t id = s.main.choice[e];
         if (id < 0) {
             if (e > 0) break;  // plain decoding reports it when it gets there
-            l.stop = kStopNotFinite;
-            l.bad_id = bad == 0x7FFFFFFF ? -1 : bad;
+            s.stop = kStopNotFinite;
+            s.bad_id = bad == 0x7FFFFFFF ? -1 : bad;
             break;
         }
         ++e;
-        a.tokens[l.s.pos + e] = id;
+        a.tokens[s.main.pos + e] = id;
         r.tokens[e - 1] = id;
-        l.left -= 1;
-        for (int i = 0; i < l.n_eos; ++i) {
-            if (l.eos[i] == id) l.stop = kStopEos;
+        s.left -= 1;
+        for (int i = 0; i < s.n_eos; ++i) {
+            if (s.eos[i] == id) s.stop = kStopEos;
         }
-        if (l.stop == kStopNone && l.left <= 0) l.stop = kStopLength;
-        if (l.stop == kStopNone && l.s.pos + e + 1 >= l.ctx) l.stop = kStopContext;
-        if (e < rows && l.s.tokens[e] != id) break;
+        if (s.stop == kStopNone && s.left <= 0) s.stop = kStopLength;
+        if (s.stop == kStopNone && s.main.pos + e + 1 >= s.ctx) s.stop = kStopContext;
+        if (e < rows && s.main.ids[e] != id) break;
     }
     if (e == 0) return 0;
     r.n_tokens = e;
     r.drafted = rows - 1;
     r.accepted = e - 1;
-    l.s.pos += e;
-    l.s.tokens[0] = l.s.choice[e - 1];
+    s.main.pos += e;
+    s.main.ids[0] = s.main.choice[e - 1];
     return e;
 }
 
 template <int NB> DC_DEVICE void stage(const AcceptArgs& a, const Fit&) {
     rt::dependency_wait();
     if (rt::block() != 0) return;
-    Loop& l = *a.loop;
+    DecodeState& s = *a.state;
     // [0, 32): a word of each warp; 32: emitted; 33: first pending row
     auto* shared = reinterpret_cast<int*>(rt::dynamic_smem());
-    const int rows = l.s.n;
-    const bool running = l.stop == kStopNone;
+    const int rows = s.main.n;
+    const bool running = s.stop == kStopNone;
     const int experts = distinct_experts(a.routed, rows, shared);
     int bad = 0x7FFFFFFF;  // the row that plain decoding is at has no token: name the first NaN
-    if (running && l.s.choice[0] < 0) {
-        for (int v = rt::thread(); v < l.n_valid; v += rt::threads()) {
+    if (running && s.main.choice[0] < 0) {
+        for (int v = rt::thread(); v < s.n_valid; v += rt::threads()) {
             if (a.logits.data[v] != a.logits.data[v] && v < bad) bad = v;
         }
     }
@@ -381,23 +371,21 @@ template <int NB> DC_DEVICE void stage(const AcceptArgs& a, const Fit&) {
     rt::sync_block();
     if (rt::thread() == 0) {
         for (int w = 0; w < rt::warps(); ++w) bad = shared[w] < bad ? shared[w] : bad;
-        DecodedRound& r = a.ring->rounds[l.done % kRingRounds];
+        DecodedRound& r = a.ring->rounds[s.done % kRingRounds];
         r = {};
         r.experts = experts;
-        l.counts.experts += experts;
-        l.counts.passes += 1;
-        l.counts.rows += rows;
-        l.counts.cache_rows += l.s.pos + rows;
-        const int base = a.caught_up ? 0 : l.n_pend, e = running ? take_choices(a, l, r, rows, bad) : 0;
-        if (a.pend != nullptr && e > 0) l.n_pend = base + e;
-        l.s.n = 1;
+        s.main.experts += experts;
+        s.main.count_pass();
+        const int base = a.caught_up ? 0 : s.n_pend, e = running ? take_choices(a, s, r, rows, bad) : 0;
+        if (a.pend != nullptr && e > 0) s.n_pend = base + e;
+        s.main.n = 1;
         shared[32] = a.pend != nullptr ? e : 0;
         shared[33] = base;
-        l.done += 1;
-        r.stop = l.stop;
-        r.bad_id = l.bad_id;
+        s.done += 1;
+        r.stop = s.stop;
+        r.bad_id = s.bad_id;
         r.end_ns = rt::clock_ns();
-        rt::store_release_system(&a.ring->done, l.done);
+        rt::store_release_system(&a.ring->done, s.done);
     }
     rt::sync_block();
     const int e = shared[32], base = shared[33];

@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/stages.cuh"
 #include "runtime/cuda/decode.cuh"
+#include "runtime/cuda/host.h"
 
 #include <algorithm>
 #include <functional>
@@ -15,13 +16,11 @@ namespace deepcalm::gpu {
 
 // One stage call.
 struct Op {
-    std::string name;  // of the stage; products with their shape, of which a layer has four
-    int blocks = 1;
-    int64_t smem = 0;   // with the session's threads a block
-    int64_t need = 0;   // with kThreads: what a device must give
+    std::string name;   // of the stage; products with their shape, of which a layer has four
+    int64_t need = 0;   // bytes of shared memory that a device must give a block
     int64_t bytes = 0;  // weights read by one row (of the chosen experts: by all rows, counted as if none were shared)
     int64_t row_bytes = 0;  // of the cache, read at every position
-    std::function<rt::Error(const rt::LaunchConfig&)> launch;
+    std::function<rt::Error(rt::Stream, bool dependent)> launch;
 };
 
 // An intermediate to copy out after `op`: `vectors` vectors of `width`, `stride` apart, shape [rows, dims...].
@@ -58,16 +57,15 @@ struct Buffers {
     float* best_value = nullptr;
     int32_t* best_id = nullptr;
     unsigned* arrived = nullptr;
-    float *cos = nullptr, *sin = nullptr;              // [ctx, dr / 2]
-    std::byte *cache = nullptr, *mtp_cache = nullptr;  // [layers, ctx, row_stride]
-    int64_t row_stride = 0;                            // bytes: cache_row_bytes rounded up to 16
-    float* hidden = nullptr;                           // [R, d] MTP input of a pass from the host
-    float* pend = nullptr;                             // [kMaxPending + kMaxRound, d]
-    float* g = nullptr;                                // [d]
-    int32_t *ids = nullptr, *pos = nullptr;            // [R] of a pass from the host; pos[i] = position of row i
-    int32_t* tokens = nullptr;                         // [ctx + kMaxRound]
-    int32_t* choice = nullptr;                         // [R]
-    Loop* loop = nullptr;
+    float *cos = nullptr, *sin = nullptr;    // [ctx, dr / 2]
+    LatentCache cache, mtp_cache;            // of the first layer; the others follow
+    float* hidden = nullptr;                 // [R, d] MTP input of a pass from the host
+    float* pend = nullptr;                   // [kMaxPending + kMaxRound, d]
+    float* g = nullptr;                      // [d]
+    int32_t *ids = nullptr, *pos = nullptr;  // [R] of a pass from the host; pos[i] = position of row i
+    int32_t* tokens = nullptr;               // [ctx + kMaxRound]
+    int32_t* choice = nullptr;               // [R]
+    DecodeState* decode = nullptr;
     float* taps = nullptr;  // [R, tap_stride], allocated with the first trace
     int64_t tap_stride = 0;
 };
@@ -92,11 +90,9 @@ struct PassSetting {
     const ModelConfig& c;
     const ModelWeights& w;
     const Buffers& b;
-    int ctx;
-    CacheType kv;
     float softmax_scale;
-    int sms, threads;
-    int64_t smem;  // bytes that a block may have
+    const rt::DeviceInfo& device;
+    int threads;  // of a block
 };
 
 // Appends the stages of a pass.
@@ -139,13 +135,17 @@ class PassWriter {
 
     template <class A> void add(const A& args) {
         // kThreads: what a simulated device of fewer threads a block takes is what the real one would
-        const Fit& f = fit(args, n_ <= kBlockRows ? 1 : kPrefillBlocks, kThreads, s_.smem);
-        Op op{.name = A::kStage.name,
-              .blocks = std::max(1, std::min(args.units(), s_.sms)),
-              .smem = args.smem(f, s_.threads),
-              .need = args.smem(f, kThreads),
-              .bytes = bytes_,
-              .launch = [args, f](const rt::LaunchConfig& c) { return rt::launch(c, kernel_of<A>(f.nb), args, f); }};
+        const Fit& f = fit(args, n_ <= kBlockRows ? 1 : kPrefillBlocks, kThreads, s_.device.smem);
+        const rt::LaunchConfig config{.grid = std::max(1, std::min(args.units(), s_.device.sms)),
+                                      .block = s_.threads,
+                                      .smem = args.smem(f, s_.threads)};
+        const auto launch = [args, f, config, can = s_.device.dependent](rt::Stream stream, bool dependent) {
+            rt::LaunchConfig c = config;
+            c.stream = stream;
+            c.dependent = dependent && can;
+            return rt::launch(c, kernel_of<A>(f.nb), args, f);
+        };
+        Op op{.name = A::kStage.name, .need = args.smem(f, kThreads), .bytes = bytes_, .launch = launch};
         if constexpr (std::is_same_v<A, ProductArgs>)
             op.name += " " + std::to_string(args.w.rows) + "x" + std::to_string(args.w.cols);
         if constexpr (std::is_same_v<A, AttendArgs>) op.row_bytes = args.cache.row_bytes;
@@ -202,14 +202,7 @@ class PassWriter {
 
     void attention(const LayerWeights& w, int cache_layer) {
         const int d = c_.hidden_size;
-        const LatentCache cache{.type = s_.kv,
-                                .ctx = s_.ctx,
-                                .c_pad = c_.c_pad(),
-                                .r_pad = c_.r_pad(),
-                                .data =
-                                    (t_.mtp ? b_.mtp_cache : b_.cache) + int64_t{cache_layer} * s_.ctx * b_.row_stride,
-                                .row_bytes = b_.row_stride};
-
+        const LatentCache cache = (t_.mtp ? b_.mtp_cache : b_.cache).layer(cache_layer);
         const View<float> norm_tap = room(d);
         reads(w.wqkv_a);
         add(ProductArgs{.rows = rows(), .w = w.wqkv_a, .x = b_.x, .norm = norm(w.attn_norm, norm_tap), .y = b_.qkv});
@@ -266,7 +259,7 @@ class PassWriter {
     void latent_attention(const LayerWeights& w, const LatentCache& cache) {
         const int heads = c_.num_attention_heads, r = c_.kv_lora_rank;
         const bool single = n_ <= kBlockRows && !t_.long_context;
-        const int limit = single ? std::min(s_.ctx, kShortContext) : s_.ctx, chunks = single ? 1 : kPartialChunks;
+        const int limit = single ? std::min(cache.ctx, kShortContext) : cache.ctx, chunks = single ? 1 : kPartialChunks;
         const Partials part{.n_heads = heads,
                             .c_pad = cache.c_pad,
                             .chunks = chunks,
@@ -287,7 +280,7 @@ class PassWriter {
             add(ValueArgs{.rows = rows,
                           .w_uv = w.w_uv,
                           .dv = c_.v_head_dim,
-                          .ctx = s_.ctx,
+                          .ctx = cache.ctx,
                           .part = part,
                           .v = b_.v.from(i),
                           .latent_tap = t_.trace ? latent_tap.from(i) : View<float>{}});

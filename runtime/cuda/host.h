@@ -14,7 +14,7 @@ namespace deepcalm::rt {
 struct DeviceInfo {
     std::string name, arch;       // as in Backend
     int sms = 0;                  // multiprocessors: blocks that run at once, one each
-    int64_t smem = 0;             // dynamic shared memory that one block may have (Fit in kernels/cuda/stages.h)
+    int64_t smem = 0;             // dynamic shared memory that one block may have (Fit in kernels/cuda/args.h)
     bool dependent = false;       // programmatic dependent launches work (sm_90 and later)
     int64_t free = 0, total = 0;  // bytes of device memory
 };

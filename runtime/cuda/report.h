@@ -79,7 +79,7 @@ Result<std::string> DeviceSession::report(const std::string& what) {
         void* at;
         int64_t stride, bytes, rows, to;
     } kept_rows[] = {
-        {b.cache + pos * b.row_stride, args.ctx * b.row_stride, n * b.row_stride, m.cfg.num_hidden_layers, 0},
+        {b.cache.row(pos), args.ctx * b.cache.row_bytes, n * b.cache.row_bytes, m.cfg.num_hidden_layers, 0},
         {b.x.data, 4 * b.x.stride, 4 * b.x.stride, n, 0},
         {b.h.data, 4 * b.h.stride, 4 * b.h.stride, n, 0},
         {b.logits.data, 4 * b.logits.stride, 4 * b.logits.stride, n, 0},
