@@ -109,7 +109,8 @@ template <int NB> DC_DEVICE void stage(const FfnInArgs& a, const Fit& fit) {
     const ProductSmem s = carve<NB>(fit);
     const int routers = a.router.row_tiles, pairs = a.w_gate_up.row_tiles / 2;
     const Units u = own_units(routers + pairs);
-    const bool routes = u.begin<routers, multiplies = u.end> routers;
+    const bool routes = u.begin < routers;
+    const bool multiplies = u.end > routers;
     if (routes) {
         auto plan = rows_plan<NB>(a.rows, a.router, a.x, &a.norm, a.router.rows,
                                   [&](int o, int row, float v, float) { a.logits.row(row)[o] = v; });

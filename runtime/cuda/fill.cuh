@@ -14,6 +14,7 @@ struct FillArgs {
     uint32_t* data = nullptr;  // [words]
     int64_t words = 0;
     Format format = Format::kF32;
+    int tile_words = 0;  // of a tile; q8, q4: the last kTileRows / 2 are scales
     bool constant = false;
     float a = 1;  // values in (-a, a); constant: all a (f32)
     uint64_t seed = 0;
@@ -30,8 +31,7 @@ DC_DEVICE uint32_t fill_16(uint32_t h, float a, Format f) {
     return f == Format::kF16 ? rt::f16_bits(v) : rt::bits(v) >> 16;
 }
 DC_KERNEL(256) kernel_fill(const __grid_constant__ FillArgs f) {
-    const int64_t step = int64_t{rt::blocks()} * rt::threads();
-    for (int64_t i = int64_t{rt::block()} * rt::threads() + rt::thread(); i < f.words; i += step) {
+    for (int64_t i = rt::grid_thread(); i < f.words; i += rt::grid_threads()) {
         const uint32_t h = fill_hash(f.seed + static_cast<uint64_t>(i));
         uint32_t w = h;
         if (f.constant || f.format == Format::kF32) {
@@ -42,8 +42,7 @@ DC_KERNEL(256) kernel_fill(const __grid_constant__ FillArgs f) {
             w = (h & 0x9F9F9F9FU) + 0x20202020U;  // magnitudes 0.125..1.875
         } else {
             const bool q8 = f.format == Format::kQ8;
-            const uint32_t at = static_cast<uint32_t>(i % (q8 ? 136 : 72));
-            if (at >= (q8 ? 128U : 64U)) {
+            if (i % f.tile_words >= f.tile_words - kTileRows / 2) {
                 const float scale = f.a / (q8 ? 127.0F : 8.0F);
                 const uint32_t s = f.format == Format::kQ4B ? rt::bits(scale) >> 16 : rt::f16_bits(scale);
                 w = s | s << 16;
@@ -71,6 +70,7 @@ inline rt::Error fill_weights(const ModelWeights& w, const std::byte* memory, ui
             args.seed = seed * 0x9E3779B97F4A7C15U + offset;
             if constexpr (!std::is_pointer_v<std::remove_cvref_t<decltype(member)>>) {
                 args.format = member.format;
+                args.tile_words = info(member.format).tile_bytes / 4;
                 args.constant = static_cast<const void*>(p) != member.data;
             }
             if (error != 0) return;

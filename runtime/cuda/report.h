@@ -9,8 +9,7 @@ struct alignas(16) Words {
 };
 DC_KERNEL(512, 3) kernel_read(const Words* data, int64_t n, uint32_t* out) {
     uint32_t sum = 0;
-    const int64_t step = int64_t{rt::blocks()} * rt::threads();
-    for (int64_t i = int64_t{rt::block()} * rt::threads() + rt::thread(); i < n; i += step) {
+    for (int64_t i = rt::grid_thread(); i < n; i += rt::grid_threads()) {
         const Words v = data[i];
         sum += v.x ^ v.y ^ v.z ^ v.w;
     }
