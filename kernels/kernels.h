@@ -5,9 +5,11 @@
 // tiles, heads or threads share a call. Buffers are 64-byte aligned unless said otherwise; strides are in elements.
 #pragma once
 
-#include "kernels/format.h"
+#include "kernels/view.h"
 
 namespace deepcalm {
+
+inline constexpr int kActBytes[kNumActKinds] = {4, 2, 1};  // of an element of each ActKind
 
 // Activation rows prepared for products of one ActKind, all rows with the same stride. cols_pad = round_up(cols, 32);
 // elements cols..cols_pad-1 are zero.
@@ -36,8 +38,7 @@ struct MatmulArgs {
     Activation x;
     const int32_t* x_row = nullptr;  // [n] row of x for output row i; null = identity
     int n = 0;                       // activation rows, >= 1
-    float* y = nullptr;              // [n, y_stride] f32, 64-byte aligned rows not required
-    int64_t y_stride = 0;
+    View<float> y = {};              // [n, 16 * (tile_end - tile_begin)], 64-byte aligned rows not required
     bool one_stream = false;  // one row walks one row tile at a time; few rows prefetch into the second level of cache
 };
 
@@ -52,22 +53,18 @@ inline constexpr int kPartialLen = 512;  // positions per partial (8 chunks)
 
 struct MlaPartialArgs {
     CacheType type = CacheType::kF16;
-    const std::byte* cache = nullptr;  // row 0 of this layer's cache; row stride row_bytes
-    int64_t row_bytes = 0;
-    int c_pad = 0, r_pad = 0;  // padded widths of the latent and rope parts, see format.h
+    View<const std::byte> cache = {};  // rows of this layer's cache
+    int c_pad = 0, r_pad = 0;          // padded widths of the latent and rope parts, see format.h
     int n_rows = 0, n_heads = 0;
-    const float* q = nullptr;  // [n_rows, q_row_stride]: per head [c_pad + r_pad] = q_absorbed | rotated q_rope, zeros
-    int64_t q_row_stride = 0;
+    View<const float> q = {};  // [n_rows, n_heads, c_pad + r_pad]: q_absorbed | rotated q_rope, zeros
     int pos_begin = 0;
     const int32_t* row_end = nullptr;  // [n_rows] one past the last position that row i sees
     float softmax_scale = 0;           // multiplies the whole score
-    float* m = nullptr;                // [n_rows, ml_row_stride]: [n_heads] running maximum (natural-log units)
-    float* l = nullptr;                // [n_rows, ml_row_stride]: [n_heads] sum of exponentials relative to m
-    int64_t ml_row_stride = 0;
-    float* o = nullptr;  // [n_rows, o_row_stride]: [n_heads, c_pad] unnormalised sum of exp * c_kv
-    int64_t o_row_stride = 0;
-    void* scratch = nullptr;          // mla_scratch_bytes(), private to the calling thread
-    const std::byte* next = nullptr;  // kChunkLen cache rows that the caller will walk next, to be asked for; or null
+    View<float> m = {};                // [n_rows, n_heads] running maximum (natural-log units)
+    View<float> l = {};                // [n_rows, n_heads] sum of exponentials relative to m
+    View<float> o = {};                // [n_rows, n_heads, c_pad] unnormalised sum of exp * c_kv
+    void* scratch = nullptr;           // mla_scratch_bytes(), private to the calling thread
+    const std::byte* next = nullptr;   // kChunkLen cache rows that the caller will walk next, to be prefetched; or null
     bool same_q = false;    // scratch comes from a call with the same q, n_rows, n_heads, widths, type and bf16_dot
     bool bf16_dot = false;  // type kBF16: use the set's dot instruction, if it has one
 };
@@ -107,10 +104,10 @@ struct CpuKernels {
     // The same row back as f32 [c_pad + r_pad]; used by taps, sessions and tests.
     void (*cache_read)(CacheType type, const std::byte* row, int c_pad, int r_pad, float* out) noexcept;
     void (*mla_partial)(const MlaPartialArgs& args) noexcept;
-    // Partials in order: n_partials x {m, l, o [c_pad]} of one (row, head) -> out [c_pad] = sum(o) / sum(l). A partial with
-    // l = 0 is skipped. m, l: stride ml_stride; o: stride o_stride (elements between partials).
-    void (*mla_combine)(const float* m, const float* l, int64_t ml_stride, const float* o, int64_t o_stride,
-                        int n_partials, int c_pad, float* out) noexcept;
+    // Partials in order, a row of m, l and o each, of one (row, head): m, l [n_partials], o [n_partials, c_pad] -> out [c_pad] =
+    // sum(o) / sum(l). A partial with l = 0 is skipped.
+    void (*mla_combine)(View<const float> m, View<const float> l, View<const float> o, int n_partials, int c_pad,
+                        float* out) noexcept;
 };
 
 enum CpuFeature : uint32_t {
@@ -120,7 +117,7 @@ enum CpuFeature : uint32_t {
 };
 uint32_t cpu_features() noexcept;  // CPUID and XCR0
 // How this processor is best used, whatever the table: both are AMD's (measured on Zen 4), where vdpbf16ps has twice the rate of
-// f32's multiply-add; asking the first-level cache for what is in memory costs a quarter to a third of the read bandwidth,
+// f32's multiply-add; prefetching into the first-level cache what is in memory costs a quarter to a third of the read bandwidth,
 // the second level nothing; one stream of a thread reads faster than four. On Intel none of this holds.
 struct CpuPolicy {
     bool one_stream = false;  // of MatmulArgs
@@ -149,13 +146,12 @@ struct RouterArgs {
 void route(const RouterArgs& args) noexcept;
 
 // kernels/pack.cc: the byte-level definition of every format, scalar and slow to read back, fast to write.
-// Quantises w [rows, cols] f32, row stride w_stride, into row tiles [0, ceil(rows/16)) of a zero-padded matrix.
+// Quantises w into row tiles [0, ceil(rows/16)) of a zero-padded matrix.
 // f8: `scales` receives [ceil(rows/scale_rows), ceil(cols/scale_cols)] (amax / 448). Returns false, and says where in
 // *bad_row, *bad_col, when an element or a scale is not finite or too large for the format. Too small is no failure: a
 // scale is at least the smallest one (f16 2^-24, f32 2^-126), or 0 where half its step leaves nothing; near_zero counts.
 struct PackArgs {
-    const float* w = nullptr;
-    int64_t w_stride = 0;
+    View<const float> w = {};  // [rows, cols]
     int rows = 0, cols = 0;
     Format format = Format::kF32;
     std::byte* out = nullptr;
@@ -166,13 +162,12 @@ struct PackArgs {
 };
 bool pack_tiles(PackArgs& args) noexcept;
 // Codes that already exist: e4m3 bytes [rows, cols] into f8 tiles (bytes unchanged). NaN codes (0x7F, 0xFF) are refused.
-bool pack_f8_codes(const uint8_t* codes, int64_t stride, int rows, int cols, std::byte* out, int* bad_row,
-                   int* bad_col) noexcept;
+bool pack_f8_codes(View<const uint8_t> codes, int rows, int cols, std::byte* out, int* bad_row, int* bad_col) noexcept;
 // int4 codes 0..15 (value = (code - 8) * scale): nibbles [rows, cols/2] low first, 16-bit scales [rows, cols/32] -> q4/q4b tiles.
-bool pack_q4_codes(const uint8_t* nibbles, int64_t stride, const uint16_t* scales, int64_t scale_stride, Format format,
-                   int rows, int cols, std::byte* out, int* bad_row, int* bad_col) noexcept;
-// One slice back to f32 [rows, cols], row stride out_stride.
-void unpack_tiles(const PackedTensor& w, int slice, float* out, int64_t out_stride) noexcept;
+bool pack_q4_codes(View<const uint8_t> nibbles, View<const uint16_t> scales, Format format, int rows, int cols,
+                   std::byte* out, int* bad_row, int* bad_col) noexcept;
+// One slice back to f32 [rows, cols].
+void unpack_tiles(const PackedTensor& w, int slice, View<float> out) noexcept;
 
 // Scalar conversions shared by pack.cc, runtime and tests (exact definitions; round to nearest even).
 float f16_to_f32(uint16_t h) noexcept;

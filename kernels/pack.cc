@@ -113,17 +113,17 @@ DC_INLINE void transpose(const Floats* row, Floats* col) {
 
 DC_INLINE void load_tile(const PackArgs& a, int row0, int col0, Tile& t) {
     const int n_rows = std::min(kTileRows, a.rows - row0), n_cols = std::min(kTileCols, a.cols - col0);
-    const float* src = a.w + row0 * a.w_stride + col0;
+    const View<const float> src = a.w.from(row0).columns(col0);
     Floats row[2][kTileRows];
     if (n_rows == kTileRows && n_cols == kTileCols) {
         for (int r = 0; r < kTileRows; ++r) {
-            std::memcpy(&row[0][r], src + r * a.w_stride, sizeof(Floats));
-            std::memcpy(&row[1][r], src + r * a.w_stride + kTileCols / 2, sizeof(Floats));
+            std::memcpy(&row[0][r], src.row(r), sizeof(Floats));
+            std::memcpy(&row[1][r], src.row(r) + kTileCols / 2, sizeof(Floats));
         }
     } else {
         for (int r = 0; r < kTileRows; ++r) {
             float line[kTileCols] = {};
-            if (r < n_rows) std::memcpy(line, src + r * a.w_stride, sizeof(float) * static_cast<size_t>(n_cols));
+            if (r < n_rows) std::memcpy(line, src.row(r), sizeof(float) * static_cast<size_t>(n_cols));
             std::memcpy(&row[0][r], line, sizeof(Floats));
             std::memcpy(&row[1][r], line + kTileCols / 2, sizeof(Floats));
         }
@@ -149,7 +149,7 @@ DC_INLINE int first_row(const Ints& lanes) {
 bool fail(PackArgs& a, int row0, int col0, int r, uint32_t limit) {
     a.bad_row = row0 + r;
     a.bad_col = col0;
-    const float* w = a.w + a.bad_row * a.w_stride;
+    const float* w = a.w.row(a.bad_row);
     while (a.bad_col + 1 < a.cols && (bits_of<uint32_t>(w[a.bad_col]) & 0x7FFFFFFFU) < limit) ++a.bad_col;
     return false;
 }
@@ -255,7 +255,7 @@ DC_INLINE bool pack_f8(PackArgs& a) {
             uint32_t amax = 0;
             int largest = br;  // a row that has it
             for (int r = br; r < row_end; ++r) {
-                const float* src = a.w + r * a.w_stride;
+                const float* src = a.w.row(r);
                 uint32_t row_max = 0;
                 for (int c = bc; c < col_end; ++c) row_max = std::max(row_max, bits_of<uint32_t>(src[c]) & 0x7FFFFFFFU);
                 largest = row_max > amax ? r : largest;
@@ -346,9 +346,6 @@ float element(Format format, const std::byte* tile, int r, int c) {
     return 0;
 }
 
-}  // namespace
-
-namespace {
 bool is_nan(float f) { return (bits_of<uint32_t>(f) & 0x7FFFFFFFU) > kInfBits; }
 }  // namespace
 
@@ -374,8 +371,7 @@ bool pack_tiles(PackArgs& args) noexcept {
     return pack_baseline(args);
 }
 
-bool pack_f8_codes(const uint8_t* codes, int64_t stride, int rows, int cols, std::byte* out, int* bad_row,
-                   int* bad_col) noexcept {
+bool pack_f8_codes(View<const uint8_t> codes, int rows, int cols, std::byte* out, int* bad_row, int* bad_col) noexcept {
     auto* t = reinterpret_cast<TileF8*>(out);
     for (int row0 = 0; row0 < rows; row0 += kTileRows) {
         for (int col0 = 0; col0 < cols; col0 += kTileCols, ++t) {
@@ -383,7 +379,7 @@ bool pack_f8_codes(const uint8_t* codes, int64_t stride, int rows, int cols, std
             std::memset(t, 0, sizeof *t);
             for (int r = 0; r < n_rows; ++r) {
                 uint8_t row[kTileCols] = {};
-                std::memcpy(row, codes + (row0 + r) * stride + col0, static_cast<size_t>(n_cols));
+                std::memcpy(row, codes.row(row0 + r) + col0, static_cast<size_t>(n_cols));
                 int nan = 0;
                 for (const uint8_t b : row) nan |= (b & 0x7F) == 0x7F;
                 if (nan) {
@@ -399,8 +395,8 @@ bool pack_f8_codes(const uint8_t* codes, int64_t stride, int rows, int cols, std
     return true;
 }
 
-bool pack_q4_codes(const uint8_t* nibbles, int64_t stride, const uint16_t* scales, int64_t scale_stride, Format format,
-                   int rows, int cols, std::byte* out, int* bad_row, int* bad_col) noexcept {
+bool pack_q4_codes(View<const uint8_t> nibbles, View<const uint16_t> scales, Format format, int rows, int cols,
+                   std::byte* out, int* bad_row, int* bad_col) noexcept {
     const uint16_t limit = format == Format::kQ4 ? 0x7C00 : 0x7E00;  // infinity, NaN; bf16: 2^125, 8 times it is
     auto* t = reinterpret_cast<TileQ4*>(out);
     for (int row0 = 0; row0 < rows; row0 += kTileRows) {
@@ -409,8 +405,8 @@ bool pack_q4_codes(const uint8_t* nibbles, int64_t stride, const uint16_t* scale
             std::memset(t->v, 0x88, sizeof t->v);
             std::memset(t->scale, 0, sizeof t->scale);
             for (int r = 0; r < n_rows; ++r) {
-                const uint8_t* src = nibbles + (row0 + r) * stride + col0 / 2;
-                const uint16_t scale = scales[(row0 + r) * scale_stride + col0 / kTileCols];
+                const uint8_t* src = nibbles.row(row0 + r) + col0 / 2;
+                const uint16_t scale = scales.row(row0 + r)[col0 / kTileCols];
                 if ((scale & 0x7FFF) >= limit) {
                     *bad_row = row0 + r;
                     *bad_col = col0;
@@ -428,7 +424,7 @@ bool pack_q4_codes(const uint8_t* nibbles, int64_t stride, const uint16_t* scale
     return true;
 }
 
-void unpack_tiles(const PackedTensor& w, int slice, float* out, int64_t out_stride) noexcept {
+void unpack_tiles(const PackedTensor& w, int slice, View<float> out) noexcept {
     const int tile_bytes = info(w.format).tile_bytes;
     const std::byte* data = w.data + slice * w.slice_bytes();
     const int64_t scales_per_row = ceil_div(w.cols, w.scale_cols);
@@ -439,7 +435,7 @@ void unpack_tiles(const PackedTensor& w, int slice, float* out, int64_t out_stri
             if (w.format == Format::kF8) {
                 v *= w.scales[slice * w.slice_scales() + row / w.scale_rows * scales_per_row + col / w.scale_cols];
             }
-            out[row * out_stride + col] = v;
+            out.row(row)[col] = v;
         }
     }
 }

@@ -331,8 +331,7 @@ struct PackCall {
                     for (int c = 0; c < cols; ++c) dst[c] = all[static_cast<size_t>(int64_t{c} * rows + row0 + r)];
                 }
             }
-            dc::PackArgs args{.w = strip.data(),
-                              .w_stride = cols,
+            dc::PackArgs args{.w = {strip.data(), cols},
                               .rows = n,
                               .cols = cols,
                               .format = format,
@@ -360,7 +359,7 @@ struct PackCall {
             }
             int r = 0, c = 0;
             std::byte* dst = out + row0 / dc::kTileRows * tile_stride;
-            if (!dc::pack_f8_codes(strip.data(), cols, n, cols, dst, &r, &c)) return fail(row0 + r, c);
+            if (!dc::pack_f8_codes({strip.data(), cols}, n, cols, dst, &r, &c)) return fail(row0 + r, c);
         }
         return true;
     }
@@ -380,7 +379,7 @@ struct PackCall {
             }
             int r = 0, c = 0;
             std::byte* dst = out + row0 / dc::kTileRows * tile_stride;
-            if (!dc::pack_q4_codes(strip.data(), stride, scale.data(), groups, format, n, cols, dst, &r, &c)) {
+            if (!dc::pack_q4_codes({strip.data(), stride}, {scale.data(), groups}, format, n, cols, dst, &r, &c)) {
                 return fail(row0 + r, c);
             }
         }
@@ -510,7 +509,7 @@ Floats unpack_slice(const Bytes& data, const py::object& scales, const std::stri
     }
     Floats out({rows, cols});
     float* dst = out.mutable_data();
-    without_gil([&] { dc::unpack_tiles(w, slice, dst, cols); });
+    without_gil([&] { dc::unpack_tiles(w, slice, {dst, cols}); });
     return out;
 }
 

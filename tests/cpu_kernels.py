@@ -41,6 +41,11 @@ def take(a: Any, dtype: Any, *shape: int | None) -> Array:
     return out
 
 
+def view(a: Array) -> Any:
+    """View of a contiguous array's rows."""
+    return ctype("View")(a.ctypes.data, a.shape[1])
+
+
 class Guarded:
     """Output rows [n, width], each at a multiple of 64 bytes and at least 64 guard elements away from anything else."""
 
@@ -60,6 +65,9 @@ class Guarded:
 
     def row(self, i: int) -> int:
         return int(self.all.ctypes.data) + (64 + i * self.stride) * self.all.itemsize
+
+    def view(self) -> Any:
+        return ctype("View")(self.data, self.stride)
 
     def check(self) -> Array:
         """The rows, after a look at what lies before, between and behind them."""
@@ -131,7 +139,7 @@ def matmul(isa: str, fmt: str, w: Array, rows: int, cols: int, x: Array, d: Arra
         assert 0 <= x_row.min() <= x_row.max() < m
         a.x_row, a.n = x_row.ctypes.data, len(x_row)
     y = Guarded(a.n, (tile_end - tile_begin) * 16)
-    a.y, a.y_stride = y.data, y.stride
+    a.y = y.view()
     table(isa).matmul[t.format](c.byref(a))
     return y.check()
 
@@ -203,22 +211,18 @@ def mla_partial(isa: str, kind: str, cache: Array, c_pad: int, r_pad: int, q: Ar
     scratch = Guarded(1, _core.testing.mla_scratch_bytes(c_pad, r_pad, n, heads), np.uint8, 0xFF)  # NaN everywhere
     a = ctype("MlaPartialArgs")(
         type=enum("CacheType")[kind],
-        cache=cache.ctypes.data,
-        row_bytes=cache.shape[1],
+        cache=view(cache),
         c_pad=c_pad,
         r_pad=r_pad,
         n_rows=n,
         n_heads=heads,
-        q=q.ctypes.data,
-        q_row_stride=heads * width,
+        q=view(q.reshape(n, heads * width)),
         pos_begin=pos_begin,
         row_end=row_end.ctypes.data,
         softmax_scale=softmax_scale,
-        m=m.data,
-        l=l.data,
-        ml_row_stride=m.stride,
-        o=o.data,
-        o_row_stride=o.stride,
+        m=m.view(),
+        l=l.view(),
+        o=o.view(),
         scratch=scratch.data,
         bf16_dot=bf16_dot,
     )
@@ -232,8 +236,8 @@ def mla_combine(isa: str, m: Array, l: Array, o: Array) -> Array:
     o = take(o, np.float32, None, None)
     p, c_pad = o.shape
     assert c_pad % 32 == 0
-    m, l, out = take(m, np.float32, p), take(l, np.float32, p), Guarded(1, c_pad)
-    table(isa).mla_combine(m.ctypes.data, l.ctypes.data, 1, o.ctypes.data, c_pad, p, c_pad, out.data)
+    m, l, out = take(m, np.float32, p).reshape(p, 1), take(l, np.float32, p).reshape(p, 1), Guarded(1, c_pad)
+    table(isa).mla_combine(view(m), view(l), view(o), p, c_pad, out.data)
     return out.check().reshape(-1)
 
 

@@ -2,7 +2,7 @@
 //
 // A vector holds 16 (row, head) pairs. A chunk of 64 positions is walked twice, a few dims at a time, so that what is
 // converted stays in the first-level cache: for the scores, which multiply a vector of queries with one key element, and
-// for the values, which multiply a vector of dims with one probability. The next chunk is asked for meanwhile. Order of a
+// for the values, which multiply a vector of dims with one probability. The next chunk is prefetched meanwhile. Order of a
 // row's arithmetic, per chunk: scores (one chain over all dims), times softmax_scale; maximum; probabilities exp(s - m);
 // l = l * alpha + sum(p); o = o * alpha (0 in a partial's first chunk), then o = fma(p_j, c_j, o). Dims 2i and 2i + 1 of a
 // score, positions 2j and 2j + 1 of a value: the odd one is added first, as vdpbf16ps does.
@@ -170,11 +170,11 @@ DC_INLINE void transpose(const float* const (&rows)[16], float* out) {
     __builtin_memcpy(out, v, sizeof v);
 }
 
-// Memory that the next chunk and the next dims need, asked for a few bytes at a time: bursts wait for each other.
+// Memory that the next chunk and the next dims need, prefetched a few bytes at a time: bursts wait for each other.
 struct Ahead {
     const std::byte *next, *dims;
     int64_t step, dims_step;
-    template <bool kPairs> DC_INLINE void ask() {
+    template <bool kPairs> DC_INLINE void fetch() {
         for (int line = 0; line < (kPairs ? 2 : 1); ++line, next += step) {  // pairs come in half as many steps
             prefetch_far(next);
             prefetch(dims + 64 * line);
@@ -203,7 +203,7 @@ DC_INLINE void score_block(const float* q, int64_t q_stride, const float* k, int
     DC_EACH (v, NV)
         DC_EACH (p, kPos) acc[v][p] = first ? set1(0) : load(s + v * kVectorScores + p * kLanes);
     for (int d0 = 0; d0 < n; d0 += 2) {
-        ahead.template ask<kPairs>();
+        ahead.template fetch<kPairs>();
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
             const int d = kPairs ? d0 + i : d0 + 1 - i;
@@ -223,11 +223,10 @@ DC_INLINE void score_block(const float* q, int64_t q_stride, const float* k, int
 struct LaneSums {
     float m[kLanes], l[kLanes], alpha[kLanes];
 };
-// Dims from d on of n_pos rows of values, row_bytes apart. With kPairs a row holds two positions; of an odd n_pos the last
+// Dims from d on of n_pos rows of values. With kPairs a row holds two positions; of an odd n_pos the last
 // one's second half is not used.
 struct Values {
-    const std::byte* rows;
-    int64_t row_bytes;
+    View<const std::byte> rows;
     int d, n_pos;
 };
 // o[h, 16 ND dims] = o alpha[h] (alpha null: 0) + sum_j p[j, h] * c[j, d ..], j in order; alpha, p: lanes of a vector.
@@ -239,7 +238,7 @@ DC_INLINE void value_block(const float* alpha, const float* p, const Values& c, 
     const auto add = [&](int j, I used) __attribute__((always_inline)) {
         F cv[ND];
         DC_EACH (v, ND) {
-            cv[v] = read_dims<kType>(c.rows + j * c.row_bytes, c.d + 16 * v);
+            cv[v] = read_dims<kType>(c.rows.row(j), c.d + 16 * v);
             if (kPairs) cv[v] = as_f(as_i(cv[v]) & used);
         }
         DC_EACH (h, NH) {
@@ -276,7 +275,7 @@ DC_INLINE int value_heads(const LaneSums* sums, const float* scores, int lane, i
     const float* p = scores + lane / kLanes * kVectorScores + lane % kLanes;
 #pragma GCC unroll 2
     for (int v = 0; v < 2; v += ND)
-        value_block<kPairs, kType, NH, ND>(alpha, p, {c.rows, c.row_bytes, c.d + 16 * v, c.n_pos}, o + 16 * v, c_pad);
+        value_block<kPairs, kType, NH, ND>(alpha, p, {c.rows, c.d + 16 * v, c.n_pos}, o + 16 * v, c_pad);
     return NH;
 }
 
@@ -322,7 +321,7 @@ DC_INLINE void begin_partial(const MlaPartialArgs& a, int n_vectors, float* q, f
         const float* row[kLanes];
         for (int u = 0; u < kLanes; ++u) {
             const int lane = v * kLanes + u < n_lanes ? v * kLanes + u : n_lanes - 1;  // the rest repeat the last
-            row[u] = a.q + lane / a.n_heads * a.q_row_stride + int64_t{lane % a.n_heads} * width;
+            row[u] = a.q.row(lane / a.n_heads) + int64_t{lane % a.n_heads} * width;
         }
         for (int d = 0; d < width; d += 16) {
             float* to = q + (int64_t{v} * width + d) * kLanes;
@@ -351,24 +350,25 @@ template <bool kPairs, class Op = DotBF16> void partial(const MlaPartialArgs& a)
     for (int i = 0; i < a.n_rows; ++i) end = a.row_end[i] > end ? a.row_end[i] : end;
     begin_partial<kPairs>(a, n_vectors, q, ends, sums);
     const int words = kPairs ? width / 2 : width;
-    // what score blocks ask for in a chunk: something for every two words of a query
-    const int64_t asked =
+    // prefetches of score blocks in a chunk: something for every two words of a query
+    const int64_t fetches =
         int64_t{words} / 2 * (kChunkLen / kScoreAccs) * (n_vectors / kScoreVecs * kScoreVecs + n_vectors % kScoreVecs);
     for (int begin = a.pos_begin; begin < end || begin == a.pos_begin; begin += kChunkLen) {
-        const std::byte* rows = a.cache + begin * a.row_bytes;
+        const std::byte* rows = a.cache.row(begin);
+        const int64_t row_bytes = a.cache.stride;
         const int filled = end - begin < kChunkLen ? end - begin : kChunkLen;
-        const std::byte* next = begin + kChunkLen < end ? rows + kChunkLen * a.row_bytes : a.next;
-        Ahead ahead{next ? next : rows, rows, next ? kChunkLen * a.row_bytes / (kPairs ? 2 * asked : asked) : 0, 0};
+        const std::byte* next = begin + kChunkLen < end ? rows + kChunkLen * row_bytes : a.next;
+        Ahead ahead{next ? next : rows, rows, next ? kChunkLen * row_bytes / (kPairs ? 2 * fetches : fetches) : 0, 0};
         for (int d0 = 0; d0 < words; d0 += kSlice) {
             const int n = words - d0 < kSlice ? words - d0 : kSlice;
             if constexpr (kPairs) {
-                copy_words(rows + 4 * d0, a.row_bytes, filled, n, dims);
+                copy_words(rows + 4 * d0, row_bytes, filled, n, dims);
             } else {
-                read_rows(a.type, rows, a.row_bytes, filled, a.c_pad, d0, n, dims);
+                read_rows(a.type, rows, row_bytes, filled, a.c_pad, d0, n, dims);
             }
             const auto score = [&]<int NV, int kPos>(int v) {
-                ahead.dims = rows + (d0 + kSlice) * a.row_bytes / words;
-                ahead.dims_step = v == 0 ? a.row_bytes * kPos / (kSlice / 2) : 0;
+                ahead.dims = rows + (d0 + kSlice) * row_bytes / words;
+                ahead.dims_step = v == 0 ? row_bytes * kPos / (kSlice / 2) : 0;
                 for (int p = 0; p < filled; p += kPos) {
                     score_block<kPairs, NV, kPos>(q + (int64_t{v} * width + d0) * kLanes, int64_t{width} * kLanes,
                                                   dims + p * kSlice, n, d0 == 0, scores + (v * kChunkLen + p) * kLanes,
@@ -383,36 +383,36 @@ template <bool kPairs, class Op = DotBF16> void partial(const MlaPartialArgs& a)
         for (int v = 0; v < n_vectors; ++v)
             softmax_step<kPairs>(bf16, begin - a.pos_begin, filled, ends + v * kLanes, a.softmax_scale,
                                  scores + v * kVectorScores, sums[v]);
-        const auto values = [&]<CacheType kType>(const std::byte* c, int64_t row_bytes, int d, int out) {
+        const auto values = [&]<CacheType kType>(View<const std::byte> c, int d, int out) {
             for (int i = 0; i < a.n_rows; ++i) {
                 const int n_pos = a.row_end[i] - begin < filled ? a.row_end[i] - begin : filled;
                 for (int h = 0; h < a.n_heads;)
                     h += value_heads<kPairs, kType>(begin > a.pos_begin ? sums : nullptr, scores, i * a.n_heads + h,
-                                                    a.n_heads - h, {c, row_bytes, d, n_pos},
-                                                    a.o + i * a.o_row_stride + int64_t{h} * a.c_pad + out, a.c_pad);
+                                                    a.n_heads - h, {c, d, n_pos},
+                                                    a.o.row(i) + int64_t{h} * a.c_pad + out, a.c_pad);
             }
         };
         for (int d = 0; d < a.c_pad; d += kSlice) {
             if (direct) {
                 with_type(a.type, [&]<CacheType kType>() {
-                    if constexpr (kType != CacheType::kQ8) values.template operator()<kType>(rows, a.row_bytes, d, d);
+                    if constexpr (kType != CacheType::kQ8) values.template operator()<kType>({rows, row_bytes}, d, d);
                 });
             } else {
                 if constexpr (kPairs) {
                     for (int j = 0; j < filled; j += 2) {
-                        const std::byte* row = rows + j * a.row_bytes + 2 * d;
-                        Op::zip(row, j + 1 < filled ? row + a.row_bytes : row, dims + j / 2 * kSlice);
+                        const std::byte* row = rows + j * row_bytes + 2 * d;
+                        Op::zip(row, j + 1 < filled ? row + row_bytes : row, dims + j / 2 * kSlice);
                     }
                 } else {
-                    read_rows(a.type, rows, a.row_bytes, filled, a.c_pad, d, kSlice, dims);
+                    read_rows(a.type, rows, row_bytes, filled, a.c_pad, d, kSlice, dims);
                 }
-                values.template operator()<CacheType::kF32>(reinterpret_cast<std::byte*>(dims), kSlice * 4, 0, d);
+                values.template operator()<CacheType::kF32>({reinterpret_cast<std::byte*>(dims), kSlice * 4}, 0, d);
             }
         }
     }
     for (int u = 0; u < n_lanes; ++u) {
-        a.m[u / a.n_heads * a.ml_row_stride + u % a.n_heads] = sums[u / kLanes].m[u % kLanes];
-        a.l[u / a.n_heads * a.ml_row_stride + u % a.n_heads] = sums[u / kLanes].l[u % kLanes];
+        a.m.row(u / a.n_heads)[u % a.n_heads] = sums[u / kLanes].m[u % kLanes];
+        a.l.row(u / a.n_heads)[u % a.n_heads] = sums[u / kLanes].l[u % kLanes];
     }
 }
 
@@ -422,18 +422,17 @@ template <class Op> void mla_partial(const MlaPartialArgs& a) noexcept {
     partial<false>(a);
 }
 
-void mla_combine(const float* m, const float* l, int64_t ml_stride, const float* o, int64_t o_stride, int n_partials,
-                 int c_pad, float* out) noexcept {
+void mla_combine(View<const float> m, View<const float> l, View<const float> o, int n_partials, int c_pad,
+                 float* out) noexcept {
     float top = kMinusInf, total = 0;
     for (int p = 0; p < n_partials; ++p)
-        if (l[p * ml_stride] != 0 && m[p * ml_stride] > top) top = m[p * ml_stride];
+        if (*l.row(p) != 0 && *m.row(p) > top) top = *m.row(p);
     for (int d = 0; d < c_pad; d += 16) store(out + d, set1(0));
     for (int p = 0; p < n_partials; ++p) {
-        if (l[p * ml_stride] == 0) continue;
-        const float weight = exp_neg(m[p * ml_stride] - top);
-        total = total + l[p * ml_stride] * weight;
-        for (int d = 0; d < c_pad; d += 16)
-            store(out + d, fma(set1(weight), load(o + p * o_stride + d), load(out + d)));
+        if (*l.row(p) == 0) continue;
+        const float weight = exp_neg(*m.row(p) - top);
+        total = total + *l.row(p) * weight;
+        for (int d = 0; d < c_pad; d += 16) store(out + d, fma(set1(weight), load(o.row(p) + d), load(out + d)));
     }
     if (total == 0) return;  // no position at all: zeros
     for (int d = 0; d < c_pad; d += 16) store(out + d, load(out + d) / set1(total));

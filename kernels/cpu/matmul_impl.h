@@ -20,7 +20,7 @@ template <class W>
 concept Chained = requires { typename W::X; };
 template <class W> constexpr int64_t column_bytes(int64_t c) { return c / kTileCols * W::kTileBytes; }
 
-// Asks for bytes that come from memory long before their use: into the second level. A line on its way to the first holds one of
+// Prefetches bytes that come from memory long before their use: into the second level. A line on its way to the first holds one of
 // its few miss buffers meanwhile, and loads that hit the second level wait for one (Zen 4: a fifth of bf16's prefill).
 DC_INLINE void fetch(const std::byte* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) prefetch_far(p + i);
@@ -52,7 +52,7 @@ template <class W> struct Streamed {
         return {w, step, column_bytes<W>(c) + ahead < step ? ahead : ahead + next - step, next, far};
     }
 };
-// The same from a cache. Blocks of many rows ask for what lies `ahead` meanwhile: chained formats with every unit, q8 and q4
+// The same from a cache. Blocks of many rows prefetch what lies `ahead` meanwhile: chained formats with every unit, q8 and q4
 // in every 32 columns for the 64-byte lines [lo, hi) of a tile, a share for each block: memory is read all the time.
 template <class W> struct Cached {
     const std::byte* w;
@@ -243,9 +243,9 @@ DC_INLINE void whole_rows(const MatmulArgs& a, const Src& src, int cols_end, int
     DC_EACH (r, R)
         DC_EACH (s, kT) acc[r][s] = set1(0);
     accumulate<W, R, kT>(a, blocks, src, t, Rows<W, R>(a, i), 0, cols_end, acc);
-    float* y = a.y + i * a.y_stride + int64_t{t - a.tile_begin} * kTileRows;
+    float* y = a.y.row(i) + int64_t{t - a.tile_begin} * kTileRows;
     DC_EACH (r, R)
-        DC_EACH (s, kT) store(y + r * a.y_stride + kTileRows * s, acc[r][s]);
+        DC_EACH (s, kT) store(y + r * a.y.stride + kTileRows * s, acc[r][s]);
 }
 
 // Row tiles t .. t+T-1, w the first: few rows, or the tiles that no block of many rows takes.
@@ -292,31 +292,31 @@ template <class W> void by_panels(const MatmulArgs& a, const std::byte* w, int64
                 float* to = sums[i][j];
                 int64_t stride = kWideTiles * kTileRows;
                 if (end == blocks.cols) {
-                    to = a.y + (i0 + i) * a.y_stride + int64_t{t + j - a.tile_begin} * kTileRows;
-                    stride = a.y_stride;
+                    to = a.y.row(i0 + i) + int64_t{t + j - a.tile_begin} * kTileRows;
+                    stride = a.y.stride;
                 }
                 DC_EACH (r, R)
                     DC_EACH (s, kBlockTiles) store(to + r * stride + kTileRows * s, acc[r][s]);
             };
             const auto all_rows =
-                [&](auto source) {  // source(j, ask): row tile j and on; ask for the next panel meanwhile
+                [&](auto source) {  // source(j, first): row tile j and on; `first` reader: prefetch the next panel
                     row_blocks<kFewRows, kBlockRows>(n, [&]<int R>(int i, int b, int n_blocks) {
                         for (int j = 0; j < kWideTiles; j += kBlockTiles) {
-                            const bool ask = chunk == 0 && j / kBlockTiles % n_blocks == b;
-                            part.template operator()<R>(source(j, ask), i, j);
+                            const bool first = chunk == 0 && j / kBlockTiles % n_blocks == b;
+                            part.template operator()<R>(source(j, first), i, j);
                         }
                     });
                 };
             if constexpr (kUnpack<W>) {
                 Unpacked<W> panel;
                 panel.fill(w, w_step, begin, end);
-                all_rows([&](int j, bool ask) {
-                    for (int s = j; ask && s < j + kBlockTiles; ++s)
+                all_rows([&](int j, bool first) {
+                    for (int s = j; first && s < j + kBlockTiles; ++s)
                         fetch(next + s * w_step, column_bytes<W>(kSumCols));
                     return InPanel<W>{&panel, j};
                 });
             } else {
-                all_rows([&](int j, bool ask) { return Cached<W>{w + j * w_step, w_step, ask ? next - here : 0}; });
+                all_rows([&](int j, bool first) { return Cached<W>{w + j * w_step, w_step, first ? next - here : 0}; });
             }
             begin = end;
         }

@@ -14,12 +14,13 @@ class Arena {
         used_ += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
         return p;
     }
-    // With f32_stride the f32 form has no place of its own but lies in `f32`.
-    void site(ActSite& s, int64_t rows, int cols, float* f32 = nullptr, int64_t f32_stride = 0) {
-        const int64_t stride = round_up(cols, kTileCols), n = rows * stride;
+    template <class T = float> View<T> rows(int64_t n, int64_t stride) { return {take<T>(n * stride), stride}; }
+    // f32: where the f32 form lies that has no place of its own.
+    void site(ActSite& s, int64_t n_rows, int cols, View<float> f32 = {}) {
+        const int64_t stride = round_up(cols, kTileCols), n = n_rows * stride;
         s.cols = cols;
-        s.f32 = f32_stride > 0 ? f32 : take<float>(n);
-        s.kind[static_cast<int>(ActKind::kF32)] = {s.f32, nullptr, nullptr, f32_stride > 0 ? f32_stride : stride};
+        s.f32 = f32.stride > 0 ? f32 : rows(n_rows, stride);
+        s.kind[static_cast<int>(ActKind::kF32)] = {s.f32.data, nullptr, nullptr, s.f32.stride};
         s.kind[static_cast<int>(ActKind::kBF16)] = {take<uint16_t>(n), nullptr, nullptr, stride};
         s.kind[static_cast<int>(ActKind::kI8)] = {take<int8_t>(n), take<float>(n / kTileCols),
                                                   take<int32_t>(n / kTileCols), stride};
@@ -44,11 +45,12 @@ void lay_out(Buffers& s, Arena& a, const ModelConfig& c, int n_threads) {
         end = std::max(end, a.used());
         if (shared) a.go_to(begin);
     };
-    s.x = a.take<float>(n * d_pad);
+    s.x = a.rows(n, d_pad);
+    s.cos_sin = a.rows(n, c.qk_rope_head_dim);
     const int64_t normed = a.used();
     a.site(s.h, n, c.hidden_size);
     a.site(s.final_h, n, c.hidden_size);
-    s.out = shared ? s.final_h.f32 : a.take<float>(n * d_pad);
+    s.out = shared ? s.final_h.f32 : a.rows(n, d_pad);
     const int64_t block = a.used();
     if (c.num_nextn_predict_layers > 0) a.site(s.eh, n, 2 * c.hidden_size);
 
@@ -59,20 +61,20 @@ void lay_out(Buffers& s, Arena& a, const ModelConfig& c, int n_threads) {
     const int64_t b = std::min(n, std::max<int64_t>(kSplitRows * n_threads, std::min<int64_t>(64, 4096 / heads)));
     const int64_t nope_pad = round_up(c.qk_nope_head_dim, kTileCols);
     s.head_rows = static_cast<int>(b);
-    s.uv_tmp = a.take<float>(b * heads * std::max(nope_pad, v_pad));
-    a.site(s.q_nope, b * heads, c.qk_nope_head_dim, s.uv_tmp, shared ? nope_pad : 0);
-    s.q_full = a.take<float>(b * heads * q_full);
-    a.site(s.attn_latent, b * heads, c.kv_lora_rank, s.q_full, shared ? q_full : 0);
+    s.uv_tmp = {a.take<float>(b * heads * std::max(nope_pad, v_pad)), v_pad};
+    a.site(s.q_nope, b * heads, c.qk_nope_head_dim, {s.uv_tmp.data, shared ? nope_pad : 0});
+    s.q_full = a.rows(b * heads, q_full);
+    a.site(s.attn_latent, b * heads, c.kv_lora_rank, shared ? s.q_full : View<float>());
     a.go_to(std::max(a.used(), block));
 
-    s.qkv_a = a.take<float>(n * c.qkv_a_stride());
-    s.q = c.q_lora_rank > 0 ? a.take<float>(n * c.q_stride()) : s.qkv_a;
+    s.qkv_a = a.rows(n, c.qkv_a_stride());
+    s.q = c.q_lora_rank > 0 ? a.rows(n, c.q_stride()) : s.qkv_a;
     if (c.q_lora_rank > 0) a.site(s.q_a, n, c.q_lora_rank);
     // A row's values come after the last reader of its queries.
-    a.site(s.attn_v, n, c.num_attention_heads * c.v_head_dim, s.q,
-           shared && heads * v_pad <= c.q_stride() ? c.q_stride() : 0);
-    s.c_kv = a.take<float>(n * c.kv_lora_rank);
-    s.k_rope = a.take<float>(n * c.qk_rope_head_dim);
+    const bool in_q = shared && heads * v_pad <= c.q_stride();
+    a.site(s.attn_v, n, c.num_attention_heads * c.v_head_dim, in_q ? s.q : View<float>());
+    s.c_kv = a.rows(n, c.kv_lora_rank);
+    s.k_rope = a.rows(n, c.qk_rope_head_dim);
     s.row_end = a.take<int32_t>(n);
 
     // Split passes: every (row, partial) of up to kSplitRows rows; long passes: one row block x head block per thread.
@@ -80,12 +82,12 @@ void lay_out(Buffers& s, Arena& a, const ModelConfig& c, int n_threads) {
         s.max_partials * std::max(kSplitRows * heads, int64_t{n_threads} * kAttnRowBlock * kAttnHeadBlock);
     s.part_m = a.take<float>(slots);
     s.part_l = a.take<float>(slots);
-    s.part_o = a.take<float>(slots * c.c_pad());
+    s.part_o = a.rows(slots, c.c_pad());
     const int64_t scratch = mla_scratch_bytes(c.c_pad(), c.r_pad(), kSplitRows, c.num_attention_heads);
     s.mla_scratch.resize(static_cast<size_t>(n_threads));
     for (auto& p : s.mla_scratch) p = a.take<std::byte>(scratch);
     instead_of(block);
-    s.expert_out = a.take<float>(n * d_pad);
+    s.expert_out = a.rows(n, d_pad);
     const int64_t k = c.n_routed_experts > 0 ? c.num_experts_per_tok : 0;
     s.gate_up.resize(static_cast<size_t>(n_threads));
     for (auto& p : s.gate_up) p = a.take<float>(n * 2 * kTileRows * kPairsAtOnce);
@@ -95,10 +97,10 @@ void lay_out(Buffers& s, Arena& a, const ModelConfig& c, int n_threads) {
         instead_of(hidden);
         a.site(s.expert_h, n * k, c.moe_intermediate_size);
         if (c.n_shared_experts > 0) a.site(s.shared_h, n, c.n_shared_experts * c.moe_intermediate_size);
-        s.gate_logits = a.take<float>(n * c.gate_logits_stride());
-        s.route_scratch = a.take<float>(n_threads * (2 * int64_t{c.n_routed_experts} + c.n_group));
-        s.topk_idx = a.take<int32_t>(n * k);
-        s.topk_weight = a.take<float>(n * k);
+        s.gate_logits = a.rows(n, c.gate_logits_stride());
+        s.route_scratch = a.rows(n_threads, 2 * int64_t{c.n_routed_experts} + c.n_group);
+        s.topk_idx = a.rows<int32_t>(n, k);
+        s.topk_weight = a.rows(n, k);
         s.slot_row = a.take<int32_t>(n * k);
         s.slot_weight = a.take<float>(n * k);
     }

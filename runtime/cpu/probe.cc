@@ -93,14 +93,14 @@ Result<double> inner_loop_rate(const CpuKernels& k, Format format, int n_threads
         PackedTensor w;
         MatmulArgs args;
     };
-    constexpr int kTiles = 4, kCols[kNumActKinds] = {64, 128, 256}, kElem[kNumActKinds] = {4, 2, 1};
+    constexpr int kTiles = 4, kCols[kNumActKinds] = {64, 128, 256};
     const auto kind = static_cast<int>(info(format).act);
     const int cols = kCols[kind];
     DC_TRY(const auto pool, ThreadPool::make(n_threads));
     std::vector<Operands> threads(static_cast<size_t>(n_threads));
     for (Operands& t : threads) {
         t.w = {.format = format, .rows = kTiles * kTileRows, .cols = cols};
-        const int64_t x_bytes = round_up(int64_t{rows} * cols * kElem[kind], 64);
+        const int64_t x_bytes = round_up(int64_t{rows} * cols * kActBytes[kind], 64);
         const int64_t groups = round_up(int64_t{rows} * cols / kTileCols, 16), y_bytes = int64_t{rows} * t.w.rows * 4;
         t.bytes.assign(static_cast<size_t>(64 + 64 + t.w.n_bytes() + x_bytes + 8 * groups + y_bytes),
                        std::byte{kAnyByte});
@@ -116,8 +116,7 @@ Result<double> inner_loop_rate(const CpuKernels& k, Format format, int n_threads
                         .sum = reinterpret_cast<int32_t*>(p + x_bytes + 4 * groups),
                         .stride = cols},
                   .n = rows,
-                  .y = reinterpret_cast<float*>(p + x_bytes + 8 * groups),
-                  .y_stride = t.w.rows};
+                  .y = {reinterpret_cast<float*>(p + x_bytes + 8 * groups), t.w.rows}};
     }
     return best_rate(*pool, [&](int tid) {
         k.matmul[static_cast<int>(format)](threads[static_cast<size_t>(tid)].args);
@@ -149,24 +148,21 @@ Result<double> attention_rate(const CpuKernels& k, CacheType kv, int heads, int 
         k.cache_write(kv, row, kC, row + kC, kR, buffer.data() + j * row_bytes);
     }
     std::vector<int32_t> ends(static_cast<size_t>(row_block));
-    MlaPartialArgs a{.type = kv, .cache = buffer.data(), .row_bytes = row_bytes, .c_pad = kC, .r_pad = kR};
+    MlaPartialArgs a{.type = kv, .cache = {buffer.data(), row_bytes}, .c_pad = kC, .r_pad = kR};
     a.bf16_dot = cpu_policy().bf16_dot;
-    a.q_row_stride = row_q;
     a.row_end = ends.data();
     a.softmax_scale = 0.1F;
-    a.o = q + round_up(rows * row_q, 16);
-    a.o_row_stride = row_o;
-    a.m = a.o + row_block * row_o;
-    a.l = a.m + ml;
-    a.ml_row_stride = head_block;
-    a.scratch = a.l + ml;
+    a.o = {q + round_up(rows * row_q, 16), row_o};
+    a.m = {a.o.row(row_block), head_block};
+    a.l = {a.m.data + ml, head_block};
+    a.scratch = a.l.data + ml;
     DC_TRY(const auto pool, ThreadPool::make(1));
     return best_rate(*pool, [&](int) {
         for (int i = 0; i < rows; i += row_block) {
             a.n_rows = std::min(row_block, rows - i);
             for (int h = 0; h < heads; h += head_block) {
                 a.n_heads = std::min(head_block, heads - h);
-                a.q = q + i * row_q + int64_t{h} * (kC + kR);
+                a.q = {q + i * row_q + int64_t{h} * (kC + kR), row_q};
                 for (a.pos_begin = 0; a.pos_begin < positions; a.pos_begin += kPartialLen) {
                     std::fill(ends.begin(), ends.end(), std::min(positions, a.pos_begin + kPartialLen));
                     a.same_q = a.pos_begin > 0;
