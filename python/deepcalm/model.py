@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _core, limits
 from .arguments import integer, token_ids
+from .closing import Closing
 from .drafting import CostModel
 from .errors import Error, PackedFileError, ResourceError, SessionError, UnsupportedError
 from .files import packed
@@ -58,7 +59,7 @@ class Config(Mapping[str, Any]):
         return f"Config({self._values})"
 
 
-class Model:
+class Model(Closing):
     """A packed file, mapped: on the CPU nothing is copied, on a GPU the whole file goes into device memory.
 
     Args:
@@ -100,11 +101,12 @@ class Model:
             files = {name: file.tokenizer_file(name) for name in (*FILES, *LEGACY)}
             self._text = TextFiles(files, f"{self.path}: ", PackedFileError)
             opened = (os.fsencode(path), file.fileno(), file.config, file.tensor_table())  # a name need not be UTF-8
+            self._core: _core.Model | None
             #: "cpu", "cuda" or "sim": where passes run.
             self.device = "cpu"
             if device != "cpu":
                 try:
-                    self.core = _core.Model(*opened, device=os.fsencode(_device_library(device)))
+                    self._core = _core.Model(*opened, device=os.fsencode(_device_library(device)))
                     self.device = "sim" if device == "sim" else "cuda"
                 except (UnsupportedError, ResourceError) as e:
                     if device != "auto":
@@ -115,9 +117,23 @@ class Model:
                         self.notes = (f"threads and isa have no effect on device {self.device}",)
             if self.device == "cpu":
                 n = threads or limits.default_threads()
-                self.core = _core.Model(*opened, isa, n, adaptive=not threads)
+                self._core = _core.Model(*opened, isa, n, adaptive=not threads)
                 if n > (most := limits.processors()):
                     self.notes += (f"threads: {n}, of which {most} can run at a time here: more only slows them down",)
+
+    def __repr__(self) -> str:
+        return f"Model({str(self.path)!r}, device={self.device!r})"
+
+    def close(self) -> None:
+        """Unmaps the file when its last session is closed as well; what is asked of it afterwards is a SessionError."""
+        self._core = None
+
+    @property
+    def core(self) -> _core.Model:
+        """The C++ model. Raises SessionError after ``close``."""
+        if self._core is None:
+            raise SessionError("the model is closed")
+        return self._core
 
     @property
     def isa(self) -> str:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from . import _core, limits
 from .arguments import integer, token_ids
+from .closing import Closing
 from .drafting import MAX_DRAFT
 from .errors import Error, ResourceError, SessionError
 from .files.safetensors import File, whole_file
@@ -166,7 +167,7 @@ class Stats:
         return self.decode_bytes / self.decode_seconds / 1e9 if self.decode_seconds else 0.0
 
 
-class Session:
+class Session(Closing):
     """A sequence with its cache. Made by ``Model.session``.
 
     The sequence is every token given and every token that ``generate`` returned: ``tokens``, ``pos`` of them. Any call
@@ -183,16 +184,16 @@ class Session:
             raise ValueError(f"kv: {kv!r}, expected one of {', '.join(KV_TYPES)}")
         self.model = model
         self.kv = kv
-        self._core = _core.Session(model.core, ctx, kv, max_rows, mtp)
+        self._core: _core.Session | None = _core.Session(model.core, ctx, kv, max_rows, mtp)
         available = limits.available_memory() if model.device == "cpu" else None  # a device has refused by itself
-        if available is not None and self._core.cache_bytes > available:  # reserved, not touched yet
+        if available is not None and self.core.cache_bytes > available:  # reserved, not touched yet
             raise ResourceError(
-                f"a cache of {ctx} positions in {kv} takes {self._core.cache_bytes / 1e9:.2f} GB, "
+                f"a cache of {ctx} positions in {kv} takes {self.core.cache_bytes / 1e9:.2f} GB, "
                 f"{available / 1e9:.2f} GB of memory are available; use a smaller ctx or another kv type"
             )
         self._mtp = mtp
         self._vocab = int(model.config["vocab_size"])
-        self._empty = self._core.state()  # shapes for restore()
+        self._empty = self.core.state()  # shapes for restore()
         self._taps: dict[str, npt.NDArray[Any]] | None = None
         self.lock = SessionLock()  # held by every call, and for each token of a generation
         self._sums: dict[str, float] = {}
@@ -202,9 +203,21 @@ class Session:
         self._decoding = False  # rounds are running on the device
         self._before: tuple[float, int, int] = (0.0, 0, 0)
 
+    def __repr__(self) -> str:
+        return f"Session({self.model!r}, kv={self.kv!r}, pos={self.pos})"
+
+    def close(self) -> None:
+        """Ends a generation and frees the cache; what is asked of the session afterwards is a SessionError."""
+        with self.lock:
+            if running := self._running and self._running():
+                running.close("closed")
+            self._core = None
+
     @property
     def core(self) -> _core.Session:
-        """The C++ session; whoever calls it keeps the order that runtime/session.h asks for."""
+        """The C++ session; whoever calls it keeps the order that runtime/session.h asks for. SessionError if closed."""
+        if self._core is None:
+            raise SessionError("the session is closed")
         return self._core
 
     @property
@@ -231,9 +244,9 @@ class Session:
         if self._decoding:
             self._decode_finish()
         n = len(self._tokens) if n is None else n
-        if self._core.pos > n:
+        if self.core.pos > n:
             self._last_logits = None
-            self._core.truncate(n)
+            self.core.truncate(n)
 
     def _pause(self) -> None:
         """The session at rest for a call that only reads; a generation goes on from what it has returned."""
@@ -244,7 +257,7 @@ class Session:
     def _catch_up(self, n: int | None = None) -> None:
         """Brings exactly the first ``n`` tokens (None: the sequence) into the cache."""
         self._rest(n)
-        if missing := self._tokens[self._core.pos : n]:
+        if missing := self._tokens[self.core.pos : n]:
             self._feed("decode", missing, 0)
 
     def attach(self, generation: Running) -> None:
@@ -318,7 +331,7 @@ class Session:
             own = self._running is not None  # a generation's own round: it has returned ``token``
             self._catch_up(len(self._tokens) - own)
             self._last_logits = None
-            r = self._core.draft_round(
+            r = self.core.draft_round(
                 token, k, p.temp, p.top_k, p.top_p, p.min_p, p.seed, n_valid, min_confidence, **options
             )
             if not own:
@@ -344,7 +357,7 @@ class Session:
     def _run(self, kind: str, ids: Any, all_logits: bool) -> F32:
         with self._changing():
             rows = self.checked(ids)
-            logits = self._feed(kind, self._tokens[self._core.pos :] + rows.tolist(), len(rows) if all_logits else 1)
+            logits = self._feed(kind, self._tokens[self.core.pos :] + rows.tolist(), len(rows) if all_logits else 1)
             self._last_logits = logits[-1].copy()
             self._last_logits.flags.writeable = False
             return logits if all_logits else logits[0]
@@ -352,7 +365,7 @@ class Session:
     def _feed(self, kind: str, rows: list[int], n_logits: int) -> F32:
         """Passes ``rows``, which follow what is in the cache; logits [n_logits, vocab_size] of the last of them."""
         out = np.empty((n_logits, self._vocab), np.float32)
-        skip, step = len(rows) - n_logits, self._core.max_rows
+        skip, step = len(rows) - n_logits, self.core.max_rows
         for i in range(0, len(rows), step):
             chunk = np.array(rows[i : i + step], np.int32)
             end = i + len(chunk)
@@ -365,10 +378,10 @@ class Session:
     def _pass(self, kind: str, ids: I32, logits: str) -> F32:
         """One forward pass, counted under ``kind``; its taps are collected."""
         self._last_logits = None
-        before, start, pos = self._core.stats(), time.perf_counter(), self._core.pos
-        out = self._core.forward(ids, logits)
+        before, start, pos = self.core.stats(), time.perf_counter(), self.core.pos
+        out = self.core.forward(ids, logits)
         self._tokens[pos : pos + len(ids)] = ids.tolist()
-        seconds, after = time.perf_counter() - start, self._core.stats()
+        seconds, after = time.perf_counter() - start, self.core.stats()
         read = sum(after[k] - before[k] for k in ("weight_bytes", "cache_bytes"))
         self._count(kind, len(ids), seconds, read)
         self._collect_taps()
@@ -376,7 +389,7 @@ class Session:
 
     def _collect_taps(self) -> None:
         if self._taps is not None:
-            for name, rows in self._core.taps().items():
+            for name, rows in self.core.taps().items():
                 old = self._taps.get(name)
                 self._taps[name] = rows if old is None else np.concatenate([old, rows])
 
@@ -391,8 +404,8 @@ class Session:
         with self._changing():
             self._catch_up(len(self._tokens) - 1)
             self._last_logits = None
-            self._before = (time.perf_counter(), self._core.pos, self._read_bytes())
-            self._core.decode_start(
+            self._before = (time.perf_counter(), self.core.pos, self._read_bytes())
+            self.core.decode_start(
                 self._tokens[-1], p.temp, p.top_k, p.top_p, p.min_p, p.seed, n_valid, max_tokens, eos
             )
             self._decoding = True
@@ -405,9 +418,9 @@ class Session:
     def _decode_finish(self) -> None:
         """Waits for the rounds that are queued."""
         self._decoding = False
-        self._core.decode_finish()
+        self.core.decode_finish()
         start, pos, read = self._before
-        self._count("decode", self._core.pos - pos, time.perf_counter() - start, self._read_bytes() - read)
+        self._count("decode", self.core.pos - pos, time.perf_counter() - start, self._read_bytes() - read)
 
     def _count(self, kind: str, tokens: int, seconds: float, n_bytes: int) -> None:
         for key, value in (("tokens", tokens), ("seconds", seconds), ("bytes", n_bytes)):
@@ -419,7 +432,7 @@ class Session:
             self._sums[f"drafts_{key}"] = self._sums.get(f"drafts_{key}", 0) + value
 
     def _read_bytes(self) -> int:
-        stats = self._core.stats()
+        stats = self.core.stats()
         return int(stats["weight_bytes"] + stats["cache_bytes"])
 
     # ---- state
@@ -432,12 +445,12 @@ class Session:
     @property
     def ctx(self) -> int:
         """Positions the cache has room for."""
-        return self._core.ctx
+        return self.core.ctx
 
     @property
     def cache_bytes(self) -> int:
         """Bytes reserved for cache rows and buffers."""
-        return self._core.cache_bytes
+        return self.core.cache_bytes
 
     @property
     def keeps_mtp(self) -> bool:
@@ -448,12 +461,12 @@ class Session:
     def mtp_pending(self) -> int:
         """Tokens whose MTP rows the next draft computes, the one it is given included."""
         with self.lock:
-            return self._core.pos - self._core.mtp_pos
+            return self.core.pos - self.core.mtp_pos
 
     @property
     def expert_union(self) -> list[tuple[int, int]]:
         """[j-1]: (windows, distinct (layer, expert) pairs in them) of j adjacent tokens, j = 1..8."""
-        return self._core.expert_union()
+        return self.core.expert_union()
 
     @property
     def tokens(self) -> I32:
@@ -473,9 +486,9 @@ class Session:
     def stats(self) -> Stats:
         """What the session has done so far."""
         with self.lock:
-            core = self._core.stats()
+            core = self.core.stats()
             counted = {k: v for k, v in core.items() if k in Stats.__dataclass_fields__}
-            stages = {row[0]: StageStats(*row[1:]) for row in self._core.stage_stats()}
+            stages = {row[0]: StageStats(*row[1:]) for row in self.core.stage_stats()}
             return Stats(**counted, **self._sums, pass_seconds=core["seconds"], stages=stages)  # type: ignore[arg-type]
 
     def truncate(self, n_tokens: int) -> None:
@@ -517,12 +530,12 @@ class Session:
     def _load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         with self._changing():
             before, self._tokens = self._tokens, []  # if interrupted: nothing rather than other rows for these tokens
-            held, tokens = self._core.pos, np.array(state["tokens"])
+            held, tokens = self.core.pos, np.array(state["tokens"])
             new = tokens.tolist()
             try:
-                self._core.load_state(**{**state, "tokens": tokens})
+                self.core.load_state(**{**state, "tokens": tokens})
             except (Error, MemoryError):
-                if self._core.pos == held:  # or a device failed while it took the rows, and holds none
+                if self.core.pos == held:  # or a device failed while it took the rows, and holds none
                     self._tokens = before
                 raise
             self._tokens, self._last_logits = new, None
@@ -563,14 +576,14 @@ class Session:
             if self._taps is not None:
                 raise SessionError("trace: a recording is running already; leave its block first")
             self._pause()
-            self._core.trace(names)
+            self.core.trace(names)
             taps: dict[str, npt.NDArray[Any]] = {}
             self._taps = taps
         try:
             yield taps
         finally:
             with self.lock:
-                self._core.trace(None)
+                self.core.trace(None)
                 self._taps = None
 
     # ---- generation
@@ -616,7 +629,7 @@ class Session:
         with self.lock:
             self._pause()
             self._catch_up()
-            state = self._core.state()
+            state = self.core.state()
         with whole_file(path) as name:
             try:
                 save_file(state, name, self._identity())

@@ -23,11 +23,15 @@ T = TypeVar("T")
 _TURN_ENDS = ("<|im_end|>", "<|user|>", "<|observation|>")
 
 
-def _byte_of_char() -> dict[str, int]:
-    """The byte-level alphabet: printable latin-1 bytes stand for themselves, the others for U+0100 and up, in order."""
+def _byte_chars() -> list[str]:
+    """[256] the byte-level alphabet: printable latin-1 bytes stand for themselves, the others for U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
+
+
+BYTE_CHARS = _byte_chars()
+_BYTE_OF = {c: b for b, c in enumerate(BYTE_CHARS)}
 
 
 def _guarded(what: str, call: Callable[[], T]) -> T:
@@ -78,7 +82,6 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer, tokenizer_config: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
-        self._byte_of = _byte_of_char()
         added = _guarded("tokenizer.json", tokenizer.get_added_tokens_decoder)
         self._added = {i: t.content for i, t in added.items()}
         self._special = {i for i, t in added.items() if t.special}
@@ -171,7 +174,7 @@ class Vocabulary:
             return self._added[token].encode("utf-8", "replace")
         text = self._tokenizer.id_to_token(token) or ""
         try:
-            return bytes([self._byte_of[c] for c in text])
+            return bytes([_BYTE_OF[c] for c in text])
         except KeyError:  # not in the byte-level alphabet: the token is its own text
             return text.encode("utf-8", "replace")
 

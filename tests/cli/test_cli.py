@@ -707,7 +707,7 @@ def test_inspect_finds_a_flipped_bit(run: Run, path: Path, tmp_path: Path) -> No
 
 def test_inspect_dumps_a_tensor(run: Run, path: Path, tmp_path: Path) -> None:
     assert run("inspect", path, "--dump", "layers.0.wo", tmp_path / "wo.npy") == (0, b"", "")
-    assert (np.load(tmp_path / "wo.npy") == packed.unpack(path, "layers.0.wo")).all()
+    assert (np.load(tmp_path / "wo.npy") == packed.read(path).unpack("layers.0.wo")).all()
     assert "no tensor" in error(run("inspect", path, "--dump", "layers.9.wo", tmp_path / "x.npy"))
 
 

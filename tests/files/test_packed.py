@@ -61,7 +61,7 @@ def test_unpack_gives_natural_shapes(files: dict[str, Path]) -> None:
         down = np.stack([raw[f"{p}mlp.experts.{e}.down_proj.weight"] for e in range(10)])
         np.testing.assert_array_equal(f.unpack("layers.1.experts.w_down"), down)
         np.testing.assert_array_equal(f.unpack("layers.1.experts.w_down", 7), down[7])
-        np.testing.assert_array_equal(packed.unpack(files["v2_lite"], "layers.1.experts.w_down", 7), down[7])
+        np.testing.assert_array_equal(packed.read(files["v2_lite"]).unpack("layers.1.experts.w_down", 7), down[7])
         assert f.unpack("layers.1.experts.w_gate_up").shape == (10, 70, 78)
         kv_b = raw[p + "self_attn.kv_b_proj.weight"].reshape(3, 20 + 18, 36)
         np.testing.assert_array_equal(f.unpack("layers.1.w_uk"), kv_b[:, :20].transpose(0, 2, 1))

@@ -362,6 +362,26 @@ ARGUMENTS: list[tuple[str, type[Exception], str]] = [
 ]
 
 
+def test_models_and_sessions_can_be_closed() -> None:
+    with deepcalm.Model(surface_cases.packed(), threads=1) as model, model.session(64) as s:
+        want = list(s.generate(IDS[:5], max_tokens=6))
+        assert repr(s) == f"Session(Model({str(model.path)!r}, device='cpu'), kv='f16', pos=11)"
+        with model.session(64) as other:
+            running = other.generate(IDS[:5])
+            next(running)
+        assert running.reason == "closed" and running.tokens == want[:1]
+        resume = other.generate()
+        for call in (lambda: other.prefill(IDS), lambda: other.truncate(0), lambda: other.stats, lambda: next(resume)):
+            with pytest.raises(SessionError, match="the session is closed"):
+                call()
+        other.close()
+        model.close()  # a session goes on
+        s.prefill(IDS[:3])
+        for ask in (lambda: model.session(8), lambda: model.isa):
+            with pytest.raises(SessionError, match="the model is closed"):
+                ask()
+
+
 @pytest.mark.parametrize(("call", "error", "says"), ARGUMENTS, ids=[a[0] for a in ARGUMENTS])
 def test_arguments_are_checked_by_the_call(model: deepcalm.Model, call: str, error: type[Exception], says: str) -> None:
     s = model.session(16)

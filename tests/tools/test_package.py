@@ -20,7 +20,10 @@ PACKAGE = Path(deepcalm.__file__).parent
 # A module or folder imports from its own line or from those above it.
 FLOORS = (
     ("_core", "errors"),
-    ("arguments", "geometry", "limits", "names", "sampling", "tables", "template", "template_process", "text"),
+    (
+        *("arguments", "closing", "geometry", "limits", "names", "sampling", "tables", "template", "template_process"),
+        "text",
+    ),
     ("files",),
     ("device", "drafting", "generation", "model", "session"),
     ("check", "measure"),

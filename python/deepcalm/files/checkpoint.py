@@ -13,13 +13,13 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import _core
+from ..closing import Closing
 from ..errors import CheckpointError
 from . import config
 from .safetensors import (
@@ -92,7 +92,7 @@ class Weight:
         return "f32" if self.kind == "f8" else self.scale.dtype.lower() if self.scale else ""
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """An open checkpoint folder. Use as a context manager, or close().
 
     ``raw_config``: config.json (of the text model); ``generation``: generation_config.json or {}; ``config``: the
@@ -115,12 +115,6 @@ class Checkpoint:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the shards."""

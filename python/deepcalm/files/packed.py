@@ -7,13 +7,13 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import _core
+from ..closing import Closing
 from ..errors import ConfigError, PackedFileError
 from .safetensors import ALIGN, DTYPE_BYTES, File, parse_json, read_header, show
 
@@ -154,7 +154,7 @@ class Tensor:
         return self.bytes // self.n_slices * num_experts_per_tok if self.role == "expert" else self.bytes
 
 
-class PackedFile:
+class PackedFile(Closing):
     """A checked packed file. Close it, or use it as a context manager.
 
     ``config``: the normalised configuration; ``entries``: name -> Tensor in file order; ``source``, ``dropped``: what
@@ -172,12 +172,6 @@ class PackedFile:
         except BaseException:
             self._file.close()
             raise
-
-    def __enter__(self) -> PackedFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the file."""
@@ -367,9 +361,3 @@ def _natural_rows(s: Tensor) -> npt.NDArray[np.intp]:
 def read(path: str | Path) -> PackedFile:
     """Opens and checks a packed file; raises PackedFileError."""
     return PackedFile(path)
-
-
-def unpack(path: str | Path, name: str, slice: int | None = None) -> Floats:
-    """One tensor of a packed file as f32 in its natural shape; see ``PackedFile.unpack``."""
-    with PackedFile(path) as f:
-        return f.unpack(name, slice)

@@ -17,9 +17,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from ..closing import Closing
 from ..errors import Error, ResourceError
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
@@ -138,7 +138,7 @@ def _refuse_foreign(f: File) -> None:
         raise f.error(f"{f.path}: a GGUF file, which is not read; pack the Hugging Face checkpoint it was made from")
 
 
-class File:
+class File(Closing):
     """An open regular file read by position; every failure is ``error`` with the file's name."""
 
     def __init__(self, path: Path, error: type[Error]) -> None:
@@ -161,12 +161,6 @@ class File:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> File:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fills ``buffer`` (writable bytes) from ``offset``; a short file is an error."""

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from ..errors import CheckpointError
+from ..text import BYTE_CHARS
 from .safetensors import parse_json, show
 
 MAX_TOKENS = 1 << 22
@@ -36,10 +37,9 @@ def convert(ranks: bytes, tokenizer_config: bytes, where: str) -> bytes:
     config = parse_json(tokenizer_config, f"{where}: tokenizer_config.json", CheckpointError, lenient=True)
     if not isinstance(config, dict) or config.get("tokenizer_class", "TikTokenTokenizer") != "TikTokenTokenizer":
         raise CheckpointError(f"{where}: tokenizer_class in tokenizer_config.json, expected TikTokenTokenizer")
-    alphabet = _byte_alphabet()
 
     def text(token: bytes) -> str:
-        return "".join(alphabet[b] for b in token)
+        return "".join(BYTE_CHARS[b] for b in token)
 
     merges = [pair for token, rank in table.items() if len(token) > 1 and (pair := _last_merge(table, token, rank))]
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
@@ -101,11 +101,3 @@ def _specials(config: dict[str, Any], n_base: int, where: str) -> list[dict[str,
         content, special = contents.get(i, (f"<|reserved_token_{i}|>", True))
         out.append({"id": i, "content": content, "special": special, **flags})
     return out
-
-
-def _byte_alphabet() -> list[str]:
-    """[256] GPT-2's printable character of each byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in printable]
-    chars = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
-    return [chars[b] for b in range(256)]
