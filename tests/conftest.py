@@ -16,6 +16,14 @@ for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 import numpy as np  # noqa: E402  (reads them)
 import pytest  # noqa: E402
 
+from sim import build  # noqa: E402
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compiles the simulator beside the first tests, which leave a processor free."""
+    if {"cli", "device"} <= {item.path.parent.name for item in session.items} and not session.config.option.collectonly:
+        build.start()
+
 
 @pytest.fixture(params=["fixed", "fresh"])
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:

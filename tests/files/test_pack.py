@@ -956,10 +956,10 @@ def test_memory_is_bounded_by_the_slabs(dtype: str, large: Path, tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with an embedding, a head and a dense FFN of 100 MB each, repeated random bf16 values."""
+    """A checkpoint whose embedding, head, and gate and up together have 100 MB each, repeated random bf16 values."""
     d = tiny.write(tmp_path_factory.mktemp("large"), "moonlight")
     config = json.loads((d / "config.json").read_text())
-    config |= {"vocab_size": 24000, "hidden_size": 2048, "num_hidden_layers": 1, "intermediate_size": 24000}
+    config |= {"vocab_size": 24000, "hidden_size": 2048, "num_hidden_layers": 1, "intermediate_size": 12000}
     (d / "config.json").write_text(json.dumps(config))
     bits = F.bf16_bits(np.random.default_rng(0).standard_normal(1 << 20)).tobytes()
     tensors = {}
