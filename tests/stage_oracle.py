@@ -51,9 +51,7 @@ def _joined(parts: list[dict[str, rc.Array]]) -> dict[str, rc.Array]:
     return {name: np.concatenate([taps[name] for taps in parts]) for name in parts[0]}
 
 
-def _compare(
-    parts: list[slice], run_taps: list[dict[str, rc.Array]], oracle: model.Model, tolerance: float
-) -> None:
+def _compare(parts: list[slice], run_taps: list[dict[str, rc.Array]], oracle: model.Model, tolerance: float) -> None:
     for part, taps in zip(parts, run_taps, strict=True):
         assert set(taps) == set(oracle.taps)
         for name, value in taps.items():

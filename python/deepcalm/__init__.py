@@ -17,15 +17,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import (
-    CheckpointError,
-    ConfigError,
-    Error,
-    PackedFileError,
-    ResourceError,
-    SessionError,
-    UnsupportedError,
-)
+from .errors import CheckpointError, ConfigError, Error, PackedFileError, ResourceError, SessionError, UnsupportedError
 
 if TYPE_CHECKING:
     from ._core import __version__

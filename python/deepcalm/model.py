@@ -76,11 +76,7 @@ class Model(Closing):
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        device: str = "cpu",
-        threads: int | None = None,
-        isa: str | None = None,
+        self, path: str | os.PathLike[str], device: str = "cpu", threads: int | None = None, isa: str | None = None
     ) -> None:
         if device not in DEVICES:
             raise ValueError(f"device: {device!r}, expected one of {', '.join(DEVICES)}")
@@ -294,7 +290,6 @@ class Model(Closing):
         if mtp not in (None, True, False):
             raise TypeError(f"mtp: {one_line(repr(mtp), 40)}, expected True, False or None")
         return Session(self, ctx, kv, max_rows, bool(self.config["num_nextn_predict_layers"]) if mtp is None else mtp)
-
 
     def generation(
         self,

@@ -656,6 +656,7 @@ def test_hub_download_is_optional(run: Run, tmp_path: Path, monkeypatch: pytest.
 
 def test_file_names_need_not_be_utf8(run: Run, path: Path, tmp_path: Path) -> None:
     """No traceback, whatever a file is called; --json stays JSON, and a name in it can be turned back."""
+
     def name(text: bytes) -> Path:
         return Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + text))
 
@@ -766,9 +767,7 @@ def test_lock(path: Path) -> None:
     )  # fmt: skip
     kb = -(-path.stat().st_size // 1024)
     assert (code, out) == (1, b"")
-    assert re.search(rf"\.dcalm: cannot lock {kb} kB in memory: .*; the limit \(ulimit -l\) is 64 kB", err), (
-        err
-    )
+    assert re.search(rf"\.dcalm: cannot lock {kb} kB in memory: .*; the limit \(ulimit -l\) is 64 kB", err), err
 
 
 def test_a_cold_file_is_read_once_from_end_to_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -643,11 +643,7 @@ def test_down_of_a_dense_layer(stages: cs.Stages) -> None:
         h, x = rows_of(rng, n, 1100), rows_of(rng, n, 40)
         before, tap = x.copy(), cs.aligned(x.shape)
         args = cs.ARGS["down"](
-            rows=cs.rows(n),
-            shared=cs.matrix(p, keep),
-            shared_h=cs.view(h),
-            x=cs.view(x),
-            shared_tap=cs.ptr(tap),
+            rows=cs.rows(n), shared=cs.matrix(p, keep), shared_h=cs.view(h), x=cs.view(x), shared_tap=cs.ptr(tap)
         )
         stages("down", args, nb=1 if n <= 8 else cs.PREFILL_BLOCKS)
         hr = cs.rounded("q8", h[:, :1100])
@@ -724,12 +720,7 @@ def test_stages_read_live_rows_after_their_wait(stages: cs.Stages) -> None:
     product_args = cs.ARGS["product"](rows=cs.rows(4, live=choice), w=cs.matrix(p, keep), x=cs.view(x), y=cs.view(y))
     table, embedded, zeros = cs.aligned((3, 32), fill=5), cs.aligned((3, 32)), np.zeros(3, np.int32)
     embed_args = cs.ARGS["embed"](
-        rows=cs.rows(3, live=choice),
-        ids=cs.ptr(zeros),
-        table=cs.ptr(table),
-        vocab=3,
-        d=32,
-        x=cs.view(embedded),
+        rows=cs.rows(3, live=choice), ids=cs.ptr(zeros), table=cs.ptr(table), vocab=3, d=32, x=cs.view(embedded)
     )
     stages.launch("head", args)
     stages.launch("product", product_args, dependent=True)

@@ -73,10 +73,7 @@ def test_device_arrays_go_through_a_stage(fmt: str, device: str) -> None:
     w, weights = xp.asarray(p.values[0]), cs.matrix(p, keep, to=to)
     for n in range(1, 9):
         x, y = to(rng.standard_normal((n, 1120), np.float32)), to(np.full((n, 40), np.nan, np.float32))
-        stages(
-            "product",
-            cs.ARGS["product"](rows=cs.rows(n), w=weights, x=cs.view(x), y=cs.view(y)),
-        )
+        stages("product", cs.ARGS["product"](rows=cs.rows(n), w=weights, x=cs.view(x), y=cs.view(y)))
         rounded = xp.asarray(cs.rounded(fmt, to_numpy(x)[:, :1100]))
         error = xp.abs(y - rounded @ w.T) / (xp.abs(rounded) @ xp.abs(w).T)
         assert float(error.max()) <= 1e-5, n

@@ -57,9 +57,7 @@ def session(core: Any, kv: str, ctx: int = 128, mtp: bool = False) -> Any:
 
 
 @pytest.mark.parametrize(("preset", "source", "options", "kv"), CASES, ids=IDS)
-def test_device_stages_equal_oracle(
-    preset: str, source: str, options: dict[str, str], kv: str, device: str
-) -> None:
+def test_device_stages_equal_oracle(preset: str, source: str, options: dict[str, str], kv: str, device: str) -> None:
     file = packed_case(preset, source, options)
     # a long pass and a short one that crosses an attention chunk (64)
     check_stages(file, device_cases.open_core(file, device), kv, 66, (60, 6), TOLERANCE.get(options["dtype"], 1e-4))

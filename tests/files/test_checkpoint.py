@@ -99,9 +99,19 @@ def test_keys_that_change_nothing_are_accepted(copy: Callable[[str], Path]) -> N
     folder = copy("v3")
     with Checkpoint(folder) as c:
         want = c.config
-    rope = json.loads((folder / "config.json").read_text())["rope_scaling"] | {"truncate": None, "attention_factor": None}
-    harmless: dict[str, Any] = {"layer_types": ["full_attention"] * 3, "sliding_window": None, "head_dim": 16, "rope_scaling": rope}
-    edit_config(folder, **harmless, partial_rotary_factor=1.0, moe_layer_freq=1, transformers_version="5.23.0", auto_map={})
+    rope = json.loads((folder / "config.json").read_text())["rope_scaling"] | {
+        "truncate": None,
+        "attention_factor": None,
+    }
+    harmless: dict[str, Any] = {
+        "layer_types": ["full_attention"] * 3,
+        "sliding_window": None,
+        "head_dim": 16,
+        "rope_scaling": rope,
+    }
+    edit_config(
+        folder, **harmless, partial_rotary_factor=1.0, moe_layer_freq=1, transformers_version="5.23.0", auto_map={}
+    )
     with Checkpoint(folder) as c:
         assert c.config == want
 
@@ -370,7 +380,9 @@ def test_what_an_index_lists_must_be_there_if_it_is_needed(copy: Callable[[str],
         tiny.rewrite(folder, lambda t: [t.pop(name, None) for name in (norm, eh_proj)], shard)
     for file, message in [(index[norm], index[norm]), ("gone.safetensors", "gone.safetensors, which does not exist")]:
         write_index(folder, index | {norm: file})
-        with pytest.raises(CheckpointError, match=f"tensor {norm} is missing, the index lists it in {message}, expected shape"):
+        with pytest.raises(
+            CheckpointError, match=f"tensor {norm} is missing, the index lists it in {message}, expected shape"
+        ):
             plan(folder)
     with Checkpoint(folder) as ckpt:
         assert ckpt.mtp_dropped == f"{eh_proj} is missing, the index lists it in {index[eh_proj]}"

@@ -53,9 +53,13 @@ CASES: dict[str, tuple[dict[str, str], Seen]] = {}  # files, and what transforme
 
 
 def case(name: str, want: Seen, *added: dict[str, Any], **files: dict[str, Any]) -> None:
-    CASES[name] = {"tokenizer.json": tokenizer_json(*added)} | {f"{k}.json": json.dumps(v) for k, v in files.items()}, want
+    CASES[name] = (
+        {"tokenizer.json": tokenizer_json(*added)} | {f"{k}.json": json.dumps(v) for k, v in files.items()},
+        want,
+    )
 
 
+# fmt: off
 case("nothing", ([], 39, [], None, 265), tokenizer_config=CLASS)
 case("named only", ([265, 266, 265, 268, 267], 19, [265, 266, 267, 268], 266, 269), tokenizer_config=CLASS | BOS_EOS | {"image_token": "<pic>", "x_token": token("<end>", __type="AddedToken")})
 case("named and known", ([265, 266, 267, 266], 22, [266, 267], 267, 268), *IN_FILE, tokenizer_config=CLASS | BOS_EOS)
@@ -73,6 +77,7 @@ case("special_tokens_map.json", ([265, 266, 267, 266, 268, 269], 14, [266, 267, 
 case("map and added", ([269, 265, 266, 265, 267, 268], 14, [265, 266], 266, 270), special_tokens_map=BOS_EOS | LIST, added_tokens={"<bos>": N, "<eos>": N + 1, "<pic>": N + 2, "<end>": N + 3, "<tool>": N + 4}, tokenizer_config=CLASS)
 case("map over the config", ([267, 266, 265], 26, [265, 266, 267], 265, 268), tokenizer_config=CLASS | {"eos_token": "<bos>", "extra_special_tokens": ["<pic>"]}, special_tokens_map={"eos_token": "<end>", "extra_special_tokens": ["<tool>", "<pic>"]})
 case("a decoder hides the older files", ([266, 265, 267, 265], 22, [265], None, 268), tokenizer_config=CLASS | {"added_tokens_decoder": DECODER}, special_tokens_map=BOS_EOS, added_tokens={"<end>": N})
+# fmt: on
 
 
 def write(folder: Path, files: Mapping[str, str | bytes]) -> Path:
@@ -117,7 +122,10 @@ def test_stored_expectations_are_those_of_live_transformers(name: str, tmp_path:
         warnings.simplefilter("ignore")
         theirs = transformers.AutoTokenizer.from_pretrained(write(tmp_path, files))
     assert seen(theirs.backend_tokenizer, theirs.eos_token) == want
-    assert theirs.encode(TEXT, add_special_tokens=False) == theirs.backend_tokenizer.encode(TEXT, add_special_tokens=False).ids
+    assert (
+        theirs.encode(TEXT, add_special_tokens=False)
+        == theirs.backend_tokenizer.encode(TEXT, add_special_tokens=False).ids
+    )
 
 
 @pytest.mark.parametrize("name", ["decoder", "special_tokens_map.json", "map and added"])
@@ -132,8 +140,13 @@ def test_a_packed_model_reads_them_all(name: str, tmp_path: Path) -> None:
 
 
 def test_older_files_are_not_stored_where_they_are_not_read(tmp_path: Path) -> None:
-    older, decoder = (opened(tmp_path / str(i), CASES[n][0])[0] for i, n in enumerate(["map and added", "a decoder hides the older files"]))
-    stored = [[n for n in (*FILES, *LEGACY) if f.tokenizer_file(n) is not None] for f in map(read, (older.path, decoder.path))]
+    older, decoder = (
+        opened(tmp_path / str(i), CASES[n][0])[0]
+        for i, n in enumerate(["map and added", "a decoder hides the older files"])
+    )
+    stored = [
+        [n for n in (*FILES, *LEGACY) if f.tokenizer_file(n) is not None] for f in map(read, (older.path, decoder.path))
+    ]
     assert stored == [["tokenizer.json", "tokenizer_config.json", *LEGACY], ["tokenizer.json", "tokenizer_config.json"]]
 
 
@@ -204,7 +217,9 @@ def config(**keys: Any) -> str:
         ("tiktoken.model", POINTER, "a git-LFS pointer"),
     ],
 )  # fmt: skip
-def test_what_generate_cannot_use_is_refused_by_file(file: str, data: str | bytes, message: str, tmp_path: Path) -> None:
+def test_what_generate_cannot_use_is_refused_by_file(
+    file: str, data: str | bytes, message: str, tmp_path: Path
+) -> None:
     files = {name: text for name, text in GOOD.items() if file != "tiktoken.model" or name != "tokenizer.json"}
     folder = write(tmp_path, files | {file: data})
     with pytest.raises(CheckpointError, match=rf"^{folder}/{file}: .*{message}") as e:

@@ -77,4 +77,3 @@ def test_nothing_calls_the_c_librarys() -> None:
     for library in (Path(_core.__file__), *folder.glob("libdeepcalm_*.so")):
         listing = subprocess.run([nm, "-D", "--undefined-only", library], check=True, capture_output=True, text=True)
         assert not re.findall(rf"U ((?:l|t)?(?:{functions})(?:2|10|1p|m1)?[fl]?)(?:@|$)", listing.stdout, re.M), library
-

@@ -491,9 +491,7 @@ def test_bench_draft_command(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 
 @pytest.mark.parametrize("device", ["cpu", "sim"])
-def test_bytes_are_counted_where_layers_differ(
-    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_are_counted_where_layers_differ(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Routed experts in f32, then bf16, then f32 in the MTP layer: every layer's own bytes, and no other's."""
     plain = tiny.checkpoint_tensors
 

@@ -520,6 +520,7 @@ class _Verifier:
             self.diverge("effect", "kl", (), e["kl"], f"less than {e['kl_without_text']:.3g}",
                          "further from the checkpoint than its average over the text: pack it wider")  # fmt: skip
 
+
 # ---- pieces
 
 

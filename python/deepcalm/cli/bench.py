@@ -52,13 +52,13 @@ Examples:
 @click.argument("file", type=FILE, required=False)
 @click.option("--prompt", type=POSITIVE, metavar="N", help="Tokens of the timed prefill (default: 512 if it can).")
 @click.option("--contexts", "--context", metavar="N,...", callback=_numbers(0),
-              help="Tokens cached when decoding starts (default: 0,1024,4096, as far as the model goes).")
+              help="Tokens cached when decoding starts (default: 0,1024,4096, as far as the model goes).")  # fmt: skip
 @click.option("--tokens", type=POSITIVE, default=32, metavar="N", help="Timed decode steps (32).")
 @click.option("--repeats", type=POSITIVE, default=5, metavar="N", help="Repeats (5).")
 @click.option("--draft", type=click.IntRange(1, 7), metavar="K", help="K drafts a round against plain decoding.")
 @click.option("--accept", type=click.FloatRange(0, 1), metavar="A", help="Make drafts right with this probability.")
 @click.option("--synthetic", metavar="NAME[:LAYERS]",
-              help="Random weights in the geometry of v2-lite, v3, moonlight or glm-4.7-flash.")
+              help="Random weights in the geometry of v2-lite, v3, moonlight or glm-4.7-flash.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(DTYPES), help="Format of synthetic weights, as for pack (default: q8).")
 @click.option("--attn-dtype", type=click.Choice(DTYPES), help="Another format for attention.")
 @click.option("--head-dtype", type=click.Choice(DTYPES), help="Another format for the head.")
@@ -66,7 +66,7 @@ Examples:
 @click.option("--keep", type=FILE, metavar="FILE", help="Write synthetic weights here and keep them.")
 @click.option("--json-file", type=FILE, metavar="FILE", help="Write the JSON object here too.")
 @click.option("--threads", metavar="N,...", callback=_numbers(1, 1024),
-              help="Threads, each in turn (default: as many as pay).")
+              help="Threads, each in turn (default: as many as pay).")  # fmt: skip
 @options("--kv", "--isa", "--json", "--quiet")
 def bench(
     file: Path | None, prompt: int | None, contexts: list[int] | None, tokens: int, repeats: int, draft: int | None,

@@ -99,10 +99,7 @@ Examples:
 @click.argument("file", type=FILE)
 @click.argument("text")
 @click.option(
-    "--kl-against",
-    type=FILE,
-    metavar="FILE",
-    help="Also the divergence from another packed file of the same model.",
+    "--kl-against", type=FILE, metavar="FILE", help="Also the divergence from another packed file of the same model."
 )
 @options(*RUNTIME, "--json", "--quiet")
 def perplexity(

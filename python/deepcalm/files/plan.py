@@ -125,9 +125,7 @@ def make_plan(
     return Plan(config, ckpt.identity() | {"options": options}, tensors, files, dropped, notes)
 
 
-def dtypes(
-    dtype: str, attn_dtype: str | None, head_dtype: str | None, draft_head: str | None
-) -> dict[str, str]:
+def dtypes(dtype: str, attn_dtype: str | None, head_dtype: str | None, draft_head: str | None) -> dict[str, str]:
     """What is asked for, by option; the formats that follow from ``dtype`` filled in. Raises UnsupportedError."""
     wide = "q8" if dtype == "q4" else dtype
     options = {"dtype": dtype, "attn_dtype": attn_dtype or wide, "head_dtype": head_dtype or wide,
