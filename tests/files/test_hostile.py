@@ -9,6 +9,7 @@ import pytest
 
 import fuzz
 
+pytestmark = pytest.mark.sanitize
 CASES = 1000
 
 

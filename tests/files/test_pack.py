@@ -29,6 +29,7 @@ from ref import formats as F
 from ref import model as ref_model
 from ref import packed as ref_packed
 
+pytestmark = pytest.mark.sanitize
 Array = np.ndarray[Any, Any]
 PACK = sys.modules["deepcalm.files.pack"]
 

@@ -17,6 +17,7 @@ from deepcalm import _core
 from deepcalm.check import reference
 from ref import model
 
+pytestmark = pytest.mark.sanitize
 TOLERANCE = 1e-4
 
 
