@@ -39,6 +39,12 @@ def test_isas_are_those_of_the_processor() -> None:
     assert {name for name in compiled if expected[name]} == set(ISAS)
 
 
+@every_isa
+def test_every_format_has_a_product(isa: str) -> None:
+    """Where a format is new and the table lacks its kernel, the first model in it would call address 0."""
+    assert all(T.table(isa).matmul) and len(T.table(isa).matmul) == len(_core.formats())
+
+
 def test_what_a_kernel_writes_beside_its_output_is_seen() -> None:
     before, between, behind = range(-64, 0), range(5, 128), range(133, 256)
     for at in [*before, *between, *behind]:

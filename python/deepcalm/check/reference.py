@@ -570,6 +570,10 @@ class Reference:
         out, spread = self.product(act, name + "w_down", slice_, unseen=True)
         return out[:, : self.s.d], spread
 
+    def embedding(self, ids: Array) -> Taps:
+        """What enters the first layer, for ids [n]."""
+        return {"embed": (self.w.plain("embed", ids), 0.0)}
+
     def layer(self, p: str, x: Array, forced: Mapping[str, Array]) -> Taps:
         """All taps of a layer (prefix ``p``) on the residual stream x [n, d]."""
         s, plain, out = self.s, self.w.plain, dict[str, "tuple[Array, Array | float]"]()
@@ -653,7 +657,7 @@ class Reference:
         Where ``forced`` has a tap, what follows uses that value.
         """
         forced, last = forced or {}, "embed"
-        taps: Taps = {"embed": (self.w.plain("embed", ids), 0.0)}
+        taps = self.embedding(ids)
         yield taps
         for i in range(self.s.layers):
             taps, last = self.layer(f"layers.{i}.", given(taps, last, forced), forced), f"layers.{i}.layer_out"

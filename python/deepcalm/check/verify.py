@@ -335,7 +335,7 @@ class _Verifier:
         for i, taps in self.taps():
             x = taps[f"layers.{i - 1}.layer_out" if i else "embed"].astype(np.float64)
             if i == 0:
-                self.compare("embed", {"embed": (self.packed.plain("embed", self.ids), 0.0)}, taps)
+                self.compare("embed", ref.embedding(self.ids), taps)
             self.compare(f"layers.{i}", ref.layer(f"layers.{i}.", x, taps), taps)
             self.step()
         if self.whole:
