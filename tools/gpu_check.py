@@ -304,7 +304,7 @@ class Check:
                   "    s.trace(['*']); s.forward([5])")  # fmt: skip
         ok, tail = self.command(
             "ncu-kernels", program, "--clock-control", "none",
-            "--kernel-name", "regex:kernel_", "--launch-count", "200", "--metrics", metrics, "--csv",
+            "--kernel-name", "regex:stage_kernel", "--launch-count", "200", "--metrics", metrics, "--csv",
             sys.executable, "-c", script,
         )  # fmt: skip
         return {"ok": True, "end": tail.splitlines()[-1] if ok and tail else f"failed: {tail[-200:]}"}

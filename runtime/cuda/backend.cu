@@ -52,21 +52,16 @@ double gb(int64_t bytes) { return 1e-9 * static_cast<double>(bytes); }
 
 // Device memory that goes with its owner.
 struct Memory {
-    void* p = nullptr;
+    struct Release {
+        void operator()(std::byte* p) const { rt::release(p); }
+    };
+    std::unique_ptr<std::byte, Release> p;
     int64_t bytes = 0;
-    Memory() = default;
-    Memory(const Memory&) = delete;
-    Memory& operator=(const Memory&) = delete;
-    ~Memory() { reset(); }
-    void reset() {
-        if (p != nullptr) rt::release(p);
-        p = nullptr;
-        bytes = 0;
-    }
     rt::Error allocate(int64_t n) {
-        reset();
-        const rt::Error e = rt::allocate(&p, n);
-        if (e != 0) p = nullptr;
+        p.reset();
+        void* at = nullptr;
+        const rt::Error e = rt::allocate(&at, n);
+        if (e == 0) p.reset(static_cast<std::byte*>(at));
         bytes = e == 0 ? n : 0;
         return e;
     }
@@ -89,11 +84,11 @@ struct DeviceBackend final : Backend {
 
     explicit DeviceBackend(const BoundModel& m) : model(m) {}
     ~DeviceBackend() override {
-        if (hangs) memory.p = nullptr;  // what may still be read is given up, not waited for
+        if (hangs) (void)memory.p.release();  // what may still be read is given up, not waited for
     }
     Result<std::unique_ptr<Engine>> make_engine(const EngineArgs& args) override;
 
-    std::byte* base() const { return static_cast<std::byte*>(memory.p); }
+    std::byte* base() const { return memory.p.get(); }
 
     Status open(uint64_t fill_seed) {
         DC_TRY(info, rt::find_device(index));
@@ -170,7 +165,7 @@ struct DeviceSession {
     std::vector<int32_t> topk, experts;  // [moe layers, n, num_experts_per_tok] ids of the last pass; PassResult
     Buffers b;
     TokenRing* ring = nullptr;
-    int threads = std::min(kThreads, rt::kMaxThreads), blocks = 1;
+    int threads = std::min(kThreads, rt::kMaxThreads);
     int pass_rows = std::min(kMaxPassRows, rt::kMaxRows);  // of the longest sub-pass
     // (mtp, n, n_logits, long context) of passes from the host; (k, parts, long context, sampled) of rounds
     using ReplayKey = std::tuple<int, int, int, bool, bool>;
@@ -237,8 +232,8 @@ struct DeviceSession {
         take(b.part_o, b.part_units * heads * c.c_pad());
         take(b.part_ml, b.part_units * heads * 2);
         take_rows(b.logits, kLogitRows, c.logits_stride());
-        take(b.best_value, kLogitRows * int64_t{blocks});
-        take(b.best_id, kLogitRows * int64_t{blocks});
+        take(b.best_value, kLogitRows * int64_t{m.info.sms});
+        take(b.best_id, kLogitRows * int64_t{m.info.sms});
         take(b.arrived, 1);
         take(b.cos, ctx * c.qk_rope_head_dim / 2);
         take(b.sin, ctx * c.qk_rope_head_dim / 2);
@@ -265,7 +260,6 @@ struct DeviceSession {
     }
 
     Status open() {
-        blocks = m.info.sms;
         DC_RT(rt::set_device(m.index));
         const int64_t bytes = lay_out(nullptr);
         DC_TRY(const rt::DeviceInfo now, rt::find_device(m.index));
@@ -276,7 +270,7 @@ struct DeviceSession {
                         args.ctx, gb(bytes), gb(now.free), gb(now.total), now.name.c_str());
         }
         DC_RT(memory.allocate(bytes));
-        lay_out(static_cast<std::byte*>(memory.p));
+        lay_out(memory.p.get());
         DC_RT(rt::create(&stream));
         DC_RT(rt::allocate_pinned(&pinned, sizeof(TokenRing)));
         ring = new (pinned) TokenRing;
@@ -311,16 +305,15 @@ struct DeviceSession {
     }
 
     PassWriter writer(Program& p) const {
-        return {{m.cfg, m.weights, b, m.model.rope.softmax_scale, m.info, threads}, p};
+        return {m.cfg, m.weights, b, m.model.rope.softmax_scale, m.info, threads, p};
     }
     // A pass whose inputs the host has put into b.ids, b.pos, b.hidden.
     PassShape shape(int n, bool mtp, int n_logits, bool long_context, bool trace) const {
-        return {.n = n,
+        return {.rows = {.n = n, .pos = b.pos},
                 .mtp = mtp,
                 .n_logits = n_logits,
                 .long_context = long_context,
                 .ids = b.ids,
-                .pos = b.pos,
                 .hidden = mtp ? View<const float>{b.hidden, m.cfg.hidden_size} : View<const float>{},
                 .choice = b.choice,
                 .n_valid = m.cfg.vocab_size,
@@ -467,10 +460,10 @@ struct DeviceSession {
     // The same stages one by one; behind each its intermediates are copied to `kept`, or replaced by what the host feeds.
     Status traced(const PassShape& s, const PassArgs& p, int first, Taps& taps) {
         if (tap_memory.p == nullptr) DC_RT(tap_memory.allocate(4 * b.rows * b.tap_stride));
-        b.taps = static_cast<float*>(tap_memory.p);
+        b.taps = reinterpret_cast<float*>(tap_memory.p.get());
         Program program;
         writer(program).pass(s);
-        const auto row_bytes = [&](const TapOut& t) { return 4 * t.vectors / t.rows * t.width; };
+        const auto row_bytes = [&](const TapOut& t) { return 4 * t.vectors / s.rows.n * t.width; };
         if (first == 0) {
             Memory& into = kept[p.mtp()];
             std::map<std::string, int64_t> at;
@@ -484,7 +477,7 @@ struct DeviceSession {
             for (const TapOut& t : program.taps) {
                 if (!at.contains(t.name)) continue;
                 ArrayView& v = taps.views[t.name];
-                v = {static_cast<std::byte*>(into.p) + at[t.name], t.is_int ? "<i4" : "<f4", t.dims};
+                v = {into.p.get() + at[t.name], t.is_int ? "<i4" : "<f4", t.dims};
                 v.shape.insert(v.shape.begin(), p.n());
             }
         }
@@ -586,13 +579,11 @@ struct DeviceSession {
         const Routed mtp_routed{b.topk_idx + moe_layers(false) * b.rows * topk, static_cast<int>(moe_layers(true)),
                                 rows, topk};
         const auto pass = [&](DecodeRows* r, int n, int n_logits, const float* hidden) {
-            w.pass({.n = n,
+            w.pass({.rows = {.n = n, .n_live = &r->n, .pos = &r->pos},
                     .mtp = r == &s->mtp,
                     .n_logits = n_logits,
                     .long_context = long_context,
                     .ids = r->ids,
-                    .pos = &r->pos,
-                    .n_live = &r->n,
                     .hidden = {hidden, d},
                     .choice = r->choice,
                     .n_valid = run.n_valid});

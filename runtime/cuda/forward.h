@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -23,14 +24,14 @@ struct Op {
     std::function<rt::Error(rt::Stream, bool dependent)> launch;
 };
 
-// An intermediate to copy out after `op`: `vectors` vectors of `width`, `stride` apart, shape [rows, dims...].
+// An intermediate to copy out after `op`: `vectors` vectors of `width`, `stride` apart, shape [n, dims...].
 struct TapOut {
     size_t op = 0;
     std::string name;
     void* data = nullptr;
     bool is_int = false;
     bool input = false;  // the buffer that the following stages read: new values there take effect
-    int64_t vectors = 0, width = 0, stride = 0, rows = 0;
+    int64_t vectors = 0, width = 0, stride = 0;
     std::vector<int64_t> dims;
 };
 
@@ -72,43 +73,33 @@ struct Buffers {
 
 // What one pass is made for.
 struct PassShape {
-    int n = 1;
+    PassRows rows;  // pos: of every row or, for n <= kBlockRows, of row 0 alone
     bool mtp = false;
-    int n_logits = 0;                 // the last n_logits rows
-    bool long_context = false;        // some position may reach kShortContext
-    const int32_t* ids = nullptr;     // device
-    const int32_t* pos = nullptr;     // device [n] or, for n <= kBlockRows, of row 0 alone
-    const int32_t* n_live = nullptr;  // device or null
-    View<const float> hidden = {};    // MTP: device [n, d]
-    int32_t* choice = nullptr;        // [n_logits] argmax
+    int n_logits = 0;               // the last n_logits rows
+    bool long_context = false;      // some position may reach kShortContext
+    const int32_t* ids = nullptr;   // device
+    View<const float> hidden = {};  // MTP: device [n, d]
+    int32_t* choice = nullptr;      // [n_logits] argmax
     int n_valid = 0;
     bool trace = false;
-};
-
-// What all passes of a session share.
-struct PassSetting {
-    const ModelConfig& c;
-    const ModelWeights& w;
-    const Buffers& b;
-    float softmax_scale;
-    const rt::DeviceInfo& device;
-    int threads;  // of a block
 };
 
 // Appends the stages of a pass.
 class PassWriter {
   public:
-    PassWriter(const PassSetting& s, Program& program) : s_(s), c_(s.c), w_(s.w), b_(s.b), p_(program) {}
+    PassWriter(const ModelConfig& c, const ModelWeights& w, const Buffers& b, float softmax_scale,
+               const rt::DeviceInfo& device, int threads, Program& program)
+        : c_(c), w_(w), b_(b), softmax_scale_(softmax_scale), device_(device), threads_(threads), p_(program) {}
 
     void pass(const PassShape& shape) {
         t_ = shape;
-        n_ = t_.n;
+        n_ = t_.rows.n;
         prefix_ = t_.mtp ? "mtp." : "";
         if (t_.mtp) {
             embed(b_.eh);
             Norm both = norm(w_.mtp_enorm);
             both.w2 = w_.mtp_hnorm;
-            add(ProductArgs{.rows = rows(), .w = w_.mtp_eh_proj, .x = b_.eh, .norm = both, .y = b_.x});
+            product(w_.mtp_eh_proj, b_.eh, both, b_.x);
             tap("embed", b_.x, {c_.hidden_size});
             layer(w_.mtp_layer, 0, c_.num_hidden_layers);
             head(w_.draft_head(), w_.mtp_final_norm);
@@ -126,7 +117,7 @@ class PassWriter {
 
     // Logits of rows [begin, begin + n) of a long pass whose head() only made the norm.
     void rows_head(bool mtp, int begin, int n, int n_valid, const int32_t* pos) {
-        t_ = {.n = n, .pos = pos + begin, .choice = b_.choice, .n_valid = n_valid};
+        t_ = {.rows = {.n = n, .pos = pos + begin}, .choice = b_.choice, .n_valid = n_valid};
         n_ = n;
         const PackedTensor& w = mtp ? w_.draft_head() : w_.head;
         reads(w);
@@ -135,11 +126,11 @@ class PassWriter {
 
     template <class A> void add(const A& args) {
         // kThreads: what a simulated device of fewer threads a block takes is what the real one would
-        const Fit& f = fit(args, n_ <= kBlockRows ? 1 : kPrefillBlocks, kThreads, s_.device.smem);
-        const rt::LaunchConfig config{.grid = std::max(1, std::min(args.units(), s_.device.sms)),
-                                      .block = s_.threads,
-                                      .smem = args.smem(f, s_.threads)};
-        const auto launch = [args, f, config, can = s_.device.dependent](rt::Stream stream, bool dependent) {
+        const Fit& f = fit(args, n_ <= kBlockRows ? 1 : kPrefillBlocks, kThreads, device_.smem);
+        const rt::LaunchConfig config{.grid = std::max(1, std::min(args.units(), device_.sms)),
+                                      .block = threads_,
+                                      .smem = args.smem(f, threads_)};
+        const auto launch = [args, f, config, can = device_.dependent](rt::Stream stream, bool dependent) {
             rt::LaunchConfig c = config;
             c.stream = stream;
             c.dependent = dependent && can;
@@ -154,28 +145,26 @@ class PassWriter {
     }
 
   private:
-    PassRows rows() const { return {.n = n_, .n_live = t_.n_live, .pos = t_.pos}; }
     Norm norm(const float* w, const View<float>& out = {}) const {
         return {.w = w, .width = c_.hidden_size, .eps = c_.rms_norm_eps, .out = out};
     }
     void reads(const PackedTensor& t, int64_t slices = 1) { bytes_ += slices * t.read_bytes(); }
 
-    template <class T> void tap(const char* name, const View<T>& v, std::vector<int64_t> dims) {
-        int64_t width = 1;
-        for (const int64_t d : dims) width *= d;
-        if (t_.trace) {
-            p_.taps.push_back(
-                {.op = p_.ops.size() - 1,
-                 .name = prefix_ + name,
-                 .data = v.data,
-                 .is_int = std::is_same_v<T, int32_t>,
-                 .input = v.data == static_cast<void*>(b_.x.data) || v.data == static_cast<void*>(b_.gate_logits.data),
-                 .vectors = n_,
-                 .width = width,
-                 .stride = v.stride,
-                 .rows = n_,
-                 .dims = std::move(dims)});
-        }
+    // width: of a vector; 0: a row is one.
+    template <class T> void tap(const char* name, const View<T>& v, std::vector<int64_t> dims, int64_t width = 0) {
+        if (!t_.trace) return;
+        const int64_t row = std::accumulate(dims.begin(), dims.end(), int64_t{1}, std::multiplies<>());
+        if (width == 0) width = row;
+        p_.taps.push_back(
+            {.op = p_.ops.size() - 1,
+             .name = prefix_ + name,
+             .data = v.data,
+             .is_int = std::is_same_v<T, int32_t>,
+             .input = v.data == static_cast<void*>(b_.x.data) || v.data == static_cast<void*>(b_.gate_logits.data),
+             .vectors = n_ * (row / width),
+             .width = width,
+             .stride = v.stride,
+             .dims = std::move(dims)});
     }
     // Room for a tap of `width` columns; null when nobody records. Valid until the next layer().
     View<float> room(int64_t width) {
@@ -185,9 +174,15 @@ class PassWriter {
         return {p, round_up(width, 4)};
     }
 
+    void product(const PackedTensor& w, const View<float>& x, const Norm& norm, const View<float>& y,
+                 bool residual = false, const View<float>& tap = {}) {
+        reads(w);
+        add(ProductArgs{.rows = t_.rows, .w = w, .x = x, .norm = norm, .y = y, .add = residual, .tap = tap});
+    }
+
     void embed(const View<float>& x) {
         bytes_ = w_.embed.row_bytes();
-        add(EmbedArgs{.rows = rows(),
+        add(EmbedArgs{.rows = t_.rows,
                       .ids = t_.ids,
                       .table = w_.embed.data,
                       .format = w_.embed.format,
@@ -195,7 +190,6 @@ class PassWriter {
                       .d = c_.hidden_size,
                       .x = x,
                       .hidden = t_.hidden});
-        if (t_.mtp) reads(w_.mtp_eh_proj);
     }
 
     // ---- attention -------------------------------------------------------------------------------------------------
@@ -204,24 +198,18 @@ class PassWriter {
         const int d = c_.hidden_size;
         const LatentCache cache = (t_.mtp ? b_.mtp_cache : b_.cache).layer(cache_layer);
         const View<float> norm_tap = room(d);
-        reads(w.wqkv_a);
-        add(ProductArgs{.rows = rows(), .w = w.wqkv_a, .x = b_.x, .norm = norm(w.attn_norm, norm_tap), .y = b_.qkv});
+        product(w.wqkv_a, b_.x, norm(w.attn_norm, norm_tap), b_.qkv);
         tap("attn_norm", norm_tap, {d});
         if (c_.q_lora_rank > 0) {
             const View<float> q_a_tap = room(c_.q_lora_rank);
-            reads(w.wq_b);
-            add(ProductArgs{.rows = rows(),
-                            .w = w.wq_b,
-                            .x = b_.qkv,
-                            .norm = {.w = w.q_a_norm, .width = c_.q_lora_rank, .eps = kLatentNormEps, .out = q_a_tap},
-                            .y = b_.q});
+            const Norm q_a_norm{.w = w.q_a_norm, .width = c_.q_lora_rank, .eps = kLatentNormEps, .out = q_a_tap};
+            product(w.wq_b, b_.qkv, q_a_norm, b_.q);
             tap("q_a", q_a_tap, {c_.q_lora_rank});
         }
         absorb(w, cache);
         latent_attention(w, cache);
         const View<float> out_tap = room(d);
-        reads(w.wo);
-        add(ProductArgs{.rows = rows(), .w = w.wo, .x = b_.v, .norm = {}, .y = b_.x, .add = true, .tap = out_tap});
+        product(w.wo, b_.v, {}, b_.x, true, out_tap);
         tap("attn_out", out_tap, {d});
     }
 
@@ -229,7 +217,7 @@ class PassWriter {
         const int heads = c_.num_attention_heads, dr = c_.qk_rope_head_dim, r = c_.kv_lora_rank;
         const View<float> q_tap = room(c_.q_width()), c_tap = room(r), k_tap = room(dr);
         reads(w.w_uk, heads);
-        add(AbsorbArgs{.rows = rows(),
+        add(AbsorbArgs{.rows = t_.rows,
                        .w_uk = w.w_uk,
                        .n_heads = heads,
                        .dn = c_.qk_nope_head_dim,
@@ -249,11 +237,7 @@ class PassWriter {
         tap("c_kv", c_tap, {r});
         tap("k_rope", k_tap, {dr});
         tap("q", q_tap, {heads, c_.qk_head_dim()});
-        if (!t_.trace) return;
-        tap("q_absorbed", View<float>{b_.q_full.data, c_.q_full_width()}, {heads, r});
-        TapOut& q = p_.taps.back();  // one vector per (row, head)
-        q.vectors = int64_t{n_} * heads;
-        q.width = r;
+        tap("q_absorbed", View<float>{b_.q_full.data, c_.q_full_width()}, {heads, r}, r);
     }
 
     void latent_attention(const LayerWeights& w, const LatentCache& cache) {
@@ -270,9 +254,9 @@ class PassWriter {
         // as many rows at once as the buffer of partials has room for
         const int step = static_cast<int>(std::max<int64_t>(1, b_.part_units / part.max_units));
         for (int i = 0; i < n_; i += step) {  // all rows at once in short passes
-            const PassRows rows{.n = std::min(step, n_ - i), .n_live = t_.n_live, .pos = t_.pos + i};
+            const PassRows rows{.n = std::min(step, n_ - i), .n_live = t_.rows.n_live, .pos = t_.rows.pos + i};
             add(AttendArgs{.rows = rows,
-                           .softmax_scale = s_.softmax_scale,
+                           .softmax_scale = softmax_scale_,
                            .q_full = b_.q_full.row(i),
                            .cache = cache,
                            .part = part});
@@ -297,7 +281,7 @@ class PassWriter {
         const View<float> norm_tap = room(d);
         reads(gate_up);
         reads(w.router);
-        add(FfnInArgs{.rows = rows(),
+        add(FfnInArgs{.rows = t_.rows,
                       .x = b_.x,
                       .norm = norm(w.ffn_norm, norm_tap),
                       .w_gate_up = gate_up,
@@ -312,9 +296,9 @@ class PassWriter {
             routing = {.router = c_.router(w.router_bias), .logits = b_.gate_logits};
             routing.router.topk_idx = topk_of(layer_idx);
             routing.router.topk_weight = b_.topk_weight;
-            if (n_ > kBlockRows) add(RouteArgs{.rows = rows(), .routing = routing});
+            if (n_ > kBlockRows) add(RouteArgs{.rows = t_.rows, .routing = routing});
             reads(w.experts_gate_up, int64_t{n_} * k);
-            add(ExpertsArgs{.rows = rows(),
+            add(ExpertsArgs{.rows = t_.rows,
                             .x = b_.x,
                             .norm = norm(w.ffn_norm),
                             .w = w.experts_gate_up,
@@ -330,7 +314,7 @@ class PassWriter {
                                    : n_ > kBlockRows ? View<float>{b_.routed, b_.x.stride}
                                                      : room(d);
         const View<float> shared_tap = shared.rows > 0 ? room(d) : View<float>{};
-        add(DownArgs{.rows = rows(),
+        add(DownArgs{.rows = t_.rows,
                      .experts = w.experts_down,
                      .routing = routing,
                      .h = b_.expert_h,
@@ -366,7 +350,7 @@ class PassWriter {
         tap("final_norm", b_.h, {c_.hidden_size});
     }
     void add_head(const PackedTensor& w, const Norm& norm, const View<float>& x, int first_row) {
-        add(HeadArgs{.rows = rows(),
+        add(HeadArgs{.rows = t_.rows,
                      .first_row = first_row,
                      .x = x,
                      .norm = norm,
@@ -379,10 +363,12 @@ class PassWriter {
                      .arrived = b_.arrived});
     }
 
-    const PassSetting s_;
     const ModelConfig& c_;
     const ModelWeights& w_;
     const Buffers& b_;
+    const float softmax_scale_;
+    const rt::DeviceInfo& device_;
+    const int threads_;  // of a block
     Program& p_;
     PassShape t_;
     int n_ = 1;

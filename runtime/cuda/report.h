@@ -58,11 +58,11 @@ Result<std::string> DeviceSession::report(const std::string& what) {
         Memory buffer;
         const rt::Settled settled{stream};
         DC_RT(buffer.allocate(bytes));
-        DC_RT(rt::zero(buffer.p, bytes, stream));
+        DC_RT(rt::zero(buffer.p.get(), bytes, stream));
         DC_TRY(const double t, seconds(7, [&] {
                    return rt::launch(
                        {.grid = 3 * m.info.sms, .block = 512, .smem = 0, .dependent = false, .stream = stream},
-                       kernel_read, static_cast<const Words*>(buffer.p), bytes / 16, b.arrived);
+                       kernel_read, reinterpret_cast<const Words*>(buffer.p.get()), bytes / 16, b.arrived);
                }));
         add(json, "{\"bytes\": %lld, \"seconds\": %.9g, \"gbps\": %.6g}", static_cast<long long>(bytes), t,
             1e-9 * static_cast<double>(bytes) / t);
@@ -94,7 +94,7 @@ Result<std::string> DeviceSession::report(const std::string& what) {
     const auto move_rows = [&](bool back) -> rt::Error {
         rt::Error e = 0;
         for (const Kept& k : kept_rows) {
-            void* there = static_cast<std::byte*>(aside.p) + k.to;
+            void* there = aside.p.get() + k.to;
             if (e == 0)
                 e = back ? rt::copy_rows(k.at, k.stride, there, k.bytes, k.bytes, k.rows, stream)
                          : rt::copy_rows(there, k.bytes, k.at, k.stride, k.bytes, k.rows, stream);
