@@ -121,8 +121,12 @@ struct Rows<W, R> {
     }
 };
 
-// The sum blocks of a chained format and their scales.
+// The columns of a row, a chained format's sum blocks of them and their scales.
 template <class W> struct Blocks {
+    int cols;
+    explicit Blocks(const MatmulArgs& a) : cols(a.w->col_tiles() * kTileCols) {}
+};
+template <Chained W> struct Blocks<W> {
     int cols, block = kSumCols, scale_cols = 0;
     bool regular = true;            // f8: false where 128-column blocks and scale blocks do not line up
     const float* scales = nullptr;  // f8: [ceil(rows / scale_rows), per_row] of the slice
@@ -187,12 +191,8 @@ DC_INLINE void accumulate(const MatmulArgs& a, const Blocks<W>& blocks, const Sr
 }
 
 // q8 and q4: an exact integer sum per tile, then one scaled addition.
-struct IntBlocks {
-    int cols;
-    explicit IntBlocks(const MatmulArgs& a) : cols(a.w->col_tiles() * kTileCols) {}
-};
 template <class W, int R, int T, class Src>
-DC_INLINE void accumulate(const MatmulArgs&, const IntBlocks&, const Src& src, int, const Rows<W, R>& rows, int c,
+DC_INLINE void accumulate(const MatmulArgs&, const Blocks<W>&, const Src& src, int, const Rows<W, R>& rows, int c,
                           int end, F (&acc)[R][T]) {
     for (; c < end; c += kTileCols) {
         const int group = c / kTileCols;
@@ -211,12 +211,6 @@ DC_INLINE void accumulate(const MatmulArgs&, const IntBlocks&, const Src& src, i
         }
     }
 }
-template <class W> struct BlocksFor {
-    using Type = IntBlocks;
-};
-template <Chained W> struct BlocksFor<W> {
-    using Type = Blocks<W>;
-};
 
 // fn.template operator()<R>(i, block, blocks) for the fewest blocks of at most kMax rows that cover 0 .. n-1, of almost equal
 // size, at least kMin: a small block reads as many weights as a large one.
@@ -238,7 +232,7 @@ constexpr int kFewRows = kBlockRows / 2;  // up to here, weights are streamed fr
 // y of rows i .. i+R-1 and the first kT row tiles of src, which is row tile t.
 template <class W, int R, int kT, class Src>
 DC_INLINE void whole_rows(const MatmulArgs& a, const Src& src, int cols_end, int t, int i) {
-    const typename BlocksFor<W>::Type blocks(a);
+    const Blocks<W> blocks(a);
     F acc[R][kT];
     DC_EACH (r, R)
         DC_EACH (s, kT) acc[r][s] = set1(0);
