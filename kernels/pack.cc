@@ -4,6 +4,7 @@
 // without contraction and without sums across lanes the three give the same bytes. Reading back is plain and slow.
 #include "kernels/elementary.h"
 #include "kernels/kernels.h"
+#include "kernels/transpose.h"
 
 #include <algorithm>
 #include <bit>
@@ -77,59 +78,19 @@ struct Tile {
     Bits amax;  // bits of max |v| of each row: their order is that of the magnitudes, NaN above infinity
 };
 
-#define DC_QUADS(a, b, c, d)                                                                                           \
-    a, b, c, d, 4 + a, 4 + b, 4 + c, 4 + d, 8 + a, 8 + b, 8 + c, 8 + d, 12 + a, 12 + b, 12 + c, 12 + d
-#ifdef __clang__
-#define DC_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define DC_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, Ints{__VA_ARGS__})
-#endif
-
-// 16 rows of 16 floats -> 16 columns: 4 x 4 inside groups of four lanes, then the groups.
-DC_INLINE void transpose(const Floats* row, Floats* col) {
-    Floats quad[4][4];  // [column mod 4][row / 4]: lanes 4k.. hold those rows of column 4k + column mod 4
-    for (int g = 0; g < 4; ++g) {
-        const Floats a = DC_SHUFFLE(row[4 * g], row[4 * g + 1], DC_QUADS(0, 16, 1, 17));
-        const Floats b = DC_SHUFFLE(row[4 * g], row[4 * g + 1], DC_QUADS(2, 18, 3, 19));
-        const Floats c = DC_SHUFFLE(row[4 * g + 2], row[4 * g + 3], DC_QUADS(0, 16, 1, 17));
-        const Floats d = DC_SHUFFLE(row[4 * g + 2], row[4 * g + 3], DC_QUADS(2, 18, 3, 19));
-        quad[0][g] = DC_SHUFFLE(a, c, DC_QUADS(0, 1, 16, 17));
-        quad[1][g] = DC_SHUFFLE(a, c, DC_QUADS(2, 3, 18, 19));
-        quad[2][g] = DC_SHUFFLE(b, d, DC_QUADS(0, 1, 16, 17));
-        quad[3][g] = DC_SHUFFLE(b, d, DC_QUADS(2, 3, 18, 19));
-    }
-    for (int j = 0; j < 4; ++j) {
-        const Floats* q = quad[j];
-        const Floats a = DC_SHUFFLE(q[0], q[1], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-        const Floats b = DC_SHUFFLE(q[2], q[3], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-        const Floats c = DC_SHUFFLE(q[0], q[1], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-        const Floats d = DC_SHUFFLE(q[2], q[3], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-        col[j] = DC_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        col[4 + j] = DC_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-        col[8 + j] = DC_SHUFFLE(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        col[12 + j] = DC_SHUFFLE(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    }
-}
-
 DC_INLINE void load_tile(const PackArgs& a, int row0, int col0, Tile& t) {
     const int n_rows = std::min(kTileRows, a.rows - row0), n_cols = std::min(kTileCols, a.cols - col0);
     const View<const float> src = a.w.from(row0).columns(col0);
-    Floats row[2][kTileRows];
-    if (n_rows == kTileRows && n_cols == kTileCols) {
-        for (int r = 0; r < kTileRows; ++r) {
-            std::memcpy(&row[0][r], src.row(r), sizeof(Floats));
-            std::memcpy(&row[1][r], src.row(r) + kTileCols / 2, sizeof(Floats));
-        }
-    } else {
-        for (int r = 0; r < kTileRows; ++r) {
-            float line[kTileCols] = {};
-            if (r < n_rows) std::memcpy(line, src.row(r), sizeof(float) * static_cast<size_t>(n_cols));
-            std::memcpy(&row[0][r], line, sizeof(Floats));
-            std::memcpy(&row[1][r], line + kTileCols / 2, sizeof(Floats));
-        }
+    const bool whole = n_rows == kTileRows && n_cols == kTileCols;
+    for (int r = 0; r < kTileRows; ++r) {
+        float line[kTileCols] = {};
+        if (!whole && r < n_rows) std::memcpy(line, src.row(r), sizeof(float) * static_cast<size_t>(n_cols));
+        const float* from = whole ? src.row(r) : line;
+        std::memcpy(&t.v[r], from, sizeof(Floats));
+        std::memcpy(&t.v[kTileRows + r], from + kTileCols / 2, sizeof(Floats));
     }
-    transpose(row[0], t.v);
-    transpose(row[1], t.v + kTileCols / 2);
+    transpose(t.v);
+    transpose(t.v + kTileCols / 2);
     t.amax = Bits{};
     for (int c = 0; c < kTileCols; ++c) {
         const Bits m = bits_of<Bits>(t.v[c]) & 0x7FFFFFFFU;

@@ -32,7 +32,7 @@ AREAS = (
     Area(
         "C++",
         tuple(f"{d}/*.{e}" for d in ("kernels", "kernels/cpu", "runtime", "runtime/cpu") for e in ("h", "cc")),
-        6545,
+        6516,
     ),
     Area("bindings", ("python/*.cc", "python/*.h"), 1336),
     Area("CUDA", ("kernels/cuda/*.*", "runtime/cuda/*.*"), 4415),

@@ -12,8 +12,7 @@
 #pragma once
 
 #include "kernels/elementary.h"
-
-#include <utility>
+#include "kernels/transpose.h"
 
 namespace deepcalm {
 namespace {
@@ -148,25 +147,11 @@ DC_INLINE void copy_words(const std::byte* rows, int64_t row_bytes, int n_rows, 
     }
 }
 
-typedef float Vector __attribute__((vector_size(64)));
-template <int kStep, int... kLane>
-DC_INLINE void swap_blocks(Vector& a, Vector& b, std::integer_sequence<int, kLane...>) {
-    const Vector lo = __builtin_shufflevector(a, b, (kLane & kStep ? kLane - kStep + 16 : kLane)...);
-    b = __builtin_shufflevector(a, b, (kLane & kStep ? kLane + 16 : kLane + kStep)...);
-    a = lo;
-}
-template <int kStep> DC_INLINE void transpose_step(Vector (&v)[16]) {
-    DC_EACH (i, 16)
-        if ((i & kStep) == 0) swap_blocks<kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, 16>());
-}
 // rows [16] of 16 f32 -> out [16, 16], out[d, i] = rows[i][d]
 DC_INLINE void transpose(const float* const (&rows)[16], float* out) {
-    Vector v[16];
+    Vector16 v[16];
     DC_EACH (i, 16) __builtin_memcpy(&v[i], rows[i], 64);
-    transpose_step<8>(v);
-    transpose_step<4>(v);
-    transpose_step<2>(v);
-    transpose_step<1>(v);
+    transpose(v);
     __builtin_memcpy(out, v, sizeof v);
 }
 
