@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import deepcalm
 import tiny
 
+Run = Callable[..., tuple[int, bytes, str]]
 PACKAGE_PARENT = str(Path(deepcalm.__file__).parent.parent)
 COMMAND = [sys.executable, "-m", "deepcalm"]
 
@@ -89,3 +91,10 @@ def run(
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )  # fmt: skip
     return done.returncode, done.stdout or b"", (done.stderr or b"").decode()
+
+
+def error(result: tuple[int, bytes, str]) -> str:
+    """The one line of a command's failure."""
+    code, out, err = result
+    assert (code, out) == (1, b"") and err.startswith("deepcalm: error: ") and err.count("\n") == 1, result
+    return err

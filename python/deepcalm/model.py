@@ -235,6 +235,11 @@ class Model(Closing):
         return self.vocabulary.decode(token_ids(ids, int(self.config["vocab_size"])).tolist())
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether there is a chat template, which is not compiled for the answer."""
+        return self._text.has_template
+
+    @property
     def chat_template(self) -> ChatTemplate | None:
         """The checkpoint's chat template, or None."""
         return self._text.template

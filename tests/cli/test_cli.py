@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import io
 import json
 import math
 import os
@@ -17,7 +16,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,34 +34,14 @@ from deepcalm.generation import Generation
 from deepcalm.measure import bench as measure_bench
 from deepcalm.names import ISAS
 from deepcalm.session import Stats
+from surface_cases import Run, error
 
-Run = Callable[..., tuple[int, bytes, str]]
 SUMMARY = (
     r"\d+ tokens, ended by (eos|stop|length|context|interrupted); prefill \d+ tokens, [\d.]+ tok/s"
     r"(; decode [\d.]+ tok/s, [\d.]+ GB/s(, \d+ % of a plain read)?)?"
     r"(; \d+ of \d+ drafts accepted, [\d.]+ tokens and [\d.]+ experts a pass)?(; drafting turned off, it did not pay)?"
     r"; (greedy|temp [\d.]+.*; seed \d+)"
 )
-
-
-@pytest.fixture
-def run(capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: str | Path, stdin: bytes = b"") -> tuple[int, bytes, str]:
-        monkeypatch.setenv("DEEPCALM_THREADS", "1")
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capsysbinary.readouterr()
-        code = cli.main([str(a) for a in args])
-        out, err = capsysbinary.readouterr()
-        return code, out, err.decode()
-
-    return call
-
-
-@pytest.fixture
-def path() -> Path:
-    return surface_cases.packed()
 
 
 def expected(prompt: str, n: int, **options: object) -> str:
@@ -75,7 +53,7 @@ def expected(prompt: str, n: int, **options: object) -> str:
 
 
 def test_generate_prints_the_text_and_one_line_of_statistics(run: Run, path: Path) -> None:
-    code, out, err = run("generate", "-m", path, "-n", "12", "the other")
+    code, out, err = run("generate", "-m", path, "-n", "12", "--raw", "the other")
     assert (code, out.decode()) == (0, expected("the other", 12) + "\n")
     assert re.fullmatch(SUMMARY + "\n", err)
     assert run("generate", "-m", path, "-n", "12", "--quiet", "the other") == (0, out, "")
@@ -99,7 +77,7 @@ def test_generate_json(run: Run, path: Path) -> None:
 
 def test_generate_seed_is_reported_and_reproduces(run: Run, path: Path) -> None:
     args = ("generate", "-m", path, "-n", "16", "--temp", "1", "--top-p", "0.9", "--top-k", "50", "--min-p", "0.01")
-    code, out, err = run(*args, "the")
+    code, out, err = run(*args, "--raw", "the")
     seed = re.search(r"; seed (\d+)$", err.strip())
     assert code == 0 and seed is not None
     assert run(*args, "--seed", seed[1], "the")[:2] == (0, out)
@@ -120,7 +98,7 @@ def sampling(**generation: object) -> Path:
 def test_sampling_defaults_are_the_checkpoints(run: Run) -> None:
     path = sampling(do_sample=True, temperature=0.6, top_p=0.9, top_k=-1, repetition_penalty=1.1, num_beams=1)
     model = deepcalm.Model(path, threads=1)
-    base = ("generate", "-m", path, "-n", "12", "the")
+    base = ("generate", "-m", path, "-n", "12", "--raw", "the")
     note = "note: the checkpoint's generation_config asks for repetition_penalty 1.1, which is not supported\n"
     cases: list[tuple[tuple[str, ...], dict[str, float], str]] = [
         (("--seed", "5"), {"temp": 0.6, "top_p": 0.9, "seed": 5}, "temp 0.6, top-p 0.9 (the checkpoint's); seed 5"),
@@ -138,7 +116,7 @@ def test_sampling_defaults_are_the_checkpoints(run: Run) -> None:
     assert value["sampling"] == {"temp": 0.6, "top_k": 0, "top_p": 0.9, "min_p": 0.0} and value["seed"] == 5
     off: list[dict[str, object]] = [{"do_sample": False, "temperature": 0.6}, {"temperature": 0.7}]
     for greedy in (*off, {"do_sample": True, "temperature": 0}):
-        assert run("generate", "-m", sampling(**greedy), "-n", "2", "the")[2].endswith("; greedy\n")
+        assert run("generate", "-m", sampling(**greedy), "-n", "2", "--raw", "the")[2].endswith("; greedy\n")
     with pytest.raises(deepcalm.CheckpointError, match=r"generation_config.json: top_p: 1.5, expected"):
         sampling(do_sample=True, top_p=1.5)
     with pytest.raises(deepcalm.CheckpointError, match="do_sample: 'yes', expected true"):
@@ -325,14 +303,6 @@ def test_every_command_is_listed_and_documented(run: Run) -> None:
 def test_version(run: Run) -> None:
     code, out, _ = run("--version")
     assert code == 0 and re.fullmatch(rb"deepcalm \d+\.\d+\.\d+\n", out)
-
-
-def error(result: tuple[int, bytes, str]) -> str:
-    """The one line of a failure."""
-    code, out, err = result
-    assert (code, out) == (1, b"")
-    assert err.startswith("deepcalm: error: ") and err.count("\n") == 1, err
-    return err
 
 
 def test_errors_are_one_line_with_the_reason(run: Run, path: Path, tmp_path: Path) -> None:

@@ -17,15 +17,9 @@ import deepcalm
 import surface_cases
 from deepcalm.errors import PackedFileError, ResourceError, SessionError
 from deepcalm.files import safetensors
+from surface_cases import error
 
 FULL = "No space left on device"
-
-
-def error(result: tuple[int, bytes, str]) -> str:
-    """The one line of a failure."""
-    code, out, err = result
-    assert (code, out) == (1, b"") and err.startswith("deepcalm: error: ") and err.count("\n") == 1, result
-    return err
 
 
 # ---- files

@@ -19,7 +19,7 @@ from ..errors import Error
 from ..files.safetensors import check_output, whole_file
 from ..names import DTYPES
 from ..tables import columns
-from .common import FILE, POSITIVE, open_model, options, progress, say, size, write, write_json
+from .common import FILE, POSITIVE, one_file, open_model, options, progress, say, size, write, write_json
 
 if TYPE_CHECKING:
     from ..measure.drafts import DraftBench
@@ -65,14 +65,14 @@ Examples:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=JSON", help="Override a value of its config.json.")
 @click.option("--keep", type=FILE, metavar="FILE", help="Write synthetic weights here and keep them.")
 @click.option("--json-file", type=FILE, metavar="FILE", help="Write the JSON object here too.")
-@click.option("--threads", metavar="N,...", callback=_numbers(1, 1024),
+@click.option("-t", "--threads", metavar="N,...", callback=_numbers(1, 1024),
               help="Threads, each in turn (default: as many as pay).")  # fmt: skip
-@options("--kv", "--isa", "--json", "--quiet")
+@options("--model", "--kv", "--isa", "--json", "--quiet")
 def bench(
-    file: Path | None, prompt: int | None, contexts: list[int] | None, tokens: int, repeats: int, draft: int | None,
-    accept: float | None, synthetic: str | None, dtype: str | None, attn_dtype: str | None, head_dtype: str | None,
-    overrides: tuple[str, ...], keep: Path | None, json_file: Path | None, threads: list[int] | None, kv: str,
-    isa: str | None, as_json: bool, quiet: bool,
+    path: Path | None, file: Path | None, prompt: int | None, contexts: list[int] | None, tokens: int, repeats: int,
+    draft: int | None, accept: float | None, synthetic: str | None, dtype: str | None, attn_dtype: str | None,
+    head_dtype: str | None, overrides: tuple[str, ...], keep: Path | None, json_file: Path | None,
+    threads: list[int] | None, kv: str, isa: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure prefill and decode of FILE (default: the demo model), beside the bounds of this machine.
 
@@ -83,6 +83,7 @@ def bench(
     from ..measure.bench import bench as measure
     from ..measure.drafts import bench_draft
 
+    file = one_file(path, file)
     if accept is not None and draft is None:
         raise click.UsageError("--accept goes with --draft K")
     if draft is not None and (json_file or len(contexts or ()) > 1 or len(threads or ()) > 1):

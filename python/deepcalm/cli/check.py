@@ -12,7 +12,19 @@ import click
 from ..errors import Error
 from ..tables import columns
 from ..text import decode_utf8, one_line
-from .common import FILE, RUNTIME, open_model, options, progress, read_text, say, write, write_json
+from .common import (
+    FILE,
+    RUNTIME,
+    model_file,
+    one_file,
+    open_model,
+    options,
+    progress,
+    read_text,
+    say,
+    write,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from ..check.perplexity import Perplexity
@@ -38,7 +50,7 @@ Examples:
   deepcalm verify v2-lite.dcalm --against ~/models/DeepSeek-V2-Lite --json | jq .first_divergence
 Exit code 0: everything that was compared agrees; 1: something does not, and the first place is named."""
 )
-@click.argument("file", type=FILE)
+@click.argument("file", type=FILE, required=False)
 @click.option("--against", type=FILE, required=True, metavar="DIR", help="The checkpoint that FILE was packed from.")
 @click.option(
     "--layers", metavar="A-B,...", callback=_layers, help="Only these layers; the MTP layer is the last plus one."
@@ -46,10 +58,10 @@ Exit code 0: everything that was compared agrees; 1: something does not, and the
 @click.option("--prompt", metavar="TEXT", help="The text to run (default: a built-in one).")
 @click.option("--tokens", type=click.IntRange(8, 4096), default=32, show_default=True, metavar="N",
               help="Tokens of it, at least 8.")  # fmt: skip
-@options("--threads", "--isa", "--kv", "--json", "--quiet")
+@options("--model", "--threads", "--isa", "--kv", "--json", "--quiet")
 def verify(
-    file: Path, against: Path, layers: list[int] | None, prompt: str | None, tokens: int, threads: int | None,
-    isa: str | None, kv: str, as_json: bool, quiet: bool,
+    path: Path | None, file: Path | None, against: Path, layers: list[int] | None, prompt: str | None, tokens: int,
+    threads: int | None, isa: str | None, kv: str, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Tell whether the packed FILE computes what its checkpoint says.
 
@@ -60,6 +72,9 @@ def verify(
     """
     from ..check.verify import verify as compare
 
+    if (file := one_file(path, file)) is None:
+        raise click.UsageError("Missing argument 'FILE'.")
+    file = model_file(file)
     try:
         with progress(f"verifying {file.name}", quiet) as update:
             report = compare(file, against, layers=layers, prompt=prompt, tokens=tokens, isa=isa, kv=kv,
@@ -96,15 +111,15 @@ Examples:
   deepcalm perplexity v2-lite.dcalm book.txt --ctx 2048
   deepcalm perplexity v2-lite-q4.dcalm book.txt --kl-against v2-lite-bf16.dcalm --json"""
 )
-@click.argument("file", type=FILE)
-@click.argument("text")
+@click.argument("file", type=FILE, required=False)
+@click.argument("text", required=False)
 @click.option(
     "--kl-against", type=FILE, metavar="FILE", help="Also the divergence from another packed file of the same model."
 )
-@options(*RUNTIME, "--json", "--quiet")
+@options("--model", *RUNTIME, "--json", "--quiet")
 def perplexity(
-    file: Path, text: str, kl_against: Path | None, device: str, threads: int | None, isa: str | None, ctx: int | None,
-    kv: str, as_json: bool, quiet: bool,
+    path: Path | None, file: Path | None, text: str | None, kl_against: Path | None, device: str,
+    threads: int | None, isa: str | None, ctx: int | None, kv: str, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Score the text file TEXT ("-": stdin) with the packed model FILE.
 
@@ -112,6 +127,10 @@ def perplexity(
     """
     from ..check.perplexity import perplexity as score
 
+    if path is not None and text is None and file is not None:  # the one argument is TEXT
+        file, text = None, str(file)
+    if (file := one_file(path, file)) is None or text is None:
+        raise click.UsageError(f"Missing argument '{'FILE' if file is None else 'TEXT'}'.")
     content = decode_utf8(read_text(text), "standard input" if text == "-" else text)
     model = open_model(file, device, threads, isa, quiet)
     other = open_model(kl_against, device, threads, isa, quiet) if kl_against is not None else None

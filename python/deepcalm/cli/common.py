@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import Error
+from ..errors import CheckpointError, Error
 from ..names import DEVICES, ISAS, KV_TYPES
+from ..text import one_line
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -38,6 +39,16 @@ def _stop(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...]) 
         raise click.BadParameter("must not be empty")
     escapes = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
     return tuple(re.sub(r"\\([nrt\\])", lambda m: escapes[m[1]], s) for s in value)
+
+
+def _json_object(_ctx: click.Context, _param: click.Parameter, value: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(value or "{}")
+    except (ValueError, RecursionError) as e:
+        raise click.BadParameter(f"not JSON: {e}") from None
+    if not isinstance(found, dict) or not found.keys().isdisjoint(("messages", "vocabulary", "self")):
+        raise click.BadParameter('expected a JSON object without "messages", as in {"enable_thinking": false}')
+    return found
 
 
 def _draft(_ctx: click.Context, _param: click.Parameter, value: str) -> str | int:
@@ -67,6 +78,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--draft": {"default": "auto", "show_default": True, "metavar": "off|auto|K", "callback": _draft,
                 "help": "Drafts of the MTP layer per pass, auto: as many as pay. The text is the same with any."},
     "--system": {"metavar": "TEXT", "help": "System message of the chat template."},
+    "--chat-template-kwargs": {"metavar": "JSON", "callback": _json_object,
+                               "help": 'Switches of the chat template, as in \'{"enable_thinking": false}\'.'},
     "--device": {"type": click.Choice(DEVICES[:3]), "default": "cpu", "show_default": True,
                  "help": "Where to compute."},
     "--threads": {"type": click.IntRange(1, 1024), "metavar": "N", "help": "Threads (default: as many as pay)."},
@@ -79,7 +92,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--json": {"is_flag": True, "help": "One JSON object on stdout."},
     "--quiet": {"is_flag": True, "help": "Nothing on stderr but errors."},
 }
-_NAMES = {"--model": ("-m", "--model", "path"), "--max-tokens": ("-n", "--max-tokens"),
+# The first long name is the argument's; the others are llama.cpp's.
+_NAMES = {"--model": ("-m", "--model", "path"), "--max-tokens": ("-n", "--max-tokens", "--n-predict"),
+          "--temp": ("--temp", "--temperature"), "--seed": ("-s", "--seed"), "--threads": ("-t", "--threads"),
+          "--ctx": ("-c", "--ctx", "--ctx-size"), "--system": ("--system", "--system-prompt"),
+          "--chat-template-kwargs": ("--chat-template-kwargs", "template_options"),
           "--json": ("--json", "as_json"), "--quiet": ("-q", "--quiet")}
 # fmt: on
 SAMPLING = ("--temp", "--top-p", "--top-k", "--min-p", "--seed", "--stop", "--draft")
@@ -169,25 +186,70 @@ class Cli(click.Group):
         return FAILED
 
 
+def one_file(path: Path | None, file: Path | None) -> Path | None:
+    """What a command line calls FILE, or names with -m."""
+    if path is not None and file is not None:
+        raise click.UsageError("either FILE or --model")
+    return file if path is None else path
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it reads ORG/NAME, as models of the Hugging Face Hub are called, and is nothing here."""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII) is None or os.path.lexists(name):
+        return False
+    return Path(name).suffix not in (".dcalm", ".gguf", ".safetensors")
+
+
+def model_file(path: Path | None) -> Path:
+    """The packed file that a command line means: ``path``, or the demo model's.
+
+    Raises:
+        Error: it is none, but something that one can be made from, or nothing at all: the message has the command.
+    """
+    from ..files.config import quantisation
+    from ..files.safetensors import parse_json
+    from ..model import demo_path
+
+    if path is None:
+        return demo_path()
+    here, name = os.path.lexists(path), path.resolve().name.removesuffix(".dcalm") or "model"
+    folder = path.parent if path.is_file() and path.suffix in (".safetensors", ".json") else path
+    if folder.is_dir():
+        if (config := folder / "config.json").is_file():
+            raw = parse_json(config.read_bytes(), str(config), CheckpointError)
+            quantisation(raw if isinstance(raw, dict) else {}, str(config))
+            what = "a checkpoint" if folder == path else "a file of a checkpoint"
+            target = shlex.quote((folder.resolve().name or "model") + ".dcalm")
+            raise Error(f"{path} is {what}, not a packed file; pack it first: "
+                        f"deepcalm pack {shlex.quote(str(folder))} {target}")  # fmt: skip
+        if folder == path:
+            raise Error(f"{path} is a directory, expected a packed file (.dcalm){packed_files(path)}")
+    if not here and is_hub_id(str(path)):
+        raise Error(f"{path}: no such file; a model of the Hugging Face Hub? Then download and pack it: "
+                    f"deepcalm pack {path} {name}.dcalm")  # fmt: skip
+    if not here:
+        raise Error(f"{path}: no such file{packed_files(path.parent)}; to make it from a checkpoint: "
+                    f"deepcalm pack FOLDER {shlex.quote(str(path))}")  # fmt: skip
+    return path
+
+
+def packed_files(folder: Path) -> str:
+    """The first packed files of a folder, as the end of a message."""
+    names = sorted(p.name for p in folder.glob("*.dcalm"))[:3]
+    return f"; in {folder} there is {one_line(', '.join(names), 100)}" if names else ""
+
+
 def open_model(
     path: Path | None, device: str, threads: int | None, isa: str | None, quiet: bool, lock: bool | None = None
 ) -> Model:
     """The model of a command line. lock: True or False also read a cold file into memory; True keeps it there.
 
     Raises:
-        Error: no such file, or a folder: then the message names the command that packs it.
+        Error: it is no packed file (``model_file``).
     """
-    from ..model import Model, demo_path
+    from ..model import Model
 
-    if path is None:
-        path = demo_path()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise Error(f"{path} is a directory, expected a packed file (.dcalm)")
-        name = (path.resolve().name or "model") + ".dcalm"
-        raise Error(f"{path} is a checkpoint, not a packed file; pack it first: "
-                    f"deepcalm pack {shlex.quote(str(path))} {shlex.quote(name)}")  # fmt: skip
-    model = Model(path, device=device, threads=threads, isa=isa)
+    model = Model(model_file(path), device=device, threads=threads, isa=isa)
     for note in model.notes:
         say(note, quiet)
     if lock is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..files.safetensors import whole_file
 from ..names import DTYPES
 from ..tables import columns, wrapped
 from ..text import one_line
-from .common import FILE, options, progress, say, size, write, write_json
+from .common import FILE, is_hub_id, model_file, one_file, options, progress, say, size, write, write_json
 
 if TYPE_CHECKING:
     from ..files.plan import Plan
@@ -92,10 +91,10 @@ def checkpoint_folder(src: str, revision: str | None, quiet: bool) -> Path:
 
     What can be meant as a path is not sent there: nothing called ORG may exist here, unless a revision is given.
     """
-    path, is_id = Path(src), re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", src, re.ASCII) is not None
-    if revision is not None and (not is_id or os.path.lexists(path)):
+    path, is_id = Path(src), is_hub_id(src)
+    if revision is not None and not is_id:
         raise click.UsageError(f"--revision goes with a model of the Hub, ORG/NAME; {src!r} is a path")
-    if not is_id or os.path.lexists(path) or path.suffix in (".dcalm", ".gguf", ".safetensors"):
+    if not is_id:
         return path
     if revision is None and os.path.lexists(path.parent):
         raise CheckpointError(f"{src}: no such folder in {path.parent}; a model of the Hub? Then add --revision main")
@@ -163,21 +162,22 @@ Examples:
 @click.option(
     "--dump", nargs=2, metavar="TENSOR OUT.npy", help="Write a tensor as f32 in its natural shape (numpy file)."
 )
-@options("--json", "--quiet")
+@options("--model", "--json", "--quiet")
 def inspect(
-    file: Path | None, tensors: bool, check: bool, dump: tuple[str, str] | None, as_json: bool, quiet: bool
-) -> int:
+    path: Path | None, file: Path | None, tensors: bool, check: bool, dump: tuple[str, str] | None, as_json: bool,
+    quiet: bool,
+) -> int:  # fmt: skip
     """Show on one screen what the packed FILE holds, what a token of it reads, and how fast it can be here.
 
     FILE may be a checkpoint folder: then what packing it would make. Default: the demo model.
     """
     from ..files.inspect import describe
     from ..files.packed import PackedFile
-    from ..model import demo_path
 
-    file = demo_path() if file is None else file
+    file = one_file(path, file)
     if dump is not None and (check or as_json or tensors):
         raise click.UsageError("--dump goes with none of --tensors, --check, --json")
+    file = file if file is not None and file.is_dir() else model_file(file)
     if (check or dump is not None) and file.is_dir():
         raise PackedFileError(f"{file} is a directory, and --check and --dump read a packed file (.dcalm)")
     if dump is not None:

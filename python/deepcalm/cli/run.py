@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,16 +50,18 @@ Examples:
 )
 @click.argument("prompt", required=False)
 @options("--model")
-@click.option("--file", type=click.Path(), metavar="FILE", help="Read the prompt from a file, byte for byte.")
+@click.option("-p", "--prompt", "given", metavar="TEXT", help="PROMPT, as an option.")
+@click.option("-f", "--file", type=click.Path(), metavar="FILE", help="Read the prompt from a file, byte for byte.")
 @options("--max-tokens", *SAMPLING)
 @click.option(
-    "--chat/--raw", "as_chat", help="Apply the checkpoint's chat template, or take the prompt as it is (default)."
-)
-@options("--system", *RUNTIME, "--lock", "--json", "--quiet")
+    "--chat/--raw", "as_chat", default=None,
+    help="Apply the checkpoint's chat template, or take the prompt as it is (default).",
+)  # fmt: skip
+@options("--system", "--chat-template-kwargs", *RUNTIME, "--lock", "--json", "--quiet")
 def generate(
-    prompt: str | None, path: Path | None, file: str | None, max_tokens: int | None, as_chat: bool, system: str | None,
-    device: str, threads: int | None, isa: str | None, ctx: int | None, kv: str, lock: bool, as_json: bool,
-    quiet: bool, **sampling: Any,
+    prompt: str | None, path: Path | None, given: str | None, file: str | None, max_tokens: int | None,
+    as_chat: bool | None, system: str | None, template_options: dict[str, Any], device: str, threads: int | None,
+    isa: str | None, ctx: int | None, kv: str, lock: bool, as_json: bool, quiet: bool, **sampling: Any,
 ) -> int:  # fmt: skip
     """Continue PROMPT ("-": read it from stdin).
 
@@ -66,10 +69,11 @@ def generate(
     and the reason for stopping goes to stderr. Without --chat the prompt is continued as it is, after one bos token
     where the model's tokenizer adds one.
     """
-    if (prompt is None) == (file is None):
+    if sum(x is not None for x in (prompt, given, file)) != 1:
         raise click.UsageError("give either a PROMPT ('-' for stdin) or --file")
-    if system is not None and not as_chat:
-        raise click.UsageError("--system needs --chat")
+    prompt = given if prompt is None else prompt
+    if (system is not None or template_options) and not as_chat:
+        raise click.UsageError(f"--{'chat-template-kwargs' if system is None else 'system'} needs --chat")
     if file is not None or prompt == "-":
         text = decode_utf8(read_text(file or "-"), file or "standard input")
     else:
@@ -78,7 +82,7 @@ def generate(
     if as_chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
-        ids = model.encode_chat(messages)
+        ids = model.encode_chat(messages, **template_options)
     else:
         ids = model.encode(text)
     session = open_session(model, ctx, kv, sampling["draft"], quiet)
@@ -95,6 +99,9 @@ def generate(
             "ctx": session.ctx, "kv": kv, "read_bandwidth": read,
         })  # fmt: skip
     say(summary(answer, session.stats, seed, read), quiet)
+    if as_chat is None and model.has_chat_template:
+        say("hint: this model has a chat template, and the prompt was continued as it is; --chat applies the template, "
+            "--raw leaves this hint out", quiet)  # fmt: skip
     return INTERRUPTED if answer.reason == "interrupted" else 0
 
 
@@ -154,7 +161,7 @@ def stream(answer: TextGeneration, show: bool = True) -> None:
     def write_new() -> None:
         nonlocal shown
         with deferred_interrupt():
-            write(answer.text[shown:] if show else "")
+            write((visible if sys.stdout.isatty() else str)(answer.text[shown:]) if show else "")
             shown = len(answer.text)
 
     try:
@@ -165,6 +172,11 @@ def stream(answer: TextGeneration, show: bool = True) -> None:
     write_new()
     if show and answer.text and not answer.text.endswith("\n"):
         write("\n")
+
+
+def visible(text: str) -> str:
+    """A model's text for a terminal, which it must not control: escapes and their like as \\x1b."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", text)
 
 
 def bandwidth_now(model: Model, stats: Stats) -> float | None:
@@ -236,10 +248,10 @@ Examples:
   deepcalm chat -m v2-lite-chat.dcalm --system "Answer in French." --temp 0.7
 Commands: /reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer and keeps its text."""
 )
-@options("--model", "--max-tokens", *SAMPLING, "--system", *RUNTIME, "--lock", "--quiet")
+@options("--model", "--max-tokens", *SAMPLING, "--system", "--chat-template-kwargs", *RUNTIME, "--lock", "--quiet")
 def chat(
-    path: Path | None, max_tokens: int | None, system: str | None, device: str, threads: int | None, isa: str | None,
-    ctx: int | None, kv: str, lock: bool, quiet: bool, **sampling: Any,
+    path: Path | None, max_tokens: int | None, system: str | None, template_options: dict[str, Any], device: str,
+    threads: int | None, isa: str | None, ctx: int | None, kv: str, lock: bool, quiet: bool, **sampling: Any,
 ) -> int:  # fmt: skip
     """Talk with a model, line by line.
 
@@ -251,7 +263,8 @@ def chat(
     opening = [{"role": "system", "content": system}] if system is not None else []
     templated = model.chat_template is not None
     if templated or opening:
-        model.apply_chat_template([*opening, {"role": "user", "content": "x"}])  # fails before the first turn
+        first = [*opening, {"role": "user", "content": "x"}]
+        model.encode_chat(first, **template_options)  # fails before the first turn
     else:
         say("this model has no chat template: it continues the text, yours and its own; /reset begins a new one", quiet)
     session = open_session(model, ctx, kv, sampling["draft"], quiet)
@@ -268,7 +281,7 @@ def chat(
             continue
         messages.append({"role": "user", "content": line})
         try:
-            ids = model.encode_chat(messages) if templated else model.encode(running_text(messages))
+            ids = model.encode_chat(messages, **template_options) if templated else model.encode(running_text(messages))
             check_room(len(ids), session)
         except Error as e:
             say(f"deepcalm: error: {e}; /reset starts over")

@@ -267,7 +267,8 @@ def quantisation(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise k.refuse("weight_block_size", "two block sizes, for example [128, 128]")
         return {"fp8_block": (sizes[0], sizes[1])}
     if method != "compressed-tensors":
-        raise k.refuse("quant_method", "fp8 or compressed-tensors (int4 pack-quantized)")
+        raise k.refuse("quant_method", "fp8 or compressed-tensors (int4 pack-quantized); pack what it was made "
+                       "from: deepcalm pack ORG/NAME FILE --dtype q4")  # fmt: skip
     if k.raw.get("format") != "pack-quantized":
         raise k.refuse("format", "pack-quantized")
     groups = k.object("config_groups")

@@ -166,6 +166,11 @@ class TextFiles:
         tokenizer, own = self.tokenizer, self.config
         return self._named(lambda: Vocabulary(tokenizer, own, config), "tokenizer.json")
 
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template, compiled or not."""
+        return bool(self._files.get("chat_template.jinja")) or self.config.get("chat_template") is not None
+
     @cached_property
     def template(self) -> ChatTemplate | None:
         """The chat template, compiled, or None."""
