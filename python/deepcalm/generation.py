@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from .arguments import integer
 from .drafting import MAX_DRAFT, Controller, CostModel
 from .errors import SessionError
-from .sampling import Sampling
+from .sampling import Sampling, Scores
 from .text import StopMatcher
 
 if TYPE_CHECKING:
-    from .session import Session
+    from .session import F32, Session
 
 MAX_EOS = 32  # of a device; more end the text on the host, round by round
 AHEAD = 4  # rounds queued on a device beyond the one whose tokens are awaited
@@ -27,7 +27,8 @@ class Options(TypedDict, total=False):
     ``max_tokens``: at most this many, 1 or more; None: until something else ends it. ``temp``, ``top_k``, ``top_p``,
     ``min_p``, ``seed``: see ``Sampling``; greedy by default. ``eos_ids``: ids that end it; None: the model's own.
     ``draft``: MTP drafts per round, "off", or "auto": as many as pay, none in a session without MTP state. The tokens
-    are the same with any of them.
+    are the same with any of them. ``logprobs``: keep every token's probability and those of so many most probable ones
+    (``Generation.scores``); None: keep none.
     """
 
     max_tokens: int | None
@@ -38,6 +39,7 @@ class Options(TypedDict, total=False):
     seed: int
     eos_ids: Sequence[int] | None
     draft: str | int
+    logprobs: int | None
 
 
 def check_draft(draft: str | int) -> None:
@@ -56,6 +58,8 @@ class Generation(Iterator[int]):
     ``reason`` is None while it runs, then "eos" (that token is not returned), "length" (``max_tokens``), "context" (it
     is full), "closed" (``close``), "interrupted" (Ctrl-C), "failed" (another exception), or "taken": a call changed the
     session's sequence meanwhile. Asked for a token after that it raises SessionError, after the others StopIteration.
+
+    ``scores``: with ``logprobs``, one ``sampling.Scores`` for each of ``tokens``.
 
     ``drafts`` has the counts (``drafting.DraftStats``) and the controller's predictions.
 
@@ -94,7 +98,9 @@ class Generation(Iterator[int]):
         self.stepping = False  # inside __next__: the session's calls are its own
         self._base: int | None = None  # tokens of the sequence before the first new one; None: not started
         self._tokens: list[int] = []  # of a generation that has ended
-        self._ready: deque[int] = deque()  # chosen, not returned yet
+        self._ready: deque[tuple[int, F32 | None]] = deque()  # chosen, not returned yet; logits it was chosen from
+        self.logprobs: int | None = None
+        self.scores: list[Scores] = []
         self._device: DeviceRounds | None = None
 
     @property
@@ -134,30 +140,36 @@ class Generation(Iterator[int]):
             session.attach(self)
             self._base = session.pos
             if session.last_logits is not None and session.pos < session.ctx:
-                self._ready.append(self.sampling.choose(session.last_logits, session.pos, self.n_valid))
+                token = self.sampling.choose(session.last_logits, session.pos, self.n_valid)
+                self._ready.append((token, session.last_logits))
         if self.max_tokens is not None and session.pos - self._base >= self.max_tokens:
             return "length"
         if not self._ready:
             if session.pos == session.ctx:
                 return "context"
-            if session.model.device != "cpu" and not session.tracing and len(self.eos_ids) <= MAX_EOS:
+            on_host = session.model.device == "cpu" or session.tracing or self.logprobs is not None
+            if not on_host and len(self.eos_ids) <= MAX_EOS:
                 if self._device is None or not session.decoding:
                     self._device = DeviceRounds(self, self._left())
-                self._ready.extend(self._device.next())
+                self._ready.extend((token, None) for token in self._device.next())
                 if not self._ready:
                     return self._device.stop
             else:
                 self._ready.extend(self._round())
-        token = self._ready.popleft()
-        return "eos" if token in self.eos_ids else token
+        token, logits = self._ready.popleft()
+        if token in self.eos_ids:
+            return "eos"
+        if self.logprobs is not None and logits is not None:
+            self.scores.append(Scores.of(token, logits, self.n_valid, self.logprobs))
+        return token
 
     def _left(self) -> int:
         """Tokens that may still come."""
         assert self._base is not None
         return 2**62 if self.max_tokens is None else self.max_tokens - (self.session.pos - self._base)
 
-    def _round(self) -> list[int]:
-        """Drafts, verifies, and returns the tokens that are certain now."""
+    def _round(self) -> list[tuple[int, F32 | None]]:
+        """Drafts, verifies, and returns the tokens that are certain now, with their logits if those are wanted."""
         control, session = self.drafts, self.session
         counted = session.expert_union
         # No row is verified for a token that plain decoding would not return.
@@ -168,9 +180,10 @@ class Generation(Iterator[int]):
             self.sampling,
             self.n_valid,
             control.min_confidence(counted) if k else 0.0,
+            want_logits=self.logprobs is not None,
         )
         control.observe(r)
-        return list(r["tokens"])
+        return list(zip(r["tokens"], r.get("logits", [None] * len(r["tokens"])), strict=True))
 
     def close(self, reason: str = "closed") -> None:
         """Ends it, once; the session comes to rest, its sequence stays what was returned."""

@@ -304,13 +304,16 @@ class Model(Closing):
         max_tokens: int | None = None,
         eos_ids: Sequence[int] | None = None,
         draft: str | int = "auto",
+        logprobs: int | None = None,
         **sampling: Any,
     ) -> Generation:
         """What ``Session.generate`` returns, for a session of this model."""
         ends = self.eos_ids if eos_ids is None else token_ids(eos_ids, int(self.config["vocab_size"])).tolist()
         cost = CostModel.of(self.core.weight_bytes, self.config)
-        return Generation(session, ids, Sampling(**sampling), max_tokens=max_tokens, eos_ids=frozenset(ends),
-                          n_valid=self.n_valid, cost=cost, draft=draft)  # fmt: skip
+        generation = Generation(session, ids, Sampling(**sampling), max_tokens=max_tokens, eos_ids=frozenset(ends),
+                                n_valid=self.n_valid, cost=cost, draft=draft)  # fmt: skip
+        generation.logprobs = None if logprobs is None else integer("logprobs", logprobs, 0)
+        return generation
 
 
 def _device_library(device: str) -> Path:

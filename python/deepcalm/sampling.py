@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,25 @@ from .arguments import integer
 from .text import one_line
 
 MAX_F32 = float(np.finfo(np.float32).max)
+
+
+class Scores(NamedTuple):
+    """Natural logarithms of probabilities at one position: of ``token``, and of the most probable ids, best first."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+    @classmethod
+    def of(cls, token: int, logits: npt.NDArray[np.float32], n_valid: int, n_top: int) -> Scores:
+        """From logits [vocab_size] f32: softmax over the first ``n_valid``, at temperature 1, before any filter."""
+        x = logits[:n_valid].astype(np.float64)
+        x -= x.max()
+        x -= np.log(np.exp(x).sum())
+        border = np.partition(x, -n_top)[-n_top] if 0 < n_top < n_valid else -np.inf
+        best = np.flatnonzero(x >= border) if n_top else np.empty(0, np.int64)
+        best = best[np.argsort(-x[best], kind="stable")][:n_top]
+        return cls(token, float(x[token]), [(int(i), float(x[i])) for i in best])
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,6 +178,10 @@ class Vocabulary:
         except KeyError:  # not in the byte-level alphabet: the token is its own text
             return text.encode("utf-8", "replace")
 
+    def name(self, token: int) -> str:
+        """A token as one can print it: a special token's own text, bytes that are not UTF-8 as \\xNN."""
+        return self._added.get(token) or self.token_bytes(token).decode("utf-8", "backslashreplace")
+
     def decoder(self) -> Decoder:
         """An incremental decoder.
 

@@ -302,7 +302,27 @@ def test_every_command_is_listed_and_documented(run: Run) -> None:
 
 def test_version(run: Run) -> None:
     code, out, _ = run("--version")
-    assert code == 0 and re.fullmatch(rb"deepcalm \d+\.\d+\.\d+\n", out)
+    first, *_, last = out.decode().splitlines()
+    assert code == 0 and re.fullmatch(r"deepcalm \d+\.\d+\.\d+", first)
+    assert {re.sub(r" \(not here\)", "", s) for s in last.removeprefix("instruction sets ").split(", ")} == set(ISAS)
+
+
+def test_version_tells_commit_and_compiler(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_core, "__file__", str(tmp_path / "_core.so"))
+    assert b"\ncommit and compiler unknown (not installed)\n" in run("--version")[1]
+    (tmp_path / "build.txt").write_text("commit abc\ncompiler GNU 12\n")
+    assert b"\ncommit abc\ncompiler GNU 12\ninstruction sets " in run("--version")[1]
+    cmake = (Path(__file__).parents[2] / "CMakeLists.txt").read_text()
+    assert "install(FILES ${CMAKE_CURRENT_BINARY_DIR}/build.txt DESTINATION deepcalm)" in cmake
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    ask = functools.partial(surface_cases.run, env={"_DEEPCALM_COMPLETE": f"{shell}_source"})
+    assert ask()[0] == 0 and b"_DEEPCALM_COMPLETE" in ask()[1]
+    words = {"COMP_WORDS": "deepcalm generate --logp", "COMP_CWORD": "2" if shell != "fish" else "--logp"}
+    got = surface_cases.run(env={"_DEEPCALM_COMPLETE": f"{shell}_complete", **words})
+    assert b"--logprobs" in got[1] and got[2] == ""
 
 
 def test_errors_are_one_line_with_the_reason(run: Run, path: Path, tmp_path: Path) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import surface_cases
 from deepcalm.cli import common
 from deepcalm.cli import run as run_commands
+from deepcalm.sampling import Scores
 from surface_cases import Run, error
 
 
@@ -118,3 +121,69 @@ def test_hub_names_are_not_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Path("a/b").touch()
     assert common.is_hub_id("org/name") and common.is_hub_id("a/c")
     assert not any(map(common.is_hub_id, ("a/b", "org", "a/b/c", "~/x", "./x", "org/x.gguf", "org/x.dcalm")))
+
+
+# ---- log probabilities and saved prompts
+
+
+def test_logprobs_are_those_of_the_raw_logits(run: Run, path: Path) -> None:
+    model = surface_cases.model()
+    sampling = ("--temp", "0.8", "--top-k", "3", "--seed", "5")
+    args = ("generate", "-m", path, "-n", "9", "--raw", "the other")
+    for more in ((), sampling, (*sampling, "--draft", "3"), ("--draft", "3")):
+        value = json.loads(run(*args, *more, "--json", "--logprobs", "4")[1])
+        assert value["tokens"] == json.loads(run(*args, *more, "--json")[1])["tokens"]
+        ids = model.encode("the other")
+        rows = model.session().prefill(ids + value["tokens"], all_logits=True)[len(ids) - 1 : -1]
+        rows = rows[:, : model.n_valid].astype(np.float64)
+        want = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+        scores = value["logprobs"]
+        assert [s["id"] for s in scores] == value["tokens"] and "logprobs" not in json.loads(run(*args, "--json")[1])
+        for s, row in zip(scores, want, strict=True):
+            assert s["logprob"] == pytest.approx(row[s["id"]], abs=1e-12)
+            assert s["text"] == model.vocabulary.name(s["id"])
+            assert [t["id"] for t in s["top"]] == np.argsort(-row, kind="stable")[:4].tolist()
+            assert [t["logprob"] for t in s["top"]] == pytest.approx(np.sort(row)[::-1][:4].tolist(), abs=1e-12)
+    code, out, err = run(*args, "--logprobs", "2")
+    table = err.splitlines()[:-1]
+    assert (code, len(table)) == (0, 9) and out == run(*args)[1]
+    assert all(re.match(r" *-\d+\.\d{4}  \S.*? -\d+\.\d{4} .* -\d+\.\d{4} ", line) for line in table), table
+    assert len(run(*args, "--logprobs", "0")[2].split("\n")) == 11
+    assert run(*args, "--logprobs", "2", "-q") == (0, out, "")
+
+
+def test_scores_of_equal_and_extreme_logits() -> None:
+    logits = np.array([0, 1e30, 1e30, -1e30, 5], np.float32)
+    scores = Scores.of(3, logits, 4, 9)
+    assert [i for i, _ in scores.top] == [1, 2, 0, 3] and scores.top[0][1] == pytest.approx(-math.log(2))
+    assert Scores.of(0, np.zeros(3, np.float32), 3, 0).top == []
+    assert [i for i, _ in Scores.of(0, np.zeros(9, np.float32), 9, 2).top] == [0, 1]
+
+
+def test_prompt_cache_goes_on_where_prompts_agree(run: Run, path: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "s"
+    args = ("generate", "-m", path, "-n", "6", "--raw")
+    cases = (("the other thing", "off", False), ("the other thing", "2", True), ("the other", "off", True))
+    for prompt, draft, cached in cases:
+        code, out, err = run(*args, prompt, "--draft", draft, "--prompt-cache", saved)
+        assert (code, out) == run(*args, prompt)[:2]
+        got = re.search(r"; (\d+) of (\d+) prompt tokens were cached\n$", err)
+        assert got and (int(got[1]) > 2) == cached and int(got[1]) < int(got[2])
+    assert json.loads(run(*args, "the other way", "--prompt-cache", saved, "--json")[1])["cached_tokens"] > 2
+    moonlight = surface_cases.packed("moonlight")
+    assert run("generate", "-m", moonlight, "-n", "2", "--prompt-cache", tmp_path / "m", "the")[0] == 0
+    assert "no MTP layer" in error(run("generate", "-m", moonlight, "--draft", "2", "--prompt-cache", saved, "the"))
+
+
+def test_prompt_cache_of_another_model_is_left_alone(run: Run, path: Path, tmp_path: Path) -> None:
+    saved, text = tmp_path / "s", tmp_path / "thesis.txt"
+    args = ("generate", "-m", path, "-n", "2", "the")
+    assert run(*args, "--prompt-cache", saved)[0] == 0
+    text.write_text("precious")
+    before = saved.read_bytes()
+    for wrong, *more in ((saved, "-m", surface_cases.packed("moonlight")), (text,), (saved, "--kv", "q8")):
+        err = error(run(*args, *more, "--prompt-cache", wrong))
+        assert err.endswith("; it is left as it is, name another file for --prompt-cache\n") and "force" not in err
+    assert (saved.read_bytes(), text.read_text()) == (before, "precious")
+    assert "Is a directory" in error(run(*args, "--prompt-cache", tmp_path))
+    assert "No such file" in error(run(*args, "--prompt-cache", tmp_path / "no" / "s"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -15,7 +16,11 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
         from .. import _core
 
+        built = Path(_core.__file__).with_name("build.txt")
+        isas = (isa["name"] + ("" if isa["supported"] else " (not here)") for isa in _core.isas())
         click.echo(f"deepcalm {_core.__version__}")
+        click.echo(built.read_text().rstrip() if built.is_file() else "commit and compiler unknown (not installed)")
+        click.echo("instruction sets " + ", ".join(isas))
         ctx.exit()
 
 
@@ -27,11 +32,11 @@ Examples:
   deepcalm generate "Once upon a time"
   deepcalm pack ~/models/DeepSeek-V2-Lite v2-lite.dcalm --dtype q8
   deepcalm chat -m v2-lite.dcalm
+Completion of commands, options and files, here for bash (zsh, fish): eval "$(_DEEPCALM_COMPLETE=bash_source deepcalm)"
 Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage (the command line alone shows it), 130 interrupted.""",
 )
-@click.option(
-    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Print the version."
-)
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_version,
+              help="Print the version, its commit and compiler, and the instruction sets.")  # fmt: skip
 def cli() -> None:
     """Run DeepSeek-type models (MLA, mixture of experts) on this machine, exactly."""
 

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import Error, SessionError
+from ..files.safetensors import check_output
+from ..tables import columns
 from ..text import decode_utf8, one_line
 from .common import (
+    FILE,
     INTERRUPTED,
     RUNTIME,
     SAMPLING,
@@ -46,6 +49,7 @@ Examples:
   deepcalm generate -m v2-lite.dcalm --temp 0.7 --top-p 0.9 -n 300 "The three laws are"
   deepcalm generate -m chat.dcalm --chat --system "Be brief." "What is MLA?"
   deepcalm generate -m v3.dcalm --draft 2 "MTP on or off, the text is the same:"
+  deepcalm generate -m v2-lite.dcalm --prompt-cache book.session --file book.txt --logprobs 3
   deepcalm generate -m v2-lite.dcalm --file question.txt --stop END --json"""
 )
 @click.argument("prompt", required=False)
@@ -57,11 +61,16 @@ Examples:
     "--chat/--raw", "as_chat", default=None,
     help="Apply the checkpoint's chat template, or take the prompt as it is (default).",
 )  # fmt: skip
+@click.option("--logprobs", type=click.IntRange(0, 100), metavar="N",
+              help="Every token's log probability and its N best alternatives, before filters; a table on stderr.")
+@click.option("--prompt-cache", "cache", type=FILE, metavar="FILE",
+              help="Go on from this saved session as far as the prompt agrees, and save the new one there.")
 @options("--system", "--chat-template-kwargs", *RUNTIME, "--lock", "--json", "--quiet")
 def generate(
     prompt: str | None, path: Path | None, given: str | None, file: str | None, max_tokens: int | None,
-    as_chat: bool | None, system: str | None, template_options: dict[str, Any], device: str, threads: int | None,
-    isa: str | None, ctx: int | None, kv: str, lock: bool, as_json: bool, quiet: bool, **sampling: Any,
+    as_chat: bool | None, logprobs: int | None, cache: Path | None, system: str | None,
+    template_options: dict[str, Any], device: str, threads: int | None, isa: str | None, ctx: int | None, kv: str,
+    lock: bool, as_json: bool, quiet: bool, **sampling: Any,
 ) -> int:  # fmt: skip
     """Continue PROMPT ("-": read it from stdin).
 
@@ -85,20 +94,26 @@ def generate(
         ids = model.encode_chat(messages, **template_options)
     else:
         ids = model.encode(text)
-    session = open_session(model, ctx, kv, sampling["draft"], quiet)
+    later = cache is not None and sampling["draft"] in ("off", 0)  # this run does not draft, one that goes on may
+    session = open_session(model, ctx, kv, "auto" if later else sampling["draft"], quiet)
     check_room(len(ids), session)
+    kept = 0 if cache is None else restore(session, cache, ids)
     sampling |= how_to_sample(model, quiet, **sampling)
     if prompt not in (None, "-") and not (as_chat or as_json or quiet) and sys.stderr.isatty() and sys.stdout.isatty():
         click.secho(text, err=True, nl=False, dim=True, color=False if os.environ.get("NO_COLOR") else None)
-    answer, seed = start(session, ids, max_tokens or 256, **sampling)
+    answer, seed = start(session, ids[kept:], max_tokens or 256, logprobs=logprobs, **sampling)
     stream(answer, show=not as_json)
+    if cache is not None:
+        session.save(cache)
     read = bandwidth_now(model, session.stats) if as_json or not quiet else None
     if as_json:
         write_json(report(answer, session.stats, seed) | {
             "prompt_tokens": len(ids), "model": str(model.path), "isa": model.isa, "threads": model.threads,
-            "ctx": session.ctx, "kv": kv, "read_bandwidth": read,
+            "ctx": session.ctx, "kv": kv, "read_bandwidth": read, "cached_tokens": kept,
         })  # fmt: skip
-    say(summary(answer, session.stats, seed, read), quiet)
+    elif logprobs is not None:
+        say(scores_table(answer), quiet)
+    say(summary(answer, session.stats, seed, read) + cached_text(kept, ids, cache is not None), quiet)
     if as_chat is None and model.has_chat_template:
         say("hint: this model has a chat template, and the prompt was continued as it is; --chat applies the template, "
             "--raw leaves this hint out", quiet)  # fmt: skip
@@ -111,6 +126,28 @@ def check_room(n_tokens: int, session: Session) -> None:
         limit = session.model.config["max_position_embeddings"]
         hint = f"--ctx goes up to {limit}" if session.ctx < limit else "that is the model's maximum"
         raise SessionError(f"the prompt has {n_tokens} tokens, the context {session.ctx} positions ({hint})")
+
+
+def restore(session: Session, path: Path, ids: Sequence[int]) -> int:
+    """The saved session in ``path``, if there is one, as far as it agrees with ``ids``: how many tokens that are.
+
+    Raises:
+        Error: another model's, or no saved session at all, which will not be overwritten; or it could not be.
+    """
+    check_output(path)
+    if not os.path.lexists(path):
+        return 0
+    try:
+        session.restore(path)
+    except SessionError as e:
+        reason = str(e).partition("; force=True")[0]
+        raise SessionError(f"{reason}; it is left as it is, name another file for --prompt-cache") from None
+    return session.reuse(ids)
+
+
+def cached_text(kept: int, ids: Sequence[int], said: bool = True) -> str:
+    """The end of the line of statistics."""
+    return f"; {kept} of {len(ids)} prompt tokens were cached" if said else ""
 
 
 def how_to_sample(model: Model, quiet: bool, *, seed: int | None, **options: Any) -> dict[str, float]:
@@ -208,6 +245,13 @@ def summary(answer: TextGeneration, stats: Stats, seed: int | None, read: float 
     return line if seed is None else f"{line}; seed {seed}"
 
 
+def scores_table(answer: TextGeneration) -> str:
+    """A line a token: its log probability, its text, and the most probable ones at its place."""
+    name = answer.generation.session.model.vocabulary.name
+    return columns((f"{s.logprob:9.4f}", repr(name(s.token)), "  ".join(f"{x:.4f} {name(i)!r}" for i, x in s.top))
+                   for s in answer.generation.scores)[:-1]  # fmt: skip
+
+
 def sampling_text(answer: TextGeneration) -> str:
     """How tokens were chosen, and which of it the checkpoint said."""
     how, defaults = answer.generation.sampling, answer.generation.session.model.sampling_defaults
@@ -222,7 +266,13 @@ def sampling_text(answer: TextGeneration) -> str:
 
 def report(answer: TextGeneration, stats: Stats, seed: int | None) -> dict[str, Any]:
     """The same for --json."""
-    return {
+    name = answer.generation.session.model.vocabulary.name
+
+    def scored(token: int, logprob: float) -> dict[str, Any]:
+        return {"id": token, "text": name(token), "logprob": logprob}
+
+    scores = [scored(s.token, s.logprob) | {"top": [scored(*x) for x in s.top]} for s in answer.generation.scores]
+    return ({"logprobs": scores} if answer.generation.logprobs is not None else {}) | {
         "text": answer.text,
         "reason": answer.reason,
         "tokens": answer.generation.tokens,
@@ -298,7 +348,7 @@ def chat(
         else:
             messages.pop()
         line = summary(answer, session.stats - before, seed)
-        say(f"{line}; {cached} of {len(ids)} prompt tokens were cached", quiet)
+        say(line + cached_text(cached, ids), quiet)
     return 0
 
 
