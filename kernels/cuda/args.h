@@ -59,7 +59,7 @@ template <class Args> constexpr const Fit& fit(const Args& a, int nb, int thread
     return kFits[sizeof kFits / sizeof kFits[0] - 1];
 }
 
-struct Stage {
+struct StageInfo {
     const char* name;
     bool every_nb = false;
 };
@@ -113,7 +113,7 @@ struct Norm {
 
 // x[i] = embed[ids[i]] as f32, and, for MTP, hidden[i] beside it. Ids outside 0..vocab-1 give zeros.
 struct EmbedArgs {
-    static constexpr Stage kStage{"embed"};
+    static constexpr StageInfo kStage{"embed"};
     PassRows rows;
     const int32_t* ids = nullptr;      // device [n]
     const std::byte* table = nullptr;  // [vocab, d] f32, bf16 or f16, row-major
@@ -129,7 +129,7 @@ struct EmbedArgs {
 // y[i, o] = sum_c w[o, c] * norm(x)[i, c], o < w.rows; `add`: added to what y holds (the residual), y[i, o] + sum.
 // qkv_a, q_b, o_proj, eh_proj.
 struct ProductArgs {
-    static constexpr Stage kStage{"product", true};
+    static constexpr StageInfo kStage{"product", true};
     PassRows rows;
     Matrix w;
     View<const float> x;  // [n, w.cols]
@@ -158,7 +158,7 @@ struct LatentCache {
 // q_full[i, h] = W_UK[h] * q_nope[i, h] | rope(q_rope[i, h]); cache row *pos + i = norm(c_kv) | rope(k_rope).
 // Rows whose position is not below ctx write nothing.
 struct AbsorbArgs {
-    static constexpr Stage kStage{"absorb", true};
+    static constexpr StageInfo kStage{"absorb", true};
     PassRows rows;
     Matrix w_uk;  // [n_heads][r, dn]
     int n_heads = 0, dn = 0, dr = 0, r = 0;
@@ -196,7 +196,7 @@ inline constexpr int kScoreStride = kChunk + 4;      // f32
 inline constexpr int kProbStride = 2 * kChunk + 16;  // bytes
 
 struct AttendArgs {
-    static constexpr Stage kStage{"attend"};
+    static constexpr StageInfo kStage{"attend"};
     PassRows rows;
     float softmax_scale = 0;
     const float* q_full = nullptr;  // [n, n_heads, c_pad + r_pad]
@@ -222,7 +222,7 @@ struct AttendArgs {
 
 // v[i, h] = W_UV[h] * (units of `part` merged in order, divided by the sum).
 struct ValueArgs {
-    static constexpr Stage kStage{"value"};
+    static constexpr StageInfo kStage{"value"};
     PassRows rows;
     Matrix w_uv;  // [n_heads][dv, r]
     int dv = 0, ctx = 0;
@@ -245,7 +245,7 @@ struct ValueArgs {
 // Everything of an FFN that reads norm(x) and does not wait for routing: h = silu(gate) * up of a dense layer or of the
 // shared experts (w_gate_up), router logits (router), either absent (rows == 0).
 struct FfnInArgs {
-    static constexpr Stage kStage{"ffn_in", true};
+    static constexpr StageInfo kStage{"ffn_in", true};
     PassRows rows;
     View<const float> x;  // [n, d]
     Norm norm;
@@ -281,7 +281,7 @@ struct Routing {
 // Fills topk_idx and topk_weight. A stage of its own when n > kBlockRows; below, every block of stage_experts routes for
 // itself and this stage is not launched.
 struct RouteArgs {
-    static constexpr Stage kStage{"route"};
+    static constexpr StageInfo kStage{"route"};
     PassRows rows;
     Routing routing;
 
@@ -292,7 +292,7 @@ struct RouteArgs {
 // h[slot] = silu(gate_e) * up_e for every (row, chosen expert): slots ordered by expert, then row. Each touched expert is
 // read once per block of rows.
 struct ExpertsArgs {
-    static constexpr Stage kStage{"experts", true};
+    static constexpr StageInfo kStage{"experts", true};
     PassRows rows;
     View<const float> x;  // [n, d]
     Norm norm;            // out unused
@@ -311,7 +311,7 @@ struct ExpertsArgs {
 // x[i] += (sum over chosen experts in ascending order, fma(weight, down_e(h_e), acc)) + shared_down(shared_h).
 // A dense layer is this with experts absent and its w_down as `shared`.
 struct DownArgs {
-    static constexpr Stage kStage{"down", true};
+    static constexpr StageInfo kStage{"down", true};
     PassRows rows;
     Matrix experts;               // [E][d, width] or absent
     Routing routing;              // its choices are read
@@ -331,7 +331,7 @@ struct DownArgs {
 // final norm, logits of rows first_row..n-1, and their argmax over ids < n_valid (ties to the lowest id; -1 when a valid
 // logit is NaN or none is finite). norm.out receives the normed hidden rows, all n of them.
 struct HeadArgs {
-    static constexpr Stage kStage{"head", true};
+    static constexpr StageInfo kStage{"head", true};
     PassRows rows;
     int first_row = 0;    // == rows.n: norm only
     View<const float> x;  // [n, d]

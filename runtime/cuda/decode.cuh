@@ -59,7 +59,7 @@ struct DecodeState {
 // largest logit / temp + Gumbel noise of (seed, position, id). Masses are integers of 2^-40, so that the order of their
 // sum does not matter.
 struct ChooseArgs {
-    static constexpr Stage kStage{"choose"};
+    static constexpr StageInfo kStage{"choose"};
     const DecodeState* state = nullptr;
     DecodeRows* rows = nullptr;  // its main or mtp; choice: in, the argmax, -1 where there is none; out, the choice
     View<const float> logits;    // [n, n_valid]
@@ -227,7 +227,7 @@ DC_DEVICE int distinct_experts(const Routed& r, int n, int* smem) {
 
 // The rows that the MTP layer is behind, in `parts` passes of up to 8; the last part always ends with the last of them.
 struct CatchUpArgs {
-    static constexpr Stage kStage{"catch_up"};
+    static constexpr StageInfo kStage{"catch_up"};
     DecodeState* state = nullptr;
     const int32_t* tokens = nullptr;  // [ctx + kMaxRound] every token, t_0..t_pos
     int part = 0, parts = 1;
@@ -263,7 +263,7 @@ template <int NB> DC_DEVICE void stage(const CatchUpArgs& a, const Fit&) {
 // Draft j of the round from the MTP pass that just ended: it joins the rows to verify, and is what the next MTP pass
 // continues from, with that pass's own output as hidden row.
 struct DraftArgs {
-    static constexpr Stage kStage{"draft"};
+    static constexpr StageInfo kStage{"draft"};
     DecodeState* state = nullptr;
     int j = 1;
     bool more = false;    // another draft follows
@@ -304,7 +304,7 @@ template <int NB> DC_DEVICE void stage(const DraftArgs& a, const Fit&) {
 
 // Takes the choices of the verified rows while they agree with the drafts, ends at a stop, appends, publishes.
 struct AcceptArgs {
-    static constexpr Stage kStage{"accept"};
+    static constexpr StageInfo kStage{"accept"};
     DecodeState* state = nullptr;
     TokenRing* ring = nullptr;  // pinned host memory
     int32_t* tokens = nullptr;  // [ctx + kMaxRound]

@@ -224,7 +224,7 @@ class PassWriter {
                        .dr = dr,
                        .r = r,
                        .q = b_.q,
-                       .kv = {b_.qkv.data + c_.kv_offset(), b_.qkv.stride},
+                       .kv = b_.qkv.columns(c_.kv_offset()),
                        .kv_norm = w.kv_a_norm,
                        .eps = kLatentNormEps,
                        .cos = b_.cos,
