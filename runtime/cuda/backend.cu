@@ -154,7 +154,8 @@ struct Replay {
     rt::Graph graph;
 };
 
-struct DeviceSession {
+// A session's buffers, graphs and passes; DeviceEngine is its face.
+struct OnDevice {
     DeviceBackend& m;
     const EngineArgs args;
     rt::Stream stream = nullptr;
@@ -177,8 +178,8 @@ struct DeviceSession {
     int pend_bound = 0;              // pending rows at most
     int64_t pos_bound = 0;           // position that the queued rounds cannot pass
 
-    DeviceSession(DeviceBackend& model, const EngineArgs& a) : m(model), args(a) {}
-    ~DeviceSession() {
+    OnDevice(DeviceBackend& model, const EngineArgs& a) : m(model), args(a) {}
+    ~OnDevice() {
         if (stream != nullptr) {
             rt::drain(stream);
             replays.clear();
@@ -718,7 +719,7 @@ namespace {
 
 class DeviceEngine final : public Engine {
   public:
-    explicit DeviceEngine(std::unique_ptr<DeviceSession> s) : s_(std::move(s)) {}
+    explicit DeviceEngine(std::unique_ptr<OnDevice> s) : s_(std::move(s)) {}
     // What a device that hangs may still write to is given up, not waited for: the process can end.
     ~DeviceEngine() override {
         bool rests = false;
@@ -773,7 +774,7 @@ class DeviceEngine final : public Engine {
         return result;
     }
 
-    std::unique_ptr<DeviceSession> s_;
+    std::unique_ptr<OnDevice> s_;
 };
 
 Result<std::unique_ptr<Backend>> open_backend(const BoundModel& model, uint64_t fill_seed) {
@@ -788,7 +789,7 @@ Result<std::unique_ptr<Backend>> open_backend(const BoundModel& model, uint64_t 
 
 Result<std::unique_ptr<Engine>> DeviceBackend::make_engine(const EngineArgs& args) {
     return guarded([&]() -> Result<std::unique_ptr<Engine>> {
-        auto s = std::make_unique<DeviceSession>(*this, args);
+        auto s = std::make_unique<OnDevice>(*this, args);
         DC_TRY_STATUS(s->open());
         return std::unique_ptr<Engine>(std::make_unique<DeviceEngine>(std::move(s)));
     });

@@ -25,7 +25,7 @@ template <class... A> void add(std::string& json, const char* format, A... args)
 }
 
 // The best of `repeats` times of what queue() queues, in seconds.
-Result<double> DeviceSession::seconds(int repeats, const std::function<rt::Error()>& queue) {
+Result<double> OnDevice::seconds(int repeats, const std::function<rt::Error()>& queue) {
     rt::Event begin, end;
     const rt::Settled settled{stream};
     double best = 1e30;
@@ -43,7 +43,7 @@ Result<double> DeviceSession::seconds(int repeats, const std::function<rt::Error
 // "device"; "bandwidth:BYTES"; "stages:N:POS", a main pass of N <= 8 rows at position POS: seconds of the whole pass and of every
 // kind of stage by itself (all layers' stages of that kind in a row, so that weights come from memory and not from the L2
 // cache). No report changes what the session computes or shows.
-Result<std::string> DeviceSession::report(const std::string& what) {
+Result<std::string> OnDevice::report(const std::string& what) {
     DC_RT(rt::set_device(m.index));
     std::string json;
     if (what == "device") {
@@ -112,7 +112,7 @@ Result<std::string> DeviceSession::report(const std::string& what) {
 }
 
 // Seconds of a pass of n rows at `pos`, and of its stages by kind.
-Status DeviceSession::report_stages(int n, int pos, std::string& json) {
+Status OnDevice::report_stages(int n, int pos, std::string& json) {
     const rt::Settled settled{stream};
     DC_RT(rt::copy(b.pos, &pos, 4, stream));
     Replay whole;
