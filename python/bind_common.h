@@ -10,6 +10,7 @@
 #include <memory>
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 // Raises deepcalm.errors.<class of error.code> with the error's message.
 [[noreturn]] void throw_error(const deepcalm::Error& error);
@@ -34,6 +35,15 @@ struct DeleteWithoutGil {
         without_gil([p] { delete p; });
     }
 };
+// record("key", value, ...): a dict. Asks for no memory of C++'s, so that what has been done is told, whatever happens.
+inline py::dict record(py::dict d = {}) { return d; }
+template <class T, class... Rest> py::dict record(py::dict d, const char* key, T&& value, Rest&&... rest) {
+    d[key] = std::forward<T>(value);
+    return record(std::move(d), std::forward<Rest>(rest)...);
+}
+template <class... Entries> py::dict record(const char* key, Entries&&... rest) {
+    return record(py::dict(), key, std::forward<Entries>(rest)...);
+}
 // The array at `data`, which `owner` holds; the array keeps the owner from now on.
 template <class E, class Owner>
 py::array_t<E> as_array(std::vector<py::ssize_t> shape, const void* data, Owner&& owner) {

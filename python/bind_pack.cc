@@ -562,30 +562,27 @@ void init_pack(py::module_& m) {
     m.attr("TILE_COLS") = dc::kTileCols;
     m.def("formats", &formats, "The weight formats: list of {name, scale, tile_bytes, sum_block_cols, act, dot_tol}.");
     m.def(
-        "validate_config", [](const py::dict& cfg) { config_from_dict(cfg); }, py::arg("config"),
+        "validate_config", [](const py::dict& cfg) { config_from_dict(cfg); }, "config"_a,
         "Checks a normalised configuration; raises ConfigError naming the key.");
-    m.def("expected_tensors", &expected_tensors, py::arg("config"),
+    m.def("expected_tensors", &expected_tensors, "config"_a,
           "The tensors of a packed model in file order: list of {name, role, tiled, stacked, n_slices, rows, cols, "
           "parts, "
           "interleaved, formats}.");
-    m.def("pack_rows", &pack_rows, py::arg("out").noconvert(), py::arg("out_offset"), py::arg("tile_stride"),
-          py::arg("format"), py::arg("format_scale"), py::arg("rows"), py::arg("cols"), py::arg("index").noconvert(),
-          py::arg("transpose"), py::arg("exact"), py::arg("kind"), py::arg("data").noconvert(),
-          py::arg("first_row") = 0, py::arg("scale") = py::none(), py::arg("block_rows") = 1,
-          py::arg("block_cols") = 32, py::arg("scale_dtype") = "", py::arg("out_scales") = py::none(),
-          py::arg("scale_rows") = 128, py::arg("scale_cols") = 128, py::arg("near_zero") = py::none(),
+    m.def("pack_rows", &pack_rows, "out"_a.noconvert(), "out_offset"_a, "tile_stride"_a, "format"_a, "format_scale"_a,
+          "rows"_a, "cols"_a, "index"_a.noconvert(), "transpose"_a, "exact"_a, "kind"_a, "data"_a.noconvert(),
+          "first_row"_a = 0, "scale"_a = py::none(), "block_rows"_a = 1, "block_cols"_a = 32, "scale_dtype"_a = "",
+          "out_scales"_a = py::none(), "scale_rows"_a = 128, "scale_cols"_a = 128, "near_zero"_a = py::none(),
           "Packs rows of one source tensor into row tiles of `out` (uint8). index: int32 source row of each packed row "
           "(transpose: of each packed column). kind: f32|bf16|f16|f8|i4; scale: f32 grid (f8) or uint16 [rows, groups] "
           "(i4). near_zero: int64 [1], added the number of groups that are too small for a scale of their own. "
           "Returns None, or (source row, source column) of the first value that does not fit.");
-    m.def("convert_rows", &convert_rows, py::arg("out"), py::arg("to"), py::arg("kind"), py::arg("data").noconvert(),
-          py::arg("cols"), py::arg("first_row") = 0, py::arg("scale") = py::none(), py::arg("block_rows") = 1,
-          py::arg("block_cols") = 32, py::arg("scale_dtype") = "", py::arg("near_zero") = py::none(),
+    m.def("convert_rows", &convert_rows, "out"_a, "to"_a, "kind"_a, "data"_a.noconvert(), "cols"_a, "first_row"_a = 0,
+          "scale"_a = py::none(), "block_rows"_a = 1, "block_cols"_a = 32, "scale_dtype"_a = "",
+          "near_zero"_a = py::none(),
           "Converts source rows to plain f32|bf16|f16 in `out`. near_zero: int64 [1], added the groups of 32 columns "
           "that become zeros. Returns None, or (row, column) of the first value that "
           "does not fit.");
-    m.def("unpack_slice", &unpack_slice, py::arg("data").noconvert(), py::arg("scales"), py::arg("format"),
-          py::arg("format_scale"), py::arg("n_slices"), py::arg("rows"), py::arg("cols"), py::arg("scale_rows") = 128,
-          py::arg("scale_cols") = 128, py::arg("slice") = 0,
+    m.def("unpack_slice", &unpack_slice, "data"_a.noconvert(), "scales"_a, "format"_a, "format_scale"_a, "n_slices"_a,
+          "rows"_a, "cols"_a, "scale_rows"_a = 128, "scale_cols"_a = 128, "slice"_a = 0,
           "One slice of a packed tensor as f32 [rows, cols]; data: uint8, all slices.");
 }

@@ -12,7 +12,6 @@
 #include <vector>
 
 using namespace deepcalm;
-using namespace pybind11::literals;
 
 namespace {
 

@@ -86,12 +86,13 @@ F32Array hidden_array(std::vector<float> rows, py::ssize_t d) {
     return as_array<float>({static_cast<py::ssize_t>(rows.size()) / d, d}, rows.data(), std::move(rows));
 }
 
-SampleParams sample_params(double temp, int top_k, double top_p, double min_p, uint64_t seed) {
-    return {.temp = static_cast<float>(temp),
-            .top_k = top_k,
-            .top_p = static_cast<float>(top_p),
-            .min_p = static_cast<float>(min_p),
-            .seed = seed};
+// From a deepcalm.sampling.Sampling, which has checked them.
+SampleParams sample_params(const py::object& s) {
+    return {.temp = s.attr("temp").cast<float>(),
+            .top_k = s.attr("top_k").cast<int>(),
+            .top_p = s.attr("top_p").cast<float>(),
+            .min_p = s.attr("min_p").cast<float>(),
+            .seed = s.attr("seed").cast<uint64_t>()};
 }
 
 // DLPack's structs (dlpack.h, the layout without a version), as every reader of the protocol knows them.
@@ -180,32 +181,23 @@ class PySession {
         return py::make_tuple(out, g);
     }
 
-    py::dict draft_round(int token, int k, double temp, int top_k, double top_p, double min_p, uint64_t seed,
-                         int n_valid, double min_confidence, bool want_logits, const std::optional<I32Array>& forced) {
-        DraftParams p{.k = k,
-                      .sample = sample_params(temp, top_k, top_p, min_p, seed),
-                      .n_valid = n_valid,
-                      .min_confidence = static_cast<float>(min_confidence)};
-        std::vector<int32_t> drafts;
-        if (forced) {
-            drafts = copy_ids(*forced);
-            if (std::ssize(drafts) != k)
-                throw_error(session_error("forced: " + std::to_string(drafts.size()) + " drafts, expected k"));
-            p.forced = drafts.data();
-        }
+    py::dict draft_round(int token, int k, const py::object& sampling, int n_valid, float min_confidence,
+                         bool want_logits, const std::optional<I32Array>& forced) {
+        const auto drafts = forced ? copy_ids(*forced) : std::vector<int32_t>();
+        if (forced && std::ssize(drafts) != k)
+            throw_error(session_error("forced: " + std::to_string(drafts.size()) + " drafts, expected k"));
+        const DraftParams p{.k = k,
+                            .sample = sample_params(sampling),
+                            .n_valid = n_valid,
+                            .min_confidence = min_confidence,
+                            .forced = forced ? drafts.data() : nullptr};
         F32Array logits({want_logits ? py::ssize_t{k} + 1 : py::ssize_t{0}, vocab_});
         float* data = want_logits ? logits.mutable_data() : nullptr;
         const Round r = unwrap(without_gil([&] { return Speculator::round(*s_, token, p, data); }));
-        py::dict d;
-        d["tokens"] = r.tokens;
-        d["drafted"] = r.n_drafted;
-        d["accepted"] = r.n_accepted;
-        d["experts_verify"] = r.experts_verify;
-        d["draft_bytes"] = r.draft_bytes;
-        d["verify_bytes"] = r.verify_bytes;
-        d["draft_seconds"] = r.draft_seconds;
-        d["verify_seconds"] = r.verify_seconds;
-        if (want_logits) d["logits"] = logits[py::slice(0, static_cast<py::ssize_t>(r.tokens.size()), 1)];
+        py::dict d = record("tokens", r.tokens, "drafted", r.n_drafted, "accepted", r.n_accepted, "experts_verify",
+                            r.experts_verify, "draft_bytes", r.draft_bytes, "verify_bytes", r.verify_bytes,
+                            "draft_seconds", r.draft_seconds, "verify_seconds", r.verify_seconds);
+        if (want_logits) d["logits"] = logits[py::slice(0, std::ssize(r.tokens), 1)];
         return d;
     }
 
@@ -217,10 +209,9 @@ class PySession {
 
     U8Array read_cache(bool mtp) const { return rows_array(unwrap(call(&Session::read_cache, mtp))); }
 
-    void decode_start(int token, double temp, int top_k, double top_p, double min_p, uint64_t seed, int n_valid,
-                      int64_t max_tokens, const I32Array& eos) {
+    void decode_start(int token, const py::object& sampling, int n_valid, int64_t max_tokens, const I32Array& eos) {
         const auto ids = copy_ids(eos);
-        const SampleParams p = sample_params(temp, top_k, top_p, min_p, seed);
+        const SampleParams p = sample_params(sampling);
         unwrap(call(&Session::decode_start, token, p, n_valid, max_tokens, ids));
     }
     void decode_step(int k) { unwrap(call(&Session::decode_step, k)); }
@@ -234,18 +225,11 @@ class PySession {
     }
     py::list decode_poll() {
         int left = 0;
-        const std::vector<DecodedRound> rounds = unwrap(wait_rounds(left));
         py::list out;
-        for (const DecodedRound& r : rounds) {
-            py::dict d;
-            d["tokens"] = std::vector<int32_t>(r.tokens, r.tokens + r.n_tokens);
-            d["drafted"] = r.drafted;
-            d["accepted"] = r.accepted;
-            d["experts_verify"] = r.experts;
-            d["stop"] = kStopNames[r.stop];
-            d["bad_id"] = r.bad_id;
-            d["end_ns"] = r.end_ns;
-            out.append(d);
+        for (const DecodedRound& r : unwrap(wait_rounds(left))) {
+            out.append(record("tokens", std::vector<int32_t>(r.tokens, r.tokens + r.n_tokens), "drafted", r.drafted,
+                              "accepted", r.accepted, "experts_verify", r.experts, "stop", kStopNames[r.stop], "bad_id",
+                              r.bad_id, "end_ns", r.end_ns));
         }
         return out;
     }
@@ -265,12 +249,8 @@ class PySession {
 
     py::dict state() const {
         SessionState s = unwrap(call(&Session::state));
-        py::dict d;
-        d["tokens"] = token_array(std::move(s.tokens));
-        d["cache"] = rows_array(std::move(s.cache));
-        d["mtp_cache"] = rows_array(std::move(s.mtp_cache));
-        d["hidden"] = hidden_array(std::move(s.pending), d_);
-        return d;
+        return record("tokens", token_array(std::move(s.tokens)), "cache", rows_array(std::move(s.cache)), "mtp_cache",
+                      rows_array(std::move(s.mtp_cache)), "hidden", hidden_array(std::move(s.pending), d_));
     }
 
     void load_state(const I32Array& tokens, const U8Array& rows, const U8Array& mtp_rows, const F32Array& hidden) {
@@ -317,16 +297,9 @@ class PySession {
 
     py::dict stats() const {
         const PassStats t = call(&Session::stats);
-        py::dict d;
-        d["passes"] = t.passes;
-        d["rows"] = t.rows;
-        d["weight_bytes"] = t.weight_bytes;
-        d["cache_bytes"] = t.cache_bytes;
-        d["experts_touched"] = t.experts_touched;
-        d["seconds"] = t.seconds;
-        d["mtp_passes"] = t.mtp_passes;
-        d["mtp_rows"] = t.mtp_rows;
-        return d;
+        return record("passes", t.passes, "rows", t.rows, "weight_bytes", t.weight_bytes, "cache_bytes", t.cache_bytes,
+                      "experts_touched", t.experts_touched, "seconds", t.seconds, "mtp_passes", t.mtp_passes,
+                      "mtp_rows", t.mtp_rows);
     }
 
     py::list stage_stats() const {
@@ -359,46 +332,34 @@ using ModelHolder = std::unique_ptr<Model, DeleteWithoutGil>;
 using SessionHolder = std::unique_ptr<PySession, DeleteWithoutGil>;
 
 ModelHolder open_model(const std::string& path, int fd, const py::dict& cfg, const py::list& tensors,
-                       const std::optional<std::string>& isa, int threads, const std::optional<std::string>& device,
-                       uint64_t fill_seed, bool adaptive) {
+                       const Model::MakeBackend& backend) {
     std::vector<TensorEntry> entries;
     for (const auto& t : tensors) entries.push_back(entry_from_dict(t.cast<py::dict>()));
     const ModelConfig c = config_from_dict(cfg);
     auto model = unwrap(without_gil([&]() -> Result<std::unique_ptr<Model>> {
         DC_TRY(MappedFile file, MappedFile::map(fd, path));  // a copy of fd: it need not stay open
-        return Model::open(std::move(file), path, c, entries, [&](const BoundModel& bound) {
-            return device ? open_device(*device, bound, fill_seed)
-                          : CpuBackend::open(bound, isa ? isa->c_str() : nullptr, threads, adaptive);
-        });
+        return Model::open(std::move(file), path, c, entries, backend);
     }));
     return ModelHolder(model.release());
 }
-
-}  // namespace
-
-PYBIND11_MODULE(_core, m) {
-    m.doc() = "The C++ runtime of deepcalm. Use the deepcalm package; this module has no stable interface of its own.";
-    m.attr("__version__") = DEEPCALM_VERSION;
-    py::register_exception_translator([](std::exception_ptr p) {
-        try {
-            std::rethrow_exception(p);
-        } catch (const InUseAtFork& e) {
-            py::set_error(py::module_::import("deepcalm.errors").attr("SessionError"), e.what());
-        }
+ModelHolder open_cpu(const std::string& path, int fd, const py::dict& cfg, const py::list& tensors,
+                     const std::optional<std::string>& isa, int threads, bool adaptive) {
+    return open_model(path, fd, cfg, tensors, [&](const BoundModel& m) {
+        return CpuBackend::open(m, isa ? isa->c_str() : nullptr, threads, adaptive);
     });
-    init_pack(m);
-    py::module_ testing = m.def_submodule("testing", "Addresses of the CPU kernels, and hooks, for tests.");
-    init_testing(testing);
+}
+ModelHolder open_on(const std::string& library, const std::string& path, int fd, const py::dict& cfg,
+                    const py::list& tensors, uint64_t fill_seed) {
+    return open_model(path, fd, cfg, tensors, [&](const BoundModel& m) { return open_device(library, m, fill_seed); });
+}
 
+void bind_functions(py::module_& m) {
     m.def(
         "isas",
         [] {
             py::list out;
             for (const CpuKernels* const* k = all_cpu_kernels(); *k != nullptr; ++k) {
-                py::dict d;
-                d["name"] = (*k)->isa;
-                d["supported"] = ((*k)->required & ~cpu_features()) == 0;
-                out.append(d);
+                out.append(record("name", (*k)->isa, "supported", ((*k)->required & ~cpu_features()) == 0));
             }
             return out;
         },
@@ -419,34 +380,32 @@ PYBIND11_MODULE(_core, m) {
             }
             return py::bytes(static_cast<const char*>(static_cast<const void*>(&before)), sizeof before);
         },
-        py::arg("mode"),
-        "Sets this thread's floating-point mode (None: the default); returns what it was, opaque bytes.");
-    init_probes(m);
+        "mode"_a, "Sets this thread's floating-point mode (None: the default); returns what it was, opaque bytes.");
     m.def(
         "sample",
-        [](const F32Array& logits, double temp, int top_k, double top_p, double min_p, uint64_t seed, int64_t pos,
-           int n_valid) {
-            return unwrap(sample(logits.data(), static_cast<int>(logits.size()), n_valid,
-                                 sample_params(temp, top_k, top_p, min_p, seed), pos));
+        [](const F32Array& logits, const py::object& sampling, int64_t pos, int n_valid) {
+            const SampleParams p = sample_params(sampling);
+            return unwrap(sample(logits.data(), static_cast<int>(logits.size()), n_valid, p, pos));
         },
-        py::arg("logits"), py::arg("temp"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("seed"),
-        py::arg("pos"), py::arg("n_valid"), py::call_guard<FloatMode>(),
+        "logits"_a, "sampling"_a, "pos"_a, "n_valid"_a, py::call_guard<FloatMode>(),
         "Token for position `pos` from logits [vocab_size]: argmax at temp 0 (ties to the lowest id), else keyed "
-        "Gumbel noise "
-        "over the filtered distribution. Ids >= n_valid are never chosen. Raises SessionError if the logits are not "
-        "finite.");
-    m.def("dlpack", &dlpack, py::arg("owner"), py::arg("address"), py::arg("shape"), py::arg("type"),
-          py::arg("device_type"), py::arg("device_id"), "DLPack capsule over memory that `owner` keeps alive.");
-    m.def("gumbel", &gumbel, py::arg("seed"), py::arg("pos"), py::arg("v"), py::call_guard<FloatMode>(),
+        "Gumbel noise over the filtered distribution. sampling: a deepcalm.sampling.Sampling. Ids >= n_valid are never "
+        "chosen. "
+        "Raises SessionError if the logits are not finite.");
+    m.def("dlpack", &dlpack, "owner"_a, "address"_a, "shape"_a, "type"_a, "device_type"_a, "device_id"_a,
+          "DLPack capsule over memory that `owner` keeps alive.");
+    m.def("gumbel", &gumbel, "seed"_a, "pos"_a, "v"_a, py::call_guard<FloatMode>(),
           "The noise that sample() adds to token v.");
+}
 
+void bind_model(py::module_& m) {
     py::class_<Model, ModelHolder>(m, "Model")
-        .def(py::init(&open_model), py::arg("path"), py::arg("fd"), py::arg("cfg"), py::arg("tensors"),
-             py::arg("isa") = py::none(), py::arg("threads") = 0, py::arg("device") = py::none(),
-             py::arg("fill_seed") = 0, py::arg("adaptive") = false,
-             "fd: of the packed file whose header was checked; a copy of it is mapped. path: its name in errors. "
-             "device: path of a device library; None computes on the CPU. adaptive: passes for which all threads do "
-             "not pay run on one.")
+        .def(py::init(&open_cpu), "path"_a, "fd"_a, "cfg"_a, "tensors"_a, "isa"_a = py::none(), "threads"_a = 0,
+             "adaptive"_a = false,
+             "On the CPU. fd: of the packed file whose header was checked; a copy of it is mapped. path: its name in "
+             "errors. adaptive: passes for which all threads do not pay run on one.")
+        .def_static("open_on", &open_on, "library"_a, "path"_a, "fd"_a, "cfg"_a, "tensors"_a, "fill_seed"_a = 0,
+                    "On a device. library: path of its library. fill_seed not 0: weights are drawn there, not read.")
         .def(
             "fileno", [](const Model& m) { return m.bound().file.fd(); },
             "Descriptor of the mapped file, open while the model is.")
@@ -459,21 +418,14 @@ PYBIND11_MODULE(_core, m) {
             [](const Model& m, const std::string& path) {
                 unwrap(without_gil([&] { return m.bound().file.lock(path); }));
             },
-            py::arg("path"), "Reads the packed file and keeps it in memory; `path` names it in the error.")
+            "path"_a, "Reads the packed file and keeps it in memory; `path` names it in the error.")
         .def_property_readonly(
             "weight_bytes",
             [](const Model& s) {
                 const WeightBytes& b = s.bound().bytes;
-                py::dict d;
-                d["fixed"] = b.fixed;
-                d["experts"] = b.experts;
-                d["head"] = b.head;
-                d["embed_row"] = b.embed_row;
-                d["n_moe_layers"] = b.n_moe_layers;
-                d["mtp_fixed"] = b.mtp_fixed;
-                d["mtp_head"] = b.mtp_head;
-                d["mtp_expert"] = b.mtp_expert;
-                return d;
+                return record("fixed", b.fixed, "experts", b.experts, "head", b.head, "embed_row", b.embed_row,
+                              "n_moe_layers", b.n_moe_layers, "mtp_fixed", b.mtp_fixed, "mtp_head", b.mtp_head,
+                              "mtp_expert", b.mtp_expert);
             },
             "Weight bytes of one pass by what they depend on; `expert`: one routed expert of one layer.")
         .def(
@@ -481,11 +433,13 @@ PYBIND11_MODULE(_core, m) {
             [](const Model& s, int ctx_pos, const std::string& kv) {
                 return s.bound().active_bytes(ctx_pos, s.cfg().cache_row_bytes(cache_type(kv)));
             },
-            py::arg("ctx_pos"), py::arg("kv"), "Bytes that decoding one token at this cache length reads.");
+            "ctx_pos"_a, "kv"_a, "Bytes that decoding one token at this cache length reads.");
+}
 
+void bind_session(py::module_& m) {
     py::class_<PySession, SessionHolder>(m, "Session")
-        .def(py::init<Model&, int, const std::string&, int, bool>(), py::arg("model"), py::arg("ctx"), py::arg("kv"),
-             py::arg("max_rows"), py::arg("mtp") = false, py::keep_alive<1, 2>())
+        .def(py::init<Model&, int, const std::string&, int, bool>(), "model"_a, "ctx"_a, "kv"_a, "max_rows"_a,
+             "mtp"_a = false, py::keep_alive<1, 2>())
         .def_property_readonly("pos", [](const PySession& s) { return s.pos(false); })
         .def_property_readonly("mtp_pos", [](const PySession& s) { return s.pos(true); })
         .def_property_readonly("ctx", [](PySession& s) { return s.cache(false).ctx; })
@@ -493,42 +447,37 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("tokens", &PySession::tokens, "Token ids of the cached positions [pos] int32 (a copy).")
         .def_property_readonly("cache_bytes",
                                [](PySession& s) { return s.cache(false).n_bytes() + s.cache(true).n_bytes(); })
-        .def("forward", &PySession::forward, py::arg("ids"), py::arg("logits") = "last",
+        .def("forward", &PySession::forward, "ids"_a, "logits"_a = "last",
              "Append ids [n <= max_rows] int32; returns logits [0 | 1 | n, vocab_size] float32 for logits = none | "
              "last | all.")
-        .def("mtp_forward", &PySession::mtp_forward, py::arg("ids"), py::arg("hidden"), py::arg("logits") = "last",
+        .def("mtp_forward", &PySession::mtp_forward, "ids"_a, "hidden"_a, "logits"_a = "last",
              "Append MTP rows from next tokens ids [n] and post-norm hidden [n, hidden_size]; returns (logits, g [n, "
              "hidden_size]).")
-        .def("draft_round", &PySession::draft_round, py::arg("token"), py::arg("k"), py::arg("temp"), py::arg("top_k"),
-             py::arg("top_p"), py::arg("min_p"), py::arg("seed"), py::arg("n_valid"), py::arg("min_confidence") = 0.0,
-             py::arg("want_logits") = false, py::arg("forced") = py::none(), py::call_guard<FloatMode>(),
+        .def("draft_round", &PySession::draft_round, "token"_a, "k"_a, "sampling"_a, "n_valid"_a,
+             "min_confidence"_a = 0.0, "want_logits"_a = false, "forced"_a = py::none(), py::call_guard<FloatMode>(),
              "One draft-verify-accept round after `token` (k = 0: a plain step). Returns tokens (accepted drafts and "
-             "the next "
-             "token), counts, bytes and seconds, and with want_logits the rows [len(tokens), vocab_size] they were "
-             "chosen from.")
-        .def("decode_start", &PySession::decode_start, py::arg("token"), py::arg("temp"), py::arg("top_k"),
-             py::arg("top_p"), py::arg("min_p"), py::arg("seed"), py::arg("n_valid"), py::arg("max_tokens"),
-             py::arg("eos"), py::call_guard<FloatMode>(),
+             "the next token), counts, bytes and seconds, and with want_logits the rows [len(tokens), vocab_size] they "
+             "were chosen from.")
+        .def("decode_start", &PySession::decode_start, "token"_a, "sampling"_a, "n_valid"_a, "max_tokens"_a, "eos"_a,
+             py::call_guard<FloatMode>(),
              "Decoding on the device after `token`: queue rounds with decode_step, take tokens with decode_poll.")
-        .def("decode_step", &PySession::decode_step, py::arg("k"), "Queues a round of k drafts; returns at once.")
+        .def("decode_step", &PySession::decode_step, "k"_a, "Queues a round of k drafts; returns at once.")
         .def("decode_poll", &PySession::decode_poll,
              "Rounds that have ended since the last poll, as dicts; waits for one unless none is queued.")
         .def("decode_finish", &PySession::decode_finish,
              "Waits for the queued rounds and brings the session up to date.")
-        .def("device_view", &PySession::device_view, py::arg("name"),
+        .def("device_view", &PySession::device_view, "name"_a,
              "(address, shape, type string) of a device buffer, or of a tap of the last pass that recorded any.")
-        .def("device_report", &PySession::device_report, py::arg("what"), "JSON text: device, stages.")
+        .def("device_report", &PySession::device_report, "what"_a, "JSON text: device, stages.")
         .def("hidden", &PySession::hidden, "Post-final-norm hidden states [n, hidden_size] of the last forward().")
-        .def("truncate", &PySession::truncate, py::arg("n"), "Keep the first n positions.")
-        .def("read_cache", &PySession::read_cache, py::arg("mtp"),
-             "Cache rows [layers, pos, row_bytes] uint8 (a copy).")
+        .def("truncate", &PySession::truncate, "n"_a, "Keep the first n positions.")
+        .def("read_cache", &PySession::read_cache, "mtp"_a, "Cache rows [layers, pos, row_bytes] uint8 (a copy).")
         .def("state", &PySession::state,
              "What a saved session holds: tokens [n], cache [layers, n, row_bytes], mtp_cache [0 | 1, m, row_bytes], "
              "hidden [k, d].")
-        .def("load_state", &PySession::load_state, py::arg("tokens"), py::arg("cache"), py::arg("mtp_cache"),
-             py::arg("hidden"),
+        .def("load_state", &PySession::load_state, "tokens"_a, "cache"_a, "mtp_cache"_a, "hidden"_a,
              "Replaces the session's whole state by one that state() returned; shapes and ids are checked.")
-        .def("trace", &PySession::trace, py::arg("names"), py::arg("feed") = std::map<std::string, F32Array>{},
+        .def("trace", &PySession::trace, "names"_a, "feed"_a = std::map<std::string, F32Array>{},
              "Taps to record from now on; feed, on a device: f32 [n, ...] by name, in place of the next pass's own "
              "embed, gate_logits and layer_out.")
         .def("taps", &PySession::taps, "Taps of the last forward pass as arrays [n, ...]; clears them.")
@@ -538,4 +487,25 @@ PYBIND11_MODULE(_core, m) {
              "'mtp.' before those of MTP passes. Bytes and seconds add up to those of stats().")
         .def("expert_union", &PySession::expert_union,
              "(windows, distinct (layer, expert) pairs in them) for windows of 1..8 adjacent tokens.");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "The C++ runtime of deepcalm. Use the deepcalm package; this module has no stable interface of its own.";
+    m.attr("__version__") = DEEPCALM_VERSION;
+    py::register_exception_translator([](std::exception_ptr p) {
+        try {
+            std::rethrow_exception(p);
+        } catch (const InUseAtFork& e) {
+            py::set_error(py::module_::import("deepcalm.errors").attr("SessionError"), e.what());
+        }
+    });
+    bind_functions(m);
+    bind_model(m);
+    bind_session(m);
+    init_pack(m);
+    init_probes(m);
+    py::module_ testing = m.def_submodule("testing", "Addresses of the CPU kernels, and hooks, for tests.");
+    init_testing(testing);
 }

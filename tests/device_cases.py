@@ -70,4 +70,4 @@ def open_core(file: packed.PackedFile, device: str) -> Any:
     need(device)
     table = packed.core_tensors(file, _core.expected_tensors(file.config))
     with file.path.open("rb") as f:
-        return _core.Model(str(file.path), f.fileno(), file.config, table, device=str(library(device)))
+        return _core.Model.open_on(str(library(device)), str(file.path), f.fileno(), file.config, table)

@@ -143,7 +143,7 @@ class Check:
                 library = build.library() if self.toy else Path(_core.__file__).with_name("libdeepcalm_cuda.so")
                 config = file.config
                 table = file.tensor_table()
-                core = _core.Model(str(path), file.fileno(), config, table, device=str(library), fill_seed=7)
+                core = _core.Model.open_on(str(library), str(path), file.fileno(), config, table, fill_seed=7)
             yield core, config
 
     @staticmethod
@@ -202,10 +202,12 @@ class Check:
         self, core: Any, config: Json, prompt: Any, tokens: int, k: int, ctx: int = 0
     ) -> tuple[list[int], float, list[Json]]:
         """A device text of rounds with k drafts: (tokens, seconds by the device's clock, rounds)."""
+        from deepcalm.sampling import Sampling
+
         s = self.session(core, ctx or len(prompt) + tokens + 16, mtp=k > 0)
         for i in range(0, len(prompt), s.max_rows):
             s.forward(prompt[i : i + s.max_rows], "last")
-        s.decode_start(int(prompt[-1]), 0.0, 0, 1.0, 0.0, 0, config["vocab_size"], tokens, [])
+        s.decode_start(int(prompt[-1]), Sampling(), config["vocab_size"], tokens, [])
         rounds: list[Json] = []
         queued = 0
         while not rounds or not rounds[-1]["stop"]:

@@ -2,10 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+class _Sampling(Protocol):
+    """As deepcalm.sampling.Sampling."""
+
+    @property
+    def temp(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
 
 _U8 = npt.NDArray[np.uint8]
 _I32 = npt.NDArray[np.int32]
@@ -82,9 +96,7 @@ def attention_rate(isa: str, kv: str, heads: int, rows: int, positions: int) -> 
 def isas() -> list[dict[str, Any]]: ...
 def default_threads() -> int: ...
 def swap_float_mode(mode: bytes | None) -> bytes: ...
-def sample(
-    logits: _F32, temp: float, top_k: int, top_p: float, min_p: float, seed: int, pos: int, n_valid: int
-) -> int: ...
+def sample(logits: _F32, sampling: _Sampling, pos: int, n_valid: int) -> int: ...
 def dlpack(
     owner: object, address: int, shape: Sequence[int], type: str, device_type: int, device_id: int
 ) -> object: ...
@@ -99,10 +111,17 @@ class Model:
         tensors: Sequence[Mapping[str, Any]],
         isa: str | None = None,
         threads: int = 0,
-        device: str | bytes | None = None,
-        fill_seed: int = 0,
         adaptive: bool = False,
     ) -> None: ...
+    @staticmethod
+    def open_on(
+        library: str | bytes,
+        path: str | bytes,
+        fd: int,
+        cfg: Mapping[str, Any],
+        tensors: Sequence[Mapping[str, Any]],
+        fill_seed: int = 0,
+    ) -> Model: ...
     @property
     def device_name(self) -> str: ...
     @property
@@ -137,11 +156,7 @@ class Session:
         self,
         token: int,
         k: int,
-        temp: float,
-        top_k: int,
-        top_p: float,
-        min_p: float,
-        seed: int,
+        sampling: _Sampling,
         n_valid: int,
         min_confidence: float = 0.0,
         want_logits: bool = False,
@@ -151,11 +166,7 @@ class Session:
     def decode_start(
         self,
         token: int,
-        temp: float,
-        top_k: int,
-        top_p: float,
-        min_p: float,
-        seed: int,
+        sampling: _Sampling,
         n_valid: int,
         max_tokens: int,
         eos: npt.NDArray[Any] | Sequence[int],

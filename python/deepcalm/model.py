@@ -102,7 +102,7 @@ class Model(Closing):
             self.device = "cpu"
             if device != "cpu":
                 try:
-                    self._core = _core.Model(*opened, device=os.fsencode(_device_library(device)))
+                    self._core = _core.Model.open_on(os.fsencode(_device_library(device)), *opened)
                     self.device = "sim" if device == "sim" else "cuda"
                 except (UnsupportedError, ResourceError) as e:
                     if device != "auto":
@@ -113,7 +113,7 @@ class Model(Closing):
                         self.notes = (f"threads and isa have no effect on device {self.device}",)
             if self.device == "cpu":
                 n = threads or limits.default_threads()
-                self._core = _core.Model(*opened, isa, n, adaptive=not threads)
+                self._core = _core.Model(*opened, isa, n, not threads)
                 if n > (most := limits.processors()):
                     self.notes += (f"threads: {n}, of which {most} can run at a time here: more only slows them down",)
 

@@ -71,4 +71,4 @@ class Sampling:
         Raises:
             SessionError: the logits are not finite.
         """
-        return _core.sample(logits, self.temp, self.top_k, self.top_p, self.min_p, self.seed, pos, n_valid)
+        return _core.sample(logits, self, pos, n_valid)

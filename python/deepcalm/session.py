@@ -326,14 +326,12 @@ class Session(Closing):
             SessionError: the context is full, or k > 0 in a session that keeps no MTP state.
         """
         token = integer("token id", token, 0, self._vocab - 1, SessionError)
-        k, p = integer("draft", k, 0, MAX_DRAFT, SessionError), sampling
+        k = integer("draft", k, 0, MAX_DRAFT, SessionError)
         with self._changing():
             own = self._running is not None  # a generation's own round: it has returned ``token``
             self._catch_up(len(self._tokens) - own)
             self._last_logits = None
-            r = self.core.draft_round(
-                token, k, p.temp, p.top_k, p.top_p, p.min_p, p.seed, n_valid, min_confidence, **options
-            )
+            r = self.core.draft_round(token, k, sampling, n_valid, min_confidence, **options)
             if not own:
                 self._tokens += [token, *r["tokens"][:-1]]
             seconds, read = r["draft_seconds"] + r["verify_seconds"], r["draft_bytes"] + r["verify_bytes"]
@@ -395,7 +393,7 @@ class Session(Closing):
 
     # ---- decoding on a device
 
-    def decode_start(self, p: Sampling, n_valid: int, max_tokens: int, eos: Sequence[int]) -> None:
+    def decode_start(self, sampling: Sampling, n_valid: int, max_tokens: int, eos: Sequence[int]) -> None:
         """Starts a generation's rounds on the device, after the sequence's last token; they end when the session rests.
 
         Raises:
@@ -405,9 +403,7 @@ class Session(Closing):
             self._catch_up(len(self._tokens) - 1)
             self._last_logits = None
             self._before = (time.perf_counter(), self.core.pos, self._read_bytes())
-            self.core.decode_start(
-                self._tokens[-1], p.temp, p.top_k, p.top_p, p.min_p, p.seed, n_valid, max_tokens, eos
-            )
+            self.core.decode_start(self._tokens[-1], sampling, n_valid, max_tokens, eos)
             self._decoding = True
 
     @property

@@ -20,7 +20,7 @@ from sim import build
 def open_with(library: Path) -> object:
     file = packed.PackedFile(surface_cases.packed())
     with file:
-        return _core.Model(str(file.path), file.fileno(), file.config, file.tensor_table(), device=str(library))
+        return _core.Model.open_on(str(library), str(file.path), file.fileno(), file.config, file.tensor_table())
 
 
 def test_device_cuda_says_what_is_missing_and_auto_falls_back() -> None:

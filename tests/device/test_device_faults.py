@@ -16,6 +16,7 @@ import runtime_cases as rc
 import tiny
 from deepcalm import _core
 from deepcalm.errors import Error, SessionError, UnsupportedError
+from deepcalm.sampling import Sampling
 
 KB = 1024
 
@@ -39,7 +40,7 @@ def session(core: Any, mtp: bool = True, ctx: int = 64, rows: int = 16) -> Any:
 
 
 def start(s: Any, token: int, tokens: int = 4) -> None:
-    s.decode_start(token, 0.0, 0, 1.0, 0.0, 0, 270, tokens, [])
+    s.decode_start(token, Sampling(), 270, tokens, [])
 
 
 def text(s: Any, k: int) -> list[int]:

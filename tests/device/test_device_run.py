@@ -20,6 +20,7 @@ import surface_cases
 import tiny
 from deepcalm import _core
 from deepcalm.errors import ResourceError, SessionError, UnsupportedError
+from deepcalm.sampling import Sampling
 from stage_oracle import check_stages
 
 # (preset, dtype of the checkpoint, options of the packer, cache type): every format, cache type and router
@@ -97,12 +98,11 @@ def decode(
     core: Any, ks: list[int], prompt: rc.Array, kv: str = "f16", n: int = 12, **options: Any
 ) -> tuple[list[int], Any, list[dict[str, Any]]]:
     """A device text of n tokens after the argmax of the prompt's logits: (tokens, session at rest, rounds)."""
-    o: dict[str, Any] = {"temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "eos": [], "ctx": 128}
-    o |= {"mtp": any(ks)} | options
+    o: dict[str, Any] = {"sampling": Sampling(), "eos": [], "ctx": 128, "mtp": any(ks)} | options
     s = session(core, kv, o["ctx"], o["mtp"])
     logits = s.forward(prompt)[0]
-    token = _core.sample(logits, o["temp"], o["top_k"], o["top_p"], o["min_p"], o["seed"], s.pos, len(logits))
-    s.decode_start(token, o["temp"], o["top_k"], o["top_p"], o["min_p"], o["seed"], len(logits), n - 1, o["eos"])
+    token = _core.sample(logits, o["sampling"], s.pos, len(logits))
+    s.decode_start(token, o["sampling"], len(logits), n - 1, o["eos"])
     rounds: list[dict[str, Any]] = []
     for k in itertools.cycle(ks):
         s.decode_step(k)
@@ -129,31 +129,29 @@ def assert_same_session(core: Any, s: Any, kv: str) -> None:
 
 
 SAMPLINGS = [
-    {},
-    {"temp": 1.0, "seed": 7},
-    {"temp": 0.8, "seed": 2**63 + 5, "top_k": 40, "top_p": 0.9},
-    {"temp": 1.3, "seed": 3, "top_p": 0.7, "min_p": 0.02},
+    Sampling(),
+    Sampling(temp=1.0, seed=7),
+    Sampling(temp=0.8, seed=2**63 + 5, top_k=40, top_p=0.9),
+    Sampling(temp=1.3, seed=3, top_p=0.7, min_p=0.02),
 ]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "plain", "top_k-top_p", "top_p-min_p"])
-def test_device_decodes_the_same_text_with_any_drafts(sampling: dict[str, Any], device: str) -> None:
+def test_device_decodes_the_same_text_with_any_drafts(sampling: Sampling, device: str) -> None:
     file = rc.small()
     core = device_cases.open_core(file, device)
     prompt = tiny.token_ids(file.config["vocab_size"], PROMPT, 4)
-    plain, s, _ = decode(core, [0], prompt, **sampling)
+    plain, s, _ = decode(core, [0], prompt, sampling=sampling)
     assert_same_session(core, s, "f16")
     # the same from the host, one pass and one choice at a time
     host = session(core, "f16")
-    o = {"temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0} | sampling
     tokens, logits = [], host.forward(prompt)[0]
     for _ in range(12):
-        args = (o["temp"], o["top_k"], o["top_p"], o["min_p"], o["seed"])
-        tokens.append(_core.sample(logits, *args, host.pos, len(logits)))
+        tokens.append(_core.sample(logits, sampling, host.pos, len(logits)))
         logits = host.forward([tokens[-1]])[0]
     assert plain == tokens
-    for ks in ([3], [0, 7, 1]) if not sampling else ([2],):
-        text, s, rounds = decode(core, ks, prompt, **sampling)
+    for ks in ([3], [0, 7, 1]) if sampling.temp == 0 else ([2],):
+        text, s, rounds = decode(core, ks, prompt, sampling=sampling)
         assert text == plain, ks
         assert sum(r["drafted"] for r in rounds) > 0
         assert_same_session(core, s, "f16")
@@ -224,13 +222,13 @@ def test_device_refuses(device: str) -> None:
     with pytest.raises(SessionError, match="decode: not started"):
         s.decode_step(0)
     s.forward([1, 2, 3])
-    s.decode_start(4, 0.0, 0, 1.0, 0.0, 0, 270, 5, [])
+    s.decode_start(4, Sampling(), 270, 5, [])
     with pytest.raises(SessionError, match=r"1 drafts, expected 0\.\.0"):
         s.decode_step(1)
     s.decode_finish()
     assert s.tokens.tolist() == [1, 2, 3]
     with pytest.raises(SessionError, match="33 end tokens, at most 32"):
-        s.decode_start(4, 0.0, 0, 1.0, 0.0, 0, 270, 5, list(range(33)))
+        s.decode_start(4, Sampling(), 270, 5, list(range(33)))
     cpu = _core.Session(rc.open_model(rc.pack(rc.checkpoint("v3", "bf16"), dtype="q8"), rc.ISAS[0]), 64, "f16", 8)
     with pytest.raises(UnsupportedError, match="runs on the CPU"):
         cpu.decode_start(4, 0.0, 0, 1.0, 0.0, 0, 270, 5, [])

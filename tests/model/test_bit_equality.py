@@ -19,6 +19,7 @@ import runtime_cases as rc
 import tiny
 from deepcalm import _core
 from deepcalm.errors import SessionError, UnsupportedError
+from deepcalm.sampling import Sampling
 
 Case = tuple[rc.packed.PackedFile, str, rc.Array]  # packed file, cache type, token ids [N]
 N = 72  # crosses an attention chunk (64), and the rows whose heads a pass computes together (64)
@@ -124,19 +125,18 @@ def test_truncate_and_restore(case: Case, isa: str) -> None:
     rc.assert_same_bits("after restoring", restored.forward(ids[33:], "all"), truth.logits[33:])
 
 
-SAMPLING = {"temp": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "seed": 7}
-GREEDY = {"temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+SAMPLING, GREEDY = Sampling(0.8, 40, 0.95, 0.01, 7), Sampling()
 N_VALID = 270  # fewer than vocab_size: padding rows are never drawn
 
 
-def decode_plainly(core: Any, kv: str, prompt: rc.Array, n_new: int, how: dict[str, Any]) -> tuple[list[int], rc.Array]:
+def decode_plainly(core: Any, kv: str, prompt: rc.Array, n_new: int, how: Sampling) -> tuple[list[int], rc.Array]:
     """One forward pass per token and one call of the sampler: what drafting must reproduce."""
     session = _core.Session(core, 128, kv, 64)
     tokens, rows = [], []
     logits = session.forward(prompt, "last")
     while True:
         rows.append(logits[0])
-        tokens.append(_core.sample(logits[0], pos=session.pos, n_valid=N_VALID, **how))
+        tokens.append(_core.sample(logits[0], how, session.pos, N_VALID))
         if len(tokens) == n_new:
             return tokens, np.stack(rows)
         logits = session.forward(np.array(tokens[-1:], np.int32), "last")
@@ -147,7 +147,7 @@ def decode_plainly(core: Any, kv: str, prompt: rc.Array, n_new: int, how: dict[s
     [*((isa, GREEDY) for isa in rc.ISAS), (rc.ISAS[0], SAMPLING)],
     ids=[*(f"{isa}-greedy" for isa in rc.ISAS), f"{rc.ISAS[0]}-sampled"],
 )
-def test_drafting_changes_nothing(mtp_case: Case, isa: str, how: dict[str, Any]) -> None:
+def test_drafting_changes_nothing(mtp_case: Case, isa: str, how: Sampling) -> None:
     """Real drafts, and drafts forced to be right 0..k times in a row: the same tokens, logits and caches."""
     file, kv, ids = mtp_case
     core = rc.open_model(file, isa)
@@ -162,9 +162,7 @@ def test_drafting_changes_nothing(mtp_case: Case, isa: str, how: dict[str, Any])
         while len(out) < n_new:
             right = len(got) % (k + 1)  # how many drafts of this round to get right
             forced = [t if j < right else (t + 1) % N_VALID for j, t in enumerate(tokens[len(out) :][:k])]
-            r = session.draft_round(
-                last, k, n_valid=N_VALID, want_logits=True, forced=forced if forcing else None, **how
-            )
+            r = session.draft_round(last, k, how, N_VALID, want_logits=True, forced=forced if forcing else None)
             assert len(r["tokens"]) == r["accepted"] + 1 and r["drafted"] == k
             if forcing:
                 assert r["accepted"] == right
@@ -197,7 +195,7 @@ def test_truncate_and_restore_with_drafting(mtp_case: Case, isa: str) -> None:
     def draft(session: Any, pos: int, rows: int) -> None:
         """A round of rejected drafts after token `pos`; then the state must be the truth's."""
         assert session.pos == pos
-        r = session.draft_round(int(ids[pos]), 2, n_valid=N_VALID, forced=None, **GREEDY)
+        r = session.draft_round(int(ids[pos]), 2, GREEDY, N_VALID)
         state = session.state()
         n, m = pos + 1 + r["accepted"], state["mtp_cache"].shape[1]
         assert (m, len(state["hidden"])) == (rows, n - rows)
@@ -208,7 +206,7 @@ def test_truncate_and_restore_with_drafting(mtp_case: Case, isa: str) -> None:
 
     session = _core.Session(core, 128, kv, 64, mtp=True)
     session.forward(ids[:50], "none")
-    session.draft_round(int(ids[50]), 3, n_valid=N_VALID, forced=wrong[51:54], **GREEDY)
+    session.draft_round(int(ids[50]), 3, GREEDY, N_VALID, forced=wrong[51:54])
     session.truncate(41)
     draft(session, 41, 41)  # the hidden state of position 40 is gone and must be recomputed
     session.truncate(42)
@@ -238,14 +236,14 @@ def test_a_failed_round_leaves_no_trace(tmp_path: Path, k: int) -> None:
     session = _core.Session(core, 64, "f32", 64, mtp=True)
     session.forward(ids[:10], "none")
     with pytest.raises(SessionError, match="not finite"):
-        session.draft_round(int(ids[10]), k, n_valid=N_VALID, **GREEDY)
+        session.draft_round(int(ids[10]), k, GREEDY, N_VALID)
     state = session.state()
     assert session.pos == 10 and state["tokens"].tolist() == ids[:10].tolist()
     # the MTP row of position 9 needed the failed token: gone again, with the hidden state that it consumed
     assert state["mtp_cache"].shape[1] + len(state["hidden"]) == (10 if k == 0 else 9)
     session.forward(ids[10:], "none")
     with pytest.raises(SessionError, match="not finite"):
-        session.draft_round(0, 1, n_valid=N_VALID, **GREEDY)  # catches up over the tokens that came instead
+        session.draft_round(0, 1, GREEDY, N_VALID)  # catches up over the tokens that came instead
     mtp_rows = session.state()["mtp_cache"]
     rc.assert_same_bits("MTP cache", mtp_rows, truth.mtp(20)[2][:, : mtp_rows.shape[1]])
     assert mtp_rows.shape[1] == 19

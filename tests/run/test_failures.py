@@ -22,10 +22,11 @@ import surface_cases
 import tiny
 from deepcalm import _core
 from deepcalm.errors import ResourceError
+from deepcalm.sampling import Sampling
 
 IDS = tiny.token_ids(tiny.N_TOKENS, 300)
-GREEDY: dict[str, Any] = {"temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "n_valid": tiny.N_TOKENS}
-SAMPLED = GREEDY | {"temp": 0.9, "top_p": 0.95, "min_confidence": 1e-9}
+GREEDY: dict[str, Any] = {"sampling": Sampling(), "n_valid": tiny.N_TOKENS}
+SAMPLED = GREEDY | {"sampling": Sampling(temp=0.9, top_p=0.95), "min_confidence": 1e-9}
 
 
 def plain(n: int) -> Callable[[Any], object]:

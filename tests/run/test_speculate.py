@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,16 @@ from deepcalm import SessionError, _core, cli
 from deepcalm.drafting import LIMIT, LIMIT_TOKENS, PLAIN_EVERY, Controller, CostModel, expected_tokens
 from deepcalm.generation import TextGeneration
 from deepcalm.measure import drafts
+from deepcalm.sampling import Sampling
 from test_sampling import chi_square_p, softmax
 
 F64 = npt.NDArray[np.float64]
 N_VALID = 270
 SAMPLINGS: list[dict[str, Any]] = [
-    {"temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
-    {"temp": 0.3, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
-    {"temp": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
-    {"temp": 1.0, "top_k": 30, "top_p": 0.9, "min_p": 0.02},
+    Sampling(),
+    Sampling(temp=0.3),
+    Sampling(temp=1.0),
+    Sampling(temp=1.0, top_k=30, top_p=0.9, min_p=0.02),
 ]
 
 
@@ -59,7 +61,7 @@ class Twins:
         self.ctx = int(rng.choice([24, 80, 140]))
         self.core = rc.open_model(file, isa, int(rng.integers(1, 4)))
         self.truth = rc.open_model(file, isa, 1)
-        self.how = SAMPLINGS[rng.integers(len(SAMPLINGS))] | {"seed": int(rng.integers(1 << 40))}
+        self.how = replace(SAMPLINGS[rng.integers(len(SAMPLINGS))], seed=int(rng.integers(1 << 40)))
         self.vocab = int(file.config["vocab_size"])
         self.session, self.plain = self.make(self.core, True), _core.Session(self.truth, self.ctx, self.kv, 64)
         self.tokens: list[int] = []
@@ -99,13 +101,13 @@ class Twins:
         known, rows, last = [], [], first
         for i in range(min(k + 1, room)):
             rows.append(self.plain.forward(np.array([last], np.int32), "last")[0])
-            last = _core.sample(rows[-1], pos=n + 1 + i, n_valid=N_VALID, **self.how)
+            last = _core.sample(rows[-1], self.how, n + 1 + i, N_VALID)
             known.append(last)
         forced = None
         if self.rng.random() < 0.6:
             right = int(self.rng.integers(k + 1))
             forced = [t if j < right else (t + 1) % N_VALID for j, t in enumerate((known + [0] * k)[:k])]
-        r = self.session.draft_round(first, k, n_valid=N_VALID, want_logits=True, forced=forced, **self.how)
+        r = self.session.draft_round(first, k, self.how, N_VALID, want_logits=True, forced=forced)
         made, accepted = r["tokens"], r["accepted"]
         assert made == known[: len(made)] and len(made) == accepted + 1, self.what
         assert r["drafted"] == (min(k, room - 1, self.session.max_rows - 1) if n else 0), self.what
@@ -164,7 +166,7 @@ def test_long_pending_rows_are_caught_up_in_batches() -> None:
     core = rc.open_model(file, rc.ISAS[0])
     session = _core.Session(core, 700, "f16", 100, mtp=True)
     session.forward(ids[:20], "none")
-    plain = {"n_valid": N_VALID, "temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+    plain = {"n_valid": N_VALID, "sampling": Sampling()}
     caught_up = [t for t in ids[20:320] if session.draft_round(int(t), 0, **plain)["draft_bytes"]]
     assert len(caught_up) == 1  # its bytes are counted where they are read
     for part in rc.chunks(290, 100):
@@ -180,7 +182,7 @@ def test_states_that_no_session_leaves_are_refused() -> None:
     core = rc.open_model(file, rc.ISAS[0])
     source = _core.Session(core, 64, "f16", 32, mtp=True)
     source.forward(tiny.token_ids(N_VALID, 9, 1), "none")
-    how = {"n_valid": N_VALID, **SAMPLINGS[0], "seed": 0}
+    how = {"n_valid": N_VALID, "sampling": Sampling()}
     source.draft_round(5, 2, forced=[1, 1], **how)
     s = source.state()
     n = len(s["tokens"])
@@ -259,7 +261,7 @@ def test_drafted_sampling_draws_from_the_target_distribution() -> None:
     first, pairs, accepted = np.zeros(n_valid), np.zeros((n_valid, n_valid)), 0
     for seed in range(n):
         session.load_state(*start)
-        r = session.draft_round(1, 1, temp=temp, top_k=0, top_p=1.0, min_p=0.0, seed=seed, n_valid=n_valid)
+        r = session.draft_round(1, 1, Sampling(temp=temp, seed=seed), n_valid)
         first[r["tokens"][0]] += 1
         accepted += r["accepted"]
         if r["accepted"]:
@@ -304,7 +306,7 @@ def test_transformers_drafts_the_same(preset: str, tmp_path: Path) -> None:
     ids, n_new = tiny.token_ids(N_VALID, 12, 9).tolist(), 40
     theirs, accepted = hf.draft(folder, ids, n_new)
     core = model.session(kv="f32", mtp=True)._core
-    how = {"temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "n_valid": int(model.config["vocab_size"])}
+    how = {"sampling": Sampling(), "n_valid": int(model.config["vocab_size"])}
     ours = [int(core.forward(np.array(ids, np.int32), "last")[0].argmax())]
     counts = []
     while len(ours) < n_new:

@@ -18,10 +18,11 @@ import surface_cases
 import tiny
 from deepcalm import _core
 from deepcalm.errors import SessionError
+from deepcalm.sampling import Sampling
 
 SECONDS = 2.0
 IDS = tiny.token_ids(tiny.N_TOKENS, 20)
-HOW: dict[str, Any] = {"temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "n_valid": tiny.N_TOKENS}
+HOW: dict[str, Any] = {"sampling": Sampling(), "n_valid": tiny.N_TOKENS}
 
 # What can be asked of a session, by name of the member, on one that holds 3 tokens and keeps MTP rows.
 CALLS: dict[str, Callable[[Any], Any]] = {

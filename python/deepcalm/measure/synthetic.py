@@ -229,7 +229,7 @@ def write_model(
         dtype, attn_dtype, head_dtype: as for ``deepcalm.pack`` of a bf16 checkpoint ("source" is bf16).
         overrides: "KEY=JSON" over config.json, for instance "first_k_dense_replace=1".
         progress: called with (bytes written, bytes in all).
-        sparse: no weights, only a hole in their place: for a device that draws its own (``_core.Model(fill_seed=)``).
+        sparse: no weights, only a hole in their place: for a device that draws its own (``Model.open_on``).
 
     The file appears complete or not at all.
 
