@@ -41,9 +41,9 @@ AREAS = (
         "Python core, files and their commands",
         (
             *("python/deepcalm/*.py", "python/deepcalm/files/*.py"),
-            *(f"python/deepcalm/cli/{name}.py" for name in ("__init__", "common", "run", "files")),
+            *(f"python/deepcalm/cli/{name}.py" for name in ("__init__", "common", "run", "chat", "files")),
         ),
-        6490,
+        6725,
     ),
     Area("Python check", ("python/deepcalm/check/*.py", "python/deepcalm/cli/check.py"), 1610),
     Area("Python measure", ("python/deepcalm/measure/*.py", "python/deepcalm/cli/bench.py"), 1275),

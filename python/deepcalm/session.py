@@ -521,9 +521,10 @@ class Session(Closing):
         For measurements: rows that no pass has written. Raises SessionError if they do not fit, or the session keeps
         MTP state.
         """
-        self._load({**self._empty, "tokens": tokens, "cache": rows})
+        self.load_state({**self._empty, "tokens": tokens, "cache": rows})
 
-    def _load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Replaces the state by what ``saved`` returned."""
         with self._changing():
             before, self._tokens = self._tokens, []  # if interrupted: nothing rather than other rows for these tokens
             held, tokens = self.core.pos, np.array(state["tokens"])
@@ -610,10 +611,13 @@ class Session(Closing):
             "kv": self.kv,
         }
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], **notes: str) -> None:
         """Writes the sequence and its cache to ``path`` (a safetensors file), through a temporary file and a rename.
 
         A token that no pass has seen yet is passed first. A running generation goes on afterwards.
+
+        Args:
+            notes: texts that are saved beside it, for ``saved``.
 
         Raises:
             ResourceError: the file cannot be written.
@@ -628,7 +632,7 @@ class Session(Closing):
             state = self.core.state()
         with whole_file(path) as name:
             try:
-                save_file(state, name, self._identity())
+                save_file(state, name, notes | self._identity())
             except safetensors.SafetensorError as e:
                 raise ResourceError(f"{path}: cannot be written: {one_line(e)}") from None
 
@@ -642,15 +646,23 @@ class Session(Closing):
         Raises:
             SessionError: not a saved session, or one that does not fit; the message says what was found.
         """
+        self.load_state(self.saved(path, force)[0])
+
+    def saved(
+        self, path: str | os.PathLike[str], force: bool = False
+    ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
+        """The state saved in ``path``, checked but not taken (``load_state`` does), and the notes beside it.
+
+        Raises as ``restore``.
+        """
         import safetensors
 
         path = Path(path)
         try:
             with File(path, SessionError), safetensors.safe_open(path, framework="numpy") as f:  # a pipe would block
-                state = self._fitting(path, f, force)
+                return self._fitting(path, f, force), f.metadata()
         except (OSError, safetensors.SafetensorError) as e:
             raise SessionError(f"{path}: cannot be read as a saved session: {one_line(e)}") from None
-        self._load(state)
 
     def _fitting(self, path: Path, f: Any, force: bool) -> dict[str, npt.NDArray[Any]]:
         """The tensors of an open saved session that fits this one."""
@@ -670,7 +682,8 @@ class Session(Closing):
         if not self._mtp:
             state |= {name: self._empty[name] for name in ("mtp_cache", "hidden")}
         elif shapes["mtp_cache"][1] + shapes["hidden"][0] + 1 < n:
-            raise SessionError(f"{path}: saved without MTP state; restore it into a session with mtp=False")
+            reason = "saved without MTP state; restore it into a session with mtp=False (--draft off)"
+            raise SessionError(f"{path}: {reason}")
         return state
 
     def _shape(self, path: Path, f: Any, name: str, dtype: str) -> tuple[int, ...]:

@@ -53,8 +53,14 @@ def test_m_names_the_model_everywhere(run: Run, path: Path, tmp_path: Path) -> N
 def next_commands(run: Run, model: Path | str, tmp_path: Path) -> set[str]:
     """What every command that opens a model says of one."""
     (tmp_path / "t").write_text("x")
-    commands = (("generate", "x", "-m", model), ("chat", "-m", model), ("bench", model), ("inspect", model),
-                ("perplexity", model, tmp_path / "t"), ("verify", model, "--against", surface_cases.checkpoint()))
+    commands = (
+        ("generate", "x", "-m", model),
+        ("chat", "-m", model),
+        ("bench", model),
+        ("inspect", model),
+        ("perplexity", model, tmp_path / "t"),
+        ("verify", model, "--against", surface_cases.checkpoint()),
+    )
     return {error(run(*c)) for c in commands if c[0] != "inspect" or not Path(model).is_dir()}
 
 

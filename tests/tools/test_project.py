@@ -57,7 +57,7 @@ TOO_LARGE = {
     "check.py: perplexity",
     "files.py: pack",
     "run.py: generate",
-    "run.py: chat",
+    "chat.py: chat_command",
     "pack.py: _part",
     "synthetic.py: write_model",
 }

@@ -1,17 +1,17 @@
-"""The commands ``generate`` and ``chat``."""
+"""The command ``generate``, and what it shares with ``chat``: how to sample, streaming, statistics."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import Error, SessionError
+from ..errors import SessionError
 from ..files.safetensors import check_output
 from ..tables import columns
 from ..text import decode_utf8, one_line
@@ -24,7 +24,6 @@ from .common import (
     open_model,
     open_session,
     options,
-    read_stdin,
     read_text,
     say,
     write,
@@ -61,10 +60,19 @@ Examples:
     "--chat/--raw", "as_chat", default=None,
     help="Apply the checkpoint's chat template, or take the prompt as it is (default).",
 )  # fmt: skip
-@click.option("--logprobs", type=click.IntRange(0, 100), metavar="N",
-              help="Every token's log probability and its N best alternatives, before filters; a table on stderr.")
-@click.option("--prompt-cache", "cache", type=FILE, metavar="FILE",
-              help="Go on from this saved session as far as the prompt agrees, and save the new one there.")
+@click.option(
+    "--logprobs",
+    type=click.IntRange(0, 100),
+    metavar="N",
+    help="Every token's log probability and its N best alternatives, before filters; a table on stderr.",
+)
+@click.option(
+    "--prompt-cache",
+    "cache",
+    type=FILE,
+    metavar="FILE",
+    help="Go on from this saved session as far as the prompt agrees, and save the new one there.",
+)
 @options("--system", "--chat-template-kwargs", *RUNTIME, "--lock", "--json", "--quiet")
 def generate(
     prompt: str | None, path: Path | None, given: str | None, file: str | None, max_tokens: int | None,
@@ -137,12 +145,17 @@ def restore(session: Session, path: Path, ids: Sequence[int]) -> int:
     check_output(path)
     if not os.path.lexists(path):
         return 0
+    session.load_state(saved(session, path, "name another file for --prompt-cache")[0])
+    return session.reuse(ids)
+
+
+def saved(session: Session, path: Path, advice: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """``session.saved(path)``; a refusal ends with ``advice``."""
     try:
-        session.restore(path)
+        return session.saved(path)
     except SessionError as e:
         reason = str(e).partition("; force=True")[0]
-        raise SessionError(f"{reason}; it is left as it is, name another file for --prompt-cache") from None
-    return session.reuse(ids)
+        raise SessionError(f"{reason}; it is left as it is, {advice}") from None
 
 
 def cached_text(kept: int, ids: Sequence[int], said: bool = True) -> str:
@@ -291,85 +304,4 @@ def report(answer: TextGeneration, stats: Stats, seed: int | None) -> dict[str, 
     }
 
 
-@click.command(
-    epilog="""\b
-Examples:
-  deepcalm chat -m v2-lite-chat.dcalm
-  deepcalm chat -m v2-lite-chat.dcalm --system "Answer in French." --temp 0.7
-Commands: /reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer and keeps its text."""
-)
-@options("--model", "--max-tokens", *SAMPLING, "--system", "--chat-template-kwargs", *RUNTIME, "--lock", "--quiet")
-def chat(
-    path: Path | None, max_tokens: int | None, system: str | None, template_options: dict[str, Any], device: str,
-    threads: int | None, isa: str | None, ctx: int | None, kv: str, lock: bool, quiet: bool, **sampling: Any,
-) -> int:  # fmt: skip
-    """Talk with a model, line by line.
-
-    Each turn renders the whole conversation with the checkpoint's template and computes only what follows the longest
-    prefix that is still in the cache. A model without a template, such as the demo model, continues the text so far,
-    your line included, until it ends it; the next line begins a new one.
-    """
-    model = open_model(path, device, threads, isa, quiet, lock)
-    opening = [{"role": "system", "content": system}] if system is not None else []
-    templated = model.chat_template is not None
-    if templated or opening:
-        first = [*opening, {"role": "user", "content": "x"}]
-        model.encode_chat(first, **template_options)  # fails before the first turn
-    else:
-        say("this model has no chat template: it continues the text, yours and its own; /reset begins a new one", quiet)
-    session = open_session(model, ctx, kv, sampling["draft"], quiet)
-    sampling |= how_to_sample(model, quiet, **sampling)
-    messages = list(opening)
-    while (line := read_turn(quiet)) is not None:
-        if line == "/quit":
-            break
-        if line == "/reset":
-            messages = list(opening)
-            session.truncate(0)
-            continue
-        if not line.strip():
-            continue
-        messages.append({"role": "user", "content": line})
-        try:
-            ids = model.encode_chat(messages, **template_options) if templated else model.encode(running_text(messages))
-            check_room(len(ids), session)
-        except Error as e:
-            say(f"deepcalm: error: {e}; /reset starts over")
-            messages.pop()
-            continue
-        kept, before = session.reuse(ids), session.stats
-        cached = session.core.pos
-        answer, seed = start(session, ids[kept:], max_tokens, **sampling)
-        stream(answer)
-        if answer.reason == "eos" and not templated:
-            messages.clear()
-        elif answer.text:
-            messages.append({"role": "assistant", "content": answer.text})
-        else:
-            messages.pop()
-        line = summary(answer, session.stats - before, seed)
-        say(line + cached_text(cached, ids), quiet)
-    return 0
-
-
-def running_text(messages: Sequence[Mapping[str, str]]) -> str:
-    """A conversation without a template, as the terminal shows it: each answer follows its line, and ends one."""
-    return "".join(m["content"] + ("\n" if m["role"] == "assistant" else "") for m in messages)
-
-
-def read_turn(quiet: bool) -> str | None:
-    """A line from stdin without its end; None at the end of input."""
-    while True:
-        if sys.stdin.isatty() and not quiet:
-            click.echo("> ", err=True, nl=False)
-        data = read_stdin(sys.stdin.buffer.readline)
-        if not data:
-            say("", quiet or not sys.stdin.isatty())
-            return None
-        try:
-            return decode_utf8(data, "standard input").rstrip("\r\n")
-        except Error as e:
-            say(f"deepcalm: error: {e}")
-
-
-COMMANDS = (generate, chat)
+COMMANDS = (generate,)
