@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import functools
 import os
+import pty
+import re
+import select
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,3 +106,46 @@ def error(result: tuple[int, bytes, str]) -> str:
     code, out, err = result
     assert (code, out) == (1, b"") and err.startswith("deepcalm: error: ") and err.count("\n") == 1, result
     return err
+
+
+class Terminal:
+    """A command whose three streams are a pseudo-terminal."""
+
+    def __init__(self, *args: str | Path, width: int = 80, **env: str) -> None:
+        self._fd, terminal = pty.openpty()
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+        self.process = subprocess.Popen(
+            [*COMMAND, *args], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+            env=environment(TERM="xterm", COLUMNS=str(width), **env),
+        )  # fmt: skip
+        os.close(terminal)
+        self.shown = ""
+
+    def until(self, pattern: str, seconds: float = 30) -> str:
+        """Reads until ``pattern`` has appeared since the last call; what was shown by then, without escapes."""
+        new, end = "", time.monotonic() + seconds
+        while not re.search(pattern, plain(new)):
+            left = end - time.monotonic()
+            assert left > 0 and select.select([self._fd], [], [], left)[0], f"{pattern!r} not in {plain(new)!r}"
+            try:
+                new += os.read(self._fd, 65536).decode("utf-8", "replace")
+            except OSError:
+                raise AssertionError(f"ended; {pattern!r} not in {plain(new)!r}") from None
+        self.shown += new
+        return plain(new)
+
+    def type(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def ends(self) -> int:
+        """Its exit code, once all that it shows has been read."""
+        with contextlib.suppress(OSError):
+            while piece := os.read(self._fd, 65536):
+                self.shown += piece.decode("utf-8", "replace")
+        os.close(self._fd)
+        return self.process.wait(timeout=30)
+
+
+def plain(text: str) -> str:
+    """Without the escapes of line editing."""
+    return re.sub(r"\x1b(\[[\d;?]*[A-Za-z]|[=>])", "", text).replace("\r", "")

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
-import pty
 import re
-import select
 import signal
-import struct
-import subprocess
-import termios
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,52 +14,9 @@ import deepcalm
 import surface_cases
 from deepcalm.cli import chat
 from deepcalm.cli.run import visible
-from surface_cases import Run
+from surface_cases import Run, Terminal, plain
 
 LEFT, ENTER, CTRL_C, CTRL_D = "\x1b[D", "\r", "\x03", "\x04"
-
-
-class Terminal:
-    """A command whose three streams are a pseudo-terminal."""
-
-    def __init__(self, *args: str | Path, **env: str) -> None:
-        self._fd, terminal = pty.openpty()
-        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        self.process = subprocess.Popen(
-            [*surface_cases.COMMAND, *args], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-            env=surface_cases.environment(TERM="xterm", **env),
-        )  # fmt: skip
-        os.close(terminal)
-        self.shown = ""
-
-    def until(self, pattern: str, seconds: float = 30) -> str:
-        """Reads until ``pattern`` has appeared since the last call; what was shown by then, without escapes."""
-        new, end = "", time.monotonic() + seconds
-        while not re.search(pattern, plain(new)):
-            left = end - time.monotonic()
-            assert left > 0 and select.select([self._fd], [], [], left)[0], f"{pattern!r} not in {plain(new)!r}"
-            try:
-                new += os.read(self._fd, 65536).decode("utf-8", "replace")
-            except OSError:
-                pytest.fail(f"ended; {pattern!r} not in {plain(new)!r}")
-        self.shown += new
-        return plain(new)
-
-    def type(self, text: str) -> None:
-        os.write(self._fd, text.encode())
-
-    def ends(self) -> int:
-        """Its exit code, once all that it shows has been read."""
-        with contextlib.suppress(OSError):
-            while piece := os.read(self._fd, 65536):
-                self.shown += piece.decode("utf-8", "replace")
-        os.close(self._fd)
-        return self.process.wait(timeout=30)
-
-
-def plain(text: str) -> str:
-    """Without the escapes of line editing."""
-    return re.sub(r"\x1b(\[[\d;?]*[A-Za-z]|[=>])", "", text).replace("\r", "")
 
 
 @pytest.fixture

@@ -195,15 +195,18 @@ def test_bench_synthetic_command(capsys: pytest.CaptureFixture[str], tmp_path: P
     args = ["bench", "--synthetic", "v2-lite:2", "--dtype", "q4", *SMALL, "--contexts", "0", "--threads", "1"]
     for s in sizes:
         args += ["--set", s]
-    assert cli.main([*args, "--keep", str(keep), "--json"]) == 0
+    assert cli.main([*args, "--attn-dtype", "f16", "--head-dtype", "bf16", "--keep", str(keep), "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["runs"][0]["experts"]["finite"] and re.search(r"kept.dcalm: .* of memory available", err)
     with packed.PackedFile(keep) as f:
         assert f.config["hidden_size"] == 64 and f.config["num_hidden_layers"] == 2
+        assert [f.entries[name].format for name in ("layers.0.wo", "head")] == ["f16", "bf16"]
     assert cli.main([*args, "--keep", str(keep)]) == 1
     assert "exists; measure it with" in capsys.readouterr().err
     assert cli.main([*args, "--set", "colour=1"]) == 2
     assert "no key 'colour'" in capsys.readouterr().err
+    keep.unlink()
+    assert cli.main([*args, "--keep", str(keep), "-q"]) == 0 and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

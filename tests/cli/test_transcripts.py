@@ -1,0 +1,105 @@
+"""What a newcomer sees at a terminal, wide or narrow, with and without colours, and that every option is used."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+
+import click
+import pytest
+
+import surface_cases
+from deepcalm import cli
+from surface_cases import Run, Terminal, error, plain
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What lies around where somebody tries the program."""
+    folder = tmp_path_factory.mktemp("home")
+    shutil.copytree(surface_cases.checkpoint(), folder / "v3")
+    shutil.copytree(surface_cases.checkpoint(), folder / "awq")
+    config = folder / "awq" / "config.json"
+    quantised = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | quantised))
+    (folder / "m.gguf").write_bytes(b"GGUF" + bytes(99))
+    return folder
+
+
+@pytest.mark.parametrize(("width", "colour"), [(80, True), (40, False)])
+def test_first_five_minutes(folder: Path, width: int, colour: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command ends in success, or in one line that ends with what to type."""
+    monkeypatch.chdir(folder)
+    for command, code, last in (
+        ("generate -n 3 Once", 0, r"3 tokens, ended by length; .*; seed \d+"),
+        ("generate -n 3 -m v3 Once", 1, "deepcalm pack v3 v3.dcalm"),
+        ("pack v3 v3.dcalm --force", 0, "v3.dcalm: .* of weights per token"),
+        ("generate -n 3 -m v3.dcalm the", 0, "hint: this model has a chat template, .*"),
+        ("chat -m v4.dcalm", 1, "no such file; in . there is v3.dcalm; .*: deepcalm pack FOLDER v4.dcalm"),
+        ("chat -m some-org/Some-Model", 1, "deepcalm pack some-org/Some-Model Some-Model.dcalm"),
+        ("generate -m m.gguf Hi", 1, "pack the Hugging Face checkpoint it was made from"),
+        ("chat -m awq", 1, "deepcalm pack ORG/NAME FILE --dtype q4"),
+        ("generate -m v3.dcalm -c 99999 Hi", 1, r"ctx: 99999, expected 1\.\.1280 \(max_position_embeddings\)"),
+        ("generate", 2, r"Error: give either a PROMPT \('-' for stdin\) or --file"),
+    ):
+        t = Terminal(*command.split(), width=width, NO_COLOR="" if colour else "1")
+        assert t.ends() == code, (command, t.shown)
+        lines = plain(t.shown).splitlines()
+        assert re.search(last + "$", lines[-1]), (command, t.shown)
+        assert "Traceback" not in t.shown and (code != 1 or len(lines) == 1), t.shown
+        if code == 0 and command.startswith("generate"):  # the prompt, dim, where there are colours
+            assert ("\x1b[2m" in t.shown) == colour and lines[0].startswith(command.split()[-1])
+        if width == 80:
+            piped = surface_cases.run(*command.split())
+            assert piped[0] == code and "\x1b" not in piped[1].decode() + piped[2]
+
+
+def test_a_model_that_does_not_fit_says_what_to_do(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepcalm.limits.available_memory", lambda: 10_000)
+    for command in (("generate", "-m", path, "the"), ("chat", "-m", path)):
+        assert "; use a smaller ctx or another kv type" in error(run(*command))
+
+
+# ---- every option
+
+
+@cache
+def strings() -> list[set[str]]:
+    """The constants of every test."""
+    tests = Path(__file__).parents[1]
+    nodes = [n for f in sorted(tests.rglob("test_*.py")) for n in ast.parse(f.read_text()).body]
+    return [
+        {w for c in ast.walk(n) if isinstance(c, ast.Constant) and isinstance(c.value, str) for w in c.value.split()}
+        for n in nodes
+        if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")
+    ]
+
+
+@pytest.mark.parametrize("name", cli.cli.commands)
+def test_every_option_is_used_by_a_test(name: str) -> None:
+    """By one that names the command too; and every name that an option has, by a test of some command."""
+    parameters = [p for p in cli.cli.commands[name].params if isinstance(p, click.Option)]
+    unused = [
+        p.opts[0] for p in parameters if not any(name in s and s & {*p.opts, *p.secondary_opts} for s in strings())
+    ]
+    assert not unused
+    everywhere = set().union(*strings())
+    assert not [o for p in parameters for o in (*p.opts, *p.secondary_opts) if o not in everywhere]
+
+
+def test_options_that_change_no_text(run: Run, path: Path) -> None:
+    want = run("chat", "-m", path, "-n", "3", stdin=b"Hi\n")[:2]
+    for more in (("--device", "cpu"), ("--isa", "scalar", "--kv", "f32"), ("--quiet", "--history")):
+        got = run("chat", "-m", path, "-n", "3", *more, stdin=b"Hi\n")
+        assert got[0] == 0 and (more[0] == "--isa" or got[:2] == want)
+    assert surface_cases.run("chat", "-m", path, "-n", "3", "-q", "--lock", stdin=b"Hi\n")[:2] == want
+    assert run("generate", "-m", path, "-n", "3", "--prompt", "Hi", "--raw", "-q") == (
+        *run("generate", "-m", path, "-n", "3", "Hi", "--raw")[:2], ""
+    )  # fmt: skip
+    assert run("verify", path, "--against", surface_cases.checkpoint(), "--layers", "0", "--tokens", "8", "-q")[2] == ""
+    plan = json.loads(run("pack", surface_cases.checkpoint(), "--dry-run", "--json", "--attn-dtype", "q8")[1])
+    assert {t["format"] for t in plan["tensors"] if t["name"].endswith(".wo")} == {"q8"}
