@@ -41,7 +41,7 @@ def test_first_five_minutes(folder: Path, width: int, colour: bool, monkeypatch:
         ("generate -n 3 -m v3.dcalm the", 0, "hint: this model has a chat template, .*"),
         ("chat -m v4.dcalm", 1, "no such file; in . there is v3.dcalm; .*: deepcalm pack FOLDER v4.dcalm"),
         ("chat -m some-org/Some-Model", 1, "deepcalm pack some-org/Some-Model Some-Model.dcalm"),
-        ("generate -m m.gguf Hi", 1, "pack the Hugging Face checkpoint it was made from"),
+        ("generate -m m.gguf Hi", 1, "the Hugging Face checkpoint it was made from: deepcalm pack ORG/NAME FILE.dcalm"),
         ("chat -m awq", 1, "deepcalm pack ORG/NAME FILE --dtype q4"),
         ("generate -m v3.dcalm -c 99999 Hi", 1, r"ctx: 99999, expected 1\.\.1280 \(max_position_embeddings\)"),
         ("generate", 2, r"Error: give either a PROMPT \('-' for stdin\) or --file"),

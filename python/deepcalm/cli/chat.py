@@ -16,7 +16,7 @@ from ..errors import Error, SessionError
 from ..files.safetensors import parse_json
 from ..text import decode_utf8, one_line
 from .common import RUNTIME, SAMPLING, open_model, open_session, options, read_stdin, say
-from .run import cached_text, check_room, how_to_sample, saved, start, stream
+from .run import cached_text, check_room, how_to_sample, sampling_text, saved, start, stream
 
 if TYPE_CHECKING:
     from ..generation import TextGeneration
@@ -120,7 +120,9 @@ def terminal_prompt(history: Path | None) -> Callable[[str], str]:
     output = Vt100_Output.from_pty(sys.stdout, term=os.environ.get("TERM"))
     output.enable_cpr = False  # where the cursor is: a terminal that is slow to answer would answer into the next line
     lines: History = InMemoryHistory() if history is None else Lines(str(history))
-    session: PromptSession[str] = PromptSession(history=lines, key_bindings=keys, multiline=True, output=output)
+    session: PromptSession[str] = PromptSession(
+        history=lines, key_bindings=keys, multiline=True, enable_suspend=True, output=output
+    )
     return lambda prompt: session.prompt(prompt, prompt_continuation="  ")
 
 
@@ -301,8 +303,8 @@ def chat_command(
     reader = Reader(quiet, history)
     chat = Chat(open_session(model, ctx, kv, sampling["draft"], quiet), system, template_options, reader)
     sampling |= how_to_sample(model, quiet, **sampling)
-    if reader.interactive:
-        say(f"{model.path.name}, context {chat.session.ctx}; /help lists commands, Ctrl-D leaves", quiet)
+    say(f"{model.path.name}, context {chat.session.ctx}, {sampling_text(sampling, model)}", quiet)
+    say("/help lists commands, Ctrl-D leaves", quiet or not reader.interactive)
     while (line := reader.turn()) is not None and line.strip() != "/quit":
         try:
             if line.strip() == "/retry":

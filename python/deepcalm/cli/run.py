@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -254,7 +254,8 @@ def summary(answer: TextGeneration, stats: Stats, seed: int | None, read: float 
         line += f", {drafts.stats.tokens_per_pass:.2f} tokens and {drafts.stats.experts_per_pass:.1f} experts a pass"
     if drafts.switches and not drafts.drafting:
         line += "; drafting turned off, it did not pay"
-    line += f"; {sampling_text(answer)}"
+    how = answer.generation.sampling
+    line += f"; {sampling_text({k: getattr(how, k) for k in NO_SAMPLING}, answer.generation.session.model)}"
     return line if seed is None else f"{line}; seed {seed}"
 
 
@@ -265,13 +266,12 @@ def scores_table(answer: TextGeneration) -> str:
                    for s in answer.generation.scores)[:-1]  # fmt: skip
 
 
-def sampling_text(answer: TextGeneration) -> str:
-    """How tokens were chosen, and which of it the checkpoint said."""
-    how, defaults = answer.generation.sampling, answer.generation.session.model.sampling_defaults
-    values = {k: getattr(how, k) for k, off in NO_SAMPLING.items() if getattr(how, k) != off}
+def sampling_text(how: Mapping[str, float], model: Model) -> str:
+    """How tokens are chosen (keys of NO_SAMPLING), and which of it the checkpoint said."""
+    values = {k: how[k] for k, off in NO_SAMPLING.items() if how[k] != off}
     if not values:
         return "greedy"
-    own = [k for k, v in values.items() if defaults.get(k) == v]
+    own = [k for k, v in values.items() if model.sampling_defaults.get(k) == v]
     text = ", ".join(f"{k.replace('_', '-')} {v:g}" for k, v in values.items())
     whose = "" if own == list(values) else " for " + " and ".join(k.replace("_", "-") for k in own)
     return text + (f" (the checkpoint's{whose})" if own else "")

@@ -472,7 +472,8 @@ def _names_in(path: Path) -> list[str]:
     except NotADirectoryError:
         what = {
             ".dcalm": f"packed already; run it: deepcalm generate -m {shlex.quote(str(path))}",
-            ".gguf": "a GGUF file, which is not read; pack the Hugging Face checkpoint that it was made from",
+            ".gguf": "a GGUF file, which is not read; pack the Hugging Face checkpoint that it was made from: "
+            "deepcalm pack ORG/NAME FILE.dcalm",
             ".safetensors": f"one file of a checkpoint; give its folder: {shlex.quote(str(path.parent))}",
         }.get(path.suffix, "a file, expected the folder of a Hugging Face checkpoint")
         raise CheckpointError(f"{path}: is {what}") from None

@@ -135,7 +135,8 @@ def _refuse_foreign(f: File) -> None:
     if head.startswith(b"version https://git-lfs.github.com/"):
         raise f.error(f"{f.path}: a git-LFS pointer, not the file itself; fetch it with: git lfs pull")
     if head.startswith(b"GGUF"):
-        raise f.error(f"{f.path}: a GGUF file, which is not read; pack the Hugging Face checkpoint it was made from")
+        raise f.error(f"{f.path}: a GGUF file, which is not read; pack the Hugging Face checkpoint it was made from: "
+                      "deepcalm pack ORG/NAME FILE.dcalm")  # fmt: skip
 
 
 class File(Closing):
