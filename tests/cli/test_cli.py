@@ -295,7 +295,7 @@ def test_help_has_examples(run: Run, command: str) -> None:
 def test_every_command_is_listed_and_documented(run: Run) -> None:
     out = run("--help")[1].decode()
     for name in cli.cli.commands:
-        assert re.search(rf"^  {name} +\S", out, re.MULTILINE)
+        assert re.search(rf"^  {name} +\S.*\.$", out, re.MULTILINE), "a sentence that fits"
         for option in cli.cli.commands[name].params:
             assert option.param_type_name == "argument" or getattr(option, "help", ""), f"{name} {option.name}"
 
@@ -676,6 +676,8 @@ def test_file_names_need_not_be_utf8(run: Run, path: Path, tmp_path: Path) -> No
 def test_json_output_has_no_nan(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
     common.write_json({"a": [math.nan, -math.inf, 1.5], "b": {"c": math.inf}})
     assert json.loads(capsysbinary.readouterr().out) == {"a": [None, None, 1.5], "b": {"c": None}}
+    common.write_json("\x1b\x7f\x9b é")  # nor what controls a terminal
+    assert capsysbinary.readouterr().out.decode() == '"\\u001b\\u007f\\u009b é"\n'
 
 
 # ---- inspect

@@ -291,7 +291,7 @@ def chat_command(
     device: str, threads: int | None, isa: str | None, ctx: int | None, kv: str, lock: bool, quiet: bool,
     **sampling: Any,
 ) -> int:  # fmt: skip
-    """Talk with a model: at a terminal with line editing and a history, through pipes line by line.
+    """Talk with a model. At a terminal with line editing and a history, through pipes line by line.
 
     Each turn renders the whole conversation with the checkpoint's template and computes only what follows the longest
     prefix that is still in the cache. A model without a template, such as the demo model, continues the text so far,

@@ -43,12 +43,13 @@ def _layers(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
 
 
 @click.command(
+    short_help="Compare a packed file with its checkpoint.",
     epilog="""\b
 Examples:
   deepcalm verify v2-lite.dcalm --against ~/models/DeepSeek-V2-Lite
   deepcalm verify v3.dcalm --against ~/models/DeepSeek-V3 --layers 0-4,61
   deepcalm verify v2-lite.dcalm --against ~/models/DeepSeek-V2-Lite --json | jq .first_divergence
-Exit code 0: everything that was compared agrees; 1: something does not, and the first place is named."""
+Exit code 0: everything that was compared agrees; 1: something does not, and the first place is named.""",
 )
 @click.argument("file", type=FILE, required=False)
 @click.option("--against", type=FILE, required=True, metavar="DIR", help="The checkpoint that FILE was packed from.")
@@ -106,10 +107,11 @@ def verify_text(r: Report) -> str:
 
 
 @click.command(
+    short_help="Score a text with a model.",
     epilog="""\b
 Examples:
   deepcalm perplexity v2-lite.dcalm book.txt --ctx 2048
-  deepcalm perplexity v2-lite-q4.dcalm book.txt --kl-against v2-lite-bf16.dcalm --json"""
+  deepcalm perplexity v2-lite-q4.dcalm book.txt --kl-against v2-lite-bf16.dcalm --json""",
 )
 @click.argument("file", type=FILE, required=False)
 @click.argument("text", required=False)

@@ -128,8 +128,9 @@ def write(text: str) -> None:
 
 def write_json(value: object) -> None:
     """One JSON object on stdout; a number that JSON has no word for is null."""
-    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    text = json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), ensure_ascii=False, indent=2)
+    # control characters that JSON may hold as they are, and a terminal would obey
+    write(re.sub(r"[\x7f-\x9f]", lambda m: f"\\u{ord(m[0]):04x}", text) + "\n")
 
 
 def abandon_stdout() -> None:

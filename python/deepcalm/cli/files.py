@@ -27,12 +27,13 @@ HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tiktoken.model")
 
 
 @click.command(
+    short_help="Pack a checkpoint into the file that runs.",
     epilog="""\b
 Examples:
   deepcalm pack ~/models/DeepSeek-V2-Lite v2-lite.dcalm --dtype q8
   deepcalm pack ~/models/DeepSeek-V3 v3.dcalm --dtype q4 --dry-run
   deepcalm pack deepseek-ai/DeepSeek-V2-Lite v2-lite.dcalm --revision main     (downloaded from the Hugging Face Hub)
-A packing that was interrupted goes on where it stopped when the same command is given again (from DST.partial)."""
+A packing that was interrupted goes on where it stopped when the same command is given again (from DST.partial).""",
 )
 @click.argument("src")
 @click.argument("dst", type=FILE, required=False)
@@ -148,13 +149,14 @@ def plan_notes(plan: Plan) -> list[str]:
 
 
 @click.command(
+    short_help="Show what a packed file or a checkpoint costs.",
     epilog="""\b
 Examples:
   deepcalm inspect v2-lite.dcalm
   deepcalm inspect ~/models/DeepSeek-V2-Lite     (a checkpoint, before it is packed)
   deepcalm inspect v2-lite.dcalm --tensors --check
   deepcalm inspect v2-lite.dcalm --json | jq .config
-  deepcalm inspect v2-lite.dcalm --dump layers.0.wo wo.npy"""
+  deepcalm inspect v2-lite.dcalm --dump layers.0.wo wo.npy""",
 )
 @click.argument("file", type=FILE, required=False)
 @click.option("--tensors", is_flag=True, help="Also the configuration, every tensor and everything that was dropped.")
