@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import deepcalm
-import surface_cases
+import models
 from deepcalm import _core
 from deepcalm.errors import ResourceError, UnsupportedError
 from ref import packed
@@ -28,7 +28,7 @@ def missing(device: str) -> str | None:
     """What is missing for `device`, in the words a user reads; None where it can be used."""
     library(device)
     try:
-        deepcalm.Model(surface_cases.packed(), device=device)
+        deepcalm.Model(models.packed(), device=device)
     except (UnsupportedError, ResourceError) as e:
         return str(e)
     return None

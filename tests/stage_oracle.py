@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-import runtime_cases as rc
+import models
 import tiny
 from deepcalm.check import reference
 from ref import model
@@ -25,7 +25,7 @@ INPUTS_UNSEEN = ("mtp.embed", "attn_out", "ffn_out", "routed_out", "shared_out",
 
 
 def check_stages(
-    file: rc.packed.PackedFile,
+    file: models.PackedFile,
     core: Any,
     kv: str,
     n_tokens: int = N_TOKENS,
@@ -33,9 +33,9 @@ def check_stages(
     tolerance: float = TOLERANCE,
 ) -> None:
     """Every tap of a runtime (`core`) and its MTP layer against the oracle fed that runtime's own taps."""
-    s, weights = rc.weights(file)
+    s, weights = models.weights(file)
     ids = tiny.token_ids(s.vocab, n_tokens, 7)  # few of their roundings are undecided: 0.72 decided at least
-    run = rc.Run(core, ids, kv, sizes, taps=["*"])
+    run = models.Run(core, ids, kv, sizes, taps=["*"])
     oracle = model.Model(s, weights, kv)
     oracle.forced = _joined(run.taps)
     oracle.forward(ids)
@@ -47,11 +47,13 @@ def check_stages(
         _compare(run.mtp_parts, run.mtp_taps, oracle, tolerance)
 
 
-def _joined(parts: list[dict[str, rc.Array]]) -> dict[str, rc.Array]:
+def _joined(parts: list[dict[str, models.Array]]) -> dict[str, models.Array]:
     return {name: np.concatenate([taps[name] for taps in parts]) for name in parts[0]}
 
 
-def _compare(parts: list[slice], run_taps: list[dict[str, rc.Array]], oracle: model.Model, tolerance: float) -> None:
+def _compare(
+    parts: list[slice], run_taps: list[dict[str, models.Array]], oracle: model.Model, tolerance: float
+) -> None:
     for part, taps in zip(parts, run_taps, strict=True):
         assert set(taps) == set(oracle.taps)
         for name, value in taps.items():
@@ -65,12 +67,12 @@ def _compare(parts: list[slice], run_taps: list[dict[str, rc.Array]], oracle: mo
             decided = spread.reshape(-1) / np.sqrt(ours.shape[1]) <= AMBIGUOUS * scale
             unseen, share = name.endswith(INPUTS_UNSEEN), decided.mean()
             assert decided.all() or (unseen and share >= 0.6), f"{name}: {share:.2f} of the rows decided"
-            error, overall = rc.rel_rms(ours[decided], middle[decided]), rc.rel_rms(ours, middle)
+            error, overall = models.rel_rms(ours[decided], middle[decided]), models.rel_rms(ours, middle)
             assert error <= tolerance, f"{name}: relative RMS {error:.1e}"
             assert overall <= UNDECIDED_TOLERANCE, f"{name}: relative RMS {overall:.1e}, undecided rows included"
 
 
-def _check_routing(ours: rc.Array, z: rc.Array, name: str, ref: reference.Reference) -> None:
+def _check_routing(ours: models.Array, z: models.Array, name: str, ref: reference.Reference) -> None:
     """The reference's router on the runtime's own gate logits: the same experts, ascending."""
     bias = ref.w.plain(name.replace("topk_idx", "router_bias")) if ref.s.bias else None
     _, u = reference.scores(ref.s, z.astype(np.float64), bias)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import surface_cases
+import models
+from commands import Run
 from deepcalm import cli
-from surface_cases import Run
 
 
 @pytest.fixture
@@ -30,4 +30,4 @@ def run(capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def path() -> Path:
-    return surface_cases.packed()
+    return models.packed()

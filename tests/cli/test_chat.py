@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import deepcalm
-import surface_cases
+import models
+from commands import Run, Terminal, plain
 from deepcalm.cli import chat
 from deepcalm.cli.run import visible
-from surface_cases import Run, Terminal, plain
 
 LEFT, ENTER, CTRL_C, CTRL_D = "\x1b[D", "\r", "\x03", "\x04"
 
@@ -26,7 +26,7 @@ def state(tmp_path: Path) -> Iterator[Path]:
 
 def chat_answer(*turns: str, n: int = 6) -> str:
     """What the model answers to the last of user, assistant, user, ..."""
-    m = surface_cases.model()
+    m = models.model()
     messages = [{"role": chat.ROLES[i % 2], "content": t} for i, t in enumerate(turns)]
     ids = m.encode(m.apply_chat_template(messages), bos=False)
     return m.decode(list(m.session().generate(ids, max_tokens=n)))
@@ -55,7 +55,7 @@ def test_a_terminal_has_line_editing_and_turns_of_several_lines(path: Path, stat
 
 def test_ctrl_c_stops_an_answer_then_leaves(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    args = ("chat", "-m", surface_cases.endless(), "--ctx", "90000", "-t", "1")
+    args = ("chat", "-m", models.endless(), "--ctx", "90000", "-t", "1")
     t = Terminal(*args, XDG_STATE_HOME=str(tmp_path / "file"))  # no folder: no history
     t.until(">")
     t.type("Hi" + ENTER)
@@ -139,7 +139,7 @@ def test_a_conversation_is_saved_and_loaded(
     code, out, err = run(*args, stdin=lines)
     assert (code, out.decode()) == (0, chat_answer("Hi") + "\n" + chat_answer("Hi", chat_answer("Hi"), "the") + "\n")
     assert err.count("deepcalm: error: ") == 6 and "p: no conversation that chat has saved" in err
-    code, _, err = run("chat", "-m", surface_cases.packed("moonlight"), stdin=b"/load a b\n/save a b\n")
+    code, _, err = run("chat", "-m", models.packed("moonlight"), stdin=b"/load a b\n/save a b\n")
     assert (code, err.count("model is ")) == (0, 2) and "force" not in err
     assert (Path("a b").read_bytes(), Path("x").read_text()) == (before, "precious")
 

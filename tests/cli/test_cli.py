@@ -21,10 +21,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import commands
 import deepcalm
 import device_cases
-import surface_cases
+import models
 import tiny
+from commands import Run, error
 from deepcalm import _core, cli
 from deepcalm.check.perplexity import perplexity
 from deepcalm.cli import common
@@ -34,7 +36,6 @@ from deepcalm.generation import Generation
 from deepcalm.measure import bench as measure_bench
 from deepcalm.names import ISAS
 from deepcalm.session import Stats
-from surface_cases import Run, error
 
 SUMMARY = (
     r"\d+ tokens, ended by (eos|stop|length|context|interrupted); prefill \d+ tokens, [\d.]+ tok/s"
@@ -46,7 +47,7 @@ SUMMARY = (
 
 def expected(prompt: str, n: int, **options: object) -> str:
     """What the API generates."""
-    return deepcalm.generate(prompt, surface_cases.model(), max_tokens=n, **options)  # type: ignore[arg-type]
+    return deepcalm.generate(prompt, models.model(), max_tokens=n, **options)  # type: ignore[arg-type]
 
 
 # ---- generate
@@ -89,7 +90,7 @@ def test_generate_seed_is_reported_and_reproduces(run: Run, path: Path) -> None:
 def sampling(**generation: object) -> Path:
     """A packed model whose checkpoint's generation_config.json has these keys."""
     name = "-".join(str(v) for v in generation.values())
-    folder = tiny.write(surface_cases.root() / f"sampling-{name}", "v3", dtype="f32")
+    folder = tiny.write(models.root() / f"sampling-{name}", "v3", dtype="f32")
     (folder / "generation_config.json").write_text(json.dumps(generation))
     deepcalm.pack(folder, folder.with_suffix(".dcalm"))
     return folder.with_suffix(".dcalm")
@@ -142,7 +143,7 @@ def test_options_without_effect_are_named(run: Run, path: Path) -> None:
 
 def test_a_draft_head_without_an_mtp_layer_is_named(run: Run) -> None:
     for dtype, said in (("q4", True), ("none", False)):
-        args = ("pack", surface_cases.checkpoint("moonlight"), "--dry-run", "--dtype", "q8", "--draft-head", dtype)
+        args = ("pack", models.checkpoint("moonlight", "f32"), "--dry-run", "--dtype", "q8", "--draft-head", dtype)
         assert ("note: draft head q4 has no effect: no MTP layer is packed" in run(*args)[2]) == said
 
 
@@ -168,7 +169,7 @@ def test_stop_that_can_never_match_is_refused(run: Run, path: Path) -> None:
 
 
 def test_generate_with_chat_template(run: Run, path: Path) -> None:
-    m = surface_cases.model()
+    m = models.model()
     ids = m.encode("<bos>SYS<|user|>Hi<|assistant|>", bos=False)
     want = m.decode(list(m.session().generate(ids, max_tokens=7)))
     code, out, _ = run("generate", "-m", path, "-n", "7", "--chat", "--system", "SYS", "Hi")
@@ -207,7 +208,7 @@ def test_text_is_the_same_with_any_draft(run: Run, path: Path, sampling: tuple[s
         assert re.search(r"; \d+ of \d+ drafts accepted", err) or draft in ("auto", "0"), err
     code, out, _ = run(*args, "--draft", "2", "--json")
     assert code == 0 and json.loads(out)["text"] == want[1].decode()[:-1] and json.loads(out)["drafts"]["offered"] > 0
-    plain = surface_cases.packed("moonlight")
+    plain = models.packed("moonlight")
     assert run("generate", "-m", plain, "-n", "4", "the")[0] == 0  # no MTP layer: auto does without
 
 
@@ -318,17 +319,17 @@ def test_version_tells_commit_and_compiler(run: Run, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell: str) -> None:
-    ask = functools.partial(surface_cases.run, env={"_DEEPCALM_COMPLETE": f"{shell}_source"})
+    ask = functools.partial(commands.run, env={"_DEEPCALM_COMPLETE": f"{shell}_source"})
     assert ask()[0] == 0 and b"_DEEPCALM_COMPLETE" in ask()[1]
     words = {"COMP_WORDS": "deepcalm generate --logp", "COMP_CWORD": "2" if shell != "fish" else "--logp"}
-    got = surface_cases.run(env={"_DEEPCALM_COMPLETE": f"{shell}_complete", **words})
+    got = commands.run(env={"_DEEPCALM_COMPLETE": f"{shell}_complete", **words})
     assert b"--logprobs" in got[1] and got[2] == ""
 
 
 def test_errors_are_one_line_with_the_reason(run: Run, path: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"ab\xff")
     (tmp_path / "not.dcalm").write_bytes(b"not a model")
-    no_bos = surface_cases.packed("glm4_moe_lite")
+    no_bos = models.packed("glm4_moe_lite")
     base = ("generate", "-m", path)
     cases = [
         (("generate", "-m", tmp_path / "missing.dcalm", "a"), r"missing\.dcalm"),
@@ -343,13 +344,13 @@ def test_errors_are_one_line_with_the_reason(run: Run, path: Path, tmp_path: Pat
         ((*base, "--ctx", "99999999999", "a"), r"ctx: 99999999999, expected 1\.\.1280"),
         (("generate", "-m", no_bos, ""), "the prompt is empty, and this model has no bos"),
         *([((*base, "--device", "cuda", "a"), device_cases.NO_CUDA)] if device_cases.missing("cuda") else []),
-        (("generate", "-m", surface_cases.packed("moonlight"), "--draft", "2", "a"), "no MTP layer"),
+        (("generate", "-m", models.packed("moonlight"), "--draft", "2", "a"), "no MTP layer"),
         (("perplexity", path, tmp_path / "missing.txt"), r"missing\.txt: No such file"),
         (("perplexity", path, tmp_path / "bad.txt"), "not valid UTF-8"),
         (("bench", path, "--context", "5000"), "the model has 1280"),
         (("pack", tmp_path / "missing", tmp_path / "x.dcalm"), "missing"),
-        (("pack", surface_cases.checkpoint(), tmp_path), "is a directory, expected the name of the packed file"),
-        (("pack", surface_cases.checkpoint(), "/proc/x.dcalm"), "/proc/x.dcalm"),
+        (("pack", models.checkpoint(dtype="f32"), tmp_path), "is a directory, expected the name of the packed file"),
+        (("pack", models.checkpoint(dtype="f32"), "/proc/x.dcalm"), "/proc/x.dcalm"),
     ]
     for args, reason in cases:
         assert re.search(reason, error(run(*args, stdin=b"\xfe"))), (args, reason)
@@ -357,7 +358,7 @@ def test_errors_are_one_line_with_the_reason(run: Run, path: Path, tmp_path: Pat
 
 
 def test_empty_prompt_starts_from_bos(run: Run, path: Path) -> None:
-    m = surface_cases.model()
+    m = models.model()
     want = m.decode(list(m.session().generate([265], max_tokens=5)))
     assert run("generate", "-m", path, "-n", "5", "")[:2] == (0, want.encode() + b"\n")
 
@@ -377,7 +378,7 @@ def test_a_thread_of_python_that_cannot_start_is_one_line(
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    code, out, err = run("pack", surface_cases.checkpoint(), tmp_path / "a.dcalm")
+    code, out, err = run("pack", models.checkpoint(dtype="f32"), tmp_path / "a.dcalm")
     assert (code, out) == (1, b"")
     assert err.splitlines()[-1].startswith("deepcalm: error: can't start new thread: ")
 
@@ -398,7 +399,7 @@ def test_interrupt_keeps_the_partial_text(run: Run, path: Path, monkeypatch: pyt
             raise KeyboardInterrupt
         return one_step(self)
 
-    want = surface_cases.model().decode(list(surface_cases.model().session().generate([257], max_tokens=7)))
+    want = models.model().decode(list(models.model().session().generate([257], max_tokens=7)))
     monkeypatch.setattr(Generation, "__next__", interrupted)
     code, out, err = run("generate", "-m", path, "the")
     assert (code, out.decode()) == (130, want + "\n")
@@ -421,14 +422,14 @@ def test_interrupt_while_writing_waits_for_the_write() -> None:
 
 def start(*args: str | Path, **options: object) -> subprocess.Popen[bytes]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0} | options
-    return subprocess.Popen([*surface_cases.COMMAND, *args], env=surface_cases.environment(), **pipes)  # type: ignore[call-overload]
+    return subprocess.Popen([*commands.COMMAND, *args], env=commands.environment(), **pipes)  # type: ignore[call-overload]
 
 
 ENDLESS = ("-n", "90000", "--ctx", "90000", "--threads", "1")
 
 
 def test_ctrl_c_during_generation() -> None:
-    path = surface_cases.endless()
+    path = models.endless()
     p = start("generate", "-m", path, *ENDLESS, "the")
     assert p.stdout is not None
     first = b""
@@ -444,7 +445,7 @@ def test_ctrl_c_during_generation() -> None:
 
 
 def test_closed_pipe_ends_quietly() -> None:
-    p = start("generate", "-m", surface_cases.endless(), *ENDLESS, "the")
+    p = start("generate", "-m", models.endless(), *ENDLESS, "the")
     assert p.stdout is not None and p.stderr is not None
     p.stdout.read(10)
     p.stdout.close()
@@ -456,16 +457,16 @@ def test_closed_pipe_ends_quietly() -> None:
 
 def test_full_output_device_is_an_error(path: Path) -> None:
     with Path("/dev/full").open("wb") as full:
-        code, _, err = surface_cases.run("generate", "-m", path, "-n", "4", "-q", "the", stdout=full)
+        code, _, err = commands.run("generate", "-m", path, "-n", "4", "-q", "the", stdout=full)
     assert (code, err) == (1, "deepcalm: error: standard output: No space left on device\n")
 
 
 def test_process_accepts_bytes_that_are_no_text(path: Path) -> None:
-    code, out, err = surface_cases.run("generate", "-m", path, b"a\xff")
+    code, out, err = commands.run("generate", "-m", path, b"a\xff")
     assert (code, out) == (1, b"") and err == "deepcalm: error: the prompt: not valid UTF-8 at byte 1 (0xff)\n"
     want = expected("é", 4) + "\n"
     for locale in ("C", "POSIX"):
-        code, out, _ = surface_cases.run("generate", "-m", path, "-n", "4", "é", env={"LC_ALL": locale})
+        code, out, _ = commands.run("generate", "-m", path, "-n", "4", "é", env={"LC_ALL": locale})
         assert (code, out.decode()) == (0, want)
 
 
@@ -473,7 +474,7 @@ def test_process_accepts_bytes_that_are_no_text(path: Path) -> None:
 
 
 def test_chat_keeps_the_conversation_and_the_cache(run: Run, path: Path) -> None:
-    m, opening = surface_cases.model(), {"role": "system", "content": "SYS"}
+    m, opening = models.model(), {"role": "system", "content": "SYS"}
 
     def answer(messages: list[dict[str, str]]) -> str:
         ids = m.encode(m.apply_chat_template(messages), bos=False)
@@ -496,7 +497,7 @@ def test_chat_keeps_the_conversation_and_the_cache(run: Run, path: Path) -> None
 def test_chat_errors_leave_the_conversation_going(run: Run, path: Path) -> None:
     lines = b"\xff\n" + b"a" * 70 + b"\nHi\n"
     code, out, err = run("chat", "-m", path, "-n", "3", "--ctx", "64", stdin=lines)
-    m = surface_cases.model()
+    m = models.model()
     ids = m.encode("<bos><|user|>Hi<|assistant|>", bos=False)
     assert (code, out.decode()) == (0, m.decode(list(m.session().generate(ids, max_tokens=3))) + "\n")
     assert "standard input: not valid UTF-8 at byte 0" in err
@@ -528,7 +529,7 @@ def test_chat_without_template_begins_anew_after_an_end(run: Run) -> None:
 
 
 def test_chat_ctrl_c_stops_the_answer_only() -> None:
-    p = start("chat", "-m", surface_cases.endless(), "--ctx", "90000", "--threads", "1")
+    p = start("chat", "-m", models.endless(), "--ctx", "90000", "--threads", "1")
     assert p.stdin is not None and p.stdout is not None
     p.stdin.write(b"Hi\n")
     p.stdin.flush()
@@ -543,9 +544,9 @@ def test_chat_ctrl_c_stops_the_answer_only() -> None:
 
 
 def test_pack_writes_what_the_api_writes(run: Run, tmp_path: Path) -> None:
-    code, out, err = run("pack", surface_cases.checkpoint(), tmp_path / "m.dcalm", "--dtype", "q8")
+    code, out, err = run("pack", models.checkpoint(dtype="f32"), tmp_path / "m.dcalm", "--dtype", "q8")
     assert (code, out) == (0, b"")
-    assert (tmp_path / "m.dcalm").read_bytes() == surface_cases.packed(dtype="q8").read_bytes()
+    assert (tmp_path / "m.dcalm").read_bytes() == models.packed(dtype="q8").read_bytes()
     assert re.search(r"^F32 -> q8: [\d.]+ MB$", err, re.MULTILINE)
     assert re.search(r"^dropped .*: ", err, re.MULTILINE)  # the MTP layer's copies
     assert "weights per token" in err.splitlines()[-1]
@@ -554,14 +555,14 @@ def test_pack_writes_what_the_api_writes(run: Run, tmp_path: Path) -> None:
 
 
 def test_pack_plan(run: Run, tmp_path: Path) -> None:
-    code, out, _ = run("pack", surface_cases.checkpoint(), "--dry-run", "--dtype", "q4", "--head-dtype", "f16")
+    code, out, _ = run("pack", models.checkpoint(dtype="f32"), "--dry-run", "--dtype", "q4", "--head-dtype", "f16")
     table = out.decode().splitlines()
     assert code == 0 and list(tmp_path.iterdir()) == []
     assert re.match(r"embed +F32 -> \w+ +311x76 +[\d.]+ kB$", table[0])
     assert any(re.match(r"head +F32 -> f16 ", line) for line in table)
     assert any(re.match(r"layers\.1\.experts\.w_down +F32 -> q4 +24x76x38", line) for line in table)
     assert re.match(r"total [\d.]+ MB, [\d.]+ kB of weights per token$", table[-1])
-    code, out, err = run("pack", surface_cases.checkpoint(), tmp_path / "m.dcalm", "--dry-run", "--json", "-q")
+    code, out, err = run("pack", models.checkpoint(dtype="f32"), tmp_path / "m.dcalm", "--dry-run", "--json", "-q")
     plan = json.loads(out)
     assert (code, err) == (0, "") and not (tmp_path / "m.dcalm").exists()
     assert {t["name"] for t in plan["tensors"]} >= {"embed", "head", "mtp.eh_proj"}
@@ -572,8 +573,8 @@ def test_pack_reports_a_full_disk(tmp_path: Path) -> None:
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
-    code, out, err = surface_cases.run(
-        "pack", surface_cases.checkpoint(), tmp_path / "m.dcalm", preexec_fn=small_files
+    code, out, err = commands.run(
+        "pack", models.checkpoint(dtype="f32"), tmp_path / "m.dcalm", preexec_fn=small_files
     )  # fmt: skip
     assert (code, out) == (1, b"") and not (tmp_path / "m.dcalm").exists()
     assert err.startswith("deepcalm: error: ") and "m.dcalm" in err and err.count("\n") == 1
@@ -582,7 +583,7 @@ def test_pack_reports_a_full_disk(tmp_path: Path) -> None:
 def on_terminal(*args: str | Path, env: dict[str, str]) -> tuple[int, str]:
     """Runs a command with stderr on a pseudo-terminal: (exit code, what it showed)."""
     main_fd, terminal = pty.openpty()
-    p = subprocess.Popen([*surface_cases.COMMAND, *args], stdout=subprocess.DEVNULL, stderr=terminal, env=env)
+    p = subprocess.Popen([*commands.COMMAND, *args], stdout=subprocess.DEVNULL, stderr=terminal, env=env)
     os.close(terminal)
     shown = b""
     while True:
@@ -598,14 +599,14 @@ def on_terminal(*args: str | Path, env: dict[str, str]) -> tuple[int, str]:
 
 
 def test_progress_bar_only_on_a_terminal(tmp_path: Path) -> None:
-    env = surface_cases.environment(TERM="xterm-256color")
-    code, plain = on_terminal("pack", surface_cases.checkpoint(), tmp_path / "a.dcalm", env=env)
+    env = commands.environment(TERM="xterm-256color")
+    code, plain = on_terminal("pack", models.checkpoint(dtype="f32"), tmp_path / "a.dcalm", env=env)
     assert code == 0 and "packing a.dcalm" in plain and "weights per token" in plain
     assert not re.search(r"\x1b\[[\d;]*3\dm", plain)  # NO_COLOR
     del env["NO_COLOR"]
-    code, colour = on_terminal("pack", surface_cases.checkpoint(), tmp_path / "b.dcalm", env=env)
+    code, colour = on_terminal("pack", models.checkpoint(dtype="f32"), tmp_path / "b.dcalm", env=env)
     assert code == 0 and re.search(r"\x1b\[[\d;]*3\d", colour)
-    code, quiet = on_terminal("pack", surface_cases.checkpoint(), tmp_path / "c.dcalm", "-q", env=env)
+    code, quiet = on_terminal("pack", models.checkpoint(dtype="f32"), tmp_path / "c.dcalm", "-q", env=env)
     assert (code, quiet) == (0, "")
 
 
@@ -615,7 +616,7 @@ def test_hub_download_is_optional(run: Run, tmp_path: Path, monkeypatch: pytest.
     def snapshot_download(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append((repo, revision))
         assert "*.safetensors" in allow_patterns
-        return str(surface_cases.checkpoint())
+        return str(models.checkpoint(dtype="f32"))
 
     fake = type(sys)("huggingface_hub")
     fake.snapshot_download = snapshot_download  # type: ignore[attr-defined]
@@ -635,7 +636,7 @@ def test_hub_download_is_optional(run: Run, tmp_path: Path, monkeypatch: pytest.
     assert len(asked) == 2
     assert run("pack", "models/foo", "--dry-run", "--revision", "main")[0] == 0
     assert asked[2:] == [("models/foo", "main")]
-    for where in ("models", "foo", surface_cases.checkpoint()):
+    for where in ("models", "foo", models.checkpoint(dtype="f32")):
         assert run("pack", where, "n.dcalm", "--revision", "main")[0] == 2
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install huggingface_hub" in error(run("pack", "some-org/some.model", tmp_path / "n.dcalm"))
@@ -651,7 +652,7 @@ def test_file_names_need_not_be_utf8(run: Run, path: Path, tmp_path: Path) -> No
         return Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + text))
 
     folder, file, text = name(b"f\xff"), name(b"m\xff.dcalm"), name(b"t\xff")
-    shutil.copytree(surface_cases.checkpoint(), folder)
+    shutil.copytree(models.checkpoint(dtype="f32"), folder)
     text.write_text("the other hour " * 9)
     assert json.loads(run("pack", folder, file, "--json")[1])["file"] == str(file)
     assert error(run("pack", folder, file)).endswith(": exists; add --force to replace it (in Python force=True)\n")
@@ -710,7 +711,7 @@ def test_inspect_dumps_a_tensor(run: Run, path: Path, tmp_path: Path) -> None:
 def test_perplexity_command(run: Run, path: Path, tmp_path: Path) -> None:
     text = "the other thing in the air over a town"
     (tmp_path / "t.txt").write_text(text)
-    want = perplexity(surface_cases.model(), text, ctx=16)
+    want = perplexity(models.model(), text, ctx=16)
     code, out, err = run("perplexity", path, tmp_path / "t.txt", "--ctx", "16")
     assert (code, err) == (0, "")
     lines = out.decode().splitlines()
@@ -721,7 +722,7 @@ def test_perplexity_command(run: Run, path: Path, tmp_path: Path) -> None:
     )
     code, out, _ = run("perplexity", path, "-", "--ctx", "16", "--json", stdin=text.encode())
     assert code == 0 and json.loads(out)["nll_mean"] == want.nll_mean and json.loads(out)["divergence"] is None
-    q8 = surface_cases.packed(dtype="q8")
+    q8 = models.packed(dtype="q8")
     code, out, _ = run("perplexity", q8, tmp_path / "t.txt", "--ctx", "16", "--kl-against", path)
     assert code == 0 and re.search(rf"KL\({re.escape(str(path))} \|\| this\) 0\.\d+ \+- 0\.\d+ nats", out.decode())
 
@@ -731,7 +732,7 @@ def test_perplexity_command(run: Run, path: Path, tmp_path: Path) -> None:
 
 def test_long_runs_say_what_share_of_a_plain_read_they_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_core, "read_bandwidth", lambda *_: 8.0)
-    model = surface_cases.model()
+    model = models.model()
     stats = Stats(decode_tokens=9, decode_seconds=1.5, decode_bytes=9_000_000_000)
     read = run_commands.bandwidth_now(model, stats)
     assert read == 8.0 and run_commands.bandwidth_now(model, Stats(decode_tokens=9, decode_seconds=0.4)) is None
@@ -750,11 +751,11 @@ def few_locked_pages() -> None:
 
 
 def test_lock(path: Path) -> None:
-    done = surface_cases.run("generate", "-m", path, "-n", "2", "-q", "--lock", "the")
+    done = commands.run("generate", "-m", path, "-n", "2", "-q", "--lock", "the")
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if limit == resource.RLIM_INFINITY or os.geteuid() == 0:
         assert done[0] == 0 and done[2] == ""
-    code, out, err = surface_cases.run(
+    code, out, err = commands.run(
         "generate", "-m", path, "-n", "2", "--lock", "the", preexec_fn=few_locked_pages
     )  # fmt: skip
     kb = -(-path.stat().st_size // 1024)
@@ -791,10 +792,10 @@ def test_a_cold_file_is_read_once_from_end_to_end(path: Path, monkeypatch: pytes
 
 def test_start_is_cheap() -> None:
     """Process start to first token in less than 1.5 s of processor time; elapsed time is the machine's load too."""
-    p = start("generate", "-m", surface_cases.packed(), "-n", "1", "--threads", "1", "the")
+    p = start("generate", "-m", models.packed(), "-n", "1", "--threads", "1", "the")
     out, _ = p.communicate(timeout=30)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    p = start("generate", "-m", surface_cases.packed(), "-n", "1", "--threads", "1", "the")
+    p = start("generate", "-m", models.packed(), "-n", "1", "--threads", "1", "the")
     assert p.communicate(timeout=30)[0] == out
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
@@ -803,6 +804,6 @@ def test_start_is_cheap() -> None:
 def test_stdin_pipe_capacity_is_no_limit(path: Path) -> None:
     """A prompt longer than a pipe's buffer arrives whole."""
     text = b"the " * 30_000
-    code, out, err = surface_cases.run("generate", "-m", path, "-", stdin=text)
+    code, out, err = commands.run("generate", "-m", path, "-", stdin=text)
     assert (code, out) == (1, b"") and "the prompt has " in err
     assert int(re.search(r"has (\d+) tokens", err)[1]) > 29_000  # type: ignore[index]

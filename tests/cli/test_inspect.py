@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import commands
 import deepcalm
-import surface_cases
+import models
 import tiny
 from deepcalm import _core, cli, limits
 from deepcalm.measure import synthetic
@@ -46,7 +47,7 @@ def v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_inspect_fits_on_one_screen(show: Show, v3: Path) -> None:
     # A line is the prompt's; the longest paths are the user's own.
-    for source in (None, v3, surface_cases.checkpoint(), surface_cases.packed("v2_lite")):
+    for source in (None, v3, models.checkpoint(dtype="f32"), models.packed("v2_lite")):
         for columns in (80, 40):
             text = show(*([source] if source else []), columns=columns)
             first, *lines = text.splitlines()
@@ -75,7 +76,7 @@ def test_inspect_bounds_speed_by_the_disk_where_memory_is_short(show: Show, monk
 
 @pytest.mark.parametrize("preset", ["v2_lite", "v3"])
 def test_inspect_says_the_same_of_a_checkpoint_before_it_is_packed(show: Show, preset: str) -> None:
-    folder, packed = surface_cases.checkpoint(preset), surface_cases.packed(preset)
+    folder, packed = models.checkpoint(preset, "f32"), models.packed(preset)
     before, after = (json.loads(show(p, "--json")) for p in (folder, packed))
     assert (before["packed"], after["packed"]) == (False, True)
     size = after.pop("file_bytes") - before.pop("file_bytes")
@@ -92,7 +93,7 @@ def test_inspect_says_the_same_of_a_checkpoint_before_it_is_packed(show: Show, p
 
 @pytest.mark.parametrize("preset", tiny.PRESETS)
 def test_inspect_counts_the_parameters_of_the_checkpoint(show: Show, preset: str) -> None:
-    info = json.loads(show(surface_cases.packed(preset), "--json"))
+    info = json.loads(show(models.packed(preset), "--json"))
     config, found = tiny.PRESETS[preset].config, info["parameters"]
     sizes = {name: math.prod(shape) for name, shape in tiny.tensor_shapes(config)}
     mtp = f"model.layers.{config['num_hidden_layers']}."
@@ -110,7 +111,7 @@ def test_inspect_counts_the_cache_of_a_session(show: Show) -> None:
 
 
 def test_inspect_lists_tensors_when_asked(show: Show) -> None:
-    path = surface_cases.packed()
+    path = models.packed()
     assert "layers.1.experts.w_down" not in show(path)
     text = show(path, "--tensors", "--check")
     assert re.search(r"^kv_lora_rank +42$", text, re.M)
@@ -121,10 +122,10 @@ def test_inspect_lists_tensors_when_asked(show: Show) -> None:
 
 def test_inspect_checks_and_dumps_packed_files_only(capsys: pytest.CaptureFixture[str]) -> None:
     for option in (["--check"], ["--dump", "embed", "x.npy"]):
-        assert cli.main(["inspect", str(surface_cases.checkpoint()), *option]) == 1
+        assert cli.main(["inspect", str(models.checkpoint(dtype="f32")), *option]) == 1
         assert "is a directory, and --check and --dump read a packed file" in capsys.readouterr().err
 
 
 def test_inspect_in_a_pipe_is_plain_text() -> None:
-    code, out, err = surface_cases.run("inspect", surface_cases.packed(), env={"FORCE_COLOR": "1"})
+    code, out, err = commands.run("inspect", models.packed(), env={"FORCE_COLOR": "1"})
     assert (code, err) == (0, "") and b"\x1b" not in out and max(map(len, out.splitlines()[1:])) <= 80

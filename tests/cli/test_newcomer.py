@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import surface_cases
+import models
+from commands import Run, error
 from deepcalm.cli import common
 from deepcalm.cli import run as run_commands
 from deepcalm.sampling import Scores
-from surface_cases import Run, error
 
 
 def test_names_of_llama_cpp_mean_the_same(run: Run, path: Path, tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_names_of_llama_cpp_mean_the_same(run: Run, path: Path, tmp_path: Path) 
 def test_m_names_the_model_everywhere(run: Run, path: Path, tmp_path: Path) -> None:
     text = tmp_path / "t.txt"
     text.write_text("the other thing in the air")
-    folder = surface_cases.checkpoint()
+    folder = models.checkpoint(dtype="f32")
     for by_option, by_place in (
         (("inspect", "-m", path, "--json"), ("inspect", path, "--json")),
         (("perplexity", "-m", path, text), ("perplexity", path, text)),
@@ -59,7 +59,7 @@ def next_commands(run: Run, model: Path | str, tmp_path: Path) -> set[str]:
         ("bench", model),
         ("inspect", model),
         ("perplexity", model, tmp_path / "t"),
-        ("verify", model, "--against", surface_cases.checkpoint()),
+        ("verify", model, "--against", models.checkpoint(dtype="f32")),
     )
     return {error(run(*c)) for c in commands if c[0] != "inspect" or not Path(model).is_dir()}
 
@@ -68,7 +68,7 @@ def test_a_model_that_is_none_comes_with_the_command_to_type(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(surface_cases.checkpoint(), "tiny v3")
+    shutil.copytree(models.checkpoint(dtype="f32"), "tiny v3")
     shutil.copytree("tiny v3", "awq")
     config = json.loads(Path("awq/config.json").read_text())
     Path("awq/config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq", "bits": 4}}))
@@ -133,7 +133,7 @@ def test_hub_names_are_not_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_logprobs_are_those_of_the_raw_logits(run: Run, path: Path) -> None:
-    model = surface_cases.model()
+    model = models.model()
     sampling = ("--temp", "0.8", "--top-k", "3", "--seed", "5")
     args = ("generate", "-m", path, "-n", "9", "--raw", "the other")
     for more in ((), sampling, (*sampling, "--draft", "3"), ("--draft", "3")):
@@ -176,7 +176,7 @@ def test_prompt_cache_goes_on_where_prompts_agree(run: Run, path: Path, tmp_path
         got = re.search(r"; (\d+) of (\d+) prompt tokens were cached\n$", err)
         assert got and (int(got[1]) > 2) == cached and int(got[1]) < int(got[2])
     assert json.loads(run(*args, "the other way", "--prompt-cache", saved, "--json")[1])["cached_tokens"] > 2
-    moonlight = surface_cases.packed("moonlight")
+    moonlight = models.packed("moonlight")
     assert run("generate", "-m", moonlight, "-n", "2", "--prompt-cache", tmp_path / "m", "the")[0] == 0
     assert "no MTP layer" in error(run("generate", "-m", moonlight, "--draft", "2", "--prompt-cache", saved, "the"))
 
@@ -187,7 +187,7 @@ def test_prompt_cache_of_another_model_is_left_alone(run: Run, path: Path, tmp_p
     assert run(*args, "--prompt-cache", saved)[0] == 0
     text.write_text("precious")
     before = saved.read_bytes()
-    for wrong, *more in ((saved, "-m", surface_cases.packed("moonlight")), (text,), (saved, "--kv", "q8")):
+    for wrong, *more in ((saved, "-m", models.packed("moonlight")), (text,), (saved, "--kv", "q8")):
         err = error(run(*args, *more, "--prompt-cache", wrong))
         assert err.endswith("; it is left as it is, name another file for --prompt-cache\n") and "force" not in err
     assert (saved.read_bytes(), text.read_text()) == (before, "precious")

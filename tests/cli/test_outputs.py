@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import commands
 import deepcalm
-import surface_cases
+import models
+from commands import error
 from deepcalm.errors import PackedFileError, ResourceError, SessionError
 from deepcalm.files import safetensors
-from surface_cases import error
 
 FULL = "No space left on device"
 
@@ -53,19 +54,19 @@ def test_whole_file_writes_to_devices_as_they_are() -> None:
 
 
 def test_dump_that_fails_leaves_the_file(tmp_path: Path) -> None:
-    path, out = surface_cases.packed(), tmp_path / "out.npy"
+    path, out = models.packed(), tmp_path / "out.npy"
     out.write_text("precious")
-    assert "no.such.tensor" in error(surface_cases.run("inspect", path, "--dump", "no.such.tensor", out))
+    assert "no.such.tensor" in error(commands.run("inspect", path, "--dump", "no.such.tensor", out))
     assert out.read_text() == "precious" and list(tmp_path.iterdir()) == [out]
     assert f"/dev/full: cannot be written: {FULL}" in error(
-        surface_cases.run("inspect", path, "--dump", "embed", "/dev/full")
+        commands.run("inspect", path, "--dump", "embed", "/dev/full")
     )
-    assert surface_cases.run("inspect", path, "--dump", "embed", out) == (0, b"", "")
-    assert np.load(out).shape[0] == surface_cases.model().config["vocab_size"]
+    assert commands.run("inspect", path, "--dump", "embed", out) == (0, b"", "")
+    assert np.load(out).shape[0] == models.model().config["vocab_size"]
 
 
 def test_saves_to_one_path_at_once_all_succeed(tmp_path: Path) -> None:
-    sessions = [surface_cases.model().session(8) for _ in range(4)]
+    sessions = [models.model().session(8) for _ in range(4)]
     for i, s in enumerate(sessions):
         s.prefill([i + 1] * (i + 1))
     failures: list[Exception] = []
@@ -90,7 +91,7 @@ def test_saves_to_one_path_at_once_all_succeed(tmp_path: Path) -> None:
 def test_a_pipe_in_the_place_of_a_file_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SessionError, match="not a regular file"):
-        surface_cases.model().session(8).restore(tmp_path / "pipe")
+        models.model().session(8).restore(tmp_path / "pipe")
     with pytest.raises(PackedFileError, match="not a regular file"):
         deepcalm.Model(tmp_path / "pipe")
 
@@ -115,12 +116,12 @@ def test_a_pipe_in_the_place_of_a_file_does_not_block(tmp_path: Path) -> None:
     ids=lambda x: x if isinstance(x, str) else None,
 )
 def test_closed_streams(closed: str, args: tuple[str, ...], code: int, reason: str) -> None:
-    path = str(surface_cases.packed())
+    path = str(models.packed())
     words = [a.format(path) for a in args]
     if args[0] in ("generate", "chat"):
         words[1:1] = ["-m", path, "--threads", "1"]
-    command = ["/bin/sh", "-c", f'exec "$0" "$@" {closed}', *surface_cases.COMMAND, *words]
-    r = subprocess.run(command, env=surface_cases.environment(), capture_output=True, timeout=60, check=False)
+    command = ["/bin/sh", "-c", f'exec "$0" "$@" {closed}', *commands.COMMAND, *words]
+    r = subprocess.run(command, env=commands.environment(), capture_output=True, timeout=60, check=False)
     err = r.stderr.decode()
     assert r.returncode == code and "Traceback" not in err and "Exception ignored" not in err, err
     assert err == (f"deepcalm: error: {reason}\n" if reason else "")
@@ -141,9 +142,9 @@ def test_ctrl_c_at_any_time_is_130_without_a_traceback() -> None:
     )
     for delay in np.linspace(0, 0.35, 12):
         p = subprocess.Popen(
-            [sys.executable, "-c", script, "generate", "-m", surface_cases.endless(), "-n", "90000", "--ctx", "90000",
+            [sys.executable, "-c", script, "generate", "-m", models.endless(), "-n", "90000", "--ctx", "90000",
              "--threads", "1", "the"],
-            env=surface_cases.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=commands.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         assert p.stdout is not None
         p.stdout.readline()
@@ -168,7 +169,7 @@ def test_terminated_commands_leave_no_temporary_files(tmp_path: Path, number: si
         "sys.argv[1:] = ['bench', '--synthetic', 'v2-lite:1']\n"
         "sys.exit(deepcalm.cli.main())\n"
     )
-    env = surface_cases.environment(TMPDIR=str(tmp_path))
+    env = commands.environment(TMPDIR=str(tmp_path))
     p = subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert p.stdout is not None
     p.stdout.readline()

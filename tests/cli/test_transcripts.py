@@ -12,17 +12,18 @@ from pathlib import Path
 import click
 import pytest
 
-import surface_cases
+import commands
+import models
+from commands import Run, Terminal, error, plain
 from deepcalm import cli
-from surface_cases import Run, Terminal, error, plain
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What lies around where somebody tries the program."""
     folder = tmp_path_factory.mktemp("home")
-    shutil.copytree(surface_cases.checkpoint(), folder / "v3")
-    shutil.copytree(surface_cases.checkpoint(), folder / "awq")
+    shutil.copytree(models.checkpoint(dtype="f32"), folder / "v3")
+    shutil.copytree(models.checkpoint(dtype="f32"), folder / "awq")
     config = folder / "awq" / "config.json"
     quantised = {"quantization_config": {"quant_method": "awq", "bits": 4}}
     config.write_text(json.dumps(json.loads(config.read_text()) | quantised))
@@ -54,7 +55,7 @@ def test_first_five_minutes(folder: Path, width: int, colour: bool, monkeypatch:
         if code == 0 and command.startswith("generate"):  # the prompt, dim, where there are colours
             assert ("\x1b[2m" in t.shown) == colour and lines[0].startswith(command.split()[-1])
         if width == 80:
-            piped = surface_cases.run(*command.split())
+            piped = commands.run(*command.split())
             assert piped[0] == code and "\x1b" not in piped[1].decode() + piped[2]
 
 
@@ -96,10 +97,13 @@ def test_options_that_change_no_text(run: Run, path: Path) -> None:
     for more in (("--device", "cpu"), ("--isa", "scalar", "--kv", "f32"), ("--quiet", "--history")):
         got = run("chat", "-m", path, "-n", "3", *more, stdin=b"Hi\n")
         assert got[0] == 0 and (more[0] == "--isa" or got[:2] == want)
-    assert surface_cases.run("chat", "-m", path, "-n", "3", "-q", "--lock", stdin=b"Hi\n")[:2] == want
+    assert commands.run("chat", "-m", path, "-n", "3", "-q", "--lock", stdin=b"Hi\n")[:2] == want
     assert run("generate", "-m", path, "-n", "3", "--prompt", "Hi", "--raw", "-q") == (
         *run("generate", "-m", path, "-n", "3", "Hi", "--raw")[:2], ""
     )  # fmt: skip
-    assert run("verify", path, "--against", surface_cases.checkpoint(), "--layers", "0", "--tokens", "8", "-q")[2] == ""
-    plan = json.loads(run("pack", surface_cases.checkpoint(), "--dry-run", "--json", "--attn-dtype", "q8")[1])
+    assert (
+        run("verify", path, "--against", models.checkpoint(dtype="f32"), "--layers", "0", "--tokens", "8", "-q")[2]
+        == ""
+    )
+    plan = json.loads(run("pack", models.checkpoint(dtype="f32"), "--dry-run", "--json", "--attn-dtype", "q8")[1])
     assert {t["format"] for t in plan["tensors"] if t["name"].endswith(".wo")} == {"q8"}

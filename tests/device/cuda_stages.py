@@ -26,9 +26,7 @@ FITS = 8
 I32, I64 = c.c_int32, c.c_int64
 Matrix, Rows, Norm, View = map(ctype, ("Matrix", "PassRows", "Norm", "View"))
 Routing, RouterArgs, LatentCache, Partials = map(ctype, ("Routing", "RouterArgs", "LatentCache", "Partials"))
-ARGS = {
-    stage: ctype(args) for args, stage in re.findall(r'struct (\w+) {\s*static constexpr \w+ kStage{"(\w+)"', TEXT)
-}
+ARGS = {stage: ctype(args) for args, stage in re.findall(r'struct (\w+) {\s*static constexpr \w+ kStage{"(\w+)"', TEXT)}
 
 
 class LaunchSpec(c.Structure):

@@ -10,7 +10,7 @@ import pytest
 
 import deepcalm
 import device_cases
-import surface_cases
+import models
 from deepcalm import _core
 from deepcalm.errors import UnsupportedError
 from deepcalm.files import packed
@@ -18,21 +18,21 @@ from sim import build
 
 
 def open_with(library: Path) -> object:
-    file = packed.PackedFile(surface_cases.packed())
+    file = packed.PackedFile(models.packed())
     with file:
         return _core.Model.open_on(str(library), str(file.path), file.fileno(), file.config, file.tensor_table())
 
 
 def test_device_cuda_says_what_is_missing_and_auto_falls_back() -> None:
     why = device_cases.missing("cuda")
-    auto = deepcalm.Model(surface_cases.packed(), device="auto")
+    auto = deepcalm.Model(models.packed(), device="auto")
     if why is None:
         assert auto.device == "cuda" and not auto.notes
         return
     text = why.removeprefix("device 'cuda': ")
     assert why != text and re.fullmatch(device_cases.NO_CUDA, text)
     assert auto.device == "cpu" and auto.notes == (f"device auto: cpu, {text}",)
-    assert auto.isa == deepcalm.Model(surface_cases.packed()).isa
+    assert auto.isa == deepcalm.Model(models.packed()).isa
 
 
 def test_device_library_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -68,13 +68,13 @@ def test_device_library_of_another_build_is_refused(tmp_path: Path) -> None:
 def test_device_sim_needs_the_library_that_the_tests_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DEEPCALM_SIM", raising=False)
     with pytest.raises(UnsupportedError) as e:
-        deepcalm.Model(surface_cases.packed(), device="sim")
+        deepcalm.Model(models.packed(), device="sim")
     assert str(e.value) == (
         "device 'sim': DEEPCALM_SIM is not set, expected the library that tests/sim/build.py builds and names"
     )
     monkeypatch.setenv("DEEPCALM_SIM", "nowhere/sim.so")
     with pytest.raises(UnsupportedError, match=r"this build has no sim\.so"):
-        deepcalm.Model(surface_cases.packed(), device="sim")
+        deepcalm.Model(models.packed(), device="sim")
 
 
 @pytest.mark.parametrize("device", ["cuda", "sim"])

@@ -11,7 +11,7 @@ import pytest
 import cuda_stages as cs
 import deepcalm
 import device_cases
-import surface_cases
+import models
 from deepcalm.device import device_view
 from deepcalm.errors import SessionError
 from ref import formats
@@ -24,7 +24,7 @@ def to_numpy(a: Any) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("device", device_cases.DEVICES)
 def test_device_arrays_show_what_a_pass_left(device: str) -> None:
     xp = device_cases.array_module(device)
-    s = deepcalm.Model(surface_cases.packed(), device=device).session(32, mtp=False)
+    s = deepcalm.Model(models.packed(), device=device).session(32, mtp=False)
     out = s.prefill([3, 1, 4, 1, 5], all_logits=True)
     config = s.model.config
     logits = xp.asarray(device_view(s, "logits"))
@@ -44,7 +44,7 @@ def test_device_arrays_show_what_a_pass_left(device: str) -> None:
 @pytest.mark.parametrize("device", device_cases.DEVICES)
 def test_device_arrays_show_taps(device: str) -> None:
     xp = device_cases.array_module(device)
-    s = deepcalm.Model(surface_cases.packed(), device=device).session(32)
+    s = deepcalm.Model(models.packed(), device=device).session(32)
     with s.trace("q", "topk_idx", "layers.1.layer_out") as taps:
         s.prefill([3, 1, 4, 1, 5])
     assert len(taps) > 4 and taps["layers.0.q"].ndim == 3 and taps["layers.2.topk_idx"].dtype == np.int32
@@ -80,11 +80,11 @@ def test_device_arrays_go_through_a_stage(fmt: str, device: str) -> None:
 
 
 def test_device_arrays_refuse() -> None:
-    s = deepcalm.Model(surface_cases.packed()).session(8)
+    s = deepcalm.Model(models.packed()).session(8)
     with pytest.raises(SessionError, match="no buffer 'x', expected on a device x, hidden"):
         device_view(s, "x")
     device_cases.need("sim")
-    s = deepcalm.Model(surface_cases.packed(), device="sim").session(8)
+    s = deepcalm.Model(models.packed(), device="sim").session(8)
     with pytest.raises(SessionError, match="no buffer 'weights'"):
         device_view(s, "weights")
     view = device_view(s, "x")
@@ -103,7 +103,7 @@ def test_device_arrays_refuse() -> None:
 def test_a_pass_that_fails_has_ended() -> None:
     """What it had queued has run: nothing is left to read the buffers of a call that has returned."""
     device_cases.need("sim")
-    s = deepcalm.Model(surface_cases.packed(), device="sim").session(32)
+    s = deepcalm.Model(models.packed(), device="sim").session(32)
     s.core.trace(None, {"layers.0.layer_out": np.zeros(3, np.float32)})
     with pytest.raises(SessionError, match=r"feed: layers\.0\.layer_out has 3 values, expected"):
         s.core.forward(np.array([3, 1], np.int32), "last")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import device_cases
-import runtime_cases as rc
+import models
 import tiny
 from deepcalm import _core
 from deepcalm.errors import Error, SessionError, UnsupportedError
@@ -32,7 +32,7 @@ def simulator() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def core() -> Any:
     """Of the fewest layers: what fails at a dense layer's launches fails at a MoE layer's."""
-    return device_cases.open_core(rc.small(0), "sim")
+    return device_cases.open_core(models.small(0), "sim")
 
 
 def session(core: Any, mtp: bool = True, ctx: int = 64, rows: int = 16) -> Any:
@@ -122,10 +122,10 @@ def test_device_failure_at_any_call_is_an_error(core: Any, name: str, how: str) 
                 fresh.forward(tokens)
             truth[tokens] = fresh.forward([11, 12], "all"), fresh.state()
         logits, state = truth[tokens]
-        rc.assert_same_bits(f"logits after failure {n}", ours[0], logits)
-        rc.assert_same_bits(f"cache after failure {n}", ours[1]["cache"], state["cache"])
+        models.assert_same_bits(f"logits after failure {n}", ours[0], logits)
+        models.assert_same_bits(f"cache after failure {n}", ours[1]["cache"], state["cache"])
         m = min(ours[1]["mtp_cache"].shape[1], state["mtp_cache"].shape[1])
-        rc.assert_same_bits(f"MTP {n}", ours[1]["mtp_cache"][:, :m], state["mtp_cache"][:, :m])
+        models.assert_same_bits(f"MTP {n}", ours[1]["mtp_cache"][:, :m], state["mtp_cache"][:, :m])
     assert n > 3
 
 
@@ -135,7 +135,7 @@ def test_device_failure_while_opening_is_an_error() -> None:
             device_cases.play("calls", 0)
             device_cases.play(how, n)
             try:
-                core = device_cases.open_core.__wrapped__(rc.small(), "sim")
+                core = device_cases.open_core.__wrapped__(models.small(), "sim")
                 s = session(core)
             except Error:
                 continue
@@ -151,7 +151,7 @@ def test_device_session_without_mtp_decodes_a_model_that_has_it(core: Any) -> No
     with_mtp, without = session(core), session(core, mtp=False)
     assert text(with_mtp, 0) == text(without, 0)
     assert without.tokens.tolist() == with_mtp.tokens.tolist() and without.mtp_pos == 0
-    rc.assert_same_bits("logits", without.forward([5]), with_mtp.forward([5]))
+    models.assert_same_bits("logits", without.forward([5]), with_mtp.forward([5]))
 
 
 def test_device_report_leaves_the_session_as_it_is(core: Any) -> None:
@@ -163,7 +163,7 @@ def test_device_report_leaves_the_session_as_it_is(core: Any) -> None:
         s.device_report(what)
     for name, before in shown.items():
         assert np.array_equal(view(s, name).view(np.uint8), before.view(np.uint8)), name
-    rc.assert_same_bits("next logits", s.forward([5]), other.forward([5]))
+    models.assert_same_bits("next logits", s.forward([5]), other.forward([5]))
     start(s, 9)
     s.decode_step(0)
     with pytest.raises(SessionError, match=r"decoding|rounds"):
@@ -210,7 +210,7 @@ def test_device_that_hangs_stops_nobody_else(core: Any) -> None:
 
 def test_device_taps_of_a_pass_longer_than_one_on_the_device_hold_all_rows() -> None:
     """The simulated device takes 48 rows at a time."""
-    file = rc.pack(rc.checkpoint("v2_lite", "bf16"), dtype="q8")
+    file = models.pack(models.checkpoint("v2_lite", "bf16"), dtype="q8")
     core = device_cases.open_core(file, "sim")
     ids = tiny.token_ids(file.config["vocab_size"], 60, 5)
     names = ["embed", "layers.1.q_absorbed", "layers.1.topk_idx", "final_norm", "logits"]
@@ -228,10 +228,10 @@ def test_device_taps_of_a_pass_longer_than_one_on_the_device_hold_all_rows() -> 
         for name, rows in parts.taps().items():
             got[name].append(rows)
     for name, rows in got.items():
-        rc.assert_same_bits(name, np.concatenate(rows), taps[name])
+        models.assert_same_bits(name, np.concatenate(rows), taps[name])
     fed = session(core, mtp=False, ctx=128, rows=60)
     fed.trace([], {"embed": taps["embed"]})
-    rc.assert_same_bits("fed", fed.forward(np.zeros(60, np.int32), "all"), logits)
+    models.assert_same_bits("fed", fed.forward(np.zeros(60, np.int32), "all"), logits)
 
 
 # ---- devices of other sizes
@@ -242,18 +242,18 @@ def test_devices_of_every_size_compute_the_same_bits() -> None:
     results = []
     for smem in (227, 163, 99):
         device_cases.play("smem", smem * KB)
-        there = device_cases.open_core.__wrapped__(rc.small(), "sim")
+        there = device_cases.open_core.__wrapped__(models.small(), "sim")
         s = session(there, ctx=128, rows=64)
         logits = s.forward(tiny.token_ids(270, 20, 3), "all")
         results.append((logits, text(s, 2), s.state()["cache"]))
     for logits, tokens, cache in results[1:]:
-        rc.assert_same_bits("logits", logits, results[0][0])
+        models.assert_same_bits("logits", logits, results[0][0])
         assert tokens == results[0][1]
-        rc.assert_same_bits("cache", cache, results[0][2])
+        models.assert_same_bits("cache", cache, results[0][2])
 
 
 def test_device_refuses_at_open_what_it_cannot_run() -> None:
     """Long contexts too, which no short pass reaches; never at the first pass that would need it."""
     device_cases.play("smem", 60 * KB)
     with pytest.raises(UnsupportedError, match=r"stage '.+' of this model needs \d+ bytes of shared memory a block at"):
-        session(device_cases.open_core.__wrapped__(rc.small(), "sim"))
+        session(device_cases.open_core.__wrapped__(models.small(), "sim"))

@@ -13,7 +13,7 @@ import pytest
 
 import deepcalm
 import device_cases
-import runtime_cases as rc
+import models
 import tiny
 from deepcalm import _core
 from deepcalm.errors import SessionError
@@ -48,18 +48,23 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def assert_same_layers(
-    file: packed.PackedFile, device: str, ids: rc.Array, kv: str, sizes: tuple[int, ...], tolerance: float = TOLERANCE
+    file: packed.PackedFile,
+    device: str,
+    ids: models.Array,
+    kv: str,
+    sizes: tuple[int, ...],
+    tolerance: float = TOLERANCE,
 ) -> None:
     """Every tap of passes of `sizes` rows, the MTP layer's included; then the tokens of both without feeding."""
-    cpu, ours = rc.open_model(file, rc.ISAS[0]), device_cases.open_core(file, device)
-    run = rc.Run(cpu, ids, kv, sizes, taps=["*"])
+    cpu, ours = models.open_model(file, models.ISAS[0]), device_cases.open_core(file, device)
+    run = models.Run(cpu, ids, kv, sizes, taps=["*"])
     s = _core.Session(ours, 128, kv, 96, False)
-    pairs: dict[str, list[tuple[rc.Array, rc.Array]]] = {}
+    pairs: dict[str, list[tuple[models.Array, models.Array]]] = {}
 
-    def feed(taps: Mapping[str, rc.Array]) -> None:
+    def feed(taps: Mapping[str, models.Array]) -> None:
         s.trace(["*"], {name: value for name, value in taps.items() if name.split(".")[-1] in FED})
 
-    def take(taps: Mapping[str, rc.Array]) -> None:
+    def take(taps: Mapping[str, models.Array]) -> None:
         found = s.taps()
         assert set(found) == set(taps)
         for name, value in taps.items():
@@ -82,10 +87,10 @@ def assert_same_layers(
             np.testing.assert_array_equal(got, want, err_msg=name)
             continue
         rows = np.argsort(((got - want).reshape(len(want), -1) ** 2).sum(1))[: -(-len(want) * 9 // 10)]
-        error, overall = rc.rel_rms(got[rows], want[rows]), rc.rel_rms(got, want)
+        error, overall = models.rel_rms(got[rows], want[rows]), models.rel_rms(got, want)
         assert error <= tolerance and overall <= ALL_ROWS, f"{name}: relative RMS {error:.1e}, all rows {overall:.1e}"
 
-    want, got = (rc.Run(core, ids, kv, sizes).logits for core in (cpu, ours))
+    want, got = (models.Run(core, ids, kv, sizes).logits for core in (cpu, ours))
     top = np.sort(want, axis=1)[:, -2:]
     clear = top[:, 1] - top[:, 0] > GAP
     assert clear.mean() > 0.8
@@ -96,7 +101,7 @@ def assert_same_layers(
 def test_device_layers_equal_the_cpu_from_its_taps(
     preset: str, source: str, options: dict[str, str], kv: str, sizes: tuple[int, ...], device: str
 ) -> None:
-    file = rc.pack(rc.checkpoint(preset, source), **options)
+    file = models.pack(models.checkpoint(preset, source), **options)
     ids = tiny.token_ids(file.config["vocab_size"], sum(sizes), 5)
     tolerance = F16_TOLERANCE if options["dtype"] == "f16" else TOLERANCE
     assert_same_layers(file, device, ids, kv, sizes, tolerance)
@@ -109,7 +114,7 @@ def test_device_layers_of_the_demo_model_equal_the_cpu(device: str) -> None:
 
 
 def test_device_feeds_are_checked(device: str) -> None:
-    file = rc.pack(rc.checkpoint("v3", "bf16"), dtype="q8")
+    file = models.pack(models.checkpoint("v3", "bf16"), dtype="q8")
     s = _core.Session(device_cases.open_core(file, device), 64, "f16", 32, False)
     d = file.config["hidden_size"]
     for name in ("layers.0.q", "mtp.embed", "layers.9.layer_out"):
@@ -125,6 +130,6 @@ def test_device_feeds_are_checked(device: str) -> None:
     assert not np.array_equal(s.forward([1, 2]), before), "it takes effect"
     s.truncate(0)
     np.testing.assert_array_equal(s.forward([1, 2]), before, err_msg="and for one pass")
-    cpu = _core.Session(rc.open_model(file, rc.ISAS[0]), 64, "f16", 8)
+    cpu = _core.Session(models.open_model(file, models.ISAS[0]), 64, "f16", 8)
     with pytest.raises(SessionError, match="feed: this session runs on the CPU"):
         cpu.trace(None, {"embed": np.zeros((1, d), np.float32)})

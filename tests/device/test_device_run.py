@@ -15,8 +15,7 @@ import pytest
 
 import deepcalm
 import device_cases
-import runtime_cases as rc
-import surface_cases
+import models
 import tiny
 from deepcalm import _core
 from deepcalm.errors import ResourceError, SessionError, UnsupportedError
@@ -47,7 +46,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def packed_case(preset: str, source: str, options: dict[str, str]) -> Any:
-    return rc.pack(rc.checkpoint(preset, source), **options)
+    return models.pack(models.checkpoint(preset, source), **options)
 
 
 def session(core: Any, kv: str, ctx: int = 128, mtp: bool = False) -> Any:
@@ -71,22 +70,22 @@ def test_device_bits_do_not_depend_on_grouping(
     file = packed_case(preset, source, options)
     core = device_cases.open_core(file, device)
     ids = tiny.token_ids(file.config["vocab_size"], 66, 3)  # crosses an attention chunk, in one pass and between two
-    truth = rc.Run(core, ids, kv, 66)
+    truth = models.Run(core, ids, kv, 66)
     for sizes, taps in (([40, 16, 1, 3, 4, 2], None), ([57, 2, 7], ["final_norm"])):
-        other = rc.Run(core, ids, kv, sizes, taps, session(core, kv))
+        other = models.Run(core, ids, kv, sizes, taps, session(core, kv))
         for name in ("logits", "hidden", "cache"):
-            rc.assert_same_bits(f"{sizes} {name}", getattr(other, name), getattr(truth, name))
+            models.assert_same_bits(f"{sizes} {name}", getattr(other, name), getattr(truth, name))
     if file.config["num_nextn_predict_layers"]:
         for name, x, y in zip(("MTP logits", "MTP hidden", "MTP cache"), truth.mtp(65), other.mtp(24), strict=True):
-            rc.assert_same_bits(name, y, x)
+            models.assert_same_bits(name, y, x)
 
 
 def test_device_agrees_with_the_cpu_in_f32(device: str) -> None:
     for preset in ("v3", "v2_lite", "moonlight"):
-        file = rc.pack(rc.checkpoint(preset, "f32"), dtype="f32")
+        file = models.pack(models.checkpoint(preset, "f32"), dtype="f32")
         ids = tiny.token_ids(file.config["vocab_size"], 40, 2)
-        cpu = rc.Run(rc.open_model(file, rc.ISAS[0]), ids, "f32", 40)
-        ours = rc.Run(device_cases.open_core(file, device), ids, "f32", [37, 1, 2])
+        cpu = models.Run(models.open_model(file, models.ISAS[0]), ids, "f32", 40)
+        ours = models.Run(device_cases.open_core(file, device), ids, "f32", [37, 1, 2])
         assert float(np.abs(ours.logits - cpu.logits).max()) < 1e-4  # of logits with a standard deviation near 1
         assert (ours.logits.argmax(1) == cpu.logits.argmax(1)).all()
 
@@ -95,7 +94,7 @@ def test_device_agrees_with_the_cpu_in_f32(device: str) -> None:
 
 
 def decode(
-    core: Any, ks: list[int], prompt: rc.Array, kv: str = "f16", n: int = 12, **options: Any
+    core: Any, ks: list[int], prompt: models.Array, kv: str = "f16", n: int = 12, **options: Any
 ) -> tuple[list[int], Any, list[dict[str, Any]]]:
     """A device text of n tokens after the argmax of the prompt's logits: (tokens, session at rest, rounds)."""
     o: dict[str, Any] = {"sampling": Sampling(), "eos": [], "ctx": 128, "mtp": any(ks)} | options
@@ -119,13 +118,13 @@ def assert_same_session(core: Any, s: Any, kv: str) -> None:
     given = session(core, kv, mtp=s.mtp_pos > 0)
     given.forward(s.tokens)
     ours, theirs = s.state(), given.state()
-    rc.assert_same_bits("cache", ours["cache"], theirs["cache"])
+    models.assert_same_bits("cache", ours["cache"], theirs["cache"])
     m = min(s.mtp_pos, given.mtp_pos)
-    rc.assert_same_bits("MTP cache", ours["mtp_cache"][:, :m], theirs["mtp_cache"][:, :m])
+    models.assert_same_bits("MTP cache", ours["mtp_cache"][:, :m], theirs["mtp_cache"][:, :m])
     k = min(len(ours["hidden"]), len(theirs["hidden"]))
     if k:
-        rc.assert_same_bits("pending hidden rows", ours["hidden"][-k:], theirs["hidden"][-k:])
-    rc.assert_same_bits("logits after it", s.forward([5, 6, 7], "all"), given.forward([5, 6, 7], "all"))
+        models.assert_same_bits("pending hidden rows", ours["hidden"][-k:], theirs["hidden"][-k:])
+    models.assert_same_bits("logits after it", s.forward([5, 6, 7], "all"), given.forward([5, 6, 7], "all"))
 
 
 SAMPLINGS = [
@@ -138,7 +137,7 @@ SAMPLINGS = [
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "plain", "top_k-top_p", "top_p-min_p"])
 def test_device_decodes_the_same_text_with_any_drafts(sampling: Sampling, device: str) -> None:
-    file = rc.small()
+    file = models.small()
     core = device_cases.open_core(file, device)
     prompt = tiny.token_ids(file.config["vocab_size"], PROMPT, 4)
     plain, s, _ = decode(core, [0], prompt, sampling=sampling)
@@ -169,7 +168,7 @@ def test_device_accepts_drafts_of_the_demo_model(device: str) -> None:
 
 
 def test_device_ends_where_the_cpu_does(device: str) -> None:
-    path = surface_cases.packed()
+    path = models.packed()
     ours, cpu = deepcalm.Model(path, device=device), deepcalm.Model(path)
     prompt = [int(i) for i in tiny.token_ids(ours.config["vocab_size"], PROMPT, 4)]
     text = list(cpu.session(64).generate(prompt, max_tokens=9, eos_ids=[]))
@@ -189,7 +188,7 @@ def test_device_ends_where_the_cpu_does(device: str) -> None:
 
 def test_device_session_goes_on_after_decoding(device: str, tmp_path: Path) -> None:
     """Leaving a text half-way, truncating, saving, restoring: the same bits as a session that only saw the tokens."""
-    model = deepcalm.Model(surface_cases.packed(), device=device)
+    model = deepcalm.Model(models.packed(), device=device)
     prompt = [int(i) for i in tiny.token_ids(model.config["vocab_size"], PROMPT, 4)]
     s = model.session(64, mtp=True)
     generation = s.generate(prompt, draft=2, eos_ids=[])
@@ -206,18 +205,18 @@ def test_device_session_goes_on_after_decoding(device: str, tmp_path: Path) -> N
     again.prefill(text[5:])
     results = [x.decode(7) for x in (s, fresh, again)]
     assert generation.reason == "taken"
-    rc.assert_same_bits("after decoding", results[0], results[1])
-    rc.assert_same_bits("after restore", results[2], results[1])
+    models.assert_same_bits("after decoding", results[0], results[1])
+    models.assert_same_bits("after restore", results[2], results[1])
     s.truncate(PROMPT + 1)
     assert list(s.generate([text[1]], max_tokens=3, draft=2, eos_ids=[])) == text[2:5]
     assert s.stats.decode_tokens > 0 and s.stats.weight_bytes > 0
-    cpu = deepcalm.Model(surface_cases.packed()).session(64, mtp=True)
+    cpu = deepcalm.Model(models.packed()).session(64, mtp=True)
     with pytest.raises(SessionError, match=rf"backend is '{device}', this session has 'cpu'"):
         cpu.restore(tmp_path / "s")
 
 
 def test_device_refuses(device: str) -> None:
-    core = device_cases.open_core(rc.pack(rc.checkpoint("v3", "bf16"), dtype="q8"), device)
+    core = device_cases.open_core(models.pack(models.checkpoint("v3", "bf16"), dtype="q8"), device)
     s = session(core, "f16")
     with pytest.raises(SessionError, match="decode: not started"):
         s.decode_step(0)
@@ -229,16 +228,20 @@ def test_device_refuses(device: str) -> None:
     assert s.tokens.tolist() == [1, 2, 3]
     with pytest.raises(SessionError, match="33 end tokens, at most 32"):
         s.decode_start(4, Sampling(), 270, 5, list(range(33)))
-    cpu = _core.Session(rc.open_model(rc.pack(rc.checkpoint("v3", "bf16"), dtype="q8"), rc.ISAS[0]), 64, "f16", 8)
+    cpu = _core.Session(
+        models.open_model(models.pack(models.checkpoint("v3", "bf16"), dtype="q8"), models.ISAS[0]), 64, "f16", 8
+    )
     with pytest.raises(UnsupportedError, match="runs on the CPU"):
         cpu.decode_start(4, 0.0, 0, 1.0, 0.0, 0, 270, 5, [])
     with pytest.raises(ResourceError, match=r"needs [\d.]+ GB of device memory, [\d.]+ GB of [\d.]+ GB are free on"):
-        huge = rc.pack(tiny.write(rc._root() / "huge", "v3", dtype="f32", max_position_embeddings=1 << 24), dtype="q8")
+        huge = models.pack(
+            tiny.write(models.root() / "huge", "v3", dtype="f32", max_position_embeddings=1 << 24), dtype="q8"
+        )
         _core.Session(device_cases.open_core(huge, device), 1 << 24, "f32", 4096, True)
 
 
 def test_what_a_device_does_not_use_is_named(device: str) -> None:
-    path = surface_cases.packed()
+    path = models.packed()
     assert deepcalm.Model(path, device=device).notes == ()
     assert deepcalm.Model(path, device=device, threads=2).notes == (
         f"threads and isa have no effect on device {device}",

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import runtime_cases as rc
+import models
 import tiny
 from deepcalm import _core
 from deepcalm.errors import SessionError, UnsupportedError
 from deepcalm.sampling import Sampling
 
-Case = tuple[rc.packed.PackedFile, str, rc.Array]  # packed file, cache type, token ids [N]
+Case = tuple[models.PackedFile, str, models.Array]  # packed file, cache type, token ids [N]
 N = 72  # crosses an attention chunk (64), and the rows whose heads a pass computes together (64)
 
 CASES = [
@@ -39,7 +39,7 @@ IDS = ["-".join([p, s, *o.values(), kv]) for p, s, o, kv in CASES]
 
 
 def _case(preset: str, source: str, options: dict[str, str], kv: str) -> Case:
-    file = rc.pack(rc.checkpoint(preset, source), **options)
+    file = models.pack(models.checkpoint(preset, source), **options)
     return file, kv, tiny.token_ids(file.config["vocab_size"], N, 3)
 
 
@@ -56,80 +56,82 @@ def mtp_case(request: pytest.FixtureRequest) -> Case:
     return _case(*request.param)
 
 
-def same_run(what: str, run: rc.Run, truth: rc.Run) -> None:
-    rc.assert_same_bits(f"{what}: logits", run.logits, truth.logits)
-    rc.assert_same_bits(f"{what}: hidden", run.hidden, truth.hidden)
-    rc.assert_same_bits(f"{what}: cache", run.cache, truth.cache)
+def same_run(what: str, run: models.Run, truth: models.Run) -> None:
+    models.assert_same_bits(f"{what}: logits", run.logits, truth.logits)
+    models.assert_same_bits(f"{what}: hidden", run.hidden, truth.hidden)
+    models.assert_same_bits(f"{what}: cache", run.cache, truth.cache)
 
 
-@pytest.mark.parametrize("isa", rc.ISAS)
+@pytest.mark.parametrize("isa", models.ISAS)
 def test_pass_sizes_and_threads(case: Case, isa: str) -> None:
     file, kv, ids = case
-    core = rc.open_model(file, isa)
-    truth = rc.Run(core, ids, kv)
+    core = models.open_model(file, isa)
+    truth = models.Run(core, ids, kv)
     assert np.isfinite(truth.logits).all() and truth.logits.std() > 0.5
     for size in (1, 3, 16, N):
-        same_run(f"passes of {size}", rc.Run(core, ids, kv, size), truth)
-    same_run("mixed passes", rc.Run(core, ids, kv, [9, 1, 4, 50, 8]), truth)
-    same_run("small buffers", rc.Run(core, ids, kv, 7, session=_core.Session(core, N, kv, 7)), truth)
+        same_run(f"passes of {size}", models.Run(core, ids, kv, size), truth)
+    same_run("mixed passes", models.Run(core, ids, kv, [9, 1, 4, 50, 8]), truth)
+    same_run("small buffers", models.Run(core, ids, kv, 7, session=_core.Session(core, N, kv, 7)), truth)
     for threads in (2, 3):
-        other = rc.open_model(file, isa, threads)
+        other = models.open_model(file, isa, threads)
         assert other.n_threads == threads
         for sizes in (64, [1, 5, 8, 50, 2, 1, 1, 4]):
-            same_run(f"{threads} threads", rc.Run(other, ids, kv, sizes), truth)
+            same_run(f"{threads} threads", models.Run(other, ids, kv, sizes), truth)
 
 
-@pytest.mark.parametrize("isa", rc.ISAS)
+@pytest.mark.parametrize("isa", models.ISAS)
 def test_mtp_passes(mtp_case: Case, isa: str) -> None:
     file, kv, ids = mtp_case
-    truth_run = rc.Run(rc.open_model(file, isa), ids, kv)
+    truth_run = models.Run(models.open_model(file, isa), ids, kv)
     truth = truth_run.mtp(64)
     for size, threads in ((1, 1), (5, 2), (16, 3), (N, 1)):
-        run = rc.Run(rc.open_model(file, isa, threads), ids, kv)
+        run = models.Run(models.open_model(file, isa, threads), ids, kv)
         for what, a, b in zip(("logits", "g", "cache"), run.mtp(size), truth, strict=True):
-            rc.assert_same_bits(f"MTP passes of {size}, {threads} threads: {what}", a, b)
-        rc.assert_same_bits("main cache after MTP", run.session.read_cache(False), truth_run.cache)
+            models.assert_same_bits(f"MTP passes of {size}, {threads} threads: {what}", a, b)
+        models.assert_same_bits("main cache after MTP", run.session.read_cache(False), truth_run.cache)
 
 
-@pytest.mark.parametrize("isa", rc.ISAS)
+@pytest.mark.parametrize("isa", models.ISAS)
 def test_taps_change_nothing(case: Case, isa: str) -> None:
     file, kv, ids = case
-    core = rc.open_model(file, isa, 2)
-    truth = rc.Run(core, ids, kv)
-    same_run("all taps", rc.Run(core, ids, kv, taps=["*"]), truth)
-    same_run("one tap", rc.Run(core, ids, kv, 16, taps=["layers.1.attn_latent"]), truth)
-    whole, parts = (rc.Run(core, ids, kv, size, taps=["*"]).taps for size in (N, 16))
+    core = models.open_model(file, isa, 2)
+    truth = models.Run(core, ids, kv)
+    same_run("all taps", models.Run(core, ids, kv, taps=["*"]), truth)
+    same_run("one tap", models.Run(core, ids, kv, 16, taps=["layers.1.attn_latent"]), truth)
+    whole, parts = (models.Run(core, ids, kv, size, taps=["*"]).taps for size in (N, 16))
     for name, tap in whole[0].items():
-        rc.assert_same_bits(f"tap {name}", np.concatenate([p[name] for p in parts]), tap)
-    last = rc.Run(core, ids[:60], kv).session
-    rc.assert_same_bits("logits of the last row only", last.forward(ids[60:], "last"), truth.logits[-1:])
+        models.assert_same_bits(f"tap {name}", np.concatenate([p[name] for p in parts]), tap)
+    last = models.Run(core, ids[:60], kv).session
+    models.assert_same_bits("logits of the last row only", last.forward(ids[60:], "last"), truth.logits[-1:])
 
 
-@pytest.mark.parametrize("isa", rc.ISAS)
+@pytest.mark.parametrize("isa", models.ISAS)
 def test_truncate_and_restore(case: Case, isa: str) -> None:
     file, kv, ids = case
-    core = rc.open_model(file, isa)
-    truth = rc.Run(core, ids, kv)
+    core = models.open_model(file, isa)
+    truth = models.Run(core, ids, kv)
 
-    detour = rc.Run(core, ids[:50], kv).session
+    detour = models.Run(core, ids[:50], kv).session
     detour.forward(ids[::-1].copy()[:20], "none")  # rejected drafts leave rows behind
     detour.truncate(41)
     assert detour.pos == 41
-    rc.assert_same_bits("after truncation", detour.forward(ids[41:], "all"), truth.logits[41:])
-    rc.assert_same_bits("cache after truncation", detour.read_cache(False), truth.cache)
+    models.assert_same_bits("after truncation", detour.forward(ids[41:], "all"), truth.logits[41:])
+    models.assert_same_bits("cache after truncation", detour.read_cache(False), truth.cache)
 
-    saved = rc.Run(core, ids[:33], kv).session.state()
+    saved = models.Run(core, ids[:33], kv).session.state()
     restored = _core.Session(core, 96, kv, 64)  # another context length, other buffers
     restored.load_state(saved["tokens"], saved["cache"], saved["mtp_cache"], saved["hidden"])
     assert restored.pos == 33
-    rc.assert_same_bits("after restoring", restored.forward(ids[33:], "all"), truth.logits[33:])
+    models.assert_same_bits("after restoring", restored.forward(ids[33:], "all"), truth.logits[33:])
 
 
 SAMPLING, GREEDY = Sampling(0.8, 40, 0.95, 0.01, 7), Sampling()
 N_VALID = 270  # fewer than vocab_size: padding rows are never drawn
 
 
-def decode_plainly(core: Any, kv: str, prompt: rc.Array, n_new: int, how: Sampling) -> tuple[list[int], rc.Array]:
+def decode_plainly(
+    core: Any, kv: str, prompt: models.Array, n_new: int, how: Sampling
+) -> tuple[list[int], models.Array]:
     """One forward pass per token and one call of the sampler: what drafting must reproduce."""
     session = _core.Session(core, 128, kv, 64)
     tokens, rows = [], []
@@ -144,16 +146,16 @@ def decode_plainly(core: Any, kv: str, prompt: rc.Array, n_new: int, how: Sampli
 
 @pytest.mark.parametrize(
     ("isa", "how"),
-    [*((isa, GREEDY) for isa in rc.ISAS), (rc.ISAS[0], SAMPLING)],
-    ids=[*(f"{isa}-greedy" for isa in rc.ISAS), f"{rc.ISAS[0]}-sampled"],
+    [*((isa, GREEDY) for isa in models.ISAS), (models.ISAS[0], SAMPLING)],
+    ids=[*(f"{isa}-greedy" for isa in models.ISAS), f"{models.ISAS[0]}-sampled"],
 )
 def test_drafting_changes_nothing(mtp_case: Case, isa: str, how: Sampling) -> None:
     """Real drafts, and drafts forced to be right 0..k times in a row: the same tokens, logits and caches."""
     file, kv, ids = mtp_case
-    core = rc.open_model(file, isa)
+    core = models.open_model(file, isa)
     prompt, n_new = ids[:50], 20  # crosses position 64
     tokens, rows = decode_plainly(core, kv, prompt, n_new + 8, how)
-    truth = rc.Run(core, np.concatenate([prompt, np.array(tokens, np.int32)]), kv)
+    truth = models.Run(core, np.concatenate([prompt, np.array(tokens, np.int32)]), kv)
     _, _, mtp_cache = truth.mtp(64)
     for k, forcing in ((0, False), (2, False), (1, True), (4, True)):
         session = _core.Session(core, 128, kv, 64, mtp=True)
@@ -172,23 +174,23 @@ def test_drafting_changes_nothing(mtp_case: Case, isa: str, how: Sampling) -> No
             last = out[-1]
         what = f"k = {k}, forced = {forcing}"
         assert out == tokens[: len(out)], what
-        rc.assert_same_bits(f"{what}: logits", np.concatenate(got), rows[: len(out)])
+        models.assert_same_bits(f"{what}: logits", np.concatenate(got), rows[: len(out)])
         state = session.state()
         n, m = len(prompt) + len(out) - 1, state["mtp_cache"].shape[1]
         assert session.pos == n and m + len(state["hidden"]) == n
-        rc.assert_same_bits(f"{what}: cache", state["cache"], truth.cache[:, :n])
-        rc.assert_same_bits(f"{what}: MTP cache", state["mtp_cache"], mtp_cache[:, :m])
-        rc.assert_same_bits(f"{what}: pending hidden states", state["hidden"], truth.hidden[m:n])
+        models.assert_same_bits(f"{what}: cache", state["cache"], truth.cache[:, :n])
+        models.assert_same_bits(f"{what}: MTP cache", state["mtp_cache"], mtp_cache[:, :m])
+        models.assert_same_bits(f"{what}: pending hidden states", state["hidden"], truth.hidden[m:n])
         if forcing:
             assert accepted == set(range(k + 1)), what
 
 
-@pytest.mark.parametrize("isa", rc.ISAS[:1])
+@pytest.mark.parametrize("isa", models.ISAS[:1])
 def test_truncate_and_restore_with_drafting(mtp_case: Case, isa: str) -> None:
     """MTP rows and pending hidden states after detours are those of an undisturbed run."""
     file, kv, ids = mtp_case
-    core = rc.open_model(file, isa)
-    truth = rc.Run(core, ids, kv)
+    core = models.open_model(file, isa)
+    truth = models.Run(core, ids, kv)
     mtp_cache = truth.mtp(64)[2]
     wrong = [(int(i) + 1) % N_VALID for i in ids]
 
@@ -199,9 +201,9 @@ def test_truncate_and_restore_with_drafting(mtp_case: Case, isa: str) -> None:
         state = session.state()
         n, m = pos + 1 + r["accepted"], state["mtp_cache"].shape[1]
         assert (m, len(state["hidden"])) == (rows, n - rows)
-        rc.assert_same_bits("cache", state["cache"][:, : pos + 1], truth.cache[:, : pos + 1])
-        rc.assert_same_bits("MTP cache", state["mtp_cache"], mtp_cache[:, :m])
-        rc.assert_same_bits("pending", state["hidden"][:1], truth.hidden[m : m + 1])
+        models.assert_same_bits("cache", state["cache"][:, : pos + 1], truth.cache[:, : pos + 1])
+        models.assert_same_bits("MTP cache", state["mtp_cache"], mtp_cache[:, :m])
+        models.assert_same_bits("pending", state["hidden"][:1], truth.hidden[m : m + 1])
         session.truncate(pos + 1)
 
     session = _core.Session(core, 128, kv, 64, mtp=True)
@@ -210,13 +212,13 @@ def test_truncate_and_restore_with_drafting(mtp_case: Case, isa: str) -> None:
     session.truncate(41)
     draft(session, 41, 41)  # the hidden state of position 40 is gone and must be recomputed
     session.truncate(42)
-    rc.assert_same_bits("logits", session.forward(ids[42:60], "all"), truth.logits[42:60])
+    models.assert_same_bits("logits", session.forward(ids[42:60], "all"), truth.logits[42:60])
     saved = session.state()
     restored = _core.Session(core, 80, kv, 9, mtp=True)
     restored.load_state(saved["tokens"], saved["cache"], saved["mtp_cache"], saved["hidden"])
     for s in (session, restored):
         draft(s, 60, 60)
-        rc.assert_same_bits("logits", s.forward(ids[61:65], "all"), truth.logits[61:65])
+        models.assert_same_bits("logits", s.forward(ids[61:65], "all"), truth.logits[61:65])
 
 
 @pytest.mark.parametrize("k", [0, 2])
@@ -229,10 +231,10 @@ def test_a_failed_round_leaves_no_trace(tmp_path: Path, k: int) -> None:
         huge = np.copysign(np.float32(3e38), np.frombuffer(data, "<f4"))
         tensors[name] = dtype, shape, huge.tobytes()
     tiny.write_safetensors(folder / "model.safetensors", tensors)
-    file = rc.pack(folder, dtype="f32")
-    core = rc.open_model(file, rc.ISAS[0])
+    file = models.pack(folder, dtype="f32")
+    core = models.open_model(file, models.ISAS[0])
     ids = tiny.token_ids(file.config["vocab_size"], 20, 3)
-    truth = rc.Run(core, ids)
+    truth = models.Run(core, ids)
     session = _core.Session(core, 64, "f32", 64, mtp=True)
     session.forward(ids[:10], "none")
     with pytest.raises(SessionError, match="not finite"):
@@ -245,68 +247,68 @@ def test_a_failed_round_leaves_no_trace(tmp_path: Path, k: int) -> None:
     with pytest.raises(SessionError, match="not finite"):
         session.draft_round(0, 1, GREEDY, N_VALID)  # catches up over the tokens that came instead
     mtp_rows = session.state()["mtp_cache"]
-    rc.assert_same_bits("MTP cache", mtp_rows, truth.mtp(20)[2][:, : mtp_rows.shape[1]])
+    models.assert_same_bits("MTP cache", mtp_rows, truth.mtp(20)[2][:, : mtp_rows.shape[1]])
     assert mtp_rows.shape[1] == 19
-    rc.assert_same_bits("cache", session.read_cache(False), truth.cache)
+    models.assert_same_bits("cache", session.read_cache(False), truth.cache)
 
 
 def test_a_model_without_mtp_layer_refuses_to_draft() -> None:
     file, kv, ids = _case(*CASES[0])
-    core = rc.open_model(file, rc.ISAS[0])
+    core = models.open_model(file, models.ISAS[0])
     with pytest.raises(UnsupportedError, match="no MTP layer"):
-        rc.Run(core, ids[:4], kv).mtp(2)
+        models.Run(core, ids[:4], kv).mtp(2)
     with pytest.raises(UnsupportedError, match="no MTP layer"):
         _core.Session(core, 128, kv, 64, mtp=True)
 
 
-@pytest.mark.parametrize("isa", rc.ISAS[:1])
+@pytest.mark.parametrize("isa", models.ISAS[:1])
 def test_sessions_in_parallel(case: Case, isa: str) -> None:
     """Two sessions of one model, driven from two Python threads, do not see each other."""
     file, kv, ids = case
-    core = rc.open_model(file, isa, 2)
+    core = models.open_model(file, isa, 2)
     orders = (ids, ids[::-1].copy())
-    truth = [rc.Run(core, order, kv) for order in orders]
+    truth = [models.Run(core, order, kv) for order in orders]
     with ThreadPoolExecutor(2) as pool:
-        runs = list(pool.map(lambda order: rc.Run(core, order, kv, 5), orders))
+        runs = list(pool.map(lambda order: models.Run(core, order, kv, 5), orders))
     for run, expected in zip(runs, truth, strict=True):
         same_run("two sessions", run, expected)
 
 
-@pytest.mark.parametrize("isa", [rc.ISAS[0], rc.ISAS[-1]])
+@pytest.mark.parametrize("isa", [models.ISAS[0], models.ISAS[-1]])
 def test_across_attention_partials(isa: str) -> None:
     """Positions 512 and 1024 start a partial; rows around them must not care how they got there."""
-    file = rc.pack(rc.checkpoint("v2_lite", "bf16"), dtype="q8")
+    file = models.pack(models.checkpoint("v2_lite", "bf16"), dtype="q8")
     ids = tiny.token_ids(file.config["vocab_size"], 1100, 4)
-    truth = rc.Run(rc.open_model(file, isa), ids, "f16", 256)
+    truth = models.Run(models.open_model(file, isa), ids, "f16", 256)
     assert np.isfinite(truth.logits).all()
     tails = ((1, [1, 1, 1, 2, 8, 9, 64]), (3, [5, 3, 1, 1, 1, 11, 64]), (2, [86]))
     heads_of_rest_split = (2, [10, 3, 3, 3, 3, 64])  # after two whole partials, with several rows
     for threads, tail in (*tails, heads_of_rest_split):
         sizes = [507, 507, *tail]
-        same_run(f"{threads} threads", rc.Run(rc.open_model(file, isa, threads), ids, "f16", sizes), truth)
+        same_run(f"{threads} threads", models.Run(models.open_model(file, isa, threads), ids, "f16", sizes), truth)
 
 
-@pytest.mark.parametrize("isa", rc.ISAS)
+@pytest.mark.parametrize("isa", models.ISAS)
 def test_isa_names_name_one_set_of_bits(isa: str) -> None:
     """Two models of the same ISA agree bit for bit; different ISAs agree to rounding (or a name would be a lie)."""
-    file = rc.pack(rc.checkpoint("v3", "bf16"), dtype="f32")
+    file = models.pack(models.checkpoint("v3", "bf16"), dtype="f32")
     ids = tiny.token_ids(file.config["vocab_size"], N, 3)
-    run = rc.Run(rc.open_model(file, isa), ids)
-    best = rc.Run(rc.open_model(file, rc.ISAS[0]), ids)
-    assert rc.open_model(file, isa).isa == isa
+    run = models.Run(models.open_model(file, isa), ids)
+    best = models.Run(models.open_model(file, models.ISAS[0]), ids)
+    assert models.open_model(file, isa).isa == isa
     assert np.abs(run.logits - best.logits).max() <= 1e-4
 
 
-@pytest.mark.parametrize("isa", rc.ISAS)
+@pytest.mark.parametrize("isa", models.ISAS)
 @pytest.mark.parametrize("i", [0, 3])
 def test_bits_do_not_depend_on_the_processor(i: int, isa: str) -> None:
     """The policy that a model takes from its processor sets paths through memory and instructions, not results."""
     file, kv, ids = _case(*CASES[i])
 
     def bits(one_stream: bool, bf16_dot: bool) -> bytes:
-        m = rc.open_model(file, isa)
+        m = models.open_model(file, isa)
         _core.testing.set_policy(m, one_stream, bf16_dot)
-        run = rc.Run(m, ids[:40], kv, [32, *[1] * 8])
+        run = models.Run(m, ids[:40], kv, [32, *[1] * 8])
         return run.logits.tobytes() + run.hidden.tobytes()
 
     assert len({bits(*policy) for policy in [(False, False), (True, True)]}) == 1
@@ -321,13 +323,13 @@ BITS = {
 }
 
 
-@pytest.mark.parametrize("isa", rc.ISAS)
+@pytest.mark.parametrize("isa", models.ISAS)
 def test_bits_are_those_of_every_machine_and_compiler(isa: str) -> None:
     """No C library, no compiler and no processor has a say in them, only the name of the instruction set."""
     digest = hashlib.sha256()
     for preset, source, options, kv in CASES:
         file, _, ids = _case(preset, source, options, kv)
-        run = rc.Run(rc.open_model(file, isa), ids, kv)
+        run = models.Run(models.open_model(file, isa), ids, kv)
         digest.update(run.logits.tobytes())
         if file.config["num_nextn_predict_layers"]:
             digest.update(run.mtp(64)[0].tobytes())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import golden_cases
-import runtime_cases as rc
+import models
 import tiny
 from deepcalm import _core
 from deepcalm.check import reference
@@ -26,11 +26,11 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("isa", rc.ISAS)
+@pytest.mark.parametrize("isa", models.ISAS)
 def test_logits_equal_transformers(name: str, isa: str) -> None:
     golden = golden_cases.load(name)
-    file = rc.pack(rc.golden_checkpoint(name), dtype="f32")
-    run = rc.Run(rc.open_model(file, isa), golden.ids, "f32")
+    file = models.pack(models.golden_checkpoint(name), dtype="f32")
+    run = models.Run(models.open_model(file, isa), golden.ids, "f32")
     assert np.abs(run.logits - golden.logits).max() <= TOLERANCE
     assert (run.logits.argmax(1) == golden.logits.argmax(1)).all()
     if golden.mtp_logits is None:
@@ -43,9 +43,9 @@ def test_logits_equal_transformers(name: str, isa: str) -> None:
 
 def test_packed_f32_weights_are_the_checkpoint(name: str) -> None:
     """What the packer stored as f32 is exactly what the independent reader finds in the checkpoint."""
-    s, source = model.load(rc.golden_checkpoint(name))
-    file = rc.pack(rc.golden_checkpoint(name), dtype="f32")
-    packed_s, packed = rc.weights(file)
+    s, source = model.load(models.golden_checkpoint(name))
+    file = models.pack(models.golden_checkpoint(name), dtype="f32")
+    packed_s, packed = models.weights(file)
     assert model.meaning(packed_s) == model.meaning(s)
     for key, e in file.entries.items():
         if e.kind in ("tiled", "plain"):
@@ -53,13 +53,13 @@ def test_packed_f32_weights_are_the_checkpoint(name: str) -> None:
             np.testing.assert_array_equal(ours, theirs, err_msg=key)
 
 
-@pytest.mark.parametrize("isa", rc.ISAS)
+@pytest.mark.parametrize("isa", models.ISAS)
 def test_taps_equal_reference(name: str, isa: str) -> None:
     """Every tap of every layer, MTP included, free-running: the first wrong one names the stage that is wrong."""
     golden = golden_cases.load(name)
-    file = rc.pack(rc.golden_checkpoint(name), dtype="f32")
-    run = rc.Run(rc.open_model(file, isa), golden.ids, "f32", [40, 32], taps=["*"])
-    oracle = model.Model(*rc.weights(file))
+    file = models.pack(models.golden_checkpoint(name), dtype="f32")
+    run = models.Run(models.open_model(file, isa), golden.ids, "f32", [40, 32], taps=["*"])
+    oracle = model.Model(*models.weights(file))
     oracle.forward(golden.ids)
     seen = set()
     for part, taps in zip(run.parts, run.taps, strict=True):
@@ -102,10 +102,10 @@ def test_variants_equal_reference(what: str, tmp_path: Path) -> None:
     preset, changes = VARIANTS[what]
     folder = tiny.write(tmp_path / "hf", preset, dtype="f32", seed=1, **changes)
     s, source = model.load(folder)
-    file = rc.pack(folder, dtype="f32")
+    file = models.pack(folder, dtype="f32")
     ids = tiny.token_ids(s.vocab, 70, 1)
-    for isa in dict.fromkeys((rc.ISAS[0], rc.ISAS[-1])):  # the best and the scalar one
-        run = rc.Run(rc.open_model(file, isa), ids, "f32")
+    for isa in dict.fromkeys((models.ISAS[0], models.ISAS[-1])):  # the best and the scalar one
+        run = models.Run(models.open_model(file, isa), ids, "f32")
         oracle = model.Model(s, source)
         logits, hidden = oracle.forward(ids)
         assert np.abs(run.logits - logits).max() <= TOLERANCE, isa
@@ -131,12 +131,12 @@ def test_rope_far_out(rope: str, tmp_path: Path) -> None:
     folder = tiny.write(
         tmp_path / "hf", "v2_lite", dtype="f32", max_position_embeddings=163840, **widths, **ROPES[rope]
     )
-    file = rc.pack(folder, dtype="f32")
-    s, weights = rc.weights(file)
+    file = models.pack(folder, dtype="f32")
+    s, weights = models.weights(file)
     near = model.Model(s, weights)
     near.forward(np.array([5]))
     unrotated = near.taps["layers.0.k_rope"]  # position 0 rotates by nothing
-    core = rc.open_model(file, rc.ISAS[0])
+    core = models.open_model(file, models.ISAS[0])
     for position in (1, 63, 4095, 100_000, 163_839):
         session = _core.Session(core, 163840, "q8", 1)
         fresh = session.state()
@@ -148,7 +148,7 @@ def test_rope_far_out(rope: str, tmp_path: Path) -> None:
         assert np.abs(session.taps()["layers.0.k_rope"] - expected).max() <= 2e-6, position
 
 
-def _compare(taps: dict[str, rc.Array], whole: dict[str, rc.Array], part: slice) -> set[str]:
+def _compare(taps: dict[str, models.Array], whole: dict[str, models.Array], part: slice) -> set[str]:
     expected = {name: value[part] for name, value in whole.items()}
     assert set(taps) == set(expected)
     for tap, value in expected.items():  # in the order of computation

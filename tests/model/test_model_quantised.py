@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import runtime_cases as rc
+import models
 from stage_oracle import check_stages
 
 # (preset, dtype of the checkpoint, options of the packer): every weight format in every role it may have.
@@ -22,19 +22,19 @@ CASES = [
 IDS = ["-".join([p, s, *o.values()]) for p, s, o in CASES]
 
 
-@pytest.mark.parametrize("isa", rc.ISAS)
+@pytest.mark.parametrize("isa", models.ISAS)
 @pytest.mark.parametrize(("preset", "source", "options"), CASES, ids=IDS)
 def test_stages_equal_oracle(preset: str, source: str, options: dict[str, str], isa: str) -> None:
     # the cache type only matters to attention, the weight format to the rest: no need for every pair
-    for kv in rc.CACHES if options == {"dtype": "q8"} else ("f16",):
-        file = rc.pack(rc.checkpoint(preset, source), **options)
-        check_stages(file, rc.open_model(file, isa), kv)
+    for kv in models.CACHES if options == {"dtype": "q8"} else ("f16",):
+        file = models.pack(models.checkpoint(preset, source), **options)
+        check_stages(file, models.open_model(file, isa), kv)
 
 
 def test_every_format_occurs() -> None:
     seen = set()
     for preset, source, options in CASES:
-        file = rc.pack(rc.checkpoint(preset, source), **options)
+        file = models.pack(models.checkpoint(preset, source), **options)
         seen |= {(e.format, e.scale) for e in file.entries.values() if e.kind == "tiled"}
     expected = {("f32", ""), ("bf16", ""), ("f16", ""), ("f8", "f32"), ("q8", "f16"), ("q4", "f16"), ("q4", "bf16")}
     assert seen == expected

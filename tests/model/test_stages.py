@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import runtime_cases as rc
+import models
 import tiny
 from deepcalm import _core
 
@@ -39,14 +39,12 @@ CASES = [
 ]
 
 
-def table_bytes(file: rc.packed.PackedFile, name: str) -> int:
+def table_bytes(file: models.PackedFile, name: str) -> int:
     """Bytes of a tensor and its scales; 0 if the model has none of that name."""
     return sum(e.n_bytes for n, e in file.entries.items() if n in (name, name + ".scale"))
 
 
-def expected_bytes(
-    file: rc.packed.PackedFile, taps: dict[str, Any], n: int, pos: int, row_bytes: int
-) -> dict[str, int]:
+def expected_bytes(file: models.PackedFile, taps: dict[str, Any], n: int, pos: int, row_bytes: int) -> dict[str, int]:
     """Stage -> bytes of one pass of n rows after `pos` positions, from the file's table and the experts chosen.
 
     `taps` decide: those of a main pass have layers, those of an MTP pass the prefix "mtp.".
@@ -84,8 +82,8 @@ def stages(session: Any) -> dict[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("case", CASES, ids=[c[0] for c in CASES])
 def test_stage_bytes_are_those_of_the_file(case: tuple[str, str, dict[str, str], str], threads: int) -> None:
     preset, source, options, kv = case
-    file = rc.pack(rc.checkpoint(preset, source), **options)
-    core = rc.open_model(file, rc.ISAS[0], threads)
+    file = models.pack(models.checkpoint(preset, source), **options)
+    core = models.open_model(file, models.ISAS[0], threads)
     ids = tiny.token_ids(file.config["vocab_size"], 90, 7)
     session = _core.Session(core, 128, kv, 64)
     expected: dict[str, int] = {}
@@ -117,8 +115,8 @@ def test_stage_bytes_are_those_of_the_file(case: tuple[str, str, dict[str, str],
 
 
 def test_a_pass_without_logits_reads_no_head() -> None:
-    file = rc.pack(rc.checkpoint("v2_lite", "bf16"), dtype="q8")
-    session = _core.Session(rc.open_model(file, rc.ISAS[0]), 128, "f16", 64)
+    file = models.pack(models.checkpoint("v2_lite", "bf16"), dtype="q8")
+    session = _core.Session(models.open_model(file, models.ISAS[0]), 128, "f16", 64)
     session.forward(tiny.token_ids(file.config["vocab_size"], 5, 7), "none")
     assert "head" not in stages(session) and stages(session)["final_norm"][0] == 1
 
@@ -126,8 +124,8 @@ def test_a_pass_without_logits_reads_no_head() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_stage_seconds_add_up_to_the_wall_time(threads: int) -> None:
     """Best of several: another process may take the core between the two readings of the clock."""
-    file = rc.pack(rc.checkpoint("v2_lite", "bf16"), dtype="f32")
-    core = rc.open_model(file, rc.ISAS[-1], threads)
+    file = models.pack(models.checkpoint("v2_lite", "bf16"), dtype="f32")
+    core = models.open_model(file, models.ISAS[-1], threads)
     session = _core.Session(core, 1024, "f32", 96)
     ids = tiny.token_ids(file.config["vocab_size"], 96, 7)
     excess = []

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import deepcalm
-import surface_cases
+import models
 import tiny
 from deepcalm import _core, limits, names, sampling, session
 from deepcalm.check.perplexity import log_softmax, perplexity
@@ -33,13 +33,13 @@ def bits(x: F32) -> npt.NDArray[np.uint32]:
 
 @pytest.fixture
 def model() -> deepcalm.Model:
-    return surface_cases.model()
+    return models.model()
 
 
 @pytest.fixture(scope="module")
 def reference() -> F32:
     """[40, vocab_size] logits after each token of IDS, computed one token at a time."""
-    s = surface_cases.model().session()
+    s = models.model().session()
     return np.stack([s.decode(i) for i in IDS])
 
 
@@ -79,7 +79,7 @@ def test_chat_template_of_a_checkpoint(model: deepcalm.Model) -> None:
 
 
 def test_open_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = surface_cases.packed()
+    path = models.packed()
     with pytest.raises((UnsupportedError, ResourceError), match="mmx"):
         deepcalm.Model(path, isa="mmx")
     for options in ({"device": "tpu"}, {"threads": 0}, {"threads": 2**40}):
@@ -94,7 +94,7 @@ def test_open_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = surface_cases.packed()
+    path = models.packed()
     monkeypatch.setenv("DEEPCALM_THREADS", "2")
     monkeypatch.setenv("DEEPCALM_ISA", "scalar")
     m = deepcalm.Model(path)
@@ -120,7 +120,7 @@ def test_model_without_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("max_rows", [1, 7, 64])
 @pytest.mark.parametrize("mtp", [False, True])
 def test_logits_do_not_depend_on_how_rows_are_grouped(reference: F32, max_rows: int, mtp: bool) -> None:
-    s = surface_cases.model().session(max_rows=max_rows, mtp=mtp)
+    s = models.model().session(max_rows=max_rows, mtp=mtp)
     assert (bits(s.prefill(IDS[:11])) == bits(reference[10])).all()
     assert (bits(s.decode_many(IDS[11:14])) == bits(reference[11:14])).all()
     assert (bits(s.decode(IDS[14])) == bits(reference[14])).all()
@@ -130,7 +130,7 @@ def test_logits_do_not_depend_on_how_rows_are_grouped(reference: F32, max_rows: 
 
 @pytest.mark.parametrize("mtp", [False, True])
 def test_truncate_forgets(reference: F32, mtp: bool) -> None:
-    s = surface_cases.model().session(max_rows=8, mtp=mtp)
+    s = models.model().session(max_rows=8, mtp=mtp)
     s.prefill([5, 6, 7])
     s.truncate(0)
     s.prefill([*IDS[:20], 1, 2, 3])
@@ -175,7 +175,7 @@ def test_session_refuses(model: deepcalm.Model) -> None:
     with pytest.raises(ValueError, match="kv: 'f8'"):
         model.session(kv="f8")
     with pytest.raises(UnsupportedError, match="MTP"):
-        surface_cases.model("moonlight").session(mtp=True)
+        models.model("moonlight").session(mtp=True)
 
 
 def test_cache_beyond_memory_is_refused_with_the_numbers(
@@ -192,7 +192,7 @@ def test_available_memory_is_read() -> None:
 
 
 def test_interrupted_prefill_keeps_complete_passes(reference: F32, monkeypatch: pytest.MonkeyPatch) -> None:
-    s = surface_cases.model().session(max_rows=8)
+    s = models.model().session(max_rows=8)
     passes = 0
     one_pass = s._pass
 
@@ -212,7 +212,7 @@ def test_interrupted_prefill_keeps_complete_passes(reference: F32, monkeypatch: 
 
 
 def test_several_sessions_and_threads(reference: F32) -> None:
-    m, out = surface_cases.model(), {}
+    m, out = models.model(), {}
 
     def work(n: int) -> None:
         s = m.session(max_rows=4)
@@ -260,7 +260,7 @@ def test_stats_count_bytes(model: deepcalm.Model) -> None:
 
 
 def test_trace_records_what_is_asked_for(reference: F32) -> None:
-    s = surface_cases.model().session(max_rows=8, mtp=False)
+    s = models.model().session(max_rows=8, mtp=False)
     with s.trace("layers.1.c_kv", "topk_idx", "logits") as taps:
         logits = s.prefill(IDS[:20])
     assert sorted(taps) == ["layers.1.c_kv", "layers.1.topk_idx", "layers.2.topk_idx", "logits"]
@@ -284,7 +284,7 @@ def test_trace_records_what_is_asked_for(reference: F32) -> None:
 
 def greedy(ids: list[int], n: int) -> list[int]:
     """n greedy tokens by plain full recomputation."""
-    m, out = surface_cases.model(), []
+    m, out = models.model(), []
     for _ in range(n):
         logits = m.session().prefill([*ids, *out])[: m.n_valid]
         out.append(int(logits.argmax()))
@@ -344,7 +344,7 @@ ARGUMENTS: list[tuple[str, type[Exception], str]] = [
     *((f"s.decode({t})", SessionError, f"token id: {t}, expected 0..310") for t in (-1, 311, 2**70)),
     ("s.draft_round(1, 8, sampling.Sampling(), 270)", SessionError, "draft: 8, expected 0..7"),
     ("s.truncate(1.0)", TypeError, "n_tokens"),
-    ("surface_cases.model('moonlight').session(8).trace('mtp.c_kv')", ValueError, "no MTP layer"),
+    ("models.model('moonlight').session(8).trace('mtp.c_kv')", ValueError, "no MTP layer"),
     *((f"model.session({k}={v})", TypeError, k) for k in ("ctx", "max_rows") for v in ("8.0", "'8'")),
     ("model.session(mtp='yes')", TypeError, "mtp"),
     *((f"model.decode([{i}])", SessionError, f"token id {i}, expected 0..310") for i in (99999, -1)),
@@ -363,7 +363,7 @@ ARGUMENTS: list[tuple[str, type[Exception], str]] = [
 
 
 def test_models_and_sessions_can_be_closed() -> None:
-    with deepcalm.Model(surface_cases.packed(), threads=1) as model, model.session(64) as s:
+    with deepcalm.Model(models.packed(), threads=1) as model, model.session(64) as s:
         want = list(s.generate(IDS[:5], max_tokens=6))
         assert repr(s) == f"Session(Model({str(model.path)!r}, device='cpu'), kv='f16', pos=11)"
         with model.session(64) as other:
@@ -387,7 +387,7 @@ def test_arguments_are_checked_by_the_call(model: deepcalm.Model, call: str, err
     s = model.session(16)
     s.prefill([1, 2, 3])
     with pytest.raises(error, match=re.escape(says)):
-        eval(call, {"s": s, "model": model, "deepcalm": deepcalm, "sampling": sampling, "surface_cases": surface_cases})
+        eval(call, {"s": s, "model": model, "deepcalm": deepcalm, "sampling": sampling, "models": models})
     assert s.tokens.tolist() == [1, 2, 3]
 
 
@@ -463,9 +463,9 @@ def test_drafted_text_ends_where_plain_text_does(model: deepcalm.Model) -> None:
 def test_module_generate(model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     text = deepcalm.generate("the", model, max_tokens=6)
     ids = list(model.session().generate(model.encode("the"), max_tokens=6))
-    assert text == model.decode(ids) == deepcalm.generate("the", surface_cases.packed(), max_tokens=6)
+    assert text == model.decode(ids) == deepcalm.generate("the", models.packed(), max_tokens=6)
     assert deepcalm.generate("the", model, max_tokens=6, stop=[text[0]]) == ""
-    monkeypatch.setattr("deepcalm.model.demo_path", surface_cases.packed)
+    monkeypatch.setattr("deepcalm.model.demo_path", models.packed)
     assert deepcalm.generate("the", max_tokens=6) == text
 
 
@@ -475,7 +475,7 @@ def test_module_generate(model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("kv", names.KV_TYPES)
 @pytest.mark.parametrize("mtp", [False, True])
 def test_restored_session_goes_on_with_the_same_bits(tmp_path: Path, kv: str, mtp: bool) -> None:
-    m = surface_cases.model()
+    m = models.model()
     a = m.session(kv=kv, mtp=mtp)
     a.prefill(IDS[:30])
     a.save(tmp_path / "s")
@@ -488,7 +488,7 @@ def test_restored_session_goes_on_with_the_same_bits(tmp_path: Path, kv: str, mt
 
 
 def test_mtp_state_is_saved_and_rebuilt(tmp_path: Path) -> None:
-    m = surface_cases.model()
+    m = models.model()
     plain, kept = m.session(mtp=False), m.session(max_rows=8, mtp=True)
     ids = tiny.token_ids(tiny.N_TOKENS, 300, seed=2).tolist()
     for i in range(0, 300, 50):
@@ -513,12 +513,12 @@ def test_mtp_state_is_saved_and_rebuilt(tmp_path: Path) -> None:
 
 
 def test_restore_refuses_another_identity(tmp_path: Path) -> None:
-    m = surface_cases.model()
+    m = models.model()
     s = m.session()
     s.prefill(IDS[:10])
     s.save(tmp_path / "s")
     other_isa = next((i["name"] for i in _core.isas() if i["supported"] and i["name"] != m.isa), None)
-    other_file = deepcalm.Model(surface_cases.packed(dtype="q8")).session()
+    other_file = deepcalm.Model(models.packed(dtype="q8")).session()
     with pytest.raises(SessionError, match=r"model is '.*', this session has '.*'; force=True accepts it"):
         other_file.restore(tmp_path / "s")
     other_file.restore(tmp_path / "s", force=True)
@@ -532,7 +532,7 @@ def test_restore_refuses_another_identity(tmp_path: Path) -> None:
         with pytest.raises(SessionError, match="10 tokens, this session's context holds 9"):
             m.session(ctx=9).restore(tmp_path / "s", force=force)
         with pytest.raises(SessionError):
-            surface_cases.model("gigachat3").session().restore(tmp_path / "s", force=force)  # other cache rows
+            models.model("gigachat3").session().restore(tmp_path / "s", force=force)  # other cache rows
 
 
 def hostile_sessions(good: Path) -> dict[str, Any]:
@@ -550,7 +550,7 @@ def hostile_sessions(good: Path) -> dict[str, Any]:
         "truncated": raw[:-1],
         "long header": (2**63).to_bytes(8, "little") + raw[8:],
         "no metadata": (tensors, None),
-        "packed model": surface_cases.packed().read_bytes(),
+        "packed model": models.packed().read_bytes(),
         "version": (tensors, metadata | {"version": "2"}),
         "no cache": changed(cache=None),
         "token ids": changed(tokens=np.full(n, V, np.int32)),
@@ -570,7 +570,7 @@ def hostile_sessions(good: Path) -> dict[str, Any]:
 
 
 def test_hostile_session_files_are_refused_and_change_nothing(tmp_path: Path) -> None:
-    m = surface_cases.model()
+    m = models.model()
     s = m.session(mtp=True)
     s.prefill(IDS[:10])
     s.save(tmp_path / "good")
@@ -594,7 +594,7 @@ def test_hostile_session_files_are_refused_and_change_nothing(tmp_path: Path) ->
 
 
 def test_session_that_cannot_be_written(tmp_path: Path) -> None:
-    s = surface_cases.model().session()
+    s = models.model().session()
     s.prefill(IDS[:3])
     with pytest.raises(ResourceError, match="cannot be written"):
         s.save(tmp_path / "no" / "such" / "folder")
@@ -630,7 +630,7 @@ def test_divergence_between_formats(model: deepcalm.Model) -> None:
     same = perplexity(model, text, ctx=32, against=model).divergence
     assert same is not None and (same.kl_mean, same.argmax_agreement) == (0.0, 1.0)
     seen: list[tuple[int, int]] = []
-    q8 = deepcalm.Model(surface_cases.packed(dtype="q8"), threads=1)
+    q8 = deepcalm.Model(models.packed(dtype="q8"), threads=1)
     r = perplexity(q8, text, 32, against=model, progress=lambda *x: seen.append(x))
     assert r.divergence is not None
     assert 0 < r.divergence.kl_mean < 0.5 and r.divergence.argmax_agreement > 0.5
@@ -643,9 +643,9 @@ def test_perplexity_refuses(model: deepcalm.Model) -> None:
     with pytest.raises(Error, match="nothing to score"):
         perplexity(model, "the town", ctx=1)
     with pytest.raises(Error, match="another tokenizer"):
-        kimi = tiny.write(surface_cases.root() / "other", "kimi_k2", dtype="f32", tokenizer="tiktoken")
-        deepcalm.pack(kimi, surface_cases.root() / "other.dcalm")
-        perplexity(model, "the town", against=deepcalm.Model(surface_cases.root() / "other.dcalm"))
+        kimi = tiny.write(models.root() / "other", "kimi_k2", dtype="f32", tokenizer="tiktoken")
+        deepcalm.pack(kimi, models.root() / "other.dcalm")
+        perplexity(model, "the town", against=deepcalm.Model(models.root() / "other.dcalm"))
 
 
 def test_demo_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

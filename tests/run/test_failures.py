@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import surface_cases
+import commands
+import models
 import tiny
 from deepcalm import _core
 from deepcalm.errors import ResourceError
@@ -79,7 +80,7 @@ def fail_everywhere(name: str) -> int:
     """Fails the case's call at every allocation, and lets it work after that; how many there are."""
     fail = ctypes.CDLL(os.environ["LD_PRELOAD"]).fail_allocation
     max_rows, prepare, call = CASES[name]
-    model = surface_cases.model()
+    model = models.model()
     start = _core.Session(model.core, 300, "f16", max_rows, True)
     prepare(start)
     before = start.state()
@@ -120,7 +121,7 @@ def fail_everywhere(name: str) -> int:
 def fail_public(saved: Path) -> None:
     """The same for what a user calls: the tokens in Python are those of the cache."""
     fail = ctypes.CDLL(os.environ["LD_PRELOAD"]).fail_allocation
-    ids, model = IDS[:9].tolist(), surface_cases.model()
+    ids, model = IDS[:9].tolist(), models.model()
     other = model.session()
     other.prefill(ids[5:])
     other.save(saved)
@@ -155,7 +156,7 @@ def test_failures_leave_the_session_as_it_was(tmp_path: Path) -> None:
         pytest.skip("needs a C++ compiler, and no sanitizer in the way")
     source, library = Path(__file__).with_name("fail_allocation.cc"), tmp_path / "libfail_allocation.so"
     subprocess.run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-    env = surface_cases.environment(PYTHONPATH=":".join(sys.path), LD_PRELOAD=str(library))
+    env = commands.environment(PYTHONPATH=":".join(sys.path), LD_PRELOAD=str(library))
     code = f"import pathlib, test_failures; test_failures.fail_all(pathlib.Path({str(tmp_path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], env=env, timeout=200, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()[-2000:]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import commands
 import deepcalm
-import surface_cases
+import models
 from deepcalm import limits
 
 GB = 10**9
@@ -78,7 +79,7 @@ def test_threads_keep_to_the_quota_and_more_are_said(tmp_path: Path, monkeypatch
     assert (limits.processors(one), limits.processors(half), limits.default_threads(one)) == (1, 1, 1)
     allowed = len(os.sched_getaffinity(0))
     assert limits.processors(fake(tmp_path / "c", "0::/\n", {"cpu.max": f"{allowed}00000 100000"})) == allowed
-    path = surface_cases.packed()
+    path = models.packed()
     assert deepcalm.Model(path, threads=allowed).notes == ()
     monkeypatch.setattr(limits, "processors", lambda *_: 1)
     monkeypatch.delenv("DEEPCALM_THREADS", raising=False)
@@ -91,5 +92,5 @@ def test_threads_keep_to_the_quota_and_more_are_said(tmp_path: Path, monkeypatch
 def test_more_threads_than_processors_are_said_on_the_command_line() -> None:
     n = limits.processors() + 1
     for args, env in ((("--threads", str(n)), {}), ((), {"DEEPCALM_THREADS": str(n)})):
-        code, _, said = surface_cases.run("generate", "Once", "-n", "2", *args, env=env)
+        code, _, said = commands.run("generate", "Once", "-n", "2", *args, env=env)
         assert code == 0 and sum(line.startswith(f"threads: {n}, ") for line in said.splitlines()) == 1, said

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import commands
 import deepcalm
-import surface_cases
+import models
 from deepcalm import _core
 
 FORK = """
@@ -49,17 +50,13 @@ os._exit(code) if generation else sys.exit(code)
 def python(script: str, *args: str) -> None:
     """Runs a script; what it finds wrong is an exception there."""
     done = subprocess.run(
-        [sys.executable, "-c", script, *args],
-        env=surface_cases.environment(),
-        timeout=60,
-        capture_output=True,
-        check=False,
+        [sys.executable, "-c", script, *args], env=commands.environment(), timeout=60, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
 
 
 def test_fork_starts_new_threads() -> None:
-    python(FORK, str(surface_cases.packed("v3", dtype="q8")))
+    python(FORK, str(models.packed("v3", dtype="q8")))
 
 
 FORK_IN_PASS = """
@@ -133,7 +130,7 @@ deepcalm.Model(sys.argv[1], threads=8).session().prefill([3, 4])
 
 def test_threads_that_cannot_start_are_an_error() -> None:
     """8 MB of address space a thread is the system's default; those that did start have ended."""
-    python(NO_THREADS, str(surface_cases.packed()))
+    python(NO_THREADS, str(models.packed()))
 
 
 FORK_WITHOUT_THREADS = """
@@ -165,7 +162,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
 def test_a_child_without_room_for_threads_hears_of_it() -> None:
-    python(FORK_WITHOUT_THREADS, str(surface_cases.packed()))
+    python(FORK_WITHOUT_THREADS, str(models.packed()))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
@@ -226,7 +223,7 @@ def bits(threads: int) -> list[bytes]:
     with tempfile.TemporaryDirectory() as scratch:
         paths = [Path(scratch, f"{dtype}.dcalm") for dtype in ("source", "q8", "q4", "f8")]
         for path in paths:
-            folder = surface_cases.small_logits() if path.stem == "source" else surface_cases.checkpoint("moonlight")
+            folder = models.small_logits() if path.stem == "source" else models.checkpoint("moonlight", "f32")
             deepcalm.pack(folder, path, dtype=path.stem)
         model = deepcalm.Model(paths[0], threads=threads)
         out = [path.read_bytes() for path in paths]

@@ -19,7 +19,7 @@ import pytest
 
 import deepcalm
 import device_cases
-import surface_cases
+import models
 import tiny
 from deepcalm.errors import SessionError
 from deepcalm.generation import Generation, TextGeneration
@@ -32,7 +32,7 @@ N = 7
 
 @functools.cache
 def model(device: str) -> deepcalm.Model:
-    return deepcalm.Model(surface_cases.packed(), device=device, threads=1 if device == "cpu" else None)
+    return deepcalm.Model(models.packed(), device=device, threads=1 if device == "cpu" else None)
 
 
 @functools.cache
@@ -274,7 +274,7 @@ def test_traces_do_not_nest() -> None:
 
 
 def test_sessions_draft_by_default_as_the_command_line_does() -> None:
-    assert model("cpu").session().keeps_mtp and not surface_cases.model("moonlight").session().keeps_mtp
+    assert model("cpu").session().keeps_mtp and not models.model("moonlight").session().keeps_mtp
     demo = deepcalm.Model(deepcalm.demo_path(), threads=1)
     g = demo.session().generate(demo.encode("Once upon a time"), max_tokens=60)
     assert len(list(g)) == 60 and g.drafts.stats.drafted > 0

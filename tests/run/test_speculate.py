@@ -20,8 +20,7 @@ import pytest
 
 import deepcalm
 import device_cases
-import runtime_cases as rc
-import surface_cases
+import models
 import tiny
 from deepcalm import SessionError, _core, cli
 from deepcalm.drafting import LIMIT, LIMIT_TOKENS, PLAIN_EVERY, Controller, CostModel, expected_tokens
@@ -42,25 +41,27 @@ SAMPLINGS: list[dict[str, Any]] = [
 
 @functools.cache
 def demo_file() -> Any:
-    return rc.packed.PackedFile(deepcalm.demo_path())
+    return models.PackedFile(deepcalm.demo_path())
 
 
 def random_file(rng: np.random.Generator) -> Any:
     preset = str(rng.choice(["v3", "glm4_moe_lite", "demo"]))
     if preset == "demo":
         return demo_file()
-    return rc.pack(rc.checkpoint(preset, "bf16"), dtype=str(rng.choice(["f32", "bf16", "f16", "f8", "q8", "q4"])))
+    return models.pack(
+        models.checkpoint(preset, "bf16"), dtype=str(rng.choice(["f32", "bf16", "f16", "f8", "q8", "q4"]))
+    )
 
 
 class Twins:
     """A session that drafts and one that does not, driven alike; ``tokens`` are those in both caches."""
 
     def __init__(self, rng: np.random.Generator, file: Any) -> None:
-        self.rng, self.kv = rng, str(rng.choice(rc.CACHES))
-        isa = str(rng.choice(rc.ISAS))
+        self.rng, self.kv = rng, str(rng.choice(models.CACHES))
+        isa = str(rng.choice(models.ISAS))
         self.ctx = int(rng.choice([24, 80, 140]))
-        self.core = rc.open_model(file, isa, int(rng.integers(1, 4)))
-        self.truth = rc.open_model(file, isa, 1)
+        self.core = models.open_model(file, isa, int(rng.integers(1, 4)))
+        self.truth = models.open_model(file, isa, 1)
         self.how = replace(SAMPLINGS[rng.integers(len(SAMPLINGS))], seed=int(rng.integers(1 << 40)))
         self.vocab = int(file.config["vocab_size"])
         self.session, self.plain = self.make(self.core, True), _core.Session(self.truth, self.ctx, self.kv, 64)
@@ -73,7 +74,7 @@ class Twins:
     def prefill(self) -> None:
         n = min(int(self.rng.choice([1, 2, 3, 9, 40])), self.ctx - len(self.tokens) - 1)
         ids = self.rng.integers(0, min(self.vocab, N_VALID), max(n, 0)).astype(np.int32)
-        for part in rc.chunks(len(ids), min(int(self.rng.integers(1, 9)), self.session.max_rows)):
+        for part in models.chunks(len(ids), min(int(self.rng.integers(1, 9)), self.session.max_rows)):
             self.session.forward(ids[part], "none")
         if len(ids):
             self.plain.forward(ids, "none")
@@ -113,7 +114,7 @@ class Twins:
         assert r["drafted"] == (min(k, room - 1, self.session.max_rows - 1) if n else 0), self.what
         if forced is not None:
             assert accepted == min(right, r["drafted"]), self.what
-        rc.assert_same_bits(f"{self.what}: logits", r["logits"], np.stack(rows[: len(made)]))
+        models.assert_same_bits(f"{self.what}: logits", r["logits"], np.stack(rows[: len(made)]))
         self.tokens += [first, *made[:-1]]
         self.plain.truncate(len(self.tokens))
         return Counter({f"k{r['drafted']}": 1, f"a{accepted}": 1, "real": int(forced is None and accepted > 0)})
@@ -122,17 +123,17 @@ class Twins:
         """Both caches, and the hidden states kept for the next round, are those of a fresh teacher-forced run."""
         state, n = self.session.state(), len(self.tokens)
         assert self.session.pos == self.plain.pos == n and state["tokens"].tolist() == self.tokens, self.what
-        rc.assert_same_bits(f"{self.what}: cache", state["cache"], self.plain.read_cache(False))
+        models.assert_same_bits(f"{self.what}: cache", state["cache"], self.plain.read_cache(False))
         m = state["mtp_cache"].shape[1]
         assert m + len(state["hidden"]) == n or (m, len(state["hidden"])) == (n - 1, 0), self.what
         if n == 0:
             return
-        run = rc.Run(self.truth, np.array(self.tokens, np.int32), self.kv)
-        rc.assert_same_bits(f"{self.what}: rebuilt cache", state["cache"], run.cache)
+        run = models.Run(self.truth, np.array(self.tokens, np.int32), self.kv)
+        models.assert_same_bits(f"{self.what}: rebuilt cache", state["cache"], run.cache)
         if len(state["hidden"]):
-            rc.assert_same_bits(f"{self.what}: pending", state["hidden"], run.hidden[m:])
+            models.assert_same_bits(f"{self.what}: pending", state["hidden"], run.hidden[m:])
         if n > 1:
-            rc.assert_same_bits(f"{self.what}: MTP cache", state["mtp_cache"], run.mtp(16)[2][:, :m])
+            models.assert_same_bits(f"{self.what}: MTP cache", state["mtp_cache"], run.mtp(16)[2][:, :m])
 
 
 def covers_every_case(seen: Counter[str]) -> bool:
@@ -145,8 +146,8 @@ def covers_every_case(seen: Counter[str]) -> bool:
 def test_any_sequence_of_operations_is_exact(rng: np.random.Generator) -> None:
     """On 16 models, and on as many more as one seed in a hundred needs to come across every case."""
     seen: Counter[str] = Counter()
-    for models in range(80):
-        if models >= 16 and covers_every_case(seen):
+    for n_models in range(80):
+        if n_models >= 16 and covers_every_case(seen):
             break
         twins = Twins(rng, random_file(rng))
         for _ in range(12):
@@ -161,25 +162,25 @@ def test_any_sequence_of_operations_is_exact(rng: np.random.Generator) -> None:
 
 def test_long_pending_rows_are_caught_up_in_batches() -> None:
     """More pending positions than a session keeps, from a long prompt and from plain steps."""
-    file = rc.pack(rc.checkpoint("v3", "bf16"), dtype="q8")
+    file = models.pack(models.checkpoint("v3", "bf16"), dtype="q8")
     ids = tiny.token_ids(N_VALID, 620, 5)
-    core = rc.open_model(file, rc.ISAS[0])
+    core = models.open_model(file, models.ISAS[0])
     session = _core.Session(core, 700, "f16", 100, mtp=True)
     session.forward(ids[:20], "none")
     plain = {"n_valid": N_VALID, "sampling": Sampling()}
     caught_up = [t for t in ids[20:320] if session.draft_round(int(t), 0, **plain)["draft_bytes"]]
     assert len(caught_up) == 1  # its bytes are counted where they are read
-    for part in rc.chunks(290, 100):
+    for part in models.chunks(290, 100):
         session.forward(ids[320:610][part], "none")
     assert session.pos - session.mtp_pos <= 257
     session.draft_round(int(ids[610]), 2, **plain)
-    run = rc.Run(core, ids[:611], "f16", 50)
-    rc.assert_same_bits("MTP cache", session.read_cache(True), run.mtp(61)[2][:, : session.mtp_pos])
+    run = models.Run(core, ids[:611], "f16", 50)
+    models.assert_same_bits("MTP cache", session.read_cache(True), run.mtp(61)[2][:, : session.mtp_pos])
 
 
 def test_states_that_no_session_leaves_are_refused() -> None:
-    file = rc.pack(rc.checkpoint("v3", "bf16"), dtype="q8")
-    core = rc.open_model(file, rc.ISAS[0])
+    file = models.pack(models.checkpoint("v3", "bf16"), dtype="q8")
+    core = models.open_model(file, models.ISAS[0])
     source = _core.Session(core, 64, "f16", 32, mtp=True)
     source.forward(tiny.token_ids(N_VALID, 9, 1), "none")
     how = {"n_valid": N_VALID, "sampling": Sampling()}
@@ -244,15 +245,15 @@ def test_drafted_sampling_draws_from_the_target_distribution() -> None:
     no coupling of p and q accepts more often than sum_v min(p_v, q_v).
     """
     n_valid, temp, n = 12, 1.0, 20_000
-    file = rc.pack(rc.checkpoint("v3", "bf16"), dtype="q8")
-    core = rc.open_model(file, rc.ISAS[0])
+    file = models.pack(models.checkpoint("v3", "bf16"), dtype="q8")
+    core = models.open_model(file, models.ISAS[0])
     ids = np.array([3, 7, 1], np.int32)
-    run = rc.Run(core, ids, "f16")
+    run = models.Run(core, ids, "f16")
     p = softmax(run.logits[-1][:n_valid], temp)
     q = softmax(run.mtp(8)[0][-1][:n_valid], temp)
     second: dict[int, F64] = {}
     for v in range(n_valid):
-        logits = rc.Run(core, np.append(ids, np.int32(v)), "f16").logits[-1]
+        logits = models.Run(core, np.append(ids, np.int32(v)), "f16").logits[-1]
         second[v] = softmax(logits[:n_valid], temp)
     session = _core.Session(core, 16, "f16", 4, mtp=True)
     session.forward(ids[:2], "none")
@@ -437,7 +438,7 @@ def test_auto_drafts_with_the_demo_model(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("name", ["v3", "glm4_moe_lite", "demo"])
 def test_auto_reads_at_most_two_per_cent_more(name: str) -> None:
     """Bytes counted by the passes, prefill apart; random weights accept next to nothing."""
-    model = demo() if name == "demo" else deepcalm.Model(surface_cases.packed(name, dtype="q8"), threads=1)
+    model = demo() if name == "demo" else deepcalm.Model(models.packed(name, dtype="q8"), threads=1)
     prompts = [model.encode(t) for t in ("Once upon a time", "The little bunny")]
     for ids in [*prompts, tiny.token_ids(N_VALID, 150, 2).tolist()]:
         for temp in (0.0, 1.0):
@@ -458,7 +459,7 @@ def test_auto_reads_at_most_two_per_cent_more(name: str) -> None:
 
 
 def test_bench_draft_measures_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = deepcalm.Model(surface_cases.packed("v3", dtype="q8"), threads=1)
+    model = deepcalm.Model(models.packed("v3", dtype="q8"), threads=1)
     monkeypatch.setattr(drafts, "PROBE_MIB", 8)
     options: dict[str, Any] = {"decode_tokens": 60, "repeats": 3}
     for k, accept in ((1, 1.0), (3, 0.0), (2, 0.7)):
@@ -473,7 +474,7 @@ def test_bench_draft_measures_what_was_asked(monkeypatch: pytest.MonkeyPatch) ->
     own = drafts.bench_draft(demo(), 1, prompt=demo().encode("Once upon a time"), **options)
     assert own.acceptance > 0.8 and own.predicted_bytes > 1
     with pytest.raises(SessionError, match="no MTP layer"):
-        drafts.bench_draft(surface_cases.model("moonlight"), 1)
+        drafts.bench_draft(models.model("moonlight"), 1)
     with pytest.raises(SessionError, match="the model has 512"):
         drafts.bench_draft(demo(), 1, prompt=500)
     with pytest.raises(ValueError, match=r"0\.\.1"):
@@ -482,7 +483,7 @@ def test_bench_draft_measures_what_was_asked(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_bench_draft_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_core, "read_bandwidth", lambda *_: 10.0)  # reads a GiB
-    args = ["bench", str(surface_cases.packed()), "--context", "8", "--tokens", "6", "--repeats", "2", "--threads", "1"]
+    args = ["bench", str(models.packed()), "--context", "8", "--tokens", "6", "--repeats", "2", "--threads", "1"]
     assert cli.main([*args, "--draft", "2", "--accept", "0.5"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["command", "model", "drafts", "passes", "bytes", "plain", "drafted", "speedup", "machine"]
@@ -503,10 +504,10 @@ def test_bytes_are_counted_where_layers_differ(device: str, tmp_path: Path, monk
         return {n: f32[n] if any(w in n for w in wide) else t for n, t in plain(spec, cfg, dtype, seed).items()}
 
     monkeypatch.setattr(tiny, "checkpoint_tensors", mixed)
-    file = rc.pack(tiny.write(tmp_path / "hf", "v3", dtype="bf16"), dtype="source")
+    file = models.pack(tiny.write(tmp_path / "hf", "v3", dtype="bf16"), dtype="source")
     experts = [e for n, e in sorted(file.entries.items()) if n.endswith("experts.w_down")]
     assert [e.format for e in experts] == ["f32", *["bf16"] * (len(experts) - 2), "f32"] and len(experts) > 2
-    core = rc.open_model(file, rc.ISAS[0]) if device == "cpu" else device_cases.open_core(file, device)
+    core = models.open_model(file, models.ISAS[0]) if device == "cpu" else device_cases.open_core(file, device)
     cost = CostModel.of(core.weight_bytes, file.config)
     session = _core.Session(core, 64, "f32", 8)
     ids = tiny.token_ids(file.config["vocab_size"], 6, 1)
@@ -519,7 +520,7 @@ def test_bytes_are_counted_where_layers_differ(device: str, tmp_path: Path, monk
         read.append(session.stats()["weight_bytes"])
     assert [b - a for a, b in itertools.pairwise(read)] == [cost.plain, cost.mtp_step]
     session.forward(ids[1:], "last")
-    cpu = _core.Session(rc.open_model(file, "scalar"), 64, "f32", 8)
+    cpu = _core.Session(models.open_model(file, "scalar"), 64, "f32", 8)
     cpu.forward(ids[:1], "last")
     before = cpu.stats()["weight_bytes"]
     cpu.forward(ids[1:], "last")  # several experts of each layer, as many as the router says

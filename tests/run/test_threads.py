@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import commands
 import deepcalm
 import device_cases
-import surface_cases
+import models
 import tiny
 from deepcalm import _core
 from deepcalm.errors import SessionError
@@ -61,7 +62,7 @@ def waiting_calls(device: str) -> None:
 
     Runs in a process of its own: a call that waits with the interpreter's lock in its hand stops it for ever.
     """
-    model = deepcalm.Model(surface_cases.packed(), threads=1, device=device)
+    model = deepcalm.Model(models.packed(), threads=1, device=device)
     one = session(model)
     one.forward([5])
     saved = one.state()
@@ -112,7 +113,7 @@ def test_threads_interpreter_runs_on_while_calls_wait(device: str) -> None:
     if device == "sim":
         device_cases.need(device)
     code = f"import test_threads; test_threads.waiting_calls({device!r})"
-    env = surface_cases.environment(PYTHONPATH=":".join(sys.path))
+    env = commands.environment(PYTHONPATH=":".join(sys.path))
     done = subprocess.run([sys.executable, "-c", code], env=env, timeout=60, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
 
@@ -147,7 +148,7 @@ class Ones:
 
 def test_threads_on_one_session_see_whole_states() -> None:
     """Tokens are all the same, so that what a session holds is known from how many there are, whoever came first."""
-    ones = Ones(surface_cases.model())
+    ones = Ones(models.model())
     shared, other = session(ones.model, ones.N), ones.model.session(mtp=True)
     saved = session(ones.model)
     saved.forward([1] * 5)
@@ -216,7 +217,7 @@ def test_threads_on_one_session_see_whole_states() -> None:
 
 def test_threads_arrays_stay_as_they_are() -> None:
     """What a session handed out does not change with later passes, nor a pass with what is done to it."""
-    s = surface_cases.model().session(mtp=True)
+    s = models.model().session(mtp=True)
     logits = s.prefill(IDS)
     held = {"tokens": s.tokens, "hidden": s.core.hidden(), "last": s.last_logits, **s.core.state()}
     before = {name: np.array(x) for name, x in held.items()}

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import commands
 import deepcalm
-import surface_cases
+import models
 from deepcalm import _core, cli
 from deepcalm.errors import SessionError
 from deepcalm.files import packed
@@ -35,7 +36,7 @@ def _cheap_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 def result() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         _cheap_probes.__wrapped__(patch)  # type: ignore[attr-defined]
-        model = deepcalm.Model(surface_cases.packed(dtype="q8"), threads=2)
+        model = deepcalm.Model(models.packed(dtype="q8"), threads=2)
         yield bench.bench(model, 40, (0, 7, 70), decode_tokens=3, repeats=3, random_weights=True)
 
 
@@ -62,7 +63,7 @@ def test_bench_stages_add_up(result: Any) -> None:
 @pytest.mark.parametrize("preset", ["v3", "v2_lite"])
 def test_operations_are_those_of_the_configuration(preset: str) -> None:
     """Two multiply-adds per weight that a token meets, from config.json's sizes; attention in its absorbed form."""
-    model = surface_cases.model(preset)
+    model = models.model(preset)
     c, n, pos = model.config, 5, 9
     d, heads, r, dr = c.hidden_size, c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim
     dn, dv, rq, width = c.qk_nope_head_dim, c.v_head_dim, c.q_lora_rank, c.moe_intermediate_size
@@ -87,7 +88,7 @@ def test_operations_are_those_of_the_configuration(preset: str) -> None:
 
 @pytest.mark.parametrize("kv", ["f16", "bf16", "f32", "q8"])
 def test_fill_makes_a_context_of_random_rows(kv: str) -> None:
-    model = surface_cases.model()
+    model = models.model()
     session = model.session(128, kv, mtp=False)
     bench.fill(session, 70)
     assert session.pos == 70 and session.last_logits is None
@@ -104,7 +105,7 @@ def test_fill_makes_a_context_of_random_rows(kv: str) -> None:
 
 
 def test_bench_refuses() -> None:
-    model = surface_cases.model()
+    model = models.model()
     with pytest.raises(SessionError, match="need 1301 positions, the model has 1280"):
         bench.bench(model, contexts=(0, 1290), decode_tokens=10)
     for bad in ({"repeats": 0}, {"contexts": ()}, {"contexts": (-1,)}):
@@ -157,7 +158,7 @@ def test_linear_cost_recovers_a_line() -> None:
 
 def test_bench_fits_its_defaults_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short maximum context, as the demo model's: no default is too long for it."""
-    model = surface_cases.model()
+    model = models.model()
     monkeypatch.setitem(model.config._values, "max_position_embeddings", 40)
     r = bench.bench(model, repeats=1)
     assert (r.prefill.tokens, [d.context for d in r.decode]) == (39, [0])
@@ -176,7 +177,7 @@ SMALL = ["--prompt", "16", "--tokens", "2", "--repeats", "2"]
 
 
 def test_bench_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = str(surface_cases.packed())
+    path = str(models.packed())
     args = ["bench", path, *SMALL, "--contexts", "8,0", "--threads", "2,1"]
     assert cli.main([*args, "--json-file", str(tmp_path / "r.json")]) == 0
     out = capsys.readouterr().out
@@ -233,7 +234,7 @@ def test_bench_usage(args: list[str], text: str, capsys: pytest.CaptureFixture[s
 
 
 def test_bench_names_a_full_disk_behind_json_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", str(surface_cases.packed()), *SMALL, "--contexts", "0", "--json-file", "/dev/full"]) == 1
+    assert cli.main(["bench", str(models.packed()), *SMALL, "--contexts", "0", "--json-file", "/dev/full"]) == 1
     assert "deepcalm: error: /dev/full: cannot be written: No space left on device" in capsys.readouterr().err
 
 
@@ -279,7 +280,7 @@ def test_resident_memory_is_weights_cache_and_little_else(spec: str, sizes: list
     synthetic.write_model(path, spec, "q8", overrides=sizes)
     out = subprocess.run(
         [sys.executable, "-c", MEMORY_SCRIPT, str(path)], check=True, capture_output=True, text=True,
-        env=surface_cases.environment(),
+        env=commands.environment(),
     ).stdout  # fmt: skip
     kb, cache, weights, few, long, after = map(int, out.split())
     assert weights > 200e6

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import commands
 import deepcalm
-import surface_cases
 from deepcalm import _core
 
 PACKAGE = Path(deepcalm.__file__).parent
@@ -98,7 +98,5 @@ for command in ([], *([c] for c in deepcalm.cli.cli.commands)):
 assert sys.stdout.getvalue().count("Usage:") == 1 + len(deepcalm.cli.cli.commands)
 print([m for m in {heavy!r} if m in sys.modules], file=sys.__stdout__)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=surface_cases.environment(), capture_output=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=commands.environment(), capture_output=True, check=True)
     assert done.stdout.strip() == b"[]", done.stdout

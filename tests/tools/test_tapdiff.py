@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import surface_cases as cases
+import models
 import tapdiff
 
 IDS = "5,17,80,3,200,44,9,101,64,250"
@@ -18,7 +18,7 @@ IDS = "5,17,80,3,200,44,9,101,64,250"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("taps")
     for name, options in (("a", []), ("b", ["--threads", "2", "--rows", "3"]), ("c", ["--kv", "f32"])):
-        assert tapdiff.main(["--record", str(path / f"{name}.npz"), str(cases.packed()), "--ids", IDS, *options]) == 0
+        assert tapdiff.main(["--record", str(path / f"{name}.npz"), str(models.packed()), "--ids", IDS, *options]) == 0
     return path
 
 

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import commands
 import deepcalm
-import surface_cases as cases
+import models
 import tiny
 from deepcalm.check import reference
 from deepcalm.check.verify import Report, verify
@@ -30,17 +31,8 @@ Tensors = dict[str, Array]
 PLANTED_DTYPES = ("f32", "q8", "q4")
 
 
-@functools.cache
-def checkpoint(preset: str, dtype: str | None = None, **overrides: Any) -> Path:
-    name = "-".join([preset, str(dtype), *map(str, overrides.values())])
-    return tiny.write(cases.root() / f"verify-{name}", preset, dtype=dtype, **overrides)
-
-
-@functools.cache
 def pack(folder: Path, **options: str) -> Path:
-    path = folder.with_name(folder.name + "-" + "-".join(options.values()) + ".dcalm")
-    deepcalm.pack(folder, path, force=True, **options)
-    return path
+    return models.pack(folder, **options).path
 
 
 # ---- right models pass ----------------------------------------------------------------------------------------------
@@ -62,7 +54,7 @@ RIGHT = [
     ("preset", "source", "options"), RIGHT, ids=["-".join([p, s, *o.values()]) for p, s, o in RIGHT]
 )
 def test_right_models_pass(preset: str, source: str, options: dict[str, str]) -> None:
-    folder = checkpoint(preset, source)
+    folder = models.checkpoint(preset, source)
     r = verify(pack(folder, **options), folder)
     assert r.ok and r.first_divergence is None, str(r.first_divergence)
     legs = {c.leg for c in r.checks}
@@ -103,7 +95,7 @@ def test_other_ways_to_store_weights_are_right(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["q8", "q4", "f8", "f16"])
 def test_near_zero_groups_are_right(dtype: str) -> None:
-    folder = checkpoint("v3", "f32", seed=7, n_shards=1)
+    folder = models.checkpoint("v3", "f32", seed=7, n_shards=1)
     tensors: Tensors = load_file(folder / "model.safetensors")
     sizes = {"0.mlp.up_proj": 1e-6, "experts.3.": 1e-9, "experts.4.": 1e-38, "1.self_attn.o_proj": 1e-7}
     for part, factor in sizes.items():
@@ -116,7 +108,7 @@ def test_near_zero_groups_are_right(dtype: str) -> None:
 
 @pytest.mark.parametrize("kv", ["f32", "bf16", "q8"])
 def test_every_cache_type_passes_and_only_with_its_own_rounding(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = checkpoint("v3", "bf16")
+    folder = models.checkpoint("v3", "bf16")
     file, right = pack(folder, dtype="q8"), reference.cache_round
     r = verify(file, folder, kv=kv, tokens=80, legs=("arithmetic", "exactness"))  # 80: a second chunk of the cache
     assert r.ok and r.kv == kv, str(r.first_divergence)
@@ -127,7 +119,7 @@ def test_every_cache_type_passes_and_only_with_its_own_rounding(kv: str, monkeyp
 
 def test_a_bf16_cache_rounds_relative_to_its_own_partial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Position 512 starts a partial, whose running maximum the probabilities are rounded against."""
-    folder = checkpoint("gigachat3", "fp8")
+    folder = models.checkpoint("gigachat3", "fp8")
     file = pack(folder, dtype="source")
     text = "".join(np.random.default_rng(1).choice(list("abcdefghij klmnop"), 3000))
     r = verify(file, folder, kv="bf16", prompt=text, tokens=600, legs=("arithmetic",))
@@ -138,7 +130,7 @@ def test_a_bf16_cache_rounds_relative_to_its_own_partial(monkeypatch: pytest.Mon
 
 
 def test_large_models_are_said_to_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = checkpoint("v3", "bf16")
+    folder = models.checkpoint("v3", "bf16")
     module = sys.modules["deepcalm.check.verify"]
     monkeypatch.setattr(module, "EFFECT_LIMIT", 1000)
     r = verify(pack(folder, dtype="q8"), folder, legs=("effects",))
@@ -150,7 +142,7 @@ def test_large_models_are_said_to_be_too_large(monkeypatch: pytest.MonkeyPatch) 
 
 def outlying(fmt: str) -> tuple[Path, Path]:
     """(packed, checkpoint): one weight in 4096 is so large that e4m3 codes of the others beside it are zeros."""
-    folder = checkpoint("v3", "f32", n_shards=1, rms_norm_eps=1e-4)
+    folder = models.checkpoint("v3", "f32", n_shards=1, rms_norm_eps=1e-4)
     tensors = load_file(folder / "model.safetensors")
     for name in [n for n in tensors if "proj" in n]:
         tensors[name].reshape(-1)[5::4096] = 3e4
@@ -174,7 +166,7 @@ def test_a_whole_pass_that_the_weights_do_not_explain_is_found(dtype: str, monke
     def late(self: Any, ids: Any, all_logits: bool = False) -> Any:
         return np.roll(right(self, ids, all_logits), 1, axis=0)
 
-    folder = checkpoint("v3", "f32", n_shards=1)
+    folder = models.checkpoint("v3", "f32", n_shards=1)
     monkeypatch.setattr(deepcalm.Session, "prefill", late)
     r = verify(pack(folder, dtype=dtype), folder, legs="effects")
     assert r.first_divergence is not None and (r.first_divergence.leg, r.first_divergence.where) == ("effect", "logits")
@@ -183,14 +175,14 @@ def test_a_whole_pass_that_the_weights_do_not_explain_is_found(dtype: str, monke
 @pytest.mark.parametrize("layers", [3, 6])
 def test_random_models_in_q4_are_right(layers: int) -> None:
     """What q4 costs a deep model of random weights is large, and explained by its weights."""
-    folder = checkpoint("v3", "f32", num_hidden_layers=layers, seed=layers)
+    folder = models.checkpoint("v3", "f32", num_hidden_layers=layers, seed=layers)
     r = verify(pack(folder, dtype="q4"), folder, legs="effects")
     assert r.ok and r.effect["distance"] > 0.15, r.effect
     assert re.search(r"\n\nverdict: right; packing costs \S+ nats a token, .*\n$", verify_text(r))
 
 
 def test_a_model_that_says_nothing_is_right() -> None:
-    folder = checkpoint("moonlight", "f32", n_shards=1, tie_word_embeddings=False)
+    folder = models.checkpoint("moonlight", "f32", n_shards=1, tie_word_embeddings=False)
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"][:] = 0
     save_file(tensors, folder / "model.safetensors")
@@ -206,7 +198,7 @@ def test_threads_are_those_asked_for(threads: int, monkeypatch: pytest.MonkeyPat
         return deepcalm.Model(path, threads=threads, isa=isa)
 
     monkeypatch.setattr(module, "Model", model)
-    folder = checkpoint("moonlight", "f16")
+    folder = models.checkpoint("moonlight", "f16")
     assert verify(pack(folder, dtype="bf16"), folder, legs="exactness", threads=threads).ok
     assert made == ([1, 2] if threads == 1 else [3, 1])
 
@@ -219,8 +211,8 @@ Edit = Callable[[dict[str, Any], Tensors], None]
 
 
 def wrong(edit: Edit, dtype: str, legs: tuple[str, ...], **overrides: Any) -> Report:
-    folder = checkpoint("v3", "f32", n_shards=1, **overrides)
-    with tempfile.TemporaryDirectory(dir=cases.root()) as tmp:
+    folder = models.checkpoint("v3", "f32", n_shards=1, **overrides)
+    with tempfile.TemporaryDirectory(dir=models.root()) as tmp:
         raw, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
         edit(raw, tensors)
         (Path(tmp) / "config.json").write_text(json.dumps(raw))
@@ -390,7 +382,7 @@ BYTES = {
 @pytest.mark.parametrize("mistake", BYTES)
 def test_wrong_bytes_are_named(mistake: str, tmp_path: Path) -> None:
     dtype, name, change = BYTES[mistake]
-    folder = checkpoint("v3", "f32", n_shards=1)
+    folder = models.checkpoint("v3", "f32", n_shards=1)
     file = rewritten(pack(folder, dtype=dtype), name, change, tmp_path / "x.dcalm")
     r = verify(file, folder, legs=("checksums", "weights"))
     assert [(d.leg, d.where) for d in r.divergences] == [("weights", name)]
@@ -401,7 +393,7 @@ def test_wrong_bytes_are_named(mistake: str, tmp_path: Path) -> None:
 
 
 def test_f8_scale_and_code_are_exact(tmp_path: Path) -> None:
-    folder = checkpoint("gigachat3", "fp8")
+    folder = models.checkpoint("gigachat3", "fp8")
     file = pack(folder, dtype="source")
     for name in ("layers.1.w_uv.scale", "layers.1.w_uv"):
         r = verify(rewritten(file, name, lambda raw: raw.__setitem__(0, raw[0] ^ 4), tmp_path / "x.dcalm"), folder,
@@ -494,7 +486,7 @@ def arithmetic_is_right(file: Path, folder: Path) -> bool:
 @pytest.mark.parametrize("mistake", FORMULAS)
 def test_mistake_in_a_formula_is_located(mistake: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runtime and reference differ in one formula: whichever is wrong, the tap where it enters is the one named."""
-    folder = biased() if "filled with 0" in mistake else checkpoint("v3", "f32", n_shards=1)
+    folder = biased() if "filled with 0" in mistake else models.checkpoint("v3", "f32", n_shards=1)
     file = pack(folder, dtype=dtype)
     assert arithmetic_is_right(file, folder)
     patch, where = FORMULAS[mistake]
@@ -508,7 +500,7 @@ def test_mistake_in_a_formula_is_located(mistake: str, dtype: str, monkeypatch: 
 @functools.cache
 def biased() -> Path:
     """All biased scores are negative: a masked group must be minus infinity, not 0."""
-    folder = tiny.write(cases.root() / "verify-biased", "v3", dtype="f32", n_shards=1)
+    folder = tiny.write(models.root() / "verify-biased", "v3", dtype="f32", n_shards=1)
     tensors = load_file(folder / "model.safetensors")
     for name in [n for n in tensors if n.endswith("correction_bias")]:
         tensors[name] = tensors[name] - 3
@@ -518,7 +510,7 @@ def biased() -> Path:
 
 @pytest.mark.parametrize("what", ["chunks", "drafts"])
 def test_logits_that_depend_on_the_pass_are_found(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = checkpoint("v3", "f32", n_shards=1)
+    folder = models.checkpoint("v3", "f32", n_shards=1)
     if what == "chunks":
         right = deepcalm.Session.prefill
 
@@ -549,9 +541,9 @@ def test_logits_that_depend_on_the_pass_are_found(what: str, monkeypatch: pytest
 
 
 def test_command_passes_and_prints_json() -> None:
-    folder = checkpoint("v3", "f32", n_shards=1)
+    folder = models.checkpoint("v3", "f32", n_shards=1)
     options = ("--json", "--tokens", "12", "--threads", "2")
-    code, out, err = cases.run("verify", pack(folder, dtype="q8"), "--against", folder, *options)
+    code, out, err = commands.run("verify", pack(folder, dtype="q8"), "--against", folder, *options)
     assert (code, err) == (0, "")
     r = json.loads(out, parse_constant=pytest.fail)
     assert r["ok"] is True and r["first_divergence"] is None and r["tokens"] == 12 and r["divergences"] == []
@@ -563,20 +555,20 @@ def test_command_passes_and_prints_json() -> None:
 
 
 def test_command_fails_with_one_line() -> None:
-    file, other = pack(checkpoint("v3", "f32", n_shards=1), dtype="q8"), cases.checkpoint("v3", seed=4)
-    code, out, err = cases.run("verify", file, "--against", other, "--layers", "1", "--prompt", "a wind at sea")
+    file, other = pack(models.checkpoint("v3", "f32", n_shards=1), dtype="q8"), models.checkpoint("v3", "f32", seed=4)
+    code, out, err = commands.run("verify", file, "--against", other, "--layers", "1", "--prompt", "a wind at sea")
     assert code == 1 and b"DIFFERS" in out and b"layers.0" not in out
     assert re.search(rb"\nverdict: NOT RIGHT, \d+ differences, first: weights: layers.1.attn_norm at .*\n$", out)
     assert re.search(r"^note: only layers 1 were compared", err, re.M)
     place = r"layers\.1\.attn_norm at \[0, 0, 0\]: found \S+, expected \S+ "
     assert re.search(rf"^deepcalm: error: weights: {place}.*; and \d+ more$", err, re.M)
-    code, out, err = cases.run("verify", file, "--against", other, "--json", "--layers", "1")
+    code, out, err = commands.run("verify", file, "--against", other, "--json", "--layers", "1")
     r = json.loads(out, parse_constant=pytest.fail)
     assert code == 1 and not r["ok"] and r["first_divergence"]["where"] == "layers.1.attn_norm"
 
 
 def test_command_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
-    folder = checkpoint("v3", "f32", n_shards=1)
+    folder = models.checkpoint("v3", "f32", n_shards=1)
     file = pack(folder, dtype="q8")
     for args, code, message in (
         ((tmp_path / "no.dcalm", "--against", folder), 1, "no.dcalm: cannot open"),
@@ -587,18 +579,18 @@ def test_command_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
         ((file, "--against", folder, "--prompt", "a"), 1, "fewer than 8 tokens"),
         ((file,), 2, "--against"),
     ):
-        found, _, err = cases.run("verify", *map(str, args))
+        found, _, err = commands.run("verify", *map(str, args))
         assert found == code and message in err and "Traceback" not in err, err
 
 
 def test_another_architecture_stops_at_the_configuration() -> None:
-    r = verify(pack(checkpoint("v3", "f32", n_shards=1), dtype="q8"), checkpoint("moonlight", "f16"))
+    r = verify(pack(models.checkpoint("v3", "f32", n_shards=1), dtype="q8"), models.checkpoint("moonlight", "f16"))
     assert {d.leg for d in r.divergences} == {"config"} and [c.leg for c in r.checks] == ["config"]
     assert r.notes and "different shapes" in r.notes[0]
 
 
 def test_restricted_layers_and_random_tokens() -> None:
-    folder = checkpoint("v3", "f32", tokenizer="none")
+    folder = models.checkpoint("v3", "f32", tokenizer="none")
     r = verify(pack(folder, dtype="f32"), folder, layers=[3], tokens=9)
     assert r.ok and r.tokens == 9 and not r.effect and len(r.notes) == 2
     assert [c.what for c in r.checks if c.leg == "weights"] == ["mtp"]

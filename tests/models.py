@@ -1,7 +1,7 @@
-"""Tiny packed models for the runtime tests: written, packed and opened once per test run.
+"""Tiny models, written, packed and opened once per test run, and passes over them.
 
-The packed file is read by the tests' own reader (ref/packed.py) and handed to ``_core`` directly: what is tested here
-is the runtime, not the Python front end.
+Tests of the runtime read the packed file with a reader of their own (ref/packed.py) and hand it to ``_core``: what they
+test is not the Python front end. ``model`` opens one as users do.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
+import deepcalm
 import golden_cases
 import tiny
 from deepcalm import _core
 from deepcalm.files.pack import pack as pack_checkpoint
-from ref import model, packed
+from ref import model as ref_model
+from ref import packed as ref_packed
+from ref.packed import PackedFile
 
 Array = np.ndarray[Any, Any]
 ISAS = [isa["name"] for isa in _core.isas() if isa["supported"]]  # best first
@@ -28,49 +32,83 @@ CACHES = ("f32", "f16", "bf16", "q8")
 
 
 @functools.cache
-def _root() -> Path:
-    root = tempfile.mkdtemp(prefix="deepcalm-tests-")
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return Path(root)
+def root() -> Path:
+    """A folder that lives as long as the test run."""
+    path = tempfile.mkdtemp(prefix="deepcalm-tests-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return Path(path)
 
 
-@functools.cache
-def checkpoint(preset: str, dtype: str | None = None, seed: int = 0) -> Path:
-    """Folder of a tiny checkpoint."""
-    return tiny.write(_root() / f"{preset}-{dtype}-{seed}", preset, dtype=dtype, seed=seed)
+def checkpoint(preset: str = "v3", dtype: str | None = None, seed: int = 0, **overrides: Any) -> Path:
+    """Folder of a tiny checkpoint; overrides as for ``tiny.write``."""
+    folder = root() / "-".join(map(str, [preset, dtype, seed, *(f"{k}={v}" for k, v in overrides.items())]))
+    return folder if folder.exists() else tiny.write(folder, preset, dtype=dtype, seed=seed, **overrides)
 
 
 @functools.cache
 def golden_checkpoint(name: str) -> Path:
-    return golden_cases.load(name).write_checkpoint(_root() / f"golden-{name}")
+    return golden_cases.load(name).write_checkpoint(root() / f"golden-{name}")
 
 
 @functools.cache
-def pack(folder: Path, **options: str) -> packed.PackedFile:
+def pack(folder: Path, **options: str) -> PackedFile:
     """The packed file of a checkpoint; options as for ``deepcalm.pack.pack`` (dtype, attn_dtype, head_dtype)."""
     path = folder.with_name(folder.name + "".join(f"-{k}-{v}" for k, v in options.items()) + ".dcalm")
     pack_checkpoint(folder, path, **options)
-    return packed.PackedFile(path)
+    return PackedFile(path)
 
 
 @functools.cache
-def small(n_dense: int = 1) -> packed.PackedFile:
+def small(n_dense: int = 1) -> PackedFile:
     """A packed model of dense layers, one MoE layer and an MTP layer."""
     layers = {"num_hidden_layers": n_dense + 1, "first_k_dense_replace": n_dense}
-    return pack(tiny.write(_root() / f"v3-{n_dense}-dense", "v3", dtype="bf16", **layers), dtype="q8")
+    return pack(checkpoint("v3", "bf16", **layers), dtype="q8")
 
 
 @functools.cache
-def weights(file: packed.PackedFile) -> tuple[model.Settings, model.PackedWeights]:
+def weights(file: PackedFile) -> tuple[ref_model.Settings, ref_model.PackedWeights]:
     """The reference's view of a packed file."""
-    return model.settings_of(file.config), model.PackedWeights(file)
+    return ref_model.settings_of(file.config), ref_model.PackedWeights(file)
 
 
 @functools.cache
-def open_model(file: packed.PackedFile, isa: str, threads: int = 1) -> Any:
-    table = packed.core_tensors(file, _core.expected_tensors(file.config))
+def open_model(file: PackedFile, isa: str, threads: int = 1) -> Any:
+    table = ref_packed.core_tensors(file, _core.expected_tensors(file.config))
     with file.path.open("rb") as f:
         return _core.Model(str(file.path), f.fileno(), file.config, table, isa, threads)
+
+
+@functools.cache
+def packed(preset: str = "v3", seed: int = 0, dtype: str = "source") -> Path:
+    """The packed file of a checkpoint in f32."""
+    return pack(checkpoint(preset, "f32", seed), dtype=dtype).path
+
+
+@functools.cache
+def model(preset: str = "v3", threads: int = 1) -> deepcalm.Model:
+    """The opened model."""
+    return deepcalm.Model(packed(preset), threads=threads)
+
+
+@functools.cache
+def small_logits() -> Path:
+    """Folder of a tiny checkpoint in f32 whose logits are subnormal for every second id."""
+    folder = tiny.write(root() / "small", "v3", dtype="f32", n_shards=1)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][::2] *= np.float32(1e-38)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@functools.cache
+def endless() -> Path:
+    """A packed model that never ends a greedy text by itself: the rows of its end tokens in the head are zero."""
+    folder = tiny.write(root() / "endless", "v3", dtype="f32", n_shards=1, max_position_embeddings=100_000)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][266:270] = 0
+    tensors["model.layers.3.shared_head.head.weight"][266:270] = 0
+    save_file(tensors, folder / "model.safetensors")
+    return pack(folder).path
 
 
 def chunks(n: int, size: int) -> list[slice]:

@@ -1,88 +1,27 @@
-"""Tiny packed models for the tests of the Python surface, packed once per run, and the command line as a process."""
+"""The command line as a process."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import fcntl
-import functools
 import os
 import pty
 import re
 import select
-import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import deepcalm
-import tiny
 
 Run = Callable[..., tuple[int, bytes, str]]
 PACKAGE_PARENT = str(Path(deepcalm.__file__).parent.parent)
 COMMAND = [sys.executable, "-m", "deepcalm"]
-
-
-@functools.cache
-def root() -> Path:
-    """A directory that lives as long as the test run."""
-    path = tempfile.mkdtemp(prefix="deepcalm-surface-")
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return Path(path)
-
-
-@functools.cache
-def checkpoint(preset: str = "v3", seed: int = 0) -> Path:
-    """Folder of a tiny checkpoint in f32."""
-    return tiny.write(root() / f"{preset}-{seed}", preset, dtype="f32", seed=seed)
-
-
-@functools.cache
-def packed(preset: str = "v3", seed: int = 0, dtype: str = "source") -> Path:
-    """Its packed file."""
-    path = root() / f"{preset}-{seed}-{dtype}.dcalm"
-    deepcalm.pack(checkpoint(preset, seed), path, dtype=dtype, force=True)
-    return path
-
-
-@functools.cache
-def model(preset: str = "v3", threads: int = 1) -> deepcalm.Model:
-    """The opened model."""
-    return deepcalm.Model(packed(preset), threads=threads)
-
-
-@functools.cache
-def small_logits() -> Path:
-    """Folder of a tiny checkpoint in f32 whose logits are subnormal for every second id."""
-    from safetensors.numpy import load_file, save_file
-
-    folder = tiny.write(root() / "small", "v3", dtype="f32", n_shards=1)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"][::2] *= np.float32(1e-38)
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-@functools.cache
-def endless() -> Path:
-    """A packed model that never ends a greedy text by itself: the rows of its end tokens in the head are zero."""
-    from safetensors.numpy import load_file, save_file
-
-    folder = tiny.write(root() / "endless", "v3", dtype="f32", n_shards=1, max_position_embeddings=100_000)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"][266:270] = 0
-    tensors["model.layers.3.shared_head.head.weight"][266:270] = 0
-    save_file(tensors, folder / "model.safetensors")
-    deepcalm.pack(folder, root() / "endless.dcalm")
-    return root() / "endless.dcalm"
 
 
 def environment(**extra: str) -> dict[str, str]:
