@@ -58,7 +58,6 @@ TOO_LARGE = {
     "files.py: pack",
     "run.py: generate",
     "chat.py: chat_command",
-    "pack.py: _part",
     "synthetic.py: write_model",
 }
 

@@ -407,21 +407,21 @@ class _Packer:
 
     def _tiles(self, t: Tensor, s: int, begin: int, end: int, out: Bytes, grid: Floats | None) -> None:
         """Row tiles begin..end-1 of slice s; grid [n_slices, ...] receives the scales of f8 that we quantise."""
-        parts = t.slices[s]
-        first = 0  # row tile at which a stacked part starts
-        for i, part in enumerate(parts):
-            n_tiles = -(-part.rows // TILE_ROWS)
-            if t.interleaved:
-                self._part(t, s, part, begin // 2, end // 2, out, i, 2, grid, begin + i)
-                continue
-            t0, t1, at = max(begin - first, 0), min(end - first, n_tiles), max(first - begin, 0)
-            first += n_tiles
+        step, first = 2 if t.interleaved else 1, 0  # first: row tile at which a stacked part starts
+        for i, part in enumerate(t.slices[s]):
+            t0, t1, at = begin // 2, end // 2, i  # the part's own tiles, and where they go
+            if not t.interleaved:
+                n_tiles = -(-part.rows // TILE_ROWS)
+                t0, t1, at = max(begin - first, 0), min(end - first, n_tiles), max(first - begin, 0)
+                first += n_tiles
             if t0 < t1:
-                self._part(t, s, part, t0, t1, out, at, 1, grid, begin + at)
+                scales = self._part(t, part, t0, t1, out[at * t.row_bytes :], step * t.row_bytes)
+                if grid is not None and t.scale_block is not None:
+                    g = (begin + at) * TILE_ROWS // t.scale_block[0]
+                    grid[s, g : g + step * len(scales) : step] = scales
 
-    def _part(self, t: Tensor, s: int, part: Part, t0: int, t1: int, out: Bytes, at: int, step: int,
-              grid: Floats | None, tile: int) -> None:  # fmt: skip
-        """Row tiles t0..t1-1 of a part to tiles at, at + step, ... of ``out``; tile: the first in the slice."""
+    def _part(self, t: Tensor, part: Part, t0: int, t1: int, out: Bytes, step: int) -> Floats:
+        """Row tiles t0..t1-1 of a part, every ``step`` bytes of ``out``; their f8 scales."""
         w, r0, r1 = part.weight, t0 * TILE_ROWS, min(t1 * TILE_ROWS, part.rows)
         index = part.take.index() if part.transpose else part.take.index(r0, r1)
         lo, hi = int(index.min()), int(index.max()) + 1
@@ -429,14 +429,12 @@ class _Packer:
         block = t.scale_block or (16, 32)
         scales = np.empty((-(-(r1 - r0) // block[0]), -(-part.cols // block[1])), np.float32)
         bad = _core.pack_rows(
-            out, at * t.row_bytes, step * t.row_bytes, t.format, t.scale, r1 - r0, part.cols, index - lo,
-            part.transpose, t.exact, w.kind, data, lo, scale, *w.block, w.scale_dtype, scales, *block, t.near_zero,
+            out, 0, step, t.format, t.scale, r1 - r0, part.cols, index - lo, part.transpose, t.exact, w.kind, data, lo,
+            scale, *w.block, w.scale_dtype, scales, *block, t.near_zero,
         )  # fmt: skip
         if bad is not None:
             raise self.ckpt.bad_value(w, lo + bad[0], bad[1], t.format)
-        if grid is not None:
-            g = tile * TILE_ROWS // block[0]
-            grid[s, g : g + step * len(scales) : step] = scales
+        return scales
 
     def _exact_scales(self, t: Tensor, grid: Floats) -> None:
         """f8 with the source's codes: each packed block gets the scale of the source block that it lies in."""
