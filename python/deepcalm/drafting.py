@@ -19,27 +19,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MAX_DRAFT = 7
-AUTO_MAX = 3  # longest chain that "auto" tries
+
+# What "auto" knows beforehand (docs/perf/notebook.md says what was tried without each). Its law is LIMIT; the rest
+# decides how soon it drafts, and how soon it stops.
+LIMIT = 0.02  # share of the plain bytes that drafting never loses in a text of LIMIT_TOKENS or more; least gain, too
+LIMIT_TOKENS = 128
+AUTO_MAX = 3  # longest chain
 PRIOR_ACCEPTANCE = 0.8  # as reported for MTP layers of V3 and R1; replaced by what is measured
 PRIOR_WEIGHT = 8  # drafts that the prior counts for
-MIN_GAIN = 1.02  # predicted gain below which drafting is not tried
-DRAWDOWN = 4.0  # plain steps in bytes that drafting may lose, counted from its best moment, before it is turned off
-DRAWDOWN_SECONDS = 1.25  # the same by the clock, besides
-DRAWDOWN_SHARE = 0.25  # this share of what had been won by the clock since drafting was turned on
-PROBES = 4  # rounds with a single draft each time drafting is turned on, before the clock is believed
-WON = 16.0  # plain steps won that make up for earlier failures
-LIMIT = 0.02  # share of the plain bytes that drafting never loses in a text of LIMIT_TOKENS or more
-LIMIT_TOKENS = 128
 MEMORY = 0.97  # weight of a draft's outcome in the acceptance, one round later
-RETRY_TOKENS = 256  # first pause after drafting lost; doubles each time, up to MAX_PAUSE
-MAX_PAUSE = 1024
+PAUSE = 256  # tokens before drafting is tried again; twice and four times as many after it lost and lost again
+PLAIN_FIRST = 6  # plain steps before the first draft; the first two may be slow, so their median is the price
 PLAIN_EVERY = 32  # while drafting, a plain step this often keeps its price known
-PLAIN_FIRST = 6  # plain steps before the first draft
-PLAIN_SLOW = 2  # the first of them, not counted: weights and code come from further away
-ROWS_SHARE = 8  # an MTP row among many costs about so many times less than one alone
-MAX_SLOWNESS = (
-    2.0  # a round's seconds count as at most so many times those that its bytes predict: others use the machine
-)
+PROBES = 4  # rounds with a single draft each time drafting is turned on, before the clock is believed
+DRAWDOWN = 1.25  # plain steps that drafting may lose by the clock, counted from its best moment, before it is off
+DRAWDOWN_WON = 4.0  # and what had been won since it is on, but not more than so many
+MAX_SLOWNESS = 2.0  # a round's seconds count as at most so many times those that its bytes predict: others are busy
 
 
 def expected_tokens(acceptance: float | Sequence[float], k: int) -> float:
@@ -169,8 +164,8 @@ class Controller:
     """Decides the drafts of each round of one text.
 
     ``draft`` a number: always that many. "off": none. "auto": drafts only while it pays. It starts where the cost
-    model predicts a gain, keeps two accounts against plain decoding, in bytes and in seconds, and turns it off when
-    either is too far below its best (DRAWDOWN, DRAWDOWN_SECONDS); after a pause that doubles it tries again. No round
+    model predicts a gain, keeps an account by the clock against plain decoding, and turns it off when that is too far
+    below its best (DRAWDOWN, DRAWDOWN_WON); after a pause, which doubles while it fails, it tries again. No round
     starts that could, at worst, take the whole text's bytes beyond LIMIT: a text of LIMIT_TOKENS or more reads at most
     that share more than without drafting, whatever the acceptance. Drafting is not tried again before the time that a
     failure takes, MTP rows to catch up with included, fits into the same share.
@@ -187,11 +182,9 @@ class Controller:
         self._lost = 0.0  # plain steps that the whole text lost in bytes; negative: won
         self._lost_seconds = 0.0  # the same by the clock
         self._probes = 0
-        self._row_steps = 0.0  # plain steps by the clock that an MTP row takes while it is caught up with
-        self._down_bytes = self._down_seconds = 0.0  # plain steps lost since the best moment
-        self._won = self._won_seconds = 0.0  # plain steps won, in bytes and by the clock, since drafting was turned on
-        self._pause = PLAIN_FIRST
-        self._next_pause = RETRY_TOKENS // 2
+        self._down = 0.0  # plain steps lost by the clock since the best moment
+        self._won = 0.0  # plain steps won by the clock since drafting was turned on
+        self._pause, self._next_pause = PLAIN_FIRST, PAUSE
         self._since_plain = 0
         # [j-1]: rounds lately that offered, and accepted, draft j after accepting all before it
         self._offered, self._taken = [0.0] * MAX_DRAFT, [0.0] * MAX_DRAFT
@@ -222,38 +215,35 @@ class Controller:
             return 0
         gains = {k: self.predict(k, counted) for k in range(1, AUTO_MAX + 1)}
         best = max(gains, key=lambda k: gains[k])
-        if not self.drafting and gains[best] < MIN_GAIN:
-            self._pause = RETRY_TOKENS
-            self._forget()
+        if not self.drafting and gains[best] < 1 + LIMIT:
+            self._rest()
             return 0
         share = LIMIT * max(self.stats.tokens, LIMIT_TOKENS)
-        if not self.drafting and share - self._lost_seconds < DRAWDOWN_SECONDS + pending * self._row_steps:
+        if not self.drafting and share - self._lost_seconds < DRAWDOWN:
             self._pause = PLAIN_EVERY
             return 0
         room = share - self._lost
         best = max((k for k in gains if self.cost.worst_loss(k, pending) <= room), key=lambda k: gains[k], default=0)
         if best == 0:
             if self.drafting:
-                self._turn_off()
+                self._rest()
             return 0
         if not self.drafting:
             self.drafting = True
             self.switches += 1
-            self._down_bytes = self._down_seconds = self._won = self._won_seconds = 0.0
+            self._down = self._won = 0.0
             self._probes = PROBES
         return 0 if self._since_plain >= PLAIN_EVERY else 1 if self._probes else best
 
-    def _turn_off(self) -> None:
-        self.drafting = False
-        self.switches += 1
-        self._next_pause = RETRY_TOKENS if self._won > WON else min(2 * self._next_pause, MAX_PAUSE)
-        self._pause = self._next_pause
-        self._forget()
-
-    def _forget(self) -> None:
-        """What was accepted says little about the text after a pause."""
-        self._offered = [n / 4 for n in self._offered]
-        self._taken = [n / 4 for n in self._taken]
+    def _rest(self) -> None:
+        """No drafts for a while; what was accepted says little about the text after it."""
+        if self.drafting:
+            self.drafting, self.switches = False, self.switches + 1
+            self._pause = PAUSE if self._won > 0 else self._next_pause
+            self._next_pause = min(2 * self._pause, 4 * PAUSE)
+        else:
+            self._pause = PAUSE
+        self._offered, self._taken = [n / 4 for n in self._offered], [n / 4 for n in self._taken]
 
     def min_confidence(self, counted: Sequence[tuple[int, int]] = ()) -> float:
         """Probability below which a draft is not worth a row of the verification pass: that row's relative cost."""
@@ -268,8 +258,7 @@ class Controller:
         if not self.drafting:
             self._pause -= n
         if r["draft_bytes"] == 0:
-            if self.stats.rounds > PLAIN_SLOW:
-                self._plain_seconds.append(seconds)
+            self._plain_seconds.append(seconds)
             self._plain_bytes = r["verify_bytes"]
             self._since_plain = 0
             return
@@ -287,13 +276,8 @@ class Controller:
         self._lost_seconds += took - n
         if r["drafted"]:
             self._probes = max(self._probes - 1, 0)
-            alone = r["draft_seconds"] / plain_seconds / r["drafted"] / ROWS_SHARE
-            self._row_steps = min(self._row_steps or alone, alone)
-        self._won += n - read
-        self._won_seconds += n - took
-        self._down_bytes = max(self._down_bytes + read - n, 0.0)
-        self._down_seconds = max(self._down_seconds + took - n, 0.0)
-        best = max(self._won_seconds + self._down_seconds, 0.0)
-        allowed = DRAWDOWN_SECONDS + DRAWDOWN_SHARE * best
-        if self.drafting and (self._down_bytes > DRAWDOWN or self._down_seconds > allowed):
-            self._turn_off()
+        self._won += n - took
+        self._down = max(self._down + took - n, 0.0)
+        won = min(max(self._won + self._down, 0.0), DRAWDOWN_WON)
+        if self.drafting and self._down > DRAWDOWN + won:
+            self._rest()
