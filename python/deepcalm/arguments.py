@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import SessionError
-from .text import one_line
+from .errors import SessionError, one_line
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None, error: type[Exception] = ValueError) -> int:

@@ -33,3 +33,15 @@ class ResourceError(Error):
 
 class UnsupportedError(Error):
     """A well-formed request for something this build does not do."""
+
+
+def one_line(message: object, limit: int = 300) -> str:
+    """``message`` on one line of at most ``limit`` characters, without control characters."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(message)).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def show(value: object, limit: int = 80) -> str:
+    """A stranger's value for a one-line message: escaped and cut."""
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -12,14 +12,14 @@ from . import _core, limits
 from .arguments import integer, token_ids
 from .closing import Closing
 from .drafting import CostModel
-from .errors import Error, PackedFileError, ResourceError, SessionError, UnsupportedError
+from .errors import Error, PackedFileError, ResourceError, SessionError, UnsupportedError, one_line
 from .files import packed
 from .files.text_files import FILES, LEGACY, TextFiles
 from .generation import Generation, Options, TextGeneration, check_draft
 from .names import DEVICES
 from .sampling import Sampling
 from .session import MAX_ROWS, Session
-from .text import Vocabulary, one_line
+from .text import Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from . import _core
 from .arguments import integer
-from .text import one_line
+from .errors import one_line
 
 MAX_F32 = float(np.finfo(np.float32).max)
 

@@ -27,10 +27,9 @@ from . import _core, limits
 from .arguments import integer, token_ids
 from .closing import Closing
 from .drafting import MAX_DRAFT
-from .errors import Error, ResourceError, SessionError
+from .errors import Error, ResourceError, SessionError, one_line
 from .files.safetensors import File, whole_file
 from .names import KV_TYPES
-from .text import one_line
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -21,8 +21,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .errors import Error
-from .text import Vocabulary, one_line, token_content
+from .errors import Error, one_line
+from .text import Vocabulary, token_content
 
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_OUTPUT_CHARS = 1 << 24

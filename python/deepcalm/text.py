@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import Error, PackedFileError, SessionError, UnsupportedError
+from .errors import Error, PackedFileError, SessionError, UnsupportedError, one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -42,12 +42,6 @@ def _guarded(what: str, call: Callable[[], T]) -> T:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         raise PackedFileError(f"{what}: {one_line(e)}") from None
-
-
-def one_line(message: object, limit: int = 300) -> str:
-    """``message`` on one line of at most ``limit`` characters, without control characters."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(message)).split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def load_tokenizer(source: bytes) -> Tokenizer:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 import tiny
-from deepcalm.errors import Error, PackedFileError, SessionError, UnsupportedError
-from deepcalm.text import Decoder, StopMatcher, Vocabulary, decode_utf8, load_tokenizer, one_line
+from deepcalm.errors import Error, PackedFileError, SessionError, UnsupportedError, one_line
+from deepcalm.text import Decoder, StopMatcher, Vocabulary, decode_utf8, load_tokenizer
 
 BOS, EOS, IM_END, USER, OBSERVATION = range(tiny.FIRST_SPECIAL, tiny.FIRST_SPECIAL + 5)
 CONFIG = {"vocab_size": 300, "bos_token_id": BOS, "eos_token_ids": [EOS]}

@@ -17,13 +17,12 @@ import numpy as np
 
 from .. import _core
 from ..arguments import integer
-from ..errors import Error, SessionError
+from ..errors import Error, SessionError, one_line
 from ..files.checkpoint import Checkpoint
 from ..files.packed import PackedFile, Tensor
 from ..model import Model
 from ..sampling import Sampling
 from ..session import STAGES
-from ..text import one_line
 from . import reference
 from .perplexity import log_softmax
 from .reference import Array

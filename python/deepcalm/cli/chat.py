@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import Error, SessionError
+from ..errors import Error, SessionError, one_line
 from ..files.safetensors import parse_json
-from ..text import decode_utf8, one_line
+from ..text import decode_utf8
 from .common import RUNTIME, SAMPLING, open_model, open_session, options, read_stdin, say
 from .run import cached_text, check_room, how_to_sample, sampling_text, saved, start, stream
 

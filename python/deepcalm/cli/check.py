@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import Error
+from ..errors import Error, one_line
 from ..tables import columns
-from ..text import decode_utf8, one_line
+from ..text import decode_utf8
 from .common import (
     FILE,
     RUNTIME,

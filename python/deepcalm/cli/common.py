@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import CheckpointError, Error
+from ..errors import CheckpointError, Error, one_line
 from ..names import DEVICES, ISAS, KV_TYPES
-from ..text import one_line
 
 if TYPE_CHECKING:
     from ..model import Model

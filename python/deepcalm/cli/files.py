@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import CheckpointError, Error, PackedFileError
+from ..errors import CheckpointError, Error, PackedFileError, one_line
 from ..files.safetensors import whole_file
 from ..names import DTYPES
 from ..tables import columns, wrapped
-from ..text import one_line
 from .common import FILE, is_hub_id, model_file, one_file, options, progress, say, size, write, write_json
 
 if TYPE_CHECKING:

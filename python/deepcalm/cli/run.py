@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import SessionError
+from ..errors import SessionError, one_line
 from ..files.safetensors import check_output
 from ..tables import columns
-from ..text import decode_utf8, one_line
+from ..text import decode_utf8
 from .common import (
     FILE,
     INTERRUPTED,

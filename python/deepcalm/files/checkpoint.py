@@ -20,19 +20,9 @@ import numpy.typing as npt
 
 from .. import _core
 from ..closing import Closing
-from ..errors import CheckpointError
+from ..errors import CheckpointError, show
 from . import config
-from .safetensors import (
-    DTYPE_BYTES,
-    MAX_HEADER_BYTES,
-    File,
-    Header,
-    TensorInfo,
-    parse_json,
-    read_file,
-    read_header,
-    show,
-)
+from .safetensors import DTYPE_BYTES, MAX_HEADER_BYTES, File, Header, TensorInfo, parse_json, read_file, read_header
 from .text_files import FILES, LEGACY, TextFiles
 
 MAX_CONFIG_BYTES = 16 << 20

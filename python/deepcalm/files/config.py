@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import _core
-from ..errors import ConfigError
-from .safetensors import show
+from ..errors import ConfigError, show
 
 # model_type -> (scoring_func, topk_method) where config.json does not say (transformers' exports drop both)
 SUPPORTED = {

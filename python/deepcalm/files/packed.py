@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from .. import _core
 from ..closing import Closing
-from ..errors import ConfigError, PackedFileError
-from .safetensors import ALIGN, DTYPE_BYTES, File, parse_json, read_header, show
+from ..errors import ConfigError, PackedFileError, show
+from .safetensors import ALIGN, DTYPE_BYTES, File, parse_json, read_header
 
 if TYPE_CHECKING:
     from .plan import Part

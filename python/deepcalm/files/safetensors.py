@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..closing import Closing
-from ..errors import Error, ResourceError
+from ..errors import Error, ResourceError, show
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 MAX_TENSORS = 2_000_000
@@ -51,12 +51,6 @@ class Header:
     data_offset: int
     file_size: int
     raw: bytes
-
-
-def show(value: object, limit: int = 80) -> str:
-    """A stranger's value for a one-line message: escaped and cut."""
-    text = repr(value)
-    return text if len(text) <= limit else text[:limit] + "..."
 
 
 def parse_json(data: bytes, what: str, error: type[Error], lenient: bool = False) -> Any:

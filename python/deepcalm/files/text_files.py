@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import Error, UnsupportedError
-from ..text import Vocabulary, _guarded, decode_utf8, load_tokenizer, one_line
-from .safetensors import parse_json, show
+from ..errors import Error, UnsupportedError, one_line, show
+from ..text import Vocabulary, _guarded, decode_utf8, load_tokenizer
+from .safetensors import parse_json
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer

@@ -7,9 +7,9 @@ import binascii
 import json
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, show
 from ..text import BYTE_CHARS
-from .safetensors import parse_json, show
+from .safetensors import parse_json
 
 MAX_TOKENS = 1 << 22
 MAX_TOKEN_BYTES = 1024  # merges are found in quadratic time
