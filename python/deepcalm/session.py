@@ -96,13 +96,9 @@ class StageStats:
     wait_sum: float = 0.0
     wait_max: float = 0.0
 
-    def __sub__(self, before: StageStats) -> StageStats:
-        """What was done since ``before``."""
-        return StageStats(*(getattr(self, f) - getattr(before, f) for f in self.__dataclass_fields__))
-
-    def __add__(self, other: StageStats) -> StageStats:
-        """Both together."""
-        return StageStats(*(getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__))
+    def plus(self, other: StageStats, sign: int = 1) -> StageStats:
+        """Both together; sign -1: what was done since ``other``."""
+        return StageStats(*(getattr(self, f) + sign * getattr(other, f) for f in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +130,17 @@ class Stats:
 
     def __sub__(self, before: Stats) -> Stats:
         """What was done since ``before``."""
-        stages = {name: s - before.stages.get(name, StageStats()) for name, s in self.stages.items()}
-        sums = {f: getattr(self, f) - getattr(before, f) for f in self.__dataclass_fields__ if f != "stages"}
-        return Stats(**sums, stages={name: s for name, s in stages.items() if s.calls})
+        return self._plus(before, -1)
 
     def __add__(self, other: Stats) -> Stats:
         """Both together."""
-        names = [*self.stages, *(n for n in other.stages if n not in self.stages)]
-        none = StageStats()
-        sums = {f: getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__ if f != "stages"}
-        return Stats(**sums, stages={n: self.stages.get(n, none) + other.stages.get(n, none) for n in names})
+        return self._plus(other, 1)
+
+    def _plus(self, other: Stats, sign: int) -> Stats:
+        none, sums = StageStats(), (f for f in self.__dataclass_fields__ if f != "stages")
+        stages = {n: self.stages.get(n, none).plus(other.stages.get(n, none), sign) for n in self.stages | other.stages}
+        return Stats(**{f: getattr(self, f) + sign * getattr(other, f) for f in sums},
+                     stages={n: s for n, s in stages.items() if s.calls})  # fmt: skip
 
     @property
     def decode_rate(self) -> float:
