@@ -3,12 +3,15 @@
 #include "python/bind_common.h"
 #include "runtime/manifest.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <bit>
 #include <cstring>
 #include <limits>
 #include <set>
 #include <span>
+#include <tuple>
 #include <vector>
 
 namespace dc = deepcalm;
@@ -171,7 +174,6 @@ using Bytes = py::array_t<uint8_t, py::array::c_style>;
 using Rows = py::array_t<int32_t, py::array::c_style>;
 using Floats = py::array_t<float, py::array::c_style>;
 using Halves = py::array_t<uint16_t, py::array::c_style>;
-using Counter = py::array_t<int64_t, py::array::c_style>;  // [1], added to
 
 void require(bool ok, const char* what) {
     if (!ok) throw py::value_error(std::string("packing call: ") + what);
@@ -197,6 +199,7 @@ struct Source {
     int64_t i4_groups = 0;
     int group = 32;
     bool i4_bf16 = false;
+    py::object arrays;  // whose memory this is
 
     const uint8_t* row(int i) const { return data + i * stride; }
 
@@ -247,10 +250,12 @@ struct Source {
 
 int64_t kind_bits(Kind kind) { return kind == Kind::kF32 ? 32 : kind == Kind::kF8 ? 8 : kind == Kind::kI4 ? 4 : 16; }
 
-// The arrays must outlive the Source; all sizes are checked here, so the loops need not.
+// All sizes are checked here, so that the loops need not.
 Source make_source(const std::string& kind, const Bytes& data, int cols, int first_row, const py::object& scale,
-                   int block_rows, int block_cols, const std::string& scale_dtype) {
+                   std::pair<int, int> block, const std::string& scale_dtype) {
+    const auto [block_rows, block_cols] = block;
     Source s;
+    s.arrays = py::make_tuple(data, scale);
     s.kind = kind_from_name(kind);
     require(data.ndim() == 2, "source must be [rows, row bytes]");
     require(data.shape(0) <= std::numeric_limits<int>::max(), "too many source rows");
@@ -283,150 +288,144 @@ Source make_source(const std::string& kind, const Bytes& data, int cols, int fir
     return s;
 }
 
-// First source element that does not fit, (row of the source buffer, column), or none.
-py::object bad_at(bool ok, int row, int col) { return ok ? py::object(py::none()) : py::make_tuple(row, col); }
+// Row tiles that rows are packed into.
+struct Tiles {
+    py::array_t<uint8_t> bytes;
+    int64_t stride = 0;  // bytes between consecutive row tiles (twice a row tile when two parts alternate)
+    dc::Format format = dc::Format::kF32;
+    py::object scales;  // f8: one per block of `block`
+    std::pair<int, int> block;
+};
+Tiles make_tiles(const Bytes& out, int64_t stride, const std::string& format, const std::string& scale,
+                 const py::object& scales, std::pair<int, int> block) {
+    return {out, stride, format_from_name(format, scale), scales, block};
+}
 
-void add_to(const py::object& counter, int64_t n) {
-    if (!counter.is_none()) *same_array<Counter>(counter).mutable_data() += n;
+// What does not fit first, (row of the source buffer, column), or None; and the groups too small for a scale of their own.
+py::tuple outcome(bool ok, int row, int col, int64_t near_zero) {
+    return py::make_tuple(ok ? py::object(py::none()) : py::make_tuple(row, col), near_zero);
 }
 
 struct PackCall {
-    Source src;
+    const Tiles& to;
+    const Source& src;
     std::span<const int32_t> index;  // source row of each packed row; transposed: of each packed column
     bool transpose = false;
-    int rows = 0, cols = 0;  // of the packed part
-    dc::Format format = dc::Format::kF32;
-    bool exact = false;  // f8 and q4: keep the source's codes
-    std::byte* out = nullptr;
-    int64_t tile_stride = 0;  // bytes between consecutive row tiles (twice a row tile when two parts alternate)
-    float* scales = nullptr;
-    int scale_rows = 128, scale_cols = 128;
+    int rows = 0, cols = 0;    // of the packed part
+    std::byte* out = nullptr;  // its first tile
+    float* scales = nullptr;   // [ceil(rows / block rows), ceil(cols / block columns)]; null: not f8, or the source's
     int bad_row = 0, bad_col = 0;
     int64_t near_zero = 0;
 
-    bool fail(int packed_row, int packed_col) {
-        bad_row = index[static_cast<size_t>(transpose ? packed_col : packed_row)];
-        bad_col = transpose ? packed_row : packed_col;
-        return false;
+    int source_row(int i) const { return index[static_cast<size_t>(i)]; }
+
+    // pack(first row, rows, first tile, bad row, bad column) of strips of `step` rows, until a value does not fit.
+    template <class Fn> bool strips(int step, Fn&& pack) {
+        for (int row0 = 0, r = 0, c = 0; row0 < rows; row0 += step) {
+            if (pack(row0, std::min(step, rows - row0), out + row0 / dc::kTileRows * to.stride, r, c)) continue;
+            bad_row = source_row(transpose ? c : row0 + r);
+            bad_col = transpose ? row0 + r : c;
+            return false;
+        }
+        return true;
     }
 
-    bool run() {
-        if (exact && format == dc::Format::kF8) return run_f8_codes();
-        if (exact) return run_q4_codes();
+    bool run_values() {
         std::vector<float> all;  // transposed: the whole source block [cols, rows]
         if (transpose) {
             all.resize(static_cast<size_t>(cols) * static_cast<size_t>(rows));
-            for (int c = 0; c < cols; ++c) src.load(index[static_cast<size_t>(c)], all.data() + int64_t{c} * rows);
+            for (int c = 0; c < cols; ++c) src.load(source_row(c), all.data() + int64_t{c} * rows);
         }
-        const int step = format == dc::Format::kF8 ? scale_rows : dc::kTileRows;
+        const auto [scale_rows, scale_cols] = to.block;
+        const int step = scales != nullptr ? scale_rows : dc::kTileRows;
         std::vector<float> strip(static_cast<size_t>(step) * static_cast<size_t>(cols));
-        const int64_t scales_per_row = dc::ceil_div(cols, scale_cols);
-        for (int row0 = 0; row0 < rows; row0 += step) {
-            const int n = std::min(step, rows - row0);
+        dc::PackArgs args{.w = {strip.data(), cols},
+                          .cols = cols,
+                          .format = to.format,
+                          .scales = scales,
+                          .scale_rows = scale_rows,
+                          .scale_cols = scale_cols};
+        return strips(step, [&](int row0, int n, std::byte* dst, int& bad_r, int& bad_c) {
             for (int r = 0; r < n; ++r) {
-                float* dst = strip.data() + int64_t{r} * cols;
-                if (!transpose) {
-                    src.load(index[static_cast<size_t>(row0 + r)], dst);
-                } else {
-                    for (int c = 0; c < cols; ++c) dst[c] = all[static_cast<size_t>(int64_t{c} * rows + row0 + r)];
-                }
+                float* row = strip.data() + int64_t{r} * cols;
+                if (!transpose) src.load(source_row(row0 + r), row);
+                for (int c = 0; transpose && c < cols; ++c)
+                    row[c] = all[static_cast<size_t>(int64_t{c} * rows + row0 + r)];
             }
-            dc::PackArgs args{.w = {strip.data(), cols},
-                              .rows = n,
-                              .cols = cols,
-                              .format = format,
-                              .out = out + row0 / dc::kTileRows * tile_stride,
-                              .scales = scales == nullptr ? nullptr : scales + row0 / scale_rows * scales_per_row,
-                              .scale_rows = scale_rows,
-                              .scale_cols = scale_cols};
-            if (!dc::pack_tiles(args)) return fail(row0 + args.bad_row, args.bad_col);
-            near_zero += args.near_zero;
-        }
-        return true;
+            args.rows = n;
+            args.out = dst;
+            args.near_zero = 0;
+            const bool ok = dc::pack_tiles(args);
+            bad_r = args.bad_row;
+            bad_c = args.bad_col;
+            near_zero += ok ? args.near_zero : 0;
+            if (scales != nullptr) args.scales += dc::ceil_div(cols, args.scale_cols);
+            return ok;
+        });
     }
 
     bool run_f8_codes() {
         std::vector<uint8_t> strip(static_cast<size_t>(dc::kTileRows) * static_cast<size_t>(cols));
-        for (int row0 = 0; row0 < rows; row0 += dc::kTileRows) {
-            const int n = std::min(dc::kTileRows, rows - row0);
+        return strips(dc::kTileRows, [&](int row0, int n, std::byte* dst, int& bad_r, int& bad_c) {
             for (int r = 0; r < n; ++r) {
-                uint8_t* dst = strip.data() + int64_t{r} * cols;
-                if (!transpose) {
-                    std::memcpy(dst, src.row(index[static_cast<size_t>(row0 + r)]), static_cast<size_t>(cols));
-                } else {
-                    for (int c = 0; c < cols; ++c) dst[c] = src.row(index[static_cast<size_t>(c)])[row0 + r];
-                }
+                uint8_t* row = strip.data() + int64_t{r} * cols;
+                if (!transpose) std::memcpy(row, src.row(source_row(row0 + r)), static_cast<size_t>(cols));
+                for (int c = 0; transpose && c < cols; ++c) row[c] = src.row(source_row(c))[row0 + r];
             }
-            int r = 0, c = 0;
-            std::byte* dst = out + row0 / dc::kTileRows * tile_stride;
-            if (!dc::pack_f8_codes({strip.data(), cols}, n, cols, dst, &r, &c)) return fail(row0 + r, c);
-        }
-        return true;
+            return dc::pack_f8_codes({strip.data(), cols}, n, cols, dst, &bad_r, &bad_c);
+        });
     }
 
     bool run_q4_codes() {
         const int64_t stride = dc::ceil_div(cols, 2), groups = dc::ceil_div(cols, dc::kTileCols);
         std::vector<uint8_t> strip(static_cast<size_t>(dc::kTileRows * stride));
         std::vector<uint16_t> scale(static_cast<size_t>(dc::kTileRows * groups));
-        for (int row0 = 0; row0 < rows; row0 += dc::kTileRows) {
-            const int n = std::min(dc::kTileRows, rows - row0);
+        return strips(dc::kTileRows, [&](int row0, int n, std::byte* dst, int& bad_r, int& bad_c) {
             for (int r = 0; r < n; ++r) {
-                const int i = index[static_cast<size_t>(row0 + r)];
+                const int i = source_row(row0 + r);
                 std::memcpy(strip.data() + r * stride, src.row(i), static_cast<size_t>(stride));
                 const uint16_t* s = src.i4_scale + i * src.i4_groups;
                 for (int64_t g = 0; g < groups; ++g)
                     scale[static_cast<size_t>(r * groups + g)] = s[g * dc::kTileCols / src.group];
             }
-            int r = 0, c = 0;
-            std::byte* dst = out + row0 / dc::kTileRows * tile_stride;
-            if (!dc::pack_q4_codes({strip.data(), stride}, {scale.data(), groups}, format, n, cols, dst, &r, &c)) {
-                return fail(row0 + r, c);
-            }
-        }
-        return true;
+            return dc::pack_q4_codes({strip.data(), stride}, {scale.data(), groups}, to.format, n, cols, dst, &bad_r,
+                                     &bad_c);
+        });
     }
 };
 
-py::object pack_rows(const Bytes& out, int64_t out_offset, int64_t tile_stride, const std::string& format,
-                     const std::string& format_scale, int rows, int cols, const Rows& index, bool transpose, bool exact,
-                     const std::string& kind, const Bytes& data, int first_row, const py::object& scale, int block_rows,
-                     int block_cols, const std::string& scale_dtype, const py::object& out_scales, int scale_rows,
-                     int scale_cols, const py::object& near_zero) {
-    PackCall call;
-    require(rows >= 1 && cols >= 1 && index.ndim() == 1 && index.size() == (transpose ? cols : rows), "bad row index");
-    call.src = make_source(kind, data, transpose ? rows : cols, first_row, scale, block_rows, block_cols, scale_dtype);
-    call.index = {index.data(), static_cast<size_t>(index.size())};
-    for (const int32_t i : call.index) require(i >= 0 && i < call.src.n_rows, "row index out of range");
-    call.transpose = transpose;
-    call.rows = rows;
-    call.cols = cols;
-    call.format = format_from_name(format, format_scale);
-    call.exact = exact;
-    const bool is_f8 = call.format == dc::Format::kF8,
-               is_q4 = call.format == dc::Format::kQ4 || call.format == dc::Format::kQ4B;
-    require(!exact || (is_f8 && call.src.kind == Kind::kF8) || (is_q4 && call.src.kind == Kind::kI4 && !transpose),
+py::tuple pack_rows(const Tiles& to, const Source& src, const Rows& index, bool transpose, bool exact) {
+    require(index.ndim() == 1 && index.size() >= 1 && index.size() <= std::numeric_limits<int>::max(), "bad row index");
+    const int n = static_cast<int>(index.size()), rows = transpose ? src.cols : n, cols = transpose ? n : src.cols;
+    PackCall call{.to = to,
+                  .src = src,
+                  .index = {index.data(), static_cast<size_t>(n)},
+                  .transpose = transpose,
+                  .rows = rows,
+                  .cols = cols};
+    for (const int32_t i : call.index) require(i >= 0 && i < src.n_rows, "row index out of range");
+    const bool is_f8 = to.format == dc::Format::kF8, is_q4b = to.format == dc::Format::kQ4B;
+    require(!exact || (is_f8 && src.kind == Kind::kF8) ||
+                ((is_q4b || to.format == dc::Format::kQ4) && src.kind == Kind::kI4 && !transpose),
             "the source's codes are not of this format");
-    require(exact || call.format != dc::Format::kQ4B, "bf16-scaled q4 only keeps existing codes");
+    require(exact || !is_q4b, "bf16-scaled q4 only keeps existing codes");
     const int64_t row_tiles = dc::ceil_div(rows, dc::kTileRows);
-    const int64_t row_tile_bytes = dc::ceil_div(cols, dc::kTileCols) * dc::info(call.format).tile_bytes;
-    require(out_offset >= 0 && tile_stride >= row_tile_bytes &&
-                out_offset + (row_tiles - 1) * tile_stride + row_tile_bytes <= out.nbytes(),
+    const int64_t row_tile_bytes = dc::ceil_div(cols, dc::kTileCols) * dc::info(to.format).tile_bytes;
+    require(to.stride >= row_tile_bytes && (row_tiles - 1) * to.stride + row_tile_bytes <= to.bytes.nbytes(),
             "output is too small");
-    call.out = reinterpret_cast<std::byte*>(py::array_t<uint8_t>(out).mutable_data()) + out_offset;
-    call.tile_stride = tile_stride;
+    call.out = reinterpret_cast<std::byte*>(py::array_t<uint8_t>(to.bytes).mutable_data());
     if (is_f8 && !exact) {
-        auto s = same_array<Floats>(out_scales);
-        require(scale_rows >= 16 && scale_rows % 16 == 0 && scale_cols >= 32 && scale_cols % 32 == 0,
-                "bad scale block");
-        require(scale_rows == 16 || tile_stride == row_tile_bytes, "alternating parts need scale blocks of 16 rows");
-        require(s.size() == dc::ceil_div(rows, scale_rows) * dc::ceil_div(cols, scale_cols), "wrong number of scales");
+        auto s = same_array<Floats>(to.scales);
+        const auto [r, c] = to.block;
+        require(r >= 16 && r % 16 == 0 && c >= 32 && c % 32 == 0, "bad scale block");
+        require(r == 16 || to.stride == row_tile_bytes, "alternating parts need scale blocks of 16 rows");
+        require(s.size() == dc::ceil_div(rows, r) * dc::ceil_div(cols, c), "wrong number of scales");
         call.scales = s.mutable_data();
-        call.scale_rows = scale_rows;
-        call.scale_cols = scale_cols;
     }
-    const bool ok = without_gil([&] { return call.run(); });
-    add_to(near_zero, call.near_zero);
-    return bad_at(ok, call.bad_row, call.bad_col);
+    const bool ok = without_gil([&] {
+        return !exact ? call.run_values() : is_f8 ? call.run_f8_codes() : call.run_q4_codes();
+    });
+    return outcome(ok, call.bad_row, call.bad_col, call.near_zero);
 }
 
 // Index of the first of n values whose exponent is all ones (infinity, NaN), or -1.
@@ -443,10 +442,8 @@ template <class T> int first_not_finite(const std::byte* p, int n, T exponent) {
     return i < n ? i : -1;
 }
 
-py::object convert_rows(const py::array& out, const std::string& to, const std::string& kind, const Bytes& data,
-                        int cols, int first_row, const py::object& scale, int block_rows, int block_cols,
-                        const std::string& scale_dtype, const py::object& near_zero) {
-    const Source src = make_source(kind, data, cols, first_row, scale, block_rows, block_cols, scale_dtype);
+py::tuple convert_rows(const py::array& out, const std::string& to, const Source& src) {
+    const int cols = src.cols;
     const Kind target = kind_from_name(to);
     require(target == Kind::kF32 || target == Kind::kBF16 || target == Kind::kF16, "target must be f32, bf16 or f16");
     const int64_t elem = kind_bits(target) / 8;
@@ -482,13 +479,13 @@ py::object convert_rows(const py::array& out, const std::string& to, const std::
                                           : first_not_finite<uint16_t>(dst, cols, 0x7C00);
         }
     }
-    add_to(near_zero, n_near_zero);
-    return bad_at(bad < 0, row - 1, bad);
+    return outcome(bad < 0, row - 1, bad, n_near_zero);
 }
 
 Floats unpack_slice(const Bytes& data, const py::object& scales, const std::string& format,
-                    const std::string& format_scale, int n_slices, int rows, int cols, int scale_rows, int scale_cols,
-                    int slice) {
+                    const std::string& format_scale, std::array<int, 3> shape, std::pair<int, int> block, int slice) {
+    const auto [n_slices, rows, cols] = shape;
+    const auto [scale_rows, scale_cols] = block;
     dc::PackedTensor w;
     w.format = format_from_name(format, format_scale);
     require(n_slices >= 1 && rows >= 1 && cols >= 1 && slice >= 0 && slice < n_slices, "bad shape");
@@ -568,21 +565,27 @@ void init_pack(py::module_& m) {
           "The tensors of a packed model in file order: list of {name, role, tiled, stacked, n_slices, rows, cols, "
           "parts, "
           "interleaved, formats}.");
-    m.def("pack_rows", &pack_rows, "out"_a.noconvert(), "out_offset"_a, "tile_stride"_a, "format"_a, "format_scale"_a,
-          "rows"_a, "cols"_a, "index"_a.noconvert(), "transpose"_a, "exact"_a, "kind"_a, "data"_a.noconvert(),
-          "first_row"_a = 0, "scale"_a = py::none(), "block_rows"_a = 1, "block_cols"_a = 32, "scale_dtype"_a = "",
-          "out_scales"_a = py::none(), "scale_rows"_a = 128, "scale_cols"_a = 128, "near_zero"_a = py::none(),
-          "Packs rows of one source tensor into row tiles of `out` (uint8). index: int32 source row of each packed row "
-          "(transpose: of each packed column). kind: f32|bf16|f16|f8|i4; scale: f32 grid (f8) or uint16 [rows, groups] "
-          "(i4). near_zero: int64 [1], added the number of groups that are too small for a scale of their own. "
-          "Returns None, or (source row, source column) of the first value that does not fit.");
-    m.def("convert_rows", &convert_rows, "out"_a, "to"_a, "kind"_a, "data"_a.noconvert(), "cols"_a, "first_row"_a = 0,
-          "scale"_a = py::none(), "block_rows"_a = 1, "block_cols"_a = 32, "scale_dtype"_a = "",
-          "near_zero"_a = py::none(),
-          "Converts source rows to plain f32|bf16|f16 in `out`. near_zero: int64 [1], added the groups of 32 columns "
-          "that become zeros. Returns None, or (row, column) of the first value that "
-          "does not fit.");
-    m.def("unpack_slice", &unpack_slice, "data"_a.noconvert(), "scales"_a, "format"_a, "format_scale"_a, "n_slices"_a,
-          "rows"_a, "cols"_a, "scale_rows"_a = 128, "scale_cols"_a = 128, "slice"_a = 0,
-          "One slice of a packed tensor as f32 [rows, cols]; data: uint8, all slices.");
+    py::class_<Source>(m, "Source")
+        .def(
+            py::init(&make_source), "kind"_a, "data"_a.noconvert(), "cols"_a, "first_row"_a = 0, "scale"_a = py::none(),
+            "block"_a = std::pair(1, 32), "scale_dtype"_a = "",
+            "Rows of a tensor as the checkpoint stores them, uint8 [rows, row bytes]. kind: f32|bf16|f16|f8|i4; scale: "
+            "f32 grid (f8) or uint16 [rows, groups] (i4), one for `block` rows x columns; first_row places the rows in "
+            "it.");
+    py::class_<Tiles>(m, "Tiles")
+        .def(py::init(&make_tiles), "out"_a.noconvert(), "stride"_a, "format"_a, "format_scale"_a,
+             "scales"_a = py::none(), "block"_a = std::pair(128, 128),
+             "Where row tiles go, `stride` bytes apart, and f8's scales, f32, one for `block` rows x columns.");
+    m.def(
+        "pack_rows", &pack_rows, "tiles"_a, "source"_a, "index"_a.noconvert(), "transpose"_a = false, "exact"_a = false,
+        "Packs rows of a source. index: int32 source row of each packed row (transpose: of each packed column). exact: "
+        "the source's codes are kept. Returns ((source row, source column) of the first value that does not fit, or "
+        "None, and the number of groups that are too small for a scale of their own).");
+    m.def(
+        "convert_rows", &convert_rows, "out"_a, "to"_a, "source"_a,
+        "Converts source rows to plain f32|bf16|f16 in `out`. Returns ((row, column) of the first value that does not "
+        "fit, or None, and the number of groups of 32 columns that become zeros).");
+    m.def("unpack_slice", &unpack_slice, "data"_a.noconvert(), "scales"_a, "format"_a, "format_scale"_a, "shape"_a,
+          "block"_a = std::pair(128, 128), "slice"_a = 0,
+          "One slice of a packed tensor [n_slices, rows, cols] as f32 [rows, cols]; data: uint8, all slices.");
 }

@@ -35,52 +35,41 @@ testing: ModuleType  # addresses of kernels and hooks, for tests/
 def formats() -> list[dict[str, Any]]: ...
 def validate_config(config: Mapping[str, Any]) -> None: ...
 def expected_tensors(config: Mapping[str, Any]) -> list[dict[str, Any]]: ...
+
+class Source:
+    def __init__(
+        self,
+        kind: str,
+        data: _U8,
+        cols: int,
+        first_row: int = 0,
+        scale: npt.NDArray[Any] | None = None,
+        block: tuple[int, int] = (1, 32),
+        scale_dtype: str = "",
+    ) -> None: ...
+
+class Tiles:
+    def __init__(
+        self,
+        out: _U8,
+        stride: int,
+        format: str,
+        format_scale: str,
+        scales: _F32 | None = None,
+        block: tuple[int, int] = (128, 128),
+    ) -> None: ...
+
 def pack_rows(
-    out: _U8,
-    out_offset: int,
-    tile_stride: int,
-    format: str,
-    format_scale: str,
-    rows: int,
-    cols: int,
-    index: _I32,
-    transpose: bool,
-    exact: bool,
-    kind: str,
-    data: _U8,
-    first_row: int = 0,
-    scale: npt.NDArray[Any] | None = None,
-    block_rows: int = 1,
-    block_cols: int = 32,
-    scale_dtype: str = "",
-    out_scales: _F32 | None = None,
-    scale_rows: int = 128,
-    scale_cols: int = 128,
-    near_zero: npt.NDArray[np.int64] | None = None,
-) -> tuple[int, int] | None: ...
-def convert_rows(
-    out: npt.NDArray[Any],
-    to: str,
-    kind: str,
-    data: _U8,
-    cols: int,
-    first_row: int = 0,
-    scale: npt.NDArray[Any] | None = None,
-    block_rows: int = 1,
-    block_cols: int = 32,
-    scale_dtype: str = "",
-    near_zero: npt.NDArray[np.int64] | None = None,
-) -> tuple[int, int] | None: ...
+    tiles: Tiles, source: Source, index: _I32, transpose: bool = False, exact: bool = False
+) -> tuple[tuple[int, int] | None, int]: ...
+def convert_rows(out: npt.NDArray[Any], to: str, source: Source) -> tuple[tuple[int, int] | None, int]: ...
 def unpack_slice(
     data: _U8,
     scales: _F32 | None,
     format: str,
     format_scale: str,
-    n_slices: int,
-    rows: int,
-    cols: int,
-    scale_rows: int = 128,
-    scale_cols: int = 128,
+    shape: tuple[int, int, int],
+    block: tuple[int, int] = (128, 128),
     slice: int = 0,
 ) -> _F32: ...
 

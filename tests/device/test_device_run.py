@@ -232,7 +232,7 @@ def test_device_refuses(device: str) -> None:
         models.open_model(models.pack(models.checkpoint("v3", "bf16"), dtype="q8"), models.ISAS[0]), 64, "f16", 8
     )
     with pytest.raises(UnsupportedError, match="runs on the CPU"):
-        cpu.decode_start(4, 0.0, 0, 1.0, 0.0, 0, 270, 5, [])
+        cpu.decode_start(4, Sampling(), 270, 5, [])
     with pytest.raises(ResourceError, match=r"needs [\d.]+ GB of device memory, [\d.]+ GB of [\d.]+ GB are free on"):
         huge = models.pack(
             tiny.write(models.root() / "huge", "v3", dtype="f32", max_position_embeddings=1 << 24), dtype="q8"

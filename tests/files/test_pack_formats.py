@@ -45,10 +45,11 @@ def pack(
     out = np.full(row_tiles * col_tiles * n_bytes, 0xAA, np.uint8)
     scales = np.full((-(-rows // out_block[0]), -(-cols // out_block[1])), np.nan, np.float32)
     data = np.ascontiguousarray(w).view(np.uint8).reshape(n_rows, -1)
-    bad = _core.pack_rows(
-        out, 0, col_tiles * n_bytes, fmt, tile_scale, rows, cols, index, transpose, exact, kind, data, first_row,
-        scale, *block, scale_dtype, scales, *out_block, near_zero,
-    )  # fmt: skip
+    tiles = _core.Tiles(out, col_tiles * n_bytes, fmt, tile_scale, scales, out_block)
+    source = _core.Source(kind, data, rows if transpose else cols, first_row, scale, block, scale_dtype)
+    bad, lost = _core.pack_rows(tiles, source, index, transpose, exact)
+    if near_zero is not None:
+        near_zero[0] += lost
     return out.reshape(row_tiles, col_tiles, n_bytes), scales, bad
 
 
@@ -130,9 +131,8 @@ def test_golden_q4() -> None:
 
 def convert(to: str, kind: str, w: Array) -> tuple[Array, tuple[int, int] | None]:
     out = np.zeros(w.shape, np.float32 if to == "f32" else np.uint16)
-    return out, _core.convert_rows(
-        out, to, kind, np.ascontiguousarray(w).view(np.uint8).reshape(len(w), -1), w.shape[1]
-    )
+    data = np.ascontiguousarray(w).view(np.uint8).reshape(len(w), -1)
+    return out, _core.convert_rows(out, to, _core.Source(kind, data, w.shape[1]))[0]
 
 
 def test_conversions_agree_with_numpy_on_every_code(rng: np.random.Generator) -> None:
@@ -173,11 +173,12 @@ def test_f8_source_conversion_multiplies_by_the_block_scale(rng: np.random.Gener
     codes = rng.integers(0, 127, (7, 70)).astype(np.uint8)
     scale = rng.uniform(0.1, 2, (5, 3)).astype(np.float32)
     out = np.empty((7, 70), np.float32)
-    assert _core.convert_rows(out, "f32", "f8", codes, 70, 10, scale, 4, 32) is None  # rows 10..16 of the tensor
+    source = _core.Source("f8", codes, 70, 10, scale, (4, 32))  # rows 10..16 of the tensor
+    assert _core.convert_rows(out, "f32", source) == (None, 0)
     want = F.E4M3[codes].astype(np.float32) * scale[(np.arange(7) + 10) // 4][:, np.arange(70) // 32]
     np.testing.assert_array_equal(out, want)
     codes[3, 69] = 0xFF
-    assert _core.convert_rows(out, "f32", "f8", codes, 70, 10, scale, 4, 32) == (3, 69)
+    assert _core.convert_rows(out, "f32", source)[0] == (3, 69)
 
 
 # --- tiles ----------------------------------------------------------------------------------------------------------
@@ -364,13 +365,13 @@ def test_near_zero_groups_are_within_half_a_step(fmt: str, transpose: bool, rng:
 @pytest.mark.parametrize("to", ["f16", "bf16"])
 def test_plain_near_zero_groups_are_counted(to: str, rng: np.random.Generator) -> None:
     w = small_weights(rng, 1200, 70)
-    out, near_zero = np.zeros(w.shape, np.uint16), np.zeros(1, np.int64)
-    data = w.view(np.uint8).reshape(1200, -1)
-    assert _core.convert_rows(out, to, "f32", data, 70, near_zero=near_zero) is None
+    out = np.zeros(w.shape, np.uint16)
+    bad, near_zero = _core.convert_rows(out, to, _core.Source("f32", w.view(np.uint8).reshape(1200, -1), 70))
+    assert bad is None
     lost = 0
     for c in range(0, 70, 32):
         lost += int(((w[:, c : c + 32] != 0).any(1) & ((out[:, c : c + 32] & 0x7FFF) == 0).all(1)).sum())
-    assert near_zero[0] == lost > 20
+    assert near_zero == lost > 20
 
 
 def test_transposed_and_gathered_rows(rng: np.random.Generator) -> None:
@@ -401,26 +402,31 @@ def test_unpack_slice_agrees_with_the_independent_decoder(fmt: str, scale: str, 
     for rows, cols, block in [(1, 1, (128, 128)), (33, 70, (16, 64)), (130, 290, (64, 128))]:
         p = F.random_packed(name, rng, rows, cols, n_slices=3, scale_block=block)
         for s in (0, 2):
-            got = _core.unpack_slice(p.data.reshape(-1), p.scales, fmt, scale, 3, rows, cols, *block, s)
+            got = _core.unpack_slice(p.data.reshape(-1), p.scales, fmt, scale, (3, rows, cols), block, s)
             np.testing.assert_array_equal(got, p.values[s].astype(np.float32))
 
 
 def test_packing_calls_check_their_buffers() -> None:
     w, index = np.zeros((4, 128), np.uint8), np.arange(4, dtype=np.int32)
     out = np.zeros(2048, np.uint8)
-    good: list[Any] = [out, 0, 2048, "f32", "", 4, 32, index, False, False, "f32", w]
-    assert _core.pack_rows(*good) is None
+    good: list[Any] = [out, 2048, "f32", "", "f32", w, 32, index, False]
+
+    def pack_with(*args: Any) -> Any:
+        out, stride, fmt, fmt_scale, kind, data, cols, index, exact = args
+        tiles, source = _core.Tiles(out, stride, fmt, fmt_scale), _core.Source(kind, data, cols)
+        return _core.pack_rows(tiles, source, index, exact=exact)
+
+    assert pack_with(*good) == (None, 0)
     changes: dict[int, list[Any]] = {
-        0: [np.zeros(2047, np.uint8)], 1: [1, -1], 2: [2047], 3: ["q8", "nope"], 4: ["f16"], 5: [0, 5], 6: [0, 33],
-        7: [index + 1, index - 1, index[:3]], 9: [True], 10: ["f16x", "f8", "i4"], 11: [w[:, :127].copy(), w[0]],
+        0: [np.zeros(2047, np.uint8), out[1:], np.zeros(2048, np.int8)], 1: [2047], 2: ["q8", "nope"], 3: ["f16"],
+        4: ["f16x", "f8", "i4"], 5: [w[:, :127].copy(), w[0]], 6: [0, 33],
+        7: [index + 1, index - 1, index[:0], index[None]], 8: [True],
     }  # fmt: skip
     for position, values in changes.items():
         for value in values:
             with pytest.raises((ValueError, TypeError)):
-                _core.pack_rows(*[value if i == position else v for i, v in enumerate(good)])
-    with pytest.raises(TypeError):
-        _core.pack_rows(*[np.zeros(2048, np.int8) if i == 0 else v for i, v in enumerate(good)])
+                pack_with(*[value if i == position else v for i, v in enumerate(good)])
     read_only = np.zeros(2048, np.uint8)
     read_only.flags.writeable = False
     with pytest.raises(ValueError, match=r"read-only|not writeable"):
-        _core.pack_rows(*[read_only if i == 0 else v for i, v in enumerate(good)])
+        pack_with(read_only, *good[1:])

@@ -81,6 +81,10 @@ class Weight:
         """ "bf16" | "f16" | "f32" of the scales as ``read_scale`` gives them, "" without."""
         return "f32" if self.kind == "f8" else self.scale.dtype.lower() if self.scale else ""
 
+    def source(self, data: npt.NDArray[np.uint8], first_row: int, scale: npt.NDArray[Any] | None, cols: int = 0) -> Any:
+        """Stored rows from ``first_row`` on and their scales of ``read_scale``, as the extension module takes them."""
+        return _core.Source(self.kind, data, cols or self.cols, first_row, scale, self.block, self.scale_dtype)
+
 
 class Checkpoint(Closing):
     """An open checkpoint folder. Use as a context manager, or close().
@@ -366,7 +370,7 @@ class Checkpoint(Closing):
         end = w.rows if end is None else end
         out = np.empty((end - begin, w.cols), np.float32)
         data, scale = self.read_rows(w, begin, end), self.read_scale(w, begin, end)
-        bad = _core.convert_rows(out, "f32", w.kind, data, w.cols, begin, scale, *w.block, w.scale_dtype)
+        bad, _ = _core.convert_rows(out, "f32", w.source(data, begin, scale))
         if bad is not None:
             raise self.bad_value(w, begin + bad[0], bad[1], "f32")
         return out
@@ -375,7 +379,7 @@ class Checkpoint(Closing):
         """The error for a value that does not fit format ``to``."""
         line = np.full((1, w.cols), np.nan, np.float32)
         data, scale = self.read_rows(w, row, row + 1), self.read_scale(w, row, row + 1)
-        _core.convert_rows(line, "f32", w.kind, data, w.cols, row, scale, *w.block, w.scale_dtype)  # stops at a NaN
+        _core.convert_rows(line, "f32", w.source(data, row, scale))  # stops at a NaN
         found, at = line[0, col], [row, col] if w.kind == "i4" else self._position(w.data, (row, col))
         limits = {"f16": "|w| <= 65504", "bf16": "|w| <= 3.39e38"}
         expected = limits.get(to, f"one whose {to} scale fits its type") if np.isfinite(found) else "a finite number"

@@ -400,8 +400,8 @@ class _Packer:
         """Rows begin..end-1 of a plain tensor."""
         w = t.slices[0][0].weight
         data, scale = self._source(w, begin, end)
-        bad = _core.convert_rows(out, t.format, w.kind, data, w.cols, begin, scale, *w.block, w.scale_dtype,
-                                 t.near_zero)  # fmt: skip
+        bad, near_zero = _core.convert_rows(out, t.format, w.source(data, begin, scale))
+        t.near_zero[0] += near_zero
         if bad is not None:
             raise self.ckpt.bad_value(w, begin + bad[0], bad[1], t.format)
 
@@ -428,10 +428,10 @@ class _Packer:
         data, scale = self._source(w, lo, hi)
         block = t.scale_block or (16, 32)
         scales = np.empty((-(-(r1 - r0) // block[0]), -(-part.cols // block[1])), np.float32)
-        bad = _core.pack_rows(
-            out, 0, step, t.format, t.scale, r1 - r0, part.cols, index - lo, part.transpose, t.exact, w.kind, data, lo,
-            scale, *w.block, w.scale_dtype, scales, *block, t.near_zero,
-        )  # fmt: skip
+        tiles = _core.Tiles(out, step, t.format, t.scale, scales, block)
+        cols = r1 - r0 if part.transpose else part.cols
+        bad, near_zero = _core.pack_rows(tiles, w.source(data, lo, scale, cols), index - lo, part.transpose, t.exact)
+        t.near_zero[0] += near_zero
         if bad is not None:
             raise self.ckpt.bad_value(w, lo + bad[0], bad[1], t.format)
         return scales

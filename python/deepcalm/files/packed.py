@@ -316,7 +316,7 @@ class PackedFile(Closing):
             raise self._refuse(f"tensor {name}: no slice {slice}, its shape is {list(s.shape)}")
         if s.kind != "tiled":
             out = np.empty(s.shape, np.float32)
-            bad = _core.convert_rows(out, "f32", s.format, data.reshape(1, -1), out.size)
+            bad, _ = _core.convert_rows(out, "f32", _core.Source(s.format, data.reshape(1, -1), out.size))
             if bad is not None:
                 raise self._refuse(f"tensor {name}: element {bad[1]} is not finite")
             return out if slice is None else out[slice]
@@ -326,7 +326,7 @@ class PackedFile(Closing):
         out = np.empty((len(which), len(take), cols), np.float32)
         for i, n in enumerate(which):
             block = s.scale_block or (128, 128)
-            out[i] = _core.unpack_slice(data, scales, s.format, s.scale, s.n_slices, rows, cols, *block, n)[take]
+            out[i] = _core.unpack_slice(data, scales, s.format, s.scale, (s.n_slices, rows, cols), block, n)[take]
         return out if len(s.shape) == 3 and slice is None else out[0]
 
     def check(self, progress: Callable[[int, int], object] | None = None) -> list[str]:
