@@ -44,7 +44,25 @@ class TinySpec:
     extra_config: dict[str, Any] = field(default_factory=dict)  # written as is, must not change the result
 
 
-def _config(model_type: str, **keys: Any) -> dict[str, Any]:
+# Widths and counts of every preset, under the keys below.
+SIZES = {
+    #                 hidden  heads  q_lora  kv_lora  nope  rope  v    dense  expert  experts  top  shared
+    "v2_lite":       (78,     3,     None,   36,      20,   12,   18,  90,    35,     10,      3,   2),
+    "v2_grouped":    (84,     4,     44,     40,      24,   16,   20,  100,   28,     16,      4,   2),
+    "v3":            (76,     5,     52,     42,      22,   16,   26,  110,   38,     24,      5,   1),
+    "moonlight":     (70,     2,     None,   34,      18,   10,   22,  77,    33,     9,       3,   2),
+    "gigachat3":     (200,    2,     None,   144,     128,  32,   192, 264,   136,    6,       2,   1),
+    "kimi_k2":       (96,     3,     50,     38,      26,   16,   30,  98,    32,     20,      4,   1),
+    "glm4_moe_lite": (90,     5,     46,     44,      24,   8,    36,  86,    31,     12,      4,   1),
+}  # fmt: skip
+_SIZE_KEYS = (
+    *("hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"),
+    *("v_head_dim", "intermediate_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"),
+    "n_shared_experts",
+)
+
+
+def _config(model_type: str, sizes: str, **keys: Any) -> dict[str, Any]:
     return {
         "model_type": model_type,
         "num_hidden_layers": 3,
@@ -58,6 +76,7 @@ def _config(model_type: str, **keys: Any) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "bos_token_id": 265,
         "eos_token_id": 266,
+        **dict(zip(_SIZE_KEYS, SIZES[sizes], strict=True)),
         **keys,
     }
 
@@ -82,18 +101,7 @@ PRESETS: dict[str, TinySpec] = {
     "v2_lite": TinySpec(
         _config(
             "deepseek_v2",
-            hidden_size=78,
-            num_attention_heads=3,
-            q_lora_rank=None,
-            kv_lora_rank=36,
-            qk_nope_head_dim=20,
-            qk_rope_head_dim=12,
-            v_head_dim=18,
-            intermediate_size=90,
-            moe_intermediate_size=35,
-            n_routed_experts=10,
-            num_experts_per_tok=3,
-            n_shared_experts=2,
+            "v2_lite",
             scoring_func="softmax",
             topk_method="greedy",
             norm_topk_prob=False,
@@ -110,18 +118,7 @@ PRESETS: dict[str, TinySpec] = {
     "v2_grouped": TinySpec(
         _config(
             "deepseek_v2",
-            hidden_size=84,
-            num_attention_heads=4,
-            q_lora_rank=44,
-            kv_lora_rank=40,
-            qk_nope_head_dim=24,
-            qk_rope_head_dim=16,
-            v_head_dim=20,
-            intermediate_size=100,
-            moe_intermediate_size=28,
-            n_routed_experts=16,
-            num_experts_per_tok=4,
-            n_shared_experts=2,
+            "v2_grouped",
             n_group=4,
             topk_group=2,
             scoring_func="softmax",
@@ -140,18 +137,7 @@ PRESETS: dict[str, TinySpec] = {
     "v3": TinySpec(
         _config(
             "deepseek_v3",
-            hidden_size=76,
-            num_attention_heads=5,
-            q_lora_rank=52,
-            kv_lora_rank=42,
-            qk_nope_head_dim=22,
-            qk_rope_head_dim=16,
-            v_head_dim=26,
-            intermediate_size=110,
-            moe_intermediate_size=38,
-            n_routed_experts=24,
-            num_experts_per_tok=5,
-            n_shared_experts=1,
+            "v3",
             n_group=4,
             topk_group=2,
             routed_scaling_factor=2.5,
@@ -170,18 +156,7 @@ PRESETS: dict[str, TinySpec] = {
     "moonlight": TinySpec(
         _config(
             "deepseek_v3",
-            hidden_size=70,
-            num_attention_heads=2,
-            q_lora_rank=None,
-            kv_lora_rank=34,
-            qk_nope_head_dim=18,
-            qk_rope_head_dim=10,
-            v_head_dim=22,
-            intermediate_size=77,
-            moe_intermediate_size=33,
-            n_routed_experts=9,
-            num_experts_per_tok=3,
-            n_shared_experts=2,
+            "moonlight",
             routed_scaling_factor=2.446,
             rms_norm_eps=1e-5,
             rope_theta=50000.0,
@@ -197,19 +172,8 @@ PRESETS: dict[str, TinySpec] = {
     "gigachat3": TinySpec(
         _config(
             "deepseek_v3",
+            "gigachat3",
             num_hidden_layers=2,
-            hidden_size=200,
-            num_attention_heads=2,
-            q_lora_rank=None,
-            kv_lora_rank=144,
-            qk_nope_head_dim=128,
-            qk_rope_head_dim=32,
-            v_head_dim=192,
-            intermediate_size=264,
-            moe_intermediate_size=136,
-            n_routed_experts=6,
-            num_experts_per_tok=2,
-            n_shared_experts=1,
             routed_scaling_factor=2.5,
             rope_theta=100000.0,
             rope_scaling=_yarn(16, 40, 32, 1, 1.0, 1.0),
@@ -226,18 +190,7 @@ PRESETS: dict[str, TinySpec] = {
     "kimi_k2": TinySpec(
         _config(
             "kimi_k2",
-            hidden_size=96,
-            num_attention_heads=3,
-            q_lora_rank=50,
-            kv_lora_rank=38,
-            qk_nope_head_dim=26,
-            qk_rope_head_dim=16,
-            v_head_dim=30,
-            intermediate_size=98,
-            moe_intermediate_size=32,
-            n_routed_experts=20,
-            num_experts_per_tok=4,
-            n_shared_experts=1,
+            "kimi_k2",
             routed_scaling_factor=2.827,
             rope_theta=50000.0,
             rope_scaling=_yarn(64, 32, 1, 1, 1.0, 1.0),
@@ -253,18 +206,7 @@ PRESETS: dict[str, TinySpec] = {
     "glm4_moe_lite": TinySpec(
         _config(
             "glm4_moe_lite",
-            hidden_size=90,
-            num_attention_heads=5,
-            q_lora_rank=46,
-            kv_lora_rank=44,
-            qk_nope_head_dim=24,
-            qk_rope_head_dim=8,
-            v_head_dim=36,
-            intermediate_size=86,
-            moe_intermediate_size=31,
-            n_routed_experts=12,
-            num_experts_per_tok=4,
-            n_shared_experts=1,
+            "glm4_moe_lite",
             routed_scaling_factor=1.8,
             rms_norm_eps=1e-5,
             rope_theta=1000000.0,

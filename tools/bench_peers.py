@@ -470,17 +470,8 @@ def build(folder: Path) -> Path:
         subprocess.run(command, check=True, cwd=folder)
 
     if not list(folder.glob("llama_cpp_python-*.tar.gz")):
-        run(
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--no-binary",
-            ":all:",
-            "--no-build-isolation",
-            LLAMA_CPP,
-        )
+        download = "-m pip download --no-deps --no-binary :all: --no-build-isolation"
+        run(sys.executable, *download.split(), LLAMA_CPP)
     with tarfile.open(next(folder.glob("llama_cpp_python-*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
     source = next(folder.glob("llama_cpp_python-*/vendor/llama.cpp"))

@@ -122,19 +122,7 @@ def evict(path: Path) -> None:
 
 def first_token(path: Path, threads: int) -> list[float]:
     """Seconds from the start of `deepcalm generate -n 1` to its end, three times, the file in the page cache."""
-    command = [
-        sys.executable,
-        "-m",
-        "deepcalm",
-        "generate",
-        "-m",
-        str(path),
-        "-n",
-        "1",
-        "-q",
-        "--threads",
-        str(threads),
-    ]
+    command = [sys.executable, *f"-m deepcalm generate -n 1 -q --threads {threads} -m".split(), str(path)]
     env = {**os.environ, "PYTHONPATH": str(Path(deepcalm.__file__).parent.parent)}
     out = []
     for _ in range(3):
