@@ -34,7 +34,7 @@ def chat_answer(*turns: str, n: int = 6) -> str:
 
 def test_a_terminal_has_line_editing_and_turns_of_several_lines(path: Path, state: Path) -> None:
     t = Terminal("chat", "-m", path, "-n", "6", "-t", "1", XDG_STATE_HOME=str(state))
-    opening = "v3-0-source.dcalm, context 1280, greedy\n/help lists commands, Ctrl-D leaves\n>"
+    opening = f"{path.name}, context 1280, greedy\n/help lists commands, Ctrl-D leaves\n>"
     assert t.until("leaves\n>").startswith(opening)
     t.type("Hi there" + LEFT * 2 + "X" + ENTER)  # "Hi theXre"
     done = r"prompt tokens were cached\n>"
@@ -87,10 +87,13 @@ def test_unknown_commands_are_refused_with_the_list(run: Run, path: Path) -> Non
     assert run("chat", "--top-p", "0.5")[2].endswith(  # no terminal: only what is used
         "\ndemo.dcalm, context 512, temp 0.7, top-p 0.5 (the checkpoint's for temp)\n"
     )
-    code, out, err = run("chat", "-m", path, "-n", "6", "-q", stdin=b"/foo bar\n/help\n /foo\n/load\n")
+    code, out, err = run(
+        "chat", "-m", path, "-n", "6", "-q", stdin=b"/foo bar\n/help\n /foo\n/load\n/load a\0b\n/load ~no.user/x\n"
+    )
     assert code == 0 and out.decode() == chat_answer(" /foo") + "\n"
     assert "no command '/foo': /help, /reset, /system, /retry, /save, /load, /quit are" in err
-    assert all(name in err for name in chat.HELP) and "/load FILE: which file?" in err
+    assert all(name in err for name in chat.HELP) and err.count("/load FILE: which file?") == 2
+    assert "~no.user/x: " in err
     assert max(map(len, chat.help_text().splitlines())) < 80
 
 

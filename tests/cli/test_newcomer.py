@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import deepcalm
 import models
 from commands import Run, error
-from deepcalm.cli import common
+from deepcalm.cli import check, common, files
 from deepcalm.cli import run as run_commands
 from deepcalm.sampling import Scores
 
@@ -29,23 +30,26 @@ def test_names_of_llama_cpp_mean_the_same(run: Run, path: Path, tmp_path: Path) 
             assert (code, out) == want[:2] and err.endswith("; seed 7\n")
 
 
-def test_m_names_the_model_everywhere(run: Run, path: Path, tmp_path: Path) -> None:
-    text = tmp_path / "t.txt"
-    text.write_text("the other thing in the air")
-    folder = models.checkpoint(dtype="f32")
-    for by_option, by_place in (
-        (("inspect", "-m", path, "--json"), ("inspect", path, "--json")),
-        (("perplexity", "-m", path, text), ("perplexity", path, text)),
-        (("perplexity", text, "-m", path), ("perplexity", path, text)),
-        (("verify", "-m", path, "--against", folder, "--layers", "0", "--tokens", "8"),
-         ("verify", path, "--against", folder, "--layers", "0", "--tokens", "8")),
-    ):  # fmt: skip
-        assert run(*by_option)[:2] == run(*by_place)[:2] and run(*by_place)[0] == 0
-    bench = ("bench", "--prompt", "4", "--contexts", "0", "--tokens", "2", "--repeats", "1", "-t", "1", "--json")
-    assert {json.loads(run(*bench, *m)[1])["runs"][0]["file"] for m in (("-m", path), (path,))} == {str(path)}
-    for both in (("inspect",), ("bench",), ("verify", "--against", folder), ("perplexity", "x")):
-        assert run(*both, path, "-m", path)[0] == 2
-    for too_few in (("verify", "--against", folder), ("perplexity", path), ("perplexity", "-m", path)):
+def test_m_names_the_model_everywhere(run: Run, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path | None] = []
+    find = common.model_file
+
+    def spy(path: Path | None) -> Path:
+        opened.append(path)
+        raise deepcalm.Error(f"{find(path)} would be opened")
+
+    (tmp_path / "t.txt").write_text("the other thing in the air")
+    text, against = str(tmp_path / "t.txt"), ("--against", models.checkpoint(dtype="f32"))
+    want = run("perplexity", path, text)
+    assert run("perplexity", "-m", path, text)[:2] == run("perplexity", text, "-m", path)[:2] == want[:2]
+    assert want[0] == 0 and run("inspect", "-m", path, "--json")[:2] == run("inspect", path, "--json")[:2]
+    for module in (common, files, check):
+        monkeypatch.setattr(module, "model_file", spy)
+    for command in (("inspect",), ("bench",), ("verify", *against), ("perplexity", text)):
+        assert f"{path} would be opened" in error(run(*command, "-m", path))
+        assert run(*command, path, "-m", path)[0] == 2
+    assert opened == [path] * 4
+    for too_few in (("verify", *against), ("perplexity", path), ("perplexity", "-m", path)):
         code, _, err = run(*too_few)
         assert code == 2 and "Missing argument" in err
 

@@ -89,7 +89,7 @@ def test_public_names_resolve_and_no_module_hides_one() -> None:
 
 
 def test_import_and_help_load_nothing_heavy() -> None:
-    heavy = ("numpy", "tokenizers", "jinja2", "rich", "safetensors", "ml_dtypes", "deepcalm._core")
+    heavy = ("numpy", "tokenizers", "jinja2", "rich", "prompt_toolkit", "safetensors", "ml_dtypes", "deepcalm._core")
     code = f"""
 import io, sys, deepcalm.cli
 sys.stdout = io.StringIO()

@@ -75,14 +75,19 @@ class Reader:
             return False
 
 
+def expanded(path: str) -> Path:
+    """With ~ as the shell has it, where it can be: Path.expanduser fails where it cannot."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 def history_file() -> Path | None:
     """Where lines are kept between chats, readable by their author alone; None where that cannot be written."""
     state = os.environ.get("XDG_STATE_HOME", "")
-    folder = Path(state if state.startswith("/") else Path("~/.local/state").expanduser()) / "deepcalm"
+    folder = expanded(state if state.startswith("/") else "~/.local/state") / "deepcalm"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(folder / "chat_history", os.O_RDWR | os.O_CREAT, 0o600))
-    except (OSError, RuntimeError):
+    except OSError:
         return None
     return folder / "chat_history"
 
@@ -265,9 +270,9 @@ def command(chat: Chat, line: str) -> None:
     elif name == "/system":
         chat.set_system(rest)
     elif name in ("/save", "/load"):
-        if not rest:
+        if not rest or "\0" in rest:
             raise SessionError(f"{name} FILE: which file?")
-        (chat.save if name == "/save" else chat.load)(Path(rest).expanduser())
+        (chat.save if name == "/save" else chat.load)(expanded(rest))
     else:
         raise SessionError(f"no command {one_line(name, 40)!r}: {', '.join(n.split()[0] for n in HELP)} are "
                            "(a space before the / makes it text)")  # fmt: skip
