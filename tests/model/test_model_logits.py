@@ -87,6 +87,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "every group kept": ("v2_grouped", {"topk_group": 4}),
     "one head, one layer": ("v2_lite", {"num_attention_heads": 1, "num_hidden_layers": 1, "first_k_dense_replace": 0}),
     "whole tiles": ("v3", {**_TILES, "intermediate_size": 96, "moe_intermediate_size": 32, "vocab_size": 320}),
+    "heads of one row tile": ("v3", {"v_head_dim": 16, "num_attention_heads": 3}),
     "widths of one": ("moonlight", {**_ONES, "intermediate_size": 1, "hidden_size": 7}),
     "heads wider than the latent": ("v3", {"qk_nope_head_dim": 130, "v_head_dim": 70, "kv_lora_rank": 20}),
     "an eps that every norm feels": ("glm4_moe_lite", {"rms_norm_eps": 0.05}),
