@@ -286,11 +286,9 @@ class PySession {
         py::dict out;
         for (auto& [name, tap] : call(&Session::take_taps)) {
             const std::vector<py::ssize_t> shape(tap.shape.begin(), tap.shape.end());
-            if (tap.is_int) {
-                out[name.c_str()] = as_array<int32_t>(shape, tap.i32.data(), std::move(tap.i32));
-            } else {
-                out[name.c_str()] = as_array<float>(shape, tap.f32.data(), std::move(tap.f32));
-            }
+            out[name.c_str()] = std::visit(
+                [&]<class T>(std::vector<T>& v) -> py::array { return as_array<T>(shape, v.data(), std::move(v)); },
+                tap.values);
         }
         return out;
     }

@@ -95,7 +95,7 @@ class Pass {
     // Records rows [n, width] that all threads have made and none changes before the next barrier.
     template <class T> void tap(const char* name, View<T> rows, int width) const {
         if (!a_.trace.on()) return;
-        if (tid_ == 0) a_.trace.record(prefix_ + name, rows.data, n_, {width}, rows.stride);
+        if (tid_ == 0) a_.trace.record(prefix_ + name, rows, n_, {width});
         pool_.barrier();
     }
     // n f32 weights (norms, biases) that every thread reads: counted once.
@@ -315,7 +315,7 @@ class Pass {
             v.insert(v.end(), p, p + width);
         }
         if (v.size() == static_cast<size_t>(n_) * heads_ * width) {
-            a_.trace.record(prefix_ + name, v.data(), n_, {heads_, width}, int64_t{heads_} * width);
+            a_.trace.record(prefix_ + name, View<const float>{v.data(), int64_t{heads_} * width}, n_, {heads_, width});
             v.clear();
         }
         pool_.barrier();
@@ -565,8 +565,7 @@ class Pass {
             matmul(w, 0, tiles, operand(s_.final_h, w, first), a_.n_logits, y.columns(kTileRows * tiles.begin));
         });
         done(Stage::kHead);
-        if (a_.trace.on() && tid_ == 0)
-            a_.trace.record(prefix_ + "logits", y.data, a_.n_logits, {c_.vocab_size}, y.stride);
+        if (a_.trace.on() && tid_ == 0) a_.trace.record(prefix_ + "logits", y, a_.n_logits, {c_.vocab_size});
     }
 
     const PassArgs& a_;

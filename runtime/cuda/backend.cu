@@ -516,15 +516,15 @@ struct OnDevice {
             DC_RT(rt::copy(host.data(), v.data, static_cast<int64_t>(host.size()) * 4, stream));
             DC_RT(rt::synchronize(stream));
             if (v.type[1] == 'i') {
-                p.trace.record(name, reinterpret_cast<const int32_t*>(host.data()), p.n(), dims, per_row);
+                p.trace.record(name, View<int32_t>{reinterpret_cast<int32_t*>(host.data()), per_row}, p.n(), dims);
             } else {
-                p.trace.record(name, host.data(), p.n(), dims, per_row);
+                p.trace.record(name, View<float>{host.data(), per_row}, p.n(), dims);
             }
         }
         kept_taps[p.mtp()] = std::move(taps.views);
         if (p.n_logits > 0) {
-            p.trace.record(p.mtp() ? "mtp.logits" : "logits", p.logits, p.n_logits, {m.cfg.vocab_size},
-                           m.cfg.logits_stride());
+            p.trace.record(p.mtp() ? "mtp.logits" : "logits", View<float>{p.logits, m.cfg.logits_stride()}, p.n_logits,
+                           {m.cfg.vocab_size});
         }
         return {};
     }

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXPORTS = "-Wl,--version-script=runtime/cuda/exports.map"
 CACHE = ROOT / "build" / "sim"  # a file per build; may be deleted at any time
 # The simulator runs in every step of every thread; the stages' templates take twice as long to compile at -O2.
-SOURCES = {"tests/sim/sim.cc": "-O2", "kernels/pack.cc": "-O1", "runtime/rope.cc": "-O1", "runtime/trace.cc": "-O1"}
+SOURCES = {"tests/sim/sim.cc": "-O2", "kernels/pack.cc": "-O1", "runtime/rope.cc": "-O1"}
 FLAGS = (
     *("-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread", "-I."),
     *("-ftls-model=initial-exec", "-Wall", "-Wextra", "-Wconversion", "-Wno-sign-conversion"),
