@@ -49,6 +49,10 @@ def test_m_names_the_model_everywhere(run: Run, path: Path, tmp_path: Path, monk
         assert f"{path} would be opened" in error(run(*command, "-m", path))
         assert run(*command, path, "-m", path)[0] == 2
     assert opened == [path] * 4
+    for chat in (("chat", path), ("chat", "-m", path)):
+        assert f"{path} would be opened" in error(run(*chat))
+    assert run("chat", path, "-m", path)[0] == 2
+    assert f"{path} is a packed file: -m names the model" in run("generate", path)[2].replace("\n", "")
     for too_few in (("verify", *against), ("perplexity", path), ("perplexity", "-m", path)):
         code, _, err = run(*too_few)
         assert code == 2 and "Missing argument" in err

@@ -15,7 +15,7 @@ import click
 from ..errors import Error, SessionError, one_line
 from ..files.safetensors import parse_json
 from ..text import decode_utf8
-from .common import RUNTIME, SAMPLING, open_model, open_session, options, read_stdin, say
+from .common import FILE, RUNTIME, SAMPLING, one_file, open_model, open_session, options, read_stdin, say
 from .run import cached_text, check_room, how_to_sample, sampling_text, saved, start, stream
 
 if TYPE_CHECKING:
@@ -287,22 +287,24 @@ Examples:
 Commands: /reset forgets the conversation, /quit or Ctrl-D leaves, /help lists the others; Ctrl-C stops an answer and
 keeps its text.""",
 )
+@click.argument("file", type=FILE, required=False)
 @options("--model", "--max-tokens", *SAMPLING, "--system", "--chat-template-kwargs")
 @click.option("--history/--no-history", default=True, show_default=True,
               help="Keep lines typed at a terminal, in $XDG_STATE_HOME/deepcalm/chat_history.")  # fmt: skip
 @options(*RUNTIME, "--lock", "--quiet")
 def chat_command(
-    path: Path | None, max_tokens: int | None, system: str | None, template_options: dict[str, Any], history: bool,
-    device: str, threads: int | None, isa: str | None, ctx: int | None, kv: str, lock: bool, quiet: bool,
-    **sampling: Any,
+    path: Path | None, file: Path | None, max_tokens: int | None, system: str | None, template_options: dict[str, Any],
+    history: bool, device: str, threads: int | None, isa: str | None, ctx: int | None, kv: str, lock: bool,
+    quiet: bool, **sampling: Any,
 ) -> int:  # fmt: skip
-    """Talk with a model. At a terminal with line editing and a history, through pipes line by line.
+    """Talk with a model, FILE or the demo model.
 
-    Each turn renders the whole conversation with the checkpoint's template and computes only what follows the longest
-    prefix that is still in the cache. A model without a template, such as the demo model, continues the text so far,
-    your line included, until it ends it; the next line begins a new one.
+    At a terminal with line editing and a history, through pipes line by line. Each turn renders the whole conversation
+    with the checkpoint's template and computes only what follows the longest prefix that is still in the cache. A model
+    without a template, such as the demo model, continues the text so far, your line included, until it ends it; the
+    next line begins a new one.
     """
-    model = open_model(path, device, threads, isa, quiet, lock)
+    model = open_model(one_file(path, file), device, threads, isa, quiet, lock)
     if model.chat_template is None and system is None:
         say("this model has no chat template: it continues the text, yours and its own; /reset begins a new one", quiet)
     reader = Reader(quiet, history)

@@ -89,6 +89,8 @@ def generate(
     if sum(x is not None for x in (prompt, given, file)) != 1:
         raise click.UsageError("give either a PROMPT ('-' for stdin) or --file")
     prompt = given if prompt is None else prompt
+    if prompt is not None and prompt.endswith(".dcalm") and os.path.exists(prompt):  # noqa: PTH110  # a NUL is text
+        raise click.UsageError(f"{prompt} is a packed file: -m names the model")
     if (system is not None or template_options) and not as_chat:
         raise click.UsageError(f"--{'chat-template-kwargs' if system is None else 'system'} needs --chat")
     if file is not None or prompt == "-":
