@@ -94,6 +94,7 @@ class Model(Closing):
         with packed.PackedFile(self.path) as file:
             self.config = Config(file.config)
             self.header_sha256 = file.header_sha256
+            self.entries = file.entries  # name -> Tensor, in file order
             files = {name: file.tokenizer_file(name) for name in (*FILES, *LEGACY)}
             self._text = TextFiles(files, f"{self.path}: ", PackedFileError)
             opened = (os.fsencode(path), file.fileno(), file.config, file.tensor_table())  # a name need not be UTF-8

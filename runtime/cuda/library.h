@@ -1,5 +1,5 @@
 // A device library (libdeepcalm_cuda.so, or the tests' simulator: the same sources on the CPU) as both sides see it. CUDA is
-// never linked, only found (docs/model.md 8): the library is opened next to the core and makes a Backend.
+// never linked, only found (docs/development.md): the library is opened next to the core and makes a Backend.
 #pragma once
 
 #include "runtime/engine.h"

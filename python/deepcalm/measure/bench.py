@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from .. import _core
 from ..errors import SessionError
-from ..files.packed import PackedFile
 from ..sampling import Sampling
 from ..session import Session, Stats
 from .machine import Others, machine, resident
@@ -159,15 +158,14 @@ class BenchResult:
 def operations(model: Model, n: int, pos: int, n_logits: int = 1) -> dict[tuple[str, str], int]:
     """(stage, weight format or "attention") -> multiplies and adds of a main pass of ``n`` tokens after ``pos``."""
     c, out = model.config, dict[tuple[str, str], int]()
-    with PackedFile(model.path) as file:
-        for name, e in file.entries.items():
-            leaf = name.split(".", 2)[2] if name.startswith("layers.") else name
-            if (stage := _STAGE_OF.get(leaf)) is None or e.kind != "tiled":
-                continue
-            slices = c["num_experts_per_tok"] if e.role == "expert" else e.n_slices
-            rows = n_logits if leaf == "head" else n
-            key = (stage, e.format)
-            out[key] = out.get(key, 0) + 2 * slices * e.shape[-2] * e.shape[-1] * rows
+    for name, e in model.entries.items():
+        leaf = name.split(".", 2)[2] if name.startswith("layers.") else name
+        if (stage := _STAGE_OF.get(leaf)) is None or e.kind != "tiled":
+            continue
+        slices = c["num_experts_per_tok"] if e.role == "expert" else e.n_slices
+        rows = n_logits if leaf == "head" else n
+        key = (stage, e.format)
+        out[key] = out.get(key, 0) + 2 * slices * e.shape[-2] * e.shape[-1] * rows
     seen = n * pos + n * (n + 1) // 2
     width = 2 * c["kv_lora_rank"] + c["qk_rope_head_dim"]
     out["attention", "attention"] = 2 * c["num_hidden_layers"] * c["num_attention_heads"] * width * seen
