@@ -571,7 +571,7 @@ def test_command_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
     folder = models.checkpoint("v3", "f32", n_shards=1)
     file = pack(folder, dtype="q8")
     for args, code, message in (
-        ((tmp_path / "no.dcalm", "--against", folder), 1, "no.dcalm: cannot open"),
+        ((tmp_path / "no.dcalm", "--against", folder), 1, "no.dcalm: no such file"),
         ((file, "--against", tmp_path), 1, "no config.json in it"),
         ((file, "--against", folder, "--layers", "2-9"), 1, "layers: 4, expected 0..3"),
         ((file, "--against", folder, "--layers", "3-1"), 2, "expected numbers and ranges"),
