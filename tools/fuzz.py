@@ -363,7 +363,9 @@ def worker(bases: Path) -> None:
     for line in sys.stdin:
         outcome = run_case(Case(*json.loads(line)), bases)
         status, detail = outcome.status, outcome.detail
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # ru_maxrss would begin with that of the process that started this one
+        status_lines = Path("/proc/self/status").read_text().splitlines()
+        peak = next(int(s.split()[1]) for s in status_lines if s.startswith("VmHWM")) * 1024
         if peak > resident + MEMORY_BYTES * (3 if sanitized else 1):
             status, detail = "bad", f"{detail}: {peak - resident} bytes of memory"
         print(json.dumps([status, detail]), flush=True)
