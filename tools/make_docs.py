@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write what documents show but nobody types: tables computed from configurations, pictures of measured data.
 
-    tools/make_docs.py            the tables between `<!-- table NAME -->` and `<!-- end -->`, and the pictures
-    tools/make_docs.py --check    change nothing; exit code 1 if a table or the data behind a picture is another one
+    tools/make_docs.py            the tables between `<!-- table NAME -->` and `<!-- end -->`, docs/api.md, the pictures
+    tools/make_docs.py --check    change nothing; exit code 1 if a table, a page or a picture's data is another one
 
 Pictures need matplotlib. Each holds a digest of the numbers that it draws: what is compared is data, not pixels.
 """
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import api_page
 import bench_peers
 import jsonl
 from deepcalm import geometry
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 NAMES = {"v2-lite": "DeepSeek-V2-Lite", "v3": "DeepSeek-V3", "glm-4.7-flash": "GLM-4.7-Flash"}
 MACHINES = {"Intel Xeon, 2 cores": DOCS / "perf", "AMD EPYC (Zen 4), 2 cores": DOCS / "perf" / "zen4"}
+API = DOCS / "api.md"
 CACHE_BYTES = 2  # of a number in a cache: f16, the default
 Row = Sequence[str]
 
@@ -363,6 +365,8 @@ def draw(path: Path, picture: Picture) -> None:
 def stale() -> list[str]:
     """Documents whose tables, and pictures whose data, are not what this script makes now."""
     out = [str(p.relative_to(ROOT)) for p in documents() if with_tables(p.read_text()) != p.read_text()]
+    if not API.exists() or API.read_text() != api_page.text():
+        out.append(str(API.relative_to(ROOT)))
     for name, picture in PICTURES.items():
         path = ROOT / name
         if not path.exists() or f"data {digest(picture[0]())}" not in path.read_text():
@@ -382,6 +386,7 @@ def main() -> int:
     print(*found, sep="\n", end="\n" if found else "", file=sys.stderr)
     if args.check:
         return int(bool(found))
+    API.write_text(api_page.text())
     for path in documents():
         path.write_text(with_tables(path.read_text()))
     for name, picture in PICTURES.items():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+import api_page
+import deepcalm
 import make_docs
 from deepcalm import geometry
 from test_project import text_files
@@ -83,6 +86,22 @@ def test_docs_tables_and_pictures_are_what_the_script_makes() -> None:
     shown = {str((d.parent / m).resolve().relative_to(ROOT)) for d in make_docs.documents()
              for m in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", d.read_text())}  # fmt: skip
     assert shown == known
+
+
+def test_docs_api_has_every_public_name_and_member() -> None:
+    *public, _ = api_page.SECTIONS.values()
+    assert sorted(n for names in public for n in names) == sorted({*deepcalm.__all__} - {"__version__"})
+    known, text = api_page.definitions(), api_page.text()
+    for names in api_page.SECTIONS.values():
+        assert not [n for n in names if f"### {n}\n" not in text and f"- `{n}(" not in text]
+    for name in ("Model", "Session", "Generation"):
+        members = {n for n in vars(getattr(deepcalm, name)) if not n.startswith("_")}
+        shown = text.partition(f"### {name}\n")[2].partition("\n##")[0]
+        missing = {n for n in members if not re.search(rf"^\*\*`{n}\b", shown, re.M)}
+        assert missing == api_page.INTERNAL[name] & members
+    for name, hidden in api_page.INTERNAL.items():
+        source = ast.unparse(known[name][0])
+        assert not [n for n in hidden if not re.search(rf"def {n}\(|self\.{n}\b", source)]
 
 
 def test_docs_parameters_are_the_published_ones() -> None:
