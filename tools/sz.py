@@ -52,7 +52,7 @@ AREAS = (
 )
 
 
-PRODUCT = ("C++", "CUDA")  # areas that are to be 11,000 lines together
+PRODUCT = ("C++", "bindings", "CUDA")  # areas that are to be 11,000 lines together
 PRODUCT_GOAL = 11_000
 
 
@@ -159,7 +159,7 @@ def main() -> int:
         characters = sum((ROOT / path).stat().st_size for path in lines)
         print(f"{total:6d}{limit}  {area.name}, {characters / 1000:.0f} kB", end="\n" if args.quiet else "\n\n")
         over |= area.budget is not None and total > area.budget
-    print(f"{sum(totals[name] for name in PRODUCT):6d}, goal {PRODUCT_GOAL}  {' and '.join(PRODUCT)}")
+    print(f"{sum(totals[name] for name in PRODUCT):6d}, goal {PRODUCT_GOAL}  {', '.join(PRODUCT)}")
     for f in functions(ROOT, tuple(a for a in AREAS if a.budget is not None)):
         if f.too_large:
             print(f"{f.lines:6d} lines, {f.arguments} arguments  {f.file}: {f.name}")
