@@ -15,7 +15,7 @@ from .sampling import Sampling, Scores
 from .text import StopMatcher
 
 if TYPE_CHECKING:
-    from .session import F32, Session
+    from .session import F32, Progress, Session
 
 MAX_EOS = 32  # of a device; more end the text on the host, round by round
 AHEAD = 4  # rounds queued on a device beyond the one whose tokens are awaited
@@ -61,6 +61,8 @@ class Generation(Iterator[int]):
 
     ``scores``: with ``logprobs``, one ``sampling.Scores`` for each of ``tokens``.
 
+    ``progress`` may be set before the first token: called as ``Session.prefill`` calls its own, for ``ids``.
+
     ``drafts`` has the counts (``drafting.DraftStats``) and the controller's predictions.
 
     Raises:
@@ -94,6 +96,7 @@ class Generation(Iterator[int]):
             raise SessionError("nothing to go on from: prefill some tokens first, or pass ids")
         self.eos_ids, self.n_valid, self.cost = eos_ids, n_valid, cost
         self.drafts = Controller(cost if session.keeps_mtp else None, draft)
+        self.progress: Progress | None = None
         self.reason: str | None = None
         self.stepping = False  # inside __next__: the session's calls are its own
         self._base: int | None = None  # tokens of the sequence before the first new one; None: not started
@@ -136,7 +139,7 @@ class Generation(Iterator[int]):
         session = self.session
         if self._base is None:
             if self._prompt is not None:
-                session.prefill(self._prompt)
+                session.prefill(self._prompt, progress=self.progress)
             session.attach(self)
             self._base = session.pos
             if session.last_logits is not None and session.pos < session.ctx:

@@ -15,7 +15,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
+Progress = Callable[[int, int], object]  # called with (done, in all)
 MAX_ROWS = 256  # rows of one pass; Ctrl-C works between passes
 SESSION_VERSION = "1"
 STAGES = (
@@ -277,12 +278,16 @@ class Session(Closing):
 
     # ---- passes
 
-    def prefill(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]], all_logits: bool = False) -> F32:
+    def prefill(
+        self, ids: Sequence[int] | npt.NDArray[np.integer[Any]], all_logits: bool = False,
+        progress: Progress | None = None,
+    ) -> F32:  # fmt: skip
         """Appends tokens.
 
         Args:
             ids: [n] token ids, n >= 1.
             all_logits: every row's logits instead of the last one's.
+            progress: called with (tokens done, tokens in all) before each pass.
 
         Returns:
             Logits after the last token [vocab_size], or after each [n, vocab_size]; f32, owned by the caller.
@@ -291,7 +296,7 @@ class Session(Closing):
             SessionError: no tokens, an id outside the vocabulary, or more tokens than the context has room for.
             TypeError: not a flat sequence of integers.
         """
-        return self._run("prefill", ids, all_logits)
+        return self._run("prefill", ids, all_logits, progress)
 
     def decode(self, token: int) -> F32:
         """Appends one token; returns the logits after it, [vocab_size] f32. Raises as ``prefill``."""
@@ -348,19 +353,22 @@ class Session(Closing):
             )
         return rows
 
-    def _run(self, kind: str, ids: Any, all_logits: bool) -> F32:
+    def _run(self, kind: str, ids: Any, all_logits: bool, progress: Progress | None = None) -> F32:
         with self._changing():
             rows = self.checked(ids)
-            logits = self._feed(kind, self._tokens[self.core.pos :] + rows.tolist(), len(rows) if all_logits else 1)
+            todo = self._tokens[self.core.pos :] + rows.tolist()
+            logits = self._feed(kind, todo, len(rows) if all_logits else 1, progress)
             self._last_logits = logits[-1].copy()
             self._last_logits.flags.writeable = False
             return logits if all_logits else logits[0]
 
-    def _feed(self, kind: str, rows: list[int], n_logits: int) -> F32:
+    def _feed(self, kind: str, rows: list[int], n_logits: int, progress: Progress | None = None) -> F32:
         """Passes ``rows``, which follow what is in the cache; logits [n_logits, vocab_size] of the last of them."""
         out = np.empty((n_logits, self._vocab), np.float32)
         skip, step = len(rows) - n_logits, self.core.max_rows
         for i in range(0, len(rows), step):
+            if progress is not None:
+                progress(i, len(rows))
             chunk = np.array(rows[i : i + step], np.int32)
             end = i + len(chunk)
             want = "none" if end <= skip else "last" if n_logits == 1 else "all"

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -608,6 +609,58 @@ def test_progress_bar_only_on_a_terminal(tmp_path: Path) -> None:
     assert code == 0 and re.search(r"\x1b\[[\d;]*3\d", colour)
     code, quiet = on_terminal("pack", models.checkpoint(dtype="f32"), tmp_path / "c.dcalm", "-q", env=env)
     assert (code, quiet) == (0, "")
+
+
+def test_a_late_bar_appears_only_if_one_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    main_fd, terminal = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with common.progress("too soon", False, delay=3600) as update:
+            assert update is not None
+            update(1, 2)
+        with common.progress("silent", True, delay=0.001) as update:
+            assert update is None
+        with common.progress("reading", False, delay=0.001) as update:
+            assert update is not None
+            update(256, 900)
+            shown = ""
+            while "256/900" not in shown:  # from another thread, while this one waits
+                shown += os.read(main_fd, 4096).decode()
+            update(512, 900)
+            while "512/900" not in shown:
+                shown += os.read(main_fd, 4096).decode()
+    os.close(main_fd)
+    assert "reading" in shown and "too soon" not in shown and "silent" not in shown
+    assert not re.search(r"\x1b\[[\d;]*3\dm", shown)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_long_prompt_says_how_far_it_is(
+    command: str, run: Run, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before every pass, behind a second; the prompt and the answer are the same, and come after it."""
+    bars: list[tuple[str, bool, float]] = []
+    calls: list[tuple[int, int]] = []
+
+    @contextlib.contextmanager
+    def spy(label: str, quiet: bool, delay: float) -> Iterator[Callable[[int, int], None]]:
+        bars.append((label, quiet, delay))
+        yield lambda done, total: calls.append((done, total))
+
+    (tmp_path / "p").write_text("the other hour " * 60)
+    given = {"generate": ("generate", "-m", path, "-n", "3", "-f", tmp_path / "p", "--raw"),
+             "chat": ("chat", "-m", path, "-n", "3")}[command]  # fmt: skip
+    stdin = (tmp_path / "p").read_bytes() + b"\n"
+    want = run(*given, stdin=stdin)[:2]
+    monkeypatch.setattr(run_commands, "progress", spy)
+    assert run(*given, stdin=stdin)[:2] == want and want[0] == 0 and want[1]
+    assert bars == [("reading prompt tokens", False, 1)]
+    assert [done for done, _ in calls] == [*range(0, calls[0][1], 256)] and len(calls) > 1
+    assert len({total for _, total in calls}) == 1
+    run(*given, "-q", stdin=stdin)
+    assert bars[1] == ("reading prompt tokens", True, 1)
 
 
 def test_hub_download_is_optional(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

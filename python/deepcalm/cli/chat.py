@@ -190,7 +190,7 @@ class Chat:
         kept, stats = self.session.reuse(ids), self.session.stats
         cached = self.session.core.pos
         answer, seed = start(self.session, ids[kept:], max_tokens, **sampling)
-        stream(answer)
+        stream(answer, quiet)
         if answer.reason == "eos" and not self.templated:
             self.messages = []
         elif answer.text:

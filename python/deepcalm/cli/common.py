@@ -13,6 +13,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -328,22 +329,47 @@ def on_terminate(number: int, _frame: object) -> None:
 
 
 @contextlib.contextmanager
-def progress(label: str, quiet: bool, unit: str = "") -> Iterator[Callable[[int, int], None] | None]:
+def progress(label: str, quiet: bool, unit: str = "", delay: float = 0) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar on stderr as a function of (done, total); None when stderr is no terminal or with ``quiet``.
 
-    unit "bytes" shows sizes and speed; every bar shows the time left.
+    unit "bytes" shows sizes and speed; every bar shows the time left. What ends within ``delay`` seconds shows none.
     """
     if quiet or not sys.stderr.isatty():
         yield None
         return
+    bars, at = list[Any](), dict[str, int | None](completed=0, total=None)
+
+    def start() -> None:
+        bars.append(progress_bar(unit))
+        bars[0].add_task(label, **at)
+        bars[0].start()
+
+    def update(done: int, total: int) -> None:
+        at.update(completed=done, total=total)
+        for bar in bars:
+            if bar.tasks:
+                bar.update(bar.tasks[0].id, **at)
+
+    timer = threading.Timer(delay, start)
+    timer.start() if delay else start()
+    try:
+        yield update
+    finally:
+        timer.cancel()
+        if timer.ident is not None:
+            timer.join()
+        for bar in bars:
+            bar.stop()
+
+
+def progress_bar(unit: str) -> Any:
+    """A bar of rich, which takes a tenth of a second to import."""
     from rich import progress as rp
     from rich.console import Console
 
     amount = (rp.DownloadColumn(), rp.TransferSpeedColumn()) if unit == "bytes" else (rp.MofNCompleteColumn(),)
     columns = (rp.TextColumn("{task.description}", markup=False), rp.BarColumn(), *amount, rp.TimeRemainingColumn())
-    with rp.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    return rp.Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def size(n: int, unit: str = "B") -> str:

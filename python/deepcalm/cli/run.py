@@ -24,6 +24,7 @@ from .common import (
     open_model,
     open_session,
     options,
+    progress,
     read_text,
     say,
     write,
@@ -109,10 +110,10 @@ def generate(
     check_room(len(ids), session)
     kept = 0 if cache is None else restore(session, cache, ids)
     sampling |= how_to_sample(model, quiet, **sampling)
-    if prompt not in (None, "-") and not (as_chat or as_json or quiet) and sys.stderr.isatty() and sys.stdout.isatty():
-        click.secho(text, err=True, nl=False, dim=True, color=False if os.environ.get("NO_COLOR") else None)
     answer, seed = start(session, ids[kept:], max_tokens or 256, logprobs=logprobs, **sampling)
-    stream(answer, show=not as_json)
+    terminal = sys.stderr.isatty() and sys.stdout.isatty()
+    echo = text if prompt not in (None, "-") and terminal and not (as_chat or as_json or quiet) else ""
+    stream(answer, quiet, show=not as_json, echo=echo)
     if cache is not None:
         session.save(cache)
     read = bandwidth_now(model, session.stats) if as_json or not quiet else None
@@ -206,8 +207,11 @@ def start(
         raise click.UsageError(str(e)) from None
 
 
-def stream(answer: TextGeneration, show: bool = True) -> None:
-    """Writes the text as it comes; Ctrl-C ends it and keeps what there is, every character once."""
+def stream(answer: TextGeneration, quiet: bool, show: bool = True, echo: str = "") -> None:
+    """Writes the text as it comes; Ctrl-C ends it and keeps what there is, every character once.
+
+    Before it a bar, if the prompt takes more than a second, then the prompt's text ``echo``, dim.
+    """
     shown = 0
 
     def write_new() -> None:
@@ -217,6 +221,11 @@ def stream(answer: TextGeneration, show: bool = True) -> None:
             shown = len(answer.text)
 
     try:
+        with progress("reading prompt tokens", quiet, delay=1) as answer.generation.progress:
+            next(answer, None)
+        dim = False if os.environ.get("NO_COLOR") else None
+        click.secho(echo, err=True, nl=False, dim=True, color=dim) if echo else None
+        write_new()
         for _ in answer:
             write_new()
     except KeyboardInterrupt:
