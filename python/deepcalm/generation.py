@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from .arguments import integer
+from .arguments import integer, token_ids
 from .drafting import MAX_DRAFT, Controller, CostModel
 from .errors import SessionError
 from .sampling import Sampling, Scores
@@ -63,7 +63,7 @@ class Generation(Iterator[int]):
 
     ``progress`` may be set before the first token: called as ``Session.prefill`` calls its own, for ``ids``.
 
-    ``drafts`` has the counts (``drafting.DraftStats``) and the controller's predictions.
+    ``drafts``: the controller, with the counts (``drafting.DraftStats``).
 
     Raises:
         SessionError: nothing to go on from, ids that are none or do not fit, or drafts asked for in a session without
@@ -75,34 +75,36 @@ class Generation(Iterator[int]):
         self,
         session: Session,
         ids: Sequence[int] | None,
-        sampling: Sampling,
         *,
-        max_tokens: int | None,
-        eos_ids: frozenset[int],
-        n_valid: int,
-        cost: CostModel,
-        draft: str | int,
+        max_tokens: int | None = None,
+        eos_ids: Sequence[int] | None = None,
+        draft: str | int = "auto",
+        logprobs: int | None = None,
+        **sampling: Any,
     ) -> None:
+        model = session.model
+        ends = model.eos_ids if eos_ids is None else token_ids(eos_ids, int(model.config["vocab_size"])).tolist()
+        self.eos_ids, self.n_valid = frozenset(ends), model.n_valid
+        self.cost = CostModel.of(model.core.weight_bytes, model.config)
+        self.sampling = Sampling(**sampling)
         check_draft(draft)
         if not session.keeps_mtp:
             if draft not in ("auto", "off", 0):
                 raise SessionError(f"draft {draft}: the session keeps no MTP state; make it with session(mtp=True)")
             draft = "off"
         self.session = session
-        self.sampling = sampling
         self.max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
         self._prompt = None if ids is None else session.checked(ids)
         if ids is None and not session.pos:
             raise SessionError("nothing to go on from: prefill some tokens first, or pass ids")
-        self.eos_ids, self.n_valid, self.cost = eos_ids, n_valid, cost
-        self.drafts = Controller(cost if session.keeps_mtp else None, draft)
+        self.drafts = Controller(self.cost if session.keeps_mtp else None, draft)
         self.progress: Progress | None = None
         self.reason: str | None = None
         self.stepping = False  # inside __next__: the session's calls are its own
         self._base: int | None = None  # tokens of the sequence before the first new one; None: not started
         self._tokens: list[int] = []  # of a generation that has ended
         self._ready: deque[tuple[int, F32 | None]] = deque()  # chosen, not returned yet; logits it was chosen from
-        self.logprobs: int | None = None
+        self.logprobs = None if logprobs is None else integer("logprobs", logprobs, 0)
         self.scores: list[Scores] = []
         self._device: DeviceRounds | None = None
 

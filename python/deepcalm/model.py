@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 from . import _core, limits
 from .arguments import integer, token_ids
 from .closing import Closing
-from .drafting import CostModel
 from .errors import Error, PackedFileError, ResourceError, SessionError, UnsupportedError, one_line
 from .files import packed
 from .files.text_files import FILES, LEGACY, TextFiles
-from .generation import Generation, Options, TextGeneration, check_draft
+from .generation import Options, TextGeneration, check_draft
 from .names import DEVICES
-from .sampling import Sampling
 from .session import MAX_ROWS, Session
 from .text import Vocabulary
 
@@ -296,25 +294,6 @@ class Model(Closing):
         if mtp not in (None, True, False):
             raise TypeError(f"mtp: {one_line(repr(mtp), 40)}, expected True, False or None")
         return Session(self, ctx, kv, max_rows, bool(self.config["num_nextn_predict_layers"]) if mtp is None else mtp)
-
-    def generation(
-        self,
-        session: Session,
-        ids: Sequence[int] | None,
-        *,
-        max_tokens: int | None = None,
-        eos_ids: Sequence[int] | None = None,
-        draft: str | int = "auto",
-        logprobs: int | None = None,
-        **sampling: Any,
-    ) -> Generation:
-        """What ``Session.generate`` returns, for a session of this model."""
-        ends = self.eos_ids if eos_ids is None else token_ids(eos_ids, int(self.config["vocab_size"])).tolist()
-        cost = CostModel.of(self.core.weight_bytes, self.config)
-        generation = Generation(session, ids, Sampling(**sampling), max_tokens=max_tokens, eos_ids=frozenset(ends),
-                                n_valid=self.n_valid, cost=cost, draft=draft)  # fmt: skip
-        generation.logprobs = None if logprobs is None else integer("logprobs", logprobs, 0)
-        return generation
 
 
 def _device_library(device: str) -> Path:

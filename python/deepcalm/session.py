@@ -29,12 +29,13 @@ from .closing import Closing
 from .drafting import MAX_DRAFT
 from .errors import Error, ResourceError, SessionError, one_line
 from .files.safetensors import File, whole_file
+from .generation import Generation
 from .names import KV_TYPES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .generation import Generation, Options
+    from .generation import Options
     from .model import Model
     from .sampling import Sampling
 
@@ -600,7 +601,7 @@ class Session(Closing):
                 without MTP state (``Model.session(mtp=True)``).
             TypeError, ValueError: another argument that is wrong.
         """
-        return self.model.generation(self, ids, **options)
+        return Generation(self, ids, **options)
 
     # ---- saving
 
