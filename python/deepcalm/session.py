@@ -15,6 +15,7 @@ import re
 import threading
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,11 +195,11 @@ class Session(Closing):
         self._empty = self.core.state()  # shapes for restore()
         self._taps: dict[str, npt.NDArray[Any]] | None = None
         self.lock = SessionLock()  # held by every call, and for each token of a generation
-        self._sums: dict[str, float] = {}
+        self._sums: defaultdict[str, float] = defaultdict(int)
         self._tokens: list[int] = []  # the sequence
         self._last_logits: F32 | None = None
         self._running: weakref.ref[Running] | None = None
-        self._decoding = False  # rounds are running on the device
+        self.decoding = False  # rounds are running on the device
         self._before: tuple[float, int, int] = (0.0, 0, 0)
 
     def __repr__(self) -> str:
@@ -239,7 +240,7 @@ class Session(Closing):
 
     def _rest(self, n: int | None = None) -> None:
         """Ends rounds on the device; leaves at most the first ``n`` tokens (None: the sequence) in the cache."""
-        if self._decoding:
+        if self.decoding:
             self._decode_finish()
         n = len(self._tokens) if n is None else n
         if self.core.pos > n:
@@ -381,12 +382,10 @@ class Session(Closing):
     def _pass(self, kind: str, ids: I32, logits: str) -> F32:
         """One forward pass, counted under ``kind``; its taps are collected."""
         self._last_logits = None
-        before, start, pos = self.core.stats(), time.perf_counter(), self.core.pos
+        before, start, pos = self._read_bytes(), time.perf_counter(), self.core.pos
         out = self.core.forward(ids, logits)
         self._tokens[pos : pos + len(ids)] = ids.tolist()
-        seconds, after = time.perf_counter() - start, self.core.stats()
-        read = sum(after[k] - before[k] for k in ("weight_bytes", "cache_bytes"))
-        self._count(kind, len(ids), seconds, read)
+        self._count(kind, len(ids), time.perf_counter() - start, self._read_bytes() - before)
         self._collect_taps()
         return out
 
@@ -409,28 +408,23 @@ class Session(Closing):
             self._last_logits = None
             self._before = (time.perf_counter(), self.core.pos, self._read_bytes())
             self.core.decode_start(self._tokens[-1], sampling, n_valid, max_tokens, eos)
-            self._decoding = True
-
-    @property
-    def decoding(self) -> bool:
-        """Whether rounds are running on the device."""
-        return self._decoding
+            self.decoding = True
 
     def _decode_finish(self) -> None:
         """Waits for the rounds that are queued."""
-        self._decoding = False
+        self.decoding = False
         self.core.decode_finish()
         start, pos, read = self._before
         self._count("decode", self.core.pos - pos, time.perf_counter() - start, self._read_bytes() - read)
 
     def _count(self, kind: str, tokens: int, seconds: float, n_bytes: int) -> None:
         for key, value in (("tokens", tokens), ("seconds", seconds), ("bytes", n_bytes)):
-            self._sums[f"{kind}_{key}"] = self._sums.get(f"{kind}_{key}", 0) + value
+            self._sums[f"{kind}_{key}"] += value
 
     def count_drafts(self, r: Mapping[str, Any]) -> None:
         """Adds the drafts of a round."""
-        for key, value in (("offered", r["drafted"]), ("accepted", r["accepted"])):
-            self._sums[f"drafts_{key}"] = self._sums.get(f"drafts_{key}", 0) + value
+        self._sums["drafts_offered"] += r["drafted"]
+        self._sums["drafts_accepted"] += r["accepted"]
 
     def _read_bytes(self) -> int:
         stats = self.core.stats()
