@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -147,6 +148,63 @@ def test_report_fits_the_terminal(result: Any) -> None:
         assert len(times) > 15 and sum(times[:-1]) == pytest.approx(times[-1], abs=0.02)
 
 
+def measured(r: Any, share: float = 0.8, bound: float = 0.8, ceiling: float = 1e9, **other: Any) -> Any:
+    """A result with these numbers: on a quiet machine, without waits."""
+    one, stage = bench.Spread.of, dataclasses.replace
+    decode = [
+        stage(d, share=one([share]), bound_share=one([bound]), attention_ceiling=ceiling, bound_rate=10.0,
+              stages=[stage(s, wait_sum=0.0) for s in d.stages]) for d in r.decode
+    ]  # fmt: skip
+    prefill = stage(r.prefill, kernel_share=one([0.7]), seconds=1e6)
+    quiet = {"other_cores": 0.0, "stolen_cores": 0.0, "machine": r.machine | {"cores": 2}, "mtp_layers": 1}
+    return stage(r, decode=decode, prefill=prefill, **(quiet | other))
+
+
+def test_conclusion_follows_from_the_numbers(result: Any) -> None:
+    c = report.conclusion(measured(result))
+    assert c["what binds"] == (
+        "decode at context 0: memory bandwidth; decode at context 70: memory bandwidth; prefill: arithmetic."
+    )
+    assert c["how far"].startswith("decode at context 0 reaches 80 % of its bound, ")
+    assert c["how far"].endswith("prefill reaches 70 % of its bound.")
+    assert c["to try"] == "fewer bytes a weight, as pack --dtype q4 has; --draft 2, to see whether drafts pay."
+    rows = "".join(f"{k:<12}{v}\n" for k, v in c.items())
+    assert report.text(measured(result), "x", 500).endswith("\n\n" + rows + "\n")
+
+    plain = measured(result, kernels={"q4": 1.0}, mtp_layers=0)
+    assert report.conclusion(plain).keys() == {"what binds", "how far"}
+    slow = report.conclusion(measured(result, ceiling=1e-9))
+    assert slow["what binds"].count("attention's arithmetic") == 2 and "to try" not in slow
+    cached = report.conclusion(measured(result, share=1.5))
+    assert "not memory, the weights stay in the processor's caches" in cached["what binds"]
+    assert cached["how far"] == "prefill reaches 70 % of its bound." and "to try" not in cached
+    far = report.conclusion(measured(result, bound=0.3, other_cores=1.5))
+    assert re.search(r"each explains less than half of the time; \w+( \w+)* loses most, [\d.]+ ms", far["what binds"])
+    assert far["to try"] == "a quieter machine, 1.5 cores were not ours."
+    more = report.conclusion(measured(result, machine=result.machine | {"cores": 8}))
+    assert more["to try"].startswith("--threads 2,4, for there are 8 cores; ")
+    waiting = measured(result)
+    waits = [dataclasses.replace(s, wait_sum=s.seconds) for s in waiting.decode[0].stages]
+    waiting.decode[0] = dataclasses.replace(waiting.decode[0], stages=waits)
+    assert report.conclusion(waiting)["to try"].startswith("--threads 1,2, for 50 % of a step are waits at barriers; ")
+
+
+def test_conclusion_of_drafts() -> None:
+    model = models.model()
+    r = drafts.bench_draft(model, 2, 1.0, 8, 6, 2)
+    for speedup, acceptance, says, then in (
+        ((1.2, 1.3), 0.9, "drafts pay: 1.25 times plain with 90 % of them right.", "--draft 3."),
+        ((1.2, 1.3), 0.7, "drafts pay", None),
+        ((0.9, 1.1), 0.9, "drafts change nothing", None),
+        ((0.6, 0.7), 0.1, "drafts do not pay: 0.65 times", "--draft 1."),
+    ):
+        c = report.draft_conclusion(
+            dataclasses.replace(r, speedup=bench.Spread.of([*speedup]), acceptance=acceptance, tokens_per_pass=2.5)
+        )
+        assert c["what binds"].startswith(says) and c.get("to try") == then
+        assert c["how far"].startswith("2.50 of at most 3 tokens a pass")
+
+
 def test_linear_cost_recovers_a_line() -> None:
     assert report.linear_cost([0, 10], [200, 170]) is None
     contexts = [0, 1024, 4096]
@@ -187,6 +245,8 @@ def test_bench_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert [d["context"] for d in value["runs"][0]["decode"]] == [0, 8]
     assert cli.main([*args, "--json"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == value.keys()
+    assert {"what binds"} <= value["runs"][0]["conclusion"].keys() <= {"what binds", "how far", "to try"}
+    assert "\nwhat binds  decode at context 0: " in out
 
 
 def test_bench_synthetic_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -77,8 +77,9 @@ def bench(
 ) -> None:  # fmt: skip
     """Measure prefill and decode of FILE (default: the demo model), beside the bounds of this machine.
 
-    Says stage by stage where bytes and time went. Tokens are random, with a fixed seed. Bytes are counted by the passes
-    from the weights and cache rows they touch; the read bandwidth is measured before every run.
+    Says stage by stage where bytes and time went, and at the end what binds and what to try. Tokens are random, with a
+    fixed seed. Bytes are counted by the passes from the weights and cache rows they touch; the read bandwidth is
+    measured before every run.
     """
     from ..measure import report
     from ..measure.bench import bench as measure
@@ -115,13 +116,15 @@ def bench(
                 with progress("measuring", quiet) as update:
                     drafted = bench_draft(model, draft, accept, contexts[0] if contexts else None, tokens, repeats, kv,
                                           progress=update)  # fmt: skip
-                values = dataclasses.asdict(drafted) | {"command": command}
+                ends = {"command": command, "conclusion": report.draft_conclusion(drafted)}
+                values = dataclasses.asdict(drafted) | ends
                 write_json(values) if as_json else write(draft_text(drafted, command))
                 return
             with progress(f"measuring, {model.threads} threads", quiet) as update:
                 results.append(measure(model, prompt, contexts, tokens, repeats, kv,
                                        random_weights=synthetic is not None, progress=update))  # fmt: skip
-    value = {"command": command, "runs": [dataclasses.asdict(r) for r in results]}
+    runs = [dataclasses.asdict(r) | {"conclusion": report.conclusion(r)} for r in results]
+    value = {"command": command, "runs": runs}
     if as_json:
         write_json(value)
     else:
@@ -154,7 +157,7 @@ def write_synthetic(
 
 def draft_text(r: DraftBench, command: str) -> str:
     """The comparison as lines."""
-    from ..measure.report import spread
+    from ..measure.report import draft_conclusion, spread
 
     right = "the MTP layer's own" if r.accept is None else f"made right with probability {r.accept:g}"
     return columns([
@@ -169,6 +172,7 @@ def draft_text(r: DraftBench, command: str) -> str:
         ("drafted", f"{spread(r.drafted_rate, '.1f')} tok/s, the same text"),
         ("speedup", f"{spread(r.speedup, '.3f')}; predicted {r.predicted:.3f}, from bytes {r.predicted_bytes:.3f}"),
         ("machine", f"{spread(r.read_bandwidth, '.2f')} GB/s plain read with as many threads, between the repeats"),
+        *draft_conclusion(r).items(),
     ])  # fmt: skip
 
 

@@ -153,6 +153,7 @@ class BenchResult:
     decode: list[Decode]
     experts: Spreading | None
     memory: Memory
+    mtp_layers: int
 
 
 def operations(model: Model, n: int, pos: int, n_logits: int = 1) -> dict[tuple[str, str], int]:
@@ -297,6 +298,7 @@ def bench(
         decode=[_decode(p, decode_tokens, rates) for p in points[1:]],
         experts=check_spreading(runs.session, runs.ids[: min(256, prompt_tokens)]) if random_weights else None,
         memory=memory,
+        mtp_layers=int(model.config["num_nextn_predict_layers"]),
     )
 
 

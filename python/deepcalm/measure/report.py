@@ -11,6 +11,14 @@ from ..tables import table, wrapped
 
 if TYPE_CHECKING:
     from .bench import BenchResult, Decode, Spread, StageLine
+    from .drafts import DraftBench
+
+CACHED = 1.1  # of the read bandwidth: beyond it weights come from caches
+NEAR = 0.5  # of a bound: below it something else takes more of the time
+MEMORY, NEITHER = (
+    "memory bandwidth",
+    "neither memory bandwidth nor arithmetic, each explains less than half of the time",
+)
 
 
 def spread(s: Spread, form: str, scale: float = 1) -> str:
@@ -39,7 +47,65 @@ def text(result: BenchResult, command: str, width: int | None = None) -> str:
     notes = (fill(note, width, break_on_hyphens=False) + "\n" for note in _notes(r))
     parts = [wrapped(_head(r, command), width), _rates(r), "".join(notes), _prefill_stages(r)]
     parts += [*(_decode_stages(r, d) for d in r.decode[:1] + r.decode[1:][-1:])]
-    return "\n".join(parts) + "\n"
+    return "\n".join([*parts, wrapped(conclusion(r).items(), width)]) + "\n"
+
+
+def conclusion(r: BenchResult) -> dict[str, str]:
+    """A sentence each: what binds, how far from it, what to try; none for what the numbers do not tell."""
+    ends = r.decode[:1] + r.decode[1:][-1:]
+    binds = {f"decode at context {d.context}": _binds(r, d) for d in ends}
+    hints = _hints(r, ends[0], set(binds.values()))
+    far = {f"decode at context {d.context}": d.bound_share.median for d in ends if d.share.median <= CACHED}
+    reading = sum(s.bytes for s in r.prefill.stages) / (1e9 * r.read_bandwidth.median * r.prefill.seconds)
+    share, what = max((r.prefill.kernel_share.median, "arithmetic"), (reading, MEMORY))
+    if share <= CACHED:
+        binds["prefill"], far["prefill"] = what if share >= NEAR else NEITHER, share
+    out = {"what binds": "; ".join(f"{k}: {v}" for k, v in binds.items()) + "."}
+    if far:
+        out["how far"] = ", ".join(f"{k} reaches {100 * v:.0f} % of its bound" for k, v in far.items()) + "."
+    return out | ({"to try": "; ".join(hints) + "."} if hints else {})
+
+
+def _binds(r: BenchResult, d: Decode) -> str:
+    """What the time of a step goes to, as far as its bound explains it."""
+    if d.share.median > CACHED:
+        return "not memory, the weights stay in the processor's caches"
+    if d.bound_share.median < NEAR:
+        read, peak = 1e9 * d.read_bandwidth.median, 1e9 * d.attention_ceiling
+        lost, name = max((s.seconds - max(s.bytes / read, s.operations / peak), s.stage) for s in d.stages)
+        return f"{NEITHER}; {name} loses most, {1e3 * lost / (d.tokens * r.repeats):.3f} ms a token"
+    seconds = sum(s.operations for s in d.stages) / (1e9 * d.attention_ceiling)
+    return "attention's arithmetic" if seconds * d.bound_rate > 0.5 * d.tokens * r.repeats else MEMORY
+
+
+def _hints(r: BenchResult, d: Decode, binds: set[str]) -> list[str]:
+    """What the numbers speak for, the most telling first."""
+    hints, cores, away = list[str](), r.machine["cores"], r.other_cores + r.stolen_cores
+    waits = sum(s.wait_sum for s in d.stages) / r.threads / d.seconds
+    if away > 0.2:
+        hints.append(f"a quieter machine, {away:.1f} cores were not ours")
+    if r.threads > 1 and waits > 0.2:
+        hints.append(f"--threads {r.threads // 2},{r.threads}, for {100 * waits:.0f} % of a step are waits at barriers")
+    elif 2 * r.threads <= cores:
+        hints.append(f"--threads {r.threads},{2 * r.threads}, for there are {cores} cores")
+    if MEMORY in binds and "q4" not in r.kernels:
+        hints.append(f"fewer bytes a weight, as pack --dtype {'q4' if {'q8', 'f8'} & set(r.kernels) else 'q8'} has")
+    if MEMORY in binds and r.mtp_layers:
+        hints.append("--draft 2, to see whether drafts pay")
+    return hints
+
+
+def draft_conclusion(r: DraftBench) -> dict[str, str]:
+    """The same of drafts."""
+    pay = "drafts pay" if r.speedup.low > 1 else "drafts do not pay" if r.speedup.high < 1 else "drafts change nothing"
+    share = 1e-9 * r.drafted_bytes_per_token * r.drafted_rate.median / r.read_bandwidth.median
+    far = f"; bytes at {100 * share:.0f} % of the read bandwidth" if share <= CACHED else ""
+    out = {
+        "what binds": f"{pay}: {r.speedup.median:.2f} times plain with {100 * r.acceptance:.0f} % of them right.",
+        "how far": f"{r.tokens_per_pass:.2f} of at most {r.k + 1} tokens a pass{far}.",
+    }
+    more = r.k + 1 if pay == "drafts pay" and r.acceptance > 0.8 else r.k - 1 if pay == "drafts do not pay" else 0
+    return out | ({"to try": f"--draft {more}."} if 1 <= more <= 7 else {})
 
 
 def _head(r: BenchResult, command: str) -> list[tuple[str, str]]:
@@ -97,7 +163,7 @@ def _notes(r: BenchResult) -> list[str]:
                      f"{100 * fit[2]:.1f} % off.")  # fmt: skip
     if any(d.context for d in r.decode):
         notes.append("Contexts are filled with random cache rows, not by a prefill.")
-    if max(d.share.median for d in r.decode) > 1.1:
+    if max(d.share.median for d in r.decode) > CACHED:
         notes.append("More than 100 % of the read bandwidth: the weights stay in the processor's caches.")
     return notes
 
