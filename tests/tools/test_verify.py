@@ -559,7 +559,10 @@ def test_command_fails_with_one_line() -> None:
     code, out, err = commands.run("verify", file, "--against", other, "--layers", "1", "--prompt", "a wind at sea")
     assert code == 1 and b"DIFFERS" in out and b"layers.0" not in out
     assert re.search(rb"\nverdict: NOT RIGHT, \d+ differences, first: weights: layers.1.attn_norm at .*\n$", out)
-    assert re.search(r"^note: only layers 1 were compared", err, re.M)
+    assert re.search(rb"^note: only layers 1 were compared", out, re.M)
+    assert re.search(
+        rb"\nnot compared: positions after \d+, caches but f16, other instruction sets and devices\n\n", out
+    )
     place = r"layers\.1\.attn_norm at \[0, 0, 0\]: found \S+, expected \S+ "
     assert re.search(rf"^deepcalm: error: weights: {place}.*; and \d+ more$", err, re.M)
     code, out, err = commands.run("verify", file, "--against", other, "--json", "--layers", "1")
@@ -587,6 +590,9 @@ def test_another_architecture_stops_at_the_configuration() -> None:
     r = verify(pack(models.checkpoint("v3", "f32", n_shards=1), dtype="q8"), models.checkpoint("moonlight", "f16"))
     assert {d.leg for d in r.divergences} == {"config"} and [c.leg for c in r.checks] == ["config"]
     assert r.notes and "different shapes" in r.notes[0]
+    assert verify_text(r).count("not compared") == 0 and "\nnote: the two models have different shapes" in verify_text(
+        r
+    )
 
 
 def test_restricted_layers_and_random_tokens() -> None:

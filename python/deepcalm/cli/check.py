@@ -12,19 +12,7 @@ import click
 from ..errors import Error, one_line
 from ..tables import columns
 from ..text import decode_utf8
-from .common import (
-    FILE,
-    RUNTIME,
-    model_file,
-    one_file,
-    open_model,
-    options,
-    progress,
-    read_text,
-    say,
-    write,
-    write_json,
-)
+from .common import FILE, RUNTIME, model_file, one_file, open_model, options, progress, read_text, write, write_json
 
 if TYPE_CHECKING:
     from ..check.perplexity import Perplexity
@@ -68,8 +56,8 @@ def verify(
 
     Compares the configuration, every weight, and every stage of every layer with a second implementation in numpy;
     then the logits with themselves over threads, passes and drafts, to the bit, and with the checkpoint's: what
-    packing costs must be what the file's weights explain, and less than ignoring the text would cost. The last line
-    is the verdict.
+    packing costs must be what the file's weights explain, and less than ignoring the text would cost. At the end
+    stand what was not compared, and the verdict.
     """
     from ..check.verify import verify as compare
 
@@ -83,15 +71,13 @@ def verify(
     except ValueError as e:  # layers or tokens that this model does not have
         raise Error(str(e)) from None
     write_json(report.as_dict()) if as_json else write(verify_text(report))
-    for note in report.notes:
-        say(f"note: {one_line(note, 200)}", quiet)
     if (first := report.first_divergence) is not None:
         more = len(report.divergences) - 1
         raise Error(one_line(str(first), 400) + (f"; and {more} more" if more else ""))
 
 
 def verify_text(r: Report) -> str:
-    """One line per comparison, then the effect."""
+    """One line per comparison, then the effect, what was not looked at, and the verdict."""
     rows = [("", "compared", "", "worst", "allowed", "")]
     for c in r.checks:
         unit = {"weights": " half steps", "arithmetic": " rel. RMS"}.get(c.leg, " differ")
@@ -103,7 +89,11 @@ def verify_text(r: Report) -> str:
                      "ok" if c.ok else "DIFFERS"))  # fmt: skip
     lines = [f"{key:<32}{value:.6g}" for key, value in r.effect.items()]
     effect = f"\neffect of packing, {r.tokens} tokens, {r.kv} cache, against the checkpoint in f64\n" if lines else ""
-    return columns(rows) + effect + "".join(line + "\n" for line in lines) + f"\nverdict: {r.verdict}\n"
+    lines += ["", *(f"note: {one_line(note, 200)}" for note in r.notes)]
+    if r.tokens:
+        lines.append(f"not compared: positions after {r.tokens}, caches but {r.kv}, other instruction sets and devices")
+    lines += ["", f"verdict: {r.verdict}"]
+    return columns(rows) + effect + "".join(line + "\n" for line in lines)
 
 
 @click.command(
