@@ -715,7 +715,7 @@ def test_file_names_need_not_be_utf8(run: Run, path: Path, tmp_path: Path) -> No
     assert run("generate", "-m", file, "-n", "3", "--file", text)[0] == 0
     assert json.loads(run("generate", "-m", file, "-n", "3", "the", "--json")[1])["model"] == str(file)
     assert json.loads(run("perplexity", file, text, "--ctx", "64", "--json", "--kl-against", file)[1])
-    with packed.read(file) as f:
+    with packed.PackedFile(file) as f:
         os.truncate(file, 100_000)
         with pytest.raises(deepcalm.PackedFileError, match=r"m\udcff\.dcalm"):  # from C++
             _core.Model(os.fsencode(file), f.fileno(), f.config, f.tensor_table(), None, 1)
@@ -754,7 +754,7 @@ def test_inspect_finds_a_flipped_bit(run: Run, path: Path, tmp_path: Path) -> No
 
 def test_inspect_dumps_a_tensor(run: Run, path: Path, tmp_path: Path) -> None:
     assert run("inspect", path, "--dump", "layers.0.wo", tmp_path / "wo.npy") == (0, b"", "")
-    assert (np.load(tmp_path / "wo.npy") == packed.read(path).unpack("layers.0.wo")).all()
+    assert (np.load(tmp_path / "wo.npy") == packed.PackedFile(path).unpack("layers.0.wo")).all()
     assert "no tensor" in error(run("inspect", path, "--dump", "layers.9.wo", tmp_path / "x.npy"))
 
 

@@ -53,7 +53,7 @@ def test_unpack_gives_natural_shapes(files: dict[str, Path]) -> None:
     raw = ref_checkpoint.load(files["v2_lite"].parent / "v2_lite-hf")[1]
     p = "model.layers.1."
     gate, up = (raw[f"{p}mlp.shared_experts.{k}_proj.weight"] for k in ("gate", "up"))
-    with packed.read(files["v2_lite"]) as f:
+    with packed.PackedFile(files["v2_lite"]) as f:
         np.testing.assert_array_equal(f.unpack("layers.1.shared.w_gate_up"), np.concatenate([gate, up]))
         np.testing.assert_array_equal(f.unpack("layers.1.attn_norm"), raw[p + "input_layernorm.weight"])
         np.testing.assert_array_equal(f.unpack("embed"), raw["model.embed_tokens.weight"])
@@ -61,7 +61,7 @@ def test_unpack_gives_natural_shapes(files: dict[str, Path]) -> None:
         down = np.stack([raw[f"{p}mlp.experts.{e}.down_proj.weight"] for e in range(10)])
         np.testing.assert_array_equal(f.unpack("layers.1.experts.w_down"), down)
         np.testing.assert_array_equal(f.unpack("layers.1.experts.w_down", 7), down[7])
-        np.testing.assert_array_equal(packed.read(files["v2_lite"]).unpack("layers.1.experts.w_down", 7), down[7])
+        np.testing.assert_array_equal(packed.PackedFile(files["v2_lite"]).unpack("layers.1.experts.w_down", 7), down[7])
         assert f.unpack("layers.1.experts.w_gate_up").shape == (10, 70, 78)
         kv_b = raw[p + "self_attn.kv_b_proj.weight"].reshape(3, 20 + 18, 36)
         np.testing.assert_array_equal(f.unpack("layers.1.w_uk"), kv_b[:, :20].transpose(0, 2, 1))
@@ -85,7 +85,7 @@ def test_unpack_gives_natural_shapes(files: dict[str, Path]) -> None:
 @pytest.mark.parametrize("preset", ["v3", "gigachat3", "kimi_k2", "moonlight"])
 def test_unpack_agrees_with_the_independent_decoder(preset: str, files: dict[str, Path]) -> None:
     want = ref_packed.PackedFile(files[preset])
-    with packed.read(files[preset]) as f:
+    with packed.PackedFile(files[preset]) as f:
         for name, e in f.entries.items():
             if e.kind == "tiled":
                 natural = want.matrix(name)[..., np.concatenate(want.part_rows(name)), :]
@@ -96,7 +96,7 @@ def test_unpack_agrees_with_the_independent_decoder(preset: str, files: dict[str
 
 def test_tensor_table_is_what_the_runtime_takes(files: dict[str, Path]) -> None:
     for preset, path in files.items():
-        with packed.read(path) as f:
+        with packed.PackedFile(path) as f:
             table = {t["name"]: t for t in f.tensor_table()}
             specs = {t["name"]: t for t in _core.expected_tensors(f.config)}
             assert set(specs) <= set(table) and not any(name.startswith("file.") for name in table)
@@ -136,7 +136,7 @@ def test_what_is_mapped_is_what_was_checked(
 
 
 def test_descriptors_that_cannot_be_mapped_are_refused(files: dict[str, Path]) -> None:
-    with packed.read(files["gigachat3"]) as f:
+    with packed.PackedFile(files["gigachat3"]) as f:
         config, table = f.config, f.tensor_table()
     with Path(os.devnull).open("rb") as device:
         for fd, why in (-1, "cannot be kept open: Bad file"), (device.fileno(), "not a regular, non-empty file"):
@@ -147,7 +147,7 @@ def test_descriptors_that_cannot_be_mapped_are_refused(files: dict[str, Path]) -
 def test_check_finds_every_changed_byte(files: dict[str, Path], tmp_path: Path) -> None:
     blob = bytearray(files["gigachat3"].read_bytes())
     path = tmp_path / "x"
-    with packed.read(files["gigachat3"]) as f:
+    with packed.PackedFile(files["gigachat3"]) as f:
         assert f.check() == []
         entries = f.entries
         padded = next(e for e in entries.values() if e.nbytes % 64)
@@ -160,7 +160,7 @@ def test_check_finds_every_changed_byte(files: dict[str, Path], tmp_path: Path) 
         blob[at] ^= 1
         path.write_bytes(blob)
         steps: list[tuple[int, int]] = []
-        with packed.read(path) as f:
+        with packed.PackedFile(path) as f:
             assert f.check(lambda done, total, s=steps: s.append((done, total))) == [name]
         assert steps == sorted(steps) and steps[-1][0] <= steps[-1][1]
         blob[at] ^= 1
@@ -169,7 +169,7 @@ def test_check_finds_every_changed_byte(files: dict[str, Path], tmp_path: Path) 
 def test_check_names_nan_codes_under_a_right_checksum(files: dict[str, Path], tmp_path: Path) -> None:
     """No packer writes them; every reader takes them for the same numbers (docs/format.md 2)."""
     header, data = parts_of(files["gigachat3"])
-    with packed.read(files["gigachat3"]) as f:
+    with packed.PackedFile(files["gigachat3"]) as f:
         e = f.entries["layers.0.wo"]
         begin = e.offset - f.data_offset
     blob = bytearray(data)
@@ -177,7 +177,7 @@ def test_check_names_nan_codes_under_a_right_checksum(files: dict[str, Path], tm
     changed = hashlib.sha256(blob[begin : begin + e.nbytes]).hexdigest()
     text = header["__metadata__"]["tensors"].replace(e.sha256, changed)
     path = write(tmp_path / "x", header | {"__metadata__": header["__metadata__"] | {"tensors": text}}, bytes(blob))
-    with packed.read(path) as f:
+    with packed.PackedFile(path) as f:
         assert f.check() == ["layers.0.wo"]
         scale = f.unpack("layers.0.wo.scale").ravel()[0]
         assert list(f.unpack("layers.0.wo")[0, :2]) == [np.float32(480) * scale, np.float32(-480) * scale]
@@ -188,7 +188,7 @@ def test_inspect_describes_the_file(files: dict[str, Path]) -> None:
         d = inspect.describe(path)
         json.dumps(d)
         assert d["file_bytes"] == path.stat().st_size
-        with packed.read(path) as f:
+        with packed.PackedFile(path) as f:
             assert len(d["tensors"]) + len(d["files"]) == len(f.entries)
             assert d["header_sha256"] == f.header_sha256
             by_hand = 0
@@ -221,7 +221,7 @@ def write(path: Path, header: dict[str, Any], data: bytes) -> Path:
 
 def refused(path: Path, message: str) -> None:
     with pytest.raises(PackedFileError, match=message) as e:
-        packed.read(path).close()
+        packed.PackedFile(path).close()
     assert "\n" not in str(e.value) and str(e.value).startswith(str(path))
 
 
@@ -322,7 +322,7 @@ WO = "layers.0.wo"
 def test_table_and_config_refusals(change: Any, message: str | None, files: dict[str, Path], tmp_path: Path) -> None:
     path = edited(files["moonlight"], tmp_path / "x", change)
     if message is None:  # 70.0 == 70: the same number
-        packed.read(path).close()
+        packed.PackedFile(path).close()
     else:
         refused(path, message)
 
@@ -423,7 +423,7 @@ def test_mutated_tables_read_or_refuse(
 def opened(path: Path) -> None:
     """The file is refused with one line, or everything in it can be used."""
     try:
-        with packed.read(path) as f:
+        with packed.PackedFile(path) as f:
             f.check()
             table = f.tensor_table()
             for name, e in f.entries.items():

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import tiny
 from deepcalm.errors import CheckpointError, Error
 from deepcalm.files.pack import pack, plan
-from deepcalm.files.packed import read
+from deepcalm.files.packed import PackedFile
 from deepcalm.files.text_files import FILES, LEGACY, TextFiles
 from deepcalm.model import Model
 from deepcalm.sampling import Sampling
@@ -145,7 +145,8 @@ def test_older_files_are_not_stored_where_they_are_not_read(tmp_path: Path) -> N
         for i, n in enumerate(["map and added", "a decoder hides the older files"])
     )
     stored = [
-        [n for n in (*FILES, *LEGACY) if f.tokenizer_file(n) is not None] for f in map(read, (older.path, decoder.path))
+        [n for n in (*FILES, *LEGACY) if f.tokenizer_file(n) is not None]
+        for f in map(PackedFile, (older.path, decoder.path))
     ]
     assert stored == [["tokenizer.json", "tokenizer_config.json", *LEGACY], ["tokenizer.json", "tokenizer_config.json"]]
 

@@ -98,7 +98,7 @@ def test_packing_converts_tiktoken_model(tmp_path: Path) -> None:
     src = tiny.write(tmp_path / "hf", "kimi_k2", tokenizer="tiktoken")
     assert not (src / "tokenizer.json").exists()
     pack(src, tmp_path / "x")
-    with packed.read(tmp_path / "x") as f:
+    with packed.PackedFile(tmp_path / "x") as f:
         data = f.tokenizer_file("tokenizer.json")
     assert data is not None
     got = Tokenizer.from_str(data.decode())

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -33,7 +34,8 @@ TOKENIZER_FILES = (*FILES, *LEGACY)
 
 SOURCE_DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "f8": "F8_E4M3", "i4": "I4"}  # kind -> as it is stored
 KINDS = {dtype: kind for kind, dtype in SOURCE_DTYPES.items() if kind != "i4"}
-SCALES = ("F32", "BF16", "F16", "F8_E8M0")  # dtypes of f8 block scales
+# dtypes of f8 block scales, and how they are read
+SCALES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F8_E8M0": np.uint8}
 Bytes = npt.NDArray[np.uint8]
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.)([0-9]{1,6})\.(gate|up|down)_proj\.weight(_scale_inv)?")
 # Tensors that only other quantisations have, and whose they are. One of these beside a weight refuses it.
@@ -273,7 +275,7 @@ class Checkpoint(Closing):
             raise CheckpointError(f"{self.where(info.name)}: F8_E4M3, but config.json has no weight_block_size")
         grid = (-(-rows // block[0]), -(-cols // block[1]))
         why = f" for {list(shape)} in blocks of {list(block)}"
-        return Weight(name, "f8", rows, cols, info, self._check(scale, SCALES, grid, why), block)
+        return Weight(name, "f8", rows, cols, info, self._check(scale, tuple(SCALES), grid, why), block)
 
     def _int4(self, name: str, base: str, shape: tuple[int, ...]) -> Weight:
         packed, scale, extra, g_idx = (base + f"weight_{part}" for part in ("packed", "scale", "shape", "g_idx"))
@@ -349,31 +351,17 @@ class Checkpoint(Closing):
             file = self._files[self._file_of[w.scale.name]]
             data = np.frombuffer(file.read(w.scale.offset + begin * row, (end - begin) * row), np.uint16)
             return data.reshape(end - begin, row // 2)
-        stored = self.read(w.scale)
+        grid: npt.NDArray[Any] = np.frombuffer(self.read(w.scale), SCALES[w.scale.dtype])
         if w.scale.dtype == "F8_E8M0":  # 2^(code - 127); 255, which is NaN, becomes infinity
-            bits = np.frombuffer(stored, np.uint8).astype(np.uint32) << 23
+            bits = grid.astype(np.uint32) << 23
             grid = np.where(bits == 0, np.uint32(1 << 22), bits).view(np.float32)
-        elif w.scale.dtype == "BF16":
-            grid = (np.frombuffer(stored, np.uint16).astype(np.uint32) << 16).view(np.float32)
-        else:
-            grid = np.frombuffer(stored, np.float16 if w.scale.dtype == "F16" else np.float32).astype(np.float32)
-        grid = grid.reshape(w.scale.shape)
+        grid = grid.astype(np.float32).reshape(w.scale.shape)
         limit = np.finfo(np.float32).max / 448
         bad = np.argwhere(~(np.abs(grid) <= limit))
         if len(bad):
             found = f"scale at {self._position(w.scale, bad[0])} is {grid[tuple(bad[0])]}"
             raise CheckpointError(f"{self.where(w.scale.name)}: {found}, expected a finite number up to {limit:.3g}")
         return grid
-
-    def load_f32(self, w: Weight, begin: int = 0, end: int | None = None) -> npt.NDArray[np.float32]:
-        """Rows begin..end-1 as f32 [n, cols], exact but for one rounding of e4m3 * scale; NaN is refused."""
-        end = w.rows if end is None else end
-        out = np.empty((end - begin, w.cols), np.float32)
-        data, scale = self.read_rows(w, begin, end), self.read_scale(w, begin, end)
-        bad, _ = _core.convert_rows(out, "f32", w.source(data, begin, scale))
-        if bad is not None:
-            raise self.bad_value(w, begin + bad[0], bad[1], "f32")
-        return out
 
     def bad_value(self, w: Weight, row: int, col: int, to: str) -> CheckpointError:
         """The error for a value that does not fit format ``to``."""

@@ -96,11 +96,6 @@ class Tensor:
         return [self, self.scales] if self.scales else [self]
 
     @property
-    def sources(self) -> list[str]:
-        """Names of the checkpoint weights that it is made of, each once, in order."""
-        return list(dict.fromkeys(part.weight.name for parts in self.slices for part in parts))
-
-    @property
     def bytes(self) -> int:
         """All stored bytes, scales included, padding excluded."""
         return sum(s.nbytes for s in self.stored)
@@ -356,8 +351,3 @@ def _natural_rows(s: Tensor) -> npt.NDArray[np.intp]:
         out.append(tile * TILE_ROWS + rows % TILE_ROWS)
         start += -(-n // TILE_ROWS)
     return np.concatenate(out)
-
-
-def read(path: str | Path) -> PackedFile:
-    """Opens and checks a packed file; raises PackedFileError."""
-    return PackedFile(path)
