@@ -42,19 +42,19 @@ class _Keys:
         found = show(self.raw[key]) if key in self.raw else "missing"
         return ConfigError(f"{self.where}: {self._name(key)} is {found}, expected {expected}")
 
-    def integer(self, key: str, default: Any = _REQUIRED, null: int | None = None) -> int:
-        """An int; ``default`` when the key is absent, ``null`` when it is null (None: null is refused)."""
+    def _value(self, key: str, default: Any, null: Any) -> Any:
+        """``default`` when the key is absent, ``null`` when it is null (None: null is refused)."""
         value = self.raw.get(key, default)
-        if value is None and null is not None:
-            return null
+        return null if value is None else value
+
+    def integer(self, key: str, default: Any = _REQUIRED, null: int | None = None) -> int:
+        value = self._value(key, default, null)
         if type(value) is not int or not 0 <= value < 1 << 31:
             raise self.refuse(key, "an integer in 0..2147483647")
         return value
 
     def real(self, key: str, default: Any = _REQUIRED, null: float | None = None) -> float:
-        value = self.raw.get(key, default)
-        if value is None and null is not None:
-            return null
+        value = self._value(key, default, null)
         if type(value) not in (int, float):
             raise self.refuse(key, "a number")
         try:
@@ -66,9 +66,7 @@ class _Keys:
         return out
 
     def boolean(self, key: str, default: Any = _REQUIRED, null: bool | None = None) -> bool:
-        value = self.raw.get(key, default)
-        if value is None and null is not None:
-            return null
+        value = self._value(key, default, null)
         if type(value) is not bool:
             raise self.refuse(key, "true or false")
         return value
