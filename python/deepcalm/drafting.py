@@ -198,10 +198,6 @@ class Controller:
             prior = min(prior, rates[-1])  # later drafts come from the layer's own output: no better than those before
         return rates
 
-    def predict(self, k: int, counted: Sequence[tuple[int, int]] = ()) -> float:
-        """Predicted speed with ``k`` drafts over plain decoding, from bytes and the acceptance so far."""
-        return self.cost.gain(k, self.acceptance, counted) if self.cost else 1.0
-
     def next_k(self, counted: Sequence[tuple[int, int]] = (), pending: int = 1) -> int:
         """Drafts of the next round.
 
@@ -213,7 +209,7 @@ class Controller:
             return self.fixed or 0
         if not self.drafting and self._pause > 0:
             return 0
-        gains = {k: self.predict(k, counted) for k in range(1, AUTO_MAX + 1)}
+        gains = {k: self.cost.gain(k, self.acceptance, counted) for k in range(1, AUTO_MAX + 1)}
         best = max(gains, key=lambda k: gains[k])
         if not self.drafting and gains[best] < 1 + LIMIT:
             self._rest()

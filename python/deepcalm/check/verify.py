@@ -8,6 +8,7 @@ far the logits may be, and a model further from the checkpoint than one that ign
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -126,7 +127,8 @@ class Report:
         """Plain data for JSON; numbers that are not finite become null."""
         first = asdict(self.first_divergence) if self.first_divergence else None
         head = {"ok": self.ok, "verdict": self.verdict, "first_divergence": first}
-        out: dict[str, Any] = _finite(head | asdict(self))
+        text = json.dumps(head | asdict(self))
+        out: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
         return out
 
 
@@ -593,14 +595,6 @@ def _prefix(name: str) -> str:
     """ "layers.3." of "layers.3.experts.w_down", "mtp." or ""."""
     parts = name.split(".")
     return "mtp." if parts[0] == "mtp" else f"layers.{parts[1]}." if parts[0] == "layers" else ""
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _ranges(values: Sequence[int]) -> str:

@@ -279,14 +279,10 @@ def read_cold(model: Model, quiet: bool) -> None:
 
 
 def open_session(model: Model, ctx: int | None, kv: str, draft: str | int, quiet: bool) -> Session:
-    """A session; says before anything runs when weights and cache exceed the memory that is available.
-
-    It keeps the MTP layer's state where ``draft`` needs it; "auto" does without in a model that has no MTP layer.
-    """
+    """A session that can draft so; says before anything runs when weights and cache exceed the memory available."""
     from ..limits import available_memory
 
-    mtp = bool(model.config["num_nextn_predict_layers"]) if draft == "auto" else draft not in ("off", 0)
-    session = model.session(ctx, kv, mtp=mtp)
+    session = model.session(ctx, kv, mtp=None if draft == "auto" else draft not in ("off", 0))
     available = available_memory() if model.device == "cpu" else None
     if available is not None and model.file_bytes + session.cache_bytes > available:
         numbers = f"weights {model.file_bytes / 1e9:.1f} GB and cache {session.cache_bytes / 1e9:.1f} GB"
