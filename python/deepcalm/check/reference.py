@@ -255,19 +255,15 @@ class Weights(Protocol):
 
     def slabs(self, name: str, slice_: int = 0) -> Iterator[tuple[int, Array, Array | None]]:
         """(first row, values [k, cols], scales) of slice after slab, top to bottom; k is a multiple of 16."""
-        ...
 
     def plain(self, name: str, rows: Array | None = None) -> Array:
         """A vector, or these rows of the embedding."""
-        ...
 
     def head(self, p: str) -> str:
         """Name of the head of the main model (p "") or of the MTP layer (p "mtp.")."""
-        ...
 
     def act(self, name: str) -> str:
         """Rounding of the activations that meet this matrix; "" for none."""
-        ...
 
 
 def slab_rows(cols: int) -> int:
