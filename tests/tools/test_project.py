@@ -162,6 +162,22 @@ def test_project_versions_agree() -> None:
     assert version and newest and version.group(1) == newest.group(1)
 
 
+def test_project_python_versions_agree() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    oldest, *_ = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', pyproject)
+    assert f'\nrequires-python = ">={oldest}"\n' in pyproject and f"needs Python {oldest} " in README
+    assert f"find_package(Python {oldest} REQUIRED" in (ROOT / "CMakeLists.txt").read_text()
+
+
+def test_project_source_archive_holds_what_the_build_reads() -> None:
+    excluded = re.search(r"^sdist\.exclude = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.M)
+    assert excluded
+    folders = {p.parts[0] for p in tracked() if len(p.parts) > 1 and not p.parts[0].startswith(".")}
+    left_out = set(re.findall(r'"(\w+)"', excluded.group(1)))
+    assert folders - left_out == {"kernels", "runtime", "python"}
+    assert not [name for name in left_out if f"{name}/" in (ROOT / "CMakeLists.txt").read_text()]
+
+
 def test_project_readme_names_the_compilers_that_the_build_accepts() -> None:
     oldest = dict(re.findall(r"^set\(oldest_(\w+) (\d+)\)", (ROOT / "CMakeLists.txt").read_text(), re.M))
     assert f"g++ {oldest['GNU']} or clang {oldest['Clang']}, or newer" in README
