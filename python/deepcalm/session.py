@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,18 +50,6 @@ STAGES = (
     *("gate_logits", "topk_idx", "topk_weight", "routed_out", "shared_out", "ffn_out", "layer_out"),
     *("final_norm", "logits"),
 )
-
-
-class Running(Protocol):
-    """A generation, as its session knows it."""
-
-    stepping: bool  # inside its own step: the calls are its own
-
-    def close(self, reason: str) -> None:
-        """Another call changes the sequence: it ends."""
-
-    def forget(self) -> None:
-        """The session comes to rest: what is not returned yet is chosen anew."""
 
 
 class SessionLock:
@@ -198,7 +186,7 @@ class Session(Closing):
         self._sums: defaultdict[str, float] = defaultdict(int)
         self._tokens: list[int] = []  # the sequence
         self._last_logits: F32 | None = None
-        self._running: weakref.ref[Running] | None = None
+        self._running: weakref.ref[Generation] | None = None
         self.decoding = False  # rounds are running on the device
         self._before: tuple[float, int, int] = (0.0, 0, 0)
 
@@ -259,7 +247,7 @@ class Session(Closing):
         if missing := self._tokens[self.core.pos : n]:
             self._feed("decode", missing, 0)
 
-    def attach(self, generation: Running) -> None:
+    def attach(self, generation: Generation) -> None:
         """``generation`` makes the next tokens of the sequence."""
         with self._changing():
             self._running = weakref.ref(generation)
