@@ -506,7 +506,7 @@ Floats unpack_slice(const Bytes& data, const py::object& scales, const std::stri
     }
     Floats out({rows, cols});
     float* dst = out.mutable_data();
-    without_gil([&] { dc::unpack_tiles(w, slice, {dst, cols}); });
+    without_gil([&] { dc::unpack_tiles(w, slice, {dst, w.cols}); });
     return out;
 }
 

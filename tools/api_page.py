@@ -21,7 +21,7 @@ SECTIONS = {
 }  # fmt: skip
 # Members that the package's own modules use.
 INTERNAL = {
-    "Model": {"core", "generation"},
+    "Model": {"core"},
     "Session": {"core", "tracing", "attach", "detach", "since", "returned", "draft_round", "checked", "decode_start",
                 "decoding", "count_drafts", "load_rows", "mtp_pending", "expert_union"},
     "Generation": {"forget"},
