@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ class Model(Closing):
     """A packed file, mapped: on the CPU nothing is copied, on a GPU the whole file goes into device memory.
 
     Args:
-        path: a ``.dcalm`` file.
+        path: a ``.dcalm`` file, or one that is open already (``PackedFile``) and stays so.
         device: "cpu", "cuda" (one NVIDIA GPU), or "auto": the GPU if one can be used, else the CPU, said in ``notes``.
             ("sim" is the CUDA code on a simulated GPU, slow: the library that the tests build and DEEPCALM_SIM names.)
         threads: threads that every pass runs on; None: DEEPCALM_THREADS, else as many as pay, at most one per core.
@@ -74,11 +75,14 @@ class Model(Closing):
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], device: str = "cpu", threads: int | None = None, isa: str | None = None
+        self,
+        path: str | os.PathLike[str] | packed.PackedFile,
+        device: str = "cpu",
+        threads: int | None = None,
+        isa: str | None = None,
     ) -> None:
         if device not in DEVICES:
             raise ValueError(f"device: {device!r}, expected one of {', '.join(DEVICES)}")
-        self.path = Path(path)
         #: What was turned off or replaced, one line each.
         self.notes: tuple[str, ...] = ()
         isa = (isa or os.environ.get("DEEPCALM_ISA") or "").encode("utf-8", "backslashreplace").decode() or None
@@ -89,13 +93,15 @@ class Model(Closing):
             threads = int(text or 0)
         else:
             threads = integer("threads", threads, 1, MAX_THREADS)
-        with packed.PackedFile(self.path) as file:
+        with nullcontext(path) if isinstance(path, packed.PackedFile) else packed.PackedFile(Path(path)) as file:
+            self.path = file.path
             self.config = Config(file.config)
             self.header_sha256 = file.header_sha256
             self.entries = file.entries  # name -> Tensor, in file order
             files = {name: file.tokenizer_file(name) for name in (*FILES, *LEGACY)}
             self._text = TextFiles(files, f"{self.path}: ", PackedFileError)
-            opened = (os.fsencode(path), file.fileno(), file.config, file.tensor_table())  # a name need not be UTF-8
+            name = os.fsencode(file.path)  # which need not be UTF-8
+            opened = (name, file.fileno(), file.config, file.tensor_table())
             self._core: _core.Model | None
             #: "cpu", "cuda" or "sim": where passes run.
             self.device = "cpu"

@@ -73,6 +73,14 @@ def test_right_models_pass(preset: str, source: str, options: dict[str, str]) ->
     assert 0 <= r.effect["kl"] < limit and 0 < r.effect["router_agreement"] <= 1
 
 
+def test_the_file_that_was_compared_is_the_one_that_runs(tmp_path: Path) -> None:
+    folder = models.checkpoint("v3", "bf16")
+    path = tmp_path / "x.dcalm"
+    deepcalm.pack(folder, path, "q8")
+    r = verify(path, folder, progress=lambda *_: path.unlink(missing_ok=True))  # gone once it has been opened
+    assert r.ok and {c.leg for c in r.checks} >= {"weights", "arithmetic", "exactness"}
+
+
 def test_other_ways_to_store_weights_are_right(tmp_path: Path) -> None:
     """All experts of a layer in one tensor, block scales in bf16, a head of its own though config.json ties it."""
     folder = tiny.write(tmp_path / "hf", "v3", dtype="fp8", fp8_block=(19, 128), n_shards=1)

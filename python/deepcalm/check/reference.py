@@ -289,7 +289,7 @@ class PackedWeights:
         cols = e.shape[-1]
         size = cols * np.dtype(kind).itemsize
         which = [0] if rows is None else rows
-        out = np.stack([np.fromfile(self.file.path, kind, cols, offset=e.offset + int(i) * size) for i in which])
+        out = np.stack([self.file.read_array(e.offset + int(i) * size, cols, kind) for i in which])
         out = (bf16(out) if e.format == "bf16" else out).astype(np.float64)
         return out[0] if rows is None else out
 
@@ -306,13 +306,13 @@ class PackedWeights:
         block: Array | None = None
         if grid is not None:
             size = grid.shape[1] * grid.shape[2]
-            block = np.fromfile(self.file.path, "<f4", size, offset=grid.offset + 4 * slice_ * size)
+            block = self.file.read_array(grid.offset + 4 * slice_ * size, size, "<f4")
             block = block.reshape(grid.shape[1:]).astype(np.float64)
         step = slab_rows(cols) // 16
         for t in range(0, n_tiles, step):
             n = min(step, n_tiles - t)
             begin = e.offset + (slice_ * n_tiles + t) * row_bytes
-            raw = np.fromfile(self.file.path, np.uint8, n * row_bytes, offset=begin)
+            raw = self.file.read_array(begin, n * row_bytes)
             v, scales = decode(e.format, e.scale, raw.reshape(n, -1, FORMATS[e.format].tile_bytes))
             if block is not None and e.scale_block is not None:
                 i = np.minimum(np.arange(16 * t, 16 * (t + n)) // e.scale_block[0], len(block) - 1)

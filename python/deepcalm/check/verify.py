@@ -218,7 +218,7 @@ class _Verifier:
             self.source = reference.SourceWeights(self.ckpt, self.settings)
             for leg in (leg for leg in LEGS[:2] if leg in self.legs):
                 getattr(self, leg)()
-            self.model = Model(self.file.path, threads=self.threads, isa=self.isa)
+            self.model = Model(self.file, threads=self.threads, isa=self.isa)
             self.ids = self.tokens(prompt, tokens)
             session = self.model.session(len(self.ids) + NEW_TOKENS, self.kv, mtp=False)
             self.logits = session.prefill(self.ids, all_logits=True)
@@ -423,7 +423,7 @@ class _Verifier:
         ctx, bad, n = len(self.ids) + NEW_TOKENS + 1, len(self.divergences), 0
         for threads in (1, max(self.model.threads, 2)):
             same = threads == self.model.threads
-            model = self.model if same else Model(self.file.path, threads=threads, isa=self.isa)
+            model = self.model if same else Model(self.file, threads=threads, isa=self.isa)
             for rows in (*CHUNKS, len(self.ids)):
                 found = model.session(ctx, self.kv, max_rows=rows, mtp=False).prefill(self.ids, all_logits=True)
                 self.same(f"logits with {threads} threads, passes of {rows} tokens", found, self.logits)

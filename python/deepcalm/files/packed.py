@@ -287,13 +287,17 @@ class PackedFile(Closing):
                 out.append(row | {"offset": s.offset, "bytes": s.nbytes})
         return out
 
+    def read_array(self, offset: int, n: int, dtype: npt.DTypeLike = np.uint8) -> npt.NDArray[Any]:
+        """``n`` numbers from byte ``offset`` of the file."""
+        out = np.empty(n, dtype)
+        self._file.read_into(out.view(np.uint8).data, offset)
+        return out
+
     def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
         """The true bytes of a tensor, uint8 [bytes] (a copy)."""
         if name not in self.entries:
             raise self._refuse(f"no tensor {show(name)}")
-        out = np.empty(self.entries[name].nbytes, np.uint8)
-        self._file.read_into(out.data, self.entries[name].offset)
-        return out
+        return self.read_array(self.entries[name].offset, self.entries[name].nbytes)
 
     def tokenizer_file(self, name: str) -> bytes | None:
         """A stored file ("tokenizer.json", "chat_template.jinja", ...) or None."""
