@@ -103,6 +103,8 @@ def text() -> str:
     for title, names in SECTIONS.items():
         out += f"\n## {title}\n" + ("\n" if title == "Errors" else "")
         for node, source in map(known.__getitem__, names):
-            error = isinstance(node, ast.ClassDef) and title == "Errors"
-            out += f"- `{node.name}({ast.unparse(node.bases[0])})`: {described(node)}" if error else entry(node, source)
+            if isinstance(node, ast.ClassDef) and title == "Errors":
+                out += f"- `{node.name}({ast.unparse(node.bases[0])})`: {described(node)}"
+            else:
+                out += entry(node, source)
     return out
