@@ -90,8 +90,8 @@ struct PassResult {
 struct DecodeArgs {
     std::span<const int32_t> tokens;  // [n + 1] t_0..t_n; the last is known but not in the cache yet
     bool keeps_mtp = false;           // the MTP cache and its pending rows are kept up to date: drafts can be asked for
-    std::span<const float>
-        pending;             // [n_pending, hidden_size], at most kMaxPending: the MTP cache lacks these rows below n
+    // [n_pending, hidden_size], at most kMaxPending: the MTP cache lacks these rows below n.
+    std::span<const float> pending;
     int64_t max_tokens = 0;  // tokens to emit at most
     int n_valid = 0;         // ids below may be chosen
     SampleParams sample;

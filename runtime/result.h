@@ -1,8 +1,6 @@
-// Failures as values. Bad input and environment failures are Result errors; our own bugs stop at DC_CHECK (always on).
+// Failures as values: bad input, the environment, and our own bugs where they can be told. Nothing here ends the process.
 #pragma once
 
-#include <cstdio>
-#include <cstdlib>
 #include <optional>
 #include <string>
 #include <utility>
@@ -51,12 +49,5 @@ class [[nodiscard]] Status {
     lhs = std::move(DC_CONCAT(dc_result_, __LINE__).value())
 #define DC_TRY_STATUS(expr)                                                                                            \
     if (auto dc_status = (expr); !dc_status.ok()) return std::move(dc_status.error())
-#define DC_CHECK(cond)                                                                                                 \
-    do {                                                                                                               \
-        if (!(cond)) {                                                                                                 \
-            std::fprintf(stderr, "deepcalm: internal error: %s (%s:%d)\n", #cond, __FILE__, __LINE__);                 \
-            std::abort();                                                                                              \
-        }                                                                                                              \
-    } while (0)
 
 }  // namespace deepcalm

@@ -180,7 +180,11 @@ Status Session::catch_up(const int32_t* next, int n_logits) {
 
 Status Session::restore_pending() {
     if (cache_.len - mtp_cache_.len == n_pending()) return {};
-    DC_CHECK(n_pending() == 0 && cache_.len - mtp_cache_.len == 1);  // see truncate() and load()
+    if (n_pending() != 0 || cache_.len - mtp_cache_.len != 1) {  // forget() and load() leave no other state
+        return Error{ErrorCode::kSession, "draft: " + std::to_string(mtp_cache_.len) + " MTP rows and " +
+                                              std::to_string(n_pending()) + " hidden states for " +
+                                              std::to_string(cache_.len) + " positions"};
+    }
     Undo undo(*this);
     // A pass that fails halfway has written the row's own bits again, or nothing: it ends between stages.
     cache_.len -= 1;
@@ -307,6 +311,10 @@ Status Session::load(std::span<const int32_t> tokens, const std::byte* main_rows
     if (keep_mtp_ && (m < 0 || m > std::max<int64_t>(n - 1, 0) || (m + rows != n && !(rows == 0 && m + 1 == n)))) {
         return fail(std::to_string(m) + " MTP rows and " + std::to_string(rows) + " hidden states for " +
                     std::to_string(n) + " positions");
+    }
+    if (rows > kMaxPending) {  // an engine has room for so many
+        return fail(std::to_string(rows) + " hidden states wait for their MTP rows, at most " +
+                    std::to_string(kMaxPending));
     }
     DC_TRY_STATUS(not_decoding("restore"));
     std::vector<int32_t> new_tokens(tokens.begin(), tokens.end());

@@ -162,8 +162,8 @@ class Session {
     std::vector<int32_t> tokens_;
     std::vector<float> pending_;
     ExpertUnion union_;
-    std::vector<std::vector<int32_t>>
-        recent_;  // up to kMaxWindow tokens, latest last: layer * n_routed_experts + expert, ascending
+    // Up to kMaxWindow tokens, latest last: layer * n_routed_experts + expert, ascending.
+    std::vector<std::vector<int32_t>> recent_;
     bool decoding_ = false;
 };
 

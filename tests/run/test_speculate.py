@@ -178,6 +178,24 @@ def test_long_pending_rows_are_caught_up_in_batches() -> None:
     models.assert_same_bits("MTP cache", session.read_cache(True), run.mtp(61)[2][:, : session.mtp_pos])
 
 
+def test_more_hidden_states_than_an_engine_holds_are_refused() -> None:
+    core = models.open_model(models.pack(models.checkpoint("v3", "bf16"), dtype="q8"), models.ISAS[0])
+    source = _core.Session(core, 400, "f16", 300, mtp=True)
+    source.forward(tiny.token_ids(N_VALID, 300, 1), "none")
+    s = source.state()
+    target = _core.Session(core, 400, "f16", 32, mtp=True)
+
+    def load(rows: int) -> None:
+        waiting = np.zeros((rows, s["hidden"].shape[1]), np.float32)
+        target.load_state(s["tokens"], s["cache"], s["mtp_cache"][:, : 300 - rows], waiting)
+
+    with pytest.raises(SessionError, match="257 hidden states wait for their MTP rows, at most 256"):
+        load(257)
+    assert (target.pos, target.mtp_pos) == (0, 0)
+    load(256)
+    assert (target.pos, target.mtp_pos) == (300, 44)
+
+
 def test_states_that_no_session_leaves_are_refused() -> None:
     file = models.pack(models.checkpoint("v3", "bf16"), dtype="q8")
     core = models.open_model(file, models.ISAS[0])
@@ -486,18 +504,8 @@ def test_bench_draft_command(capsys: pytest.CaptureFixture[str], monkeypatch: py
     args = ["bench", str(models.packed()), "--context", "8", "--tokens", "6", "--repeats", "2", "--threads", "1"]
     assert cli.main([*args, "--draft", "2", "--accept", "0.5"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert names[:10] == [
-        "command",
-        "model",
-        "drafts",
-        "passes",
-        "bytes",
-        "plain",
-        "drafted",
-        "speedup",
-        "machine",
-        "what",
-    ]
+    assert names[:9] == ["command", "model", "drafts", "passes", "bytes", "plain", "drafted", "speedup", "machine"]
+    assert names[9] == "what"  # binds
     assert cli.main([*args, "--draft", "1", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["k"] == 1 and value["accept"] is None and value["speedup"]["median"] > 0 and "command" in value
