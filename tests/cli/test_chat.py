@@ -181,3 +181,10 @@ def test_a_full_context_is_never_cut_silently(run: Run, path: Path, monkeypatch:
     assert len(asked) == 1 and re.fullmatch(r"\d+ tokens, the context has 64 positions: forget the .*\?", asked[0])
     kept = ["b" * 20, two, "c" * 20] if "oldest turn?" in asked[0] else ["c" * 20]
     assert out.decode().splitlines()[-1] == chat_answer(*kept).splitlines()[-1]
+
+
+def test_a_conversation_is_turns_and_their_answers() -> None:
+    turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "there"}]
+    assert chat.is_conversation({"system": None, "messages": turn * 2})
+    for messages in (turn[:1], turn[1:], [*turn, turn[0]], [{"role": "user"}] * 2, None):
+        assert not chat.is_conversation({"system": None, "messages": messages})

@@ -233,7 +233,7 @@ def is_conversation(value: Any) -> bool:
     if not isinstance(value, dict) or value.keys() != {"system", "messages"}:
         return False
     system, messages = value["system"], value["messages"]
-    return isinstance(system, str | None) and isinstance(messages, list) and all(
+    return isinstance(system, str | None) and isinstance(messages, list) and len(messages) % 2 == 0 and all(
         isinstance(m, dict) and m.keys() == {"role", "content"} and m["role"] == ROLES[i % 2]
         and isinstance(m["content"], str) for i, m in enumerate(messages)
     )  # fmt: skip

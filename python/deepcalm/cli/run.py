@@ -223,8 +223,8 @@ def stream(answer: TextGeneration, quiet: bool, show: bool = True, echo: str = "
     try:
         with progress("reading prompt tokens", quiet, delay=1) as answer.generation.progress:
             next(answer, None)
-        dim = False if os.environ.get("NO_COLOR") else None
-        click.secho(echo, err=True, nl=False, dim=True, color=dim) if echo else None
+        if echo:
+            click.secho(echo, err=True, nl=False, dim=True, color=False if os.environ.get("NO_COLOR") else None)
         write_new()
         for _ in answer:
             write_new()
