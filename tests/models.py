@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -88,6 +89,16 @@ def packed(preset: str = "v3", seed: int = 0, dtype: str = "source") -> Path:
 def model(preset: str = "v3", threads: int = 1) -> deepcalm.Model:
     """The opened model."""
     return deepcalm.Model(packed(preset), threads=threads)
+
+
+@functools.cache
+def without_template() -> Path:
+    """A packed model without a chat template, as base models have none."""
+    folder = tiny.write(root() / "base", "moonlight", dtype="f32")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return pack(folder).path
 
 
 @functools.cache

@@ -50,6 +50,34 @@ CONFIG: dict[str, Any] = {  # config.json, read by transformers and deepcalm ali
     "tie_word_embeddings": False, "initializer_range": 0.02, "use_cache": True, "bos_token_id": 0, "eos_token_id": 1,
     "pad_token_id": None, "torch_dtype": "bfloat16",
 }  # fmt: skip
+# Turns of stories: a line that opens one is gone on with, any other one answered with a whole one, which is a document
+# of its own as in training. A story that stopped in the middle of a sentence goes on with the next line; one that has
+# ended, or fills half of the context, makes room. A system message begins every story.
+TEMPLATE = """\
+{%- set s = namespace(opening='', text='') -%}
+{%- for m in messages -%}
+    {%- if m.role == 'system' -%}
+        {%- set s.opening = m.content | trim -%}
+    {%- elif m.role == 'assistant' -%}
+        {%- set s.text = s.text + m.content -%}
+    {%- else -%}
+        {%- set line = m.content | trim -%}
+        {%- if loop.previtem is defined and loop.previtem.role == 'assistant' and
+               (s.text.rstrip().endswith(('.', '!', '?', '"')) or s.text | length > 1000) -%}
+            {%- set s.text = '' -%}
+        {%- endif -%}
+        {%- if s.text -%}
+            {%- set apart = not s.text[-1:].isspace() and not line.startswith((',', '.', '!', '?')) -%}
+            {%- set s.text = s.text + (' ' if apart else '') + line -%}
+        {%- elif line.lower().startswith(('once ', 'long ago', 'in a ', 'one day', 'there ')) -%}
+            {%- set s.text = s.opening + (' ' if s.opening else '') + line -%}
+        {%- else -%}
+            {%- set s.text = line + eos_token + bos_token + s.opening -%}
+        {%- endif -%}
+    {%- endif -%}
+{%- endfor -%}
+{{- bos_token + (s.text or s.opening) -}}
+"""
 PHASE_2_AT = 0.7  # part of the run after which the second repetition counts and the smaller MTP weight apply
 
 
@@ -306,6 +334,7 @@ def save_checkpoint(out: Path, c: dict[str, Any], model: StoryModel, tokenizer: 
     files = {"config": c, "generation_config": generation, "tokenizer_config": tokenizer_config}
     for name, content in files.items():
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    (out / "chat_template.jinja").write_text(TEMPLATE)
 
 
 def append(path: Path, line: str) -> None:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """A chat on the public Python API; an empty line, or the end of the input, ends it.
 
-    python docs/examples/chat_loop.py [MODEL.dcalm]
+    python docs/examples/chat_loop.py [MODEL.dcalm]       (default: the demo model, which answers with stories)
 
 Each turn renders the whole conversation and computes only what follows the longest prefix that the cache still holds.
-A model without a chat template, such as the demo model (the default), goes on with the text, yours and its own.
+A model without a chat template goes on with the text, yours and its own.
 """
 
 from __future__ import annotations

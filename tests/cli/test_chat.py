@@ -84,8 +84,9 @@ def test_history_that_cannot_be_kept_is_none(bad: str, tmp_path: Path, monkeypat
 
 
 def test_unknown_commands_are_refused_with_the_list(run: Run, path: Path) -> None:
-    assert run("chat", "--top-p", "0.5")[2].endswith(  # no terminal: only what is used
-        "\ndemo.dcalm, context 512, temp 0.7, top-p 0.5 (the checkpoint's for temp)\n"
+    assert run("chat", "--top-p", "0.5")[2] == (  # no terminal: only what is used
+        "the demo model tells stories: begin one, as in Once upon a time\n"
+        "demo.dcalm, context 512, temp 0.7, top-p 0.5 (the checkpoint's for temp)\n"
     )
     code, out, err = run(
         "chat", "-m", path, "-n", "6", "-q", stdin=b"/foo bar\n/help\n /foo\n/load\n/load a\0b\n/load ~no.user/x\n"
@@ -109,8 +110,6 @@ def test_retry_answers_again_with_another_seed(run: Run, path: Path) -> None:
     first = chat_answer("Hi")
     assert out.decode() == first + "\n" + first + "\n" + chat_answer("Hi", first, "the") + "\n"
     assert err.count("note: at temperature 0 the answer is the same, give --temp") == 1
-    demo = run("chat", "--temp", "0", stdin=b"Once upon a time\n/retry\n")  # ends by eos, which begins anew
-    assert demo[0] == 0 and demo[1][: len(demo[1]) // 2] == demo[1][len(demo[1]) // 2 :]
 
 
 def test_system_replaces_the_message(run: Run, path: Path) -> None:
@@ -118,7 +117,6 @@ def test_system_replaces_the_message(run: Run, path: Path) -> None:
     want = run(*args, "--system", "SYS", stdin=b"Hi\n")[1]
     assert run(*args, stdin=b"/system SYS\nHi\n")[:2] == (0, want)
     assert run(*args, "--system", "SYS", stdin=b"/system\nHi\n")[1].decode() == chat_answer("Hi") + "\n"
-    assert "has no chat template" in run("chat", stdin=b"/system S\n")[2]
 
 
 def test_a_conversation_is_saved_and_loaded(

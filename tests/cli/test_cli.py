@@ -33,6 +33,7 @@ from deepcalm.check.perplexity import perplexity
 from deepcalm.cli import common
 from deepcalm.cli import run as run_commands
 from deepcalm.files import packed
+from deepcalm.files.text_files import TextFiles
 from deepcalm.generation import Generation
 from deepcalm.measure import bench as measure_bench
 from deepcalm.names import ISAS
@@ -219,7 +220,9 @@ def test_demo_model_tells_a_story(run: Run) -> None:
     assert code == 0 and text.startswith(", there was a") and len(text.split()) > 40
     assert set(text) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ,.!?;:'\"- \n")
     assert deepcalm.generate("Once upon a time", max_tokens=60) + "\n" == text
-    assert "no chat template" in error(run("generate", "--chat", "Hello"))
+    code, out, _ = run("chat", "--temp", "0", "-n", "60", stdin=b"Once upon a time\n/reset\nHello!\n")
+    story = run("generate", "--chat", "--temp", "0", "-n", "60", "Hello!")[1].decode()
+    assert (code, out.decode()) == (0, text + story) and story.startswith("Once")
 
 
 @pytest.mark.parametrize(
@@ -505,15 +508,11 @@ def test_chat_errors_leave_the_conversation_going(run: Run, path: Path) -> None:
     assert "the prompt has 73 tokens, the context 64 positions" in err and "/reset starts over" in err
 
 
-def test_chat_without_template_continues_the_text(run: Run, tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "hf", "moonlight", dtype="f32")
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    del config["chat_template"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    deepcalm.pack(folder, tmp_path / "m.dcalm")
+def test_chat_without_template_continues_the_text(run: Run) -> None:
+    m = deepcalm.Model(models.without_template())
     for args in (("chat", "--system", "S"), ("generate", "--chat", "Hi")):
-        assert "has no chat template; use a raw prompt" in error(run(*args, "-m", tmp_path / "m.dcalm"))
-    m = deepcalm.Model(tmp_path / "m.dcalm")
+        assert "has no chat template; use a raw prompt" in error(run(*args, "-m", m.path))
+    assert "has no chat template" in run("chat", "-m", m.path, stdin=b"/system S\n")[2]
     code, out, err = run("chat", "-m", m.path, "-n", "4", stdin=b"the\n/reset\nan\nthe other\n")
     texts = []
     for prompt in ("the", "an", "an{}\nthe other"):
@@ -522,11 +521,11 @@ def test_chat_without_template_continues_the_text(run: Run, tmp_path: Path) -> N
     assert err.startswith("this model has no chat template: it continues the text")
 
 
-def test_chat_without_template_begins_anew_after_an_end(run: Run) -> None:
-    """As the demo model's stories: one that has ended is not continued."""
-    code, out, err = run("chat", "--temp", "0", stdin=b"Once upon a time\nOnce upon a time\n")
-    once, again = out.decode().split("\n, there was")
-    assert (code, "\n, there was" + again) == (0, "\n" + once + "\n") and err.count("ended by eos") == 2
+def test_chat_without_template_begins_anew_after_an_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A story that has ended is not continued, but answered again."""
+    monkeypatch.setattr(TextFiles, "template", None)  # the demo model's
+    code, out, err = run("chat", "--temp", "0", stdin=b"Once upon a time\nOnce upon a time\n/retry\n")
+    assert code == 0 and out == out[: len(out) // 3] * 3 and err.count("ended by eos") == 3
 
 
 def test_chat_ctrl_c_stops_the_answer_only() -> None:

@@ -102,7 +102,7 @@ def test_a_chat_model_run_raw_is_named(run: Run, path: Path) -> None:
     assert "\nhint: this model has a chat template" in run(*args)[2]
     for more in (("--chat",), ("--raw",), ("-q",)):
         assert "hint" not in run(*args, *more)[2]
-    assert "hint" not in run("generate", "-n", "2", "the")[2]  # the demo model has none
+    assert "hint" not in run("generate", "-n", "2", "the")[2]  # the demo model is for both
 
 
 def test_switches_of_the_template(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,50 @@ def test_demo_drafts_are_accepted_as_often_as_the_card_says(model: deepcalm.Mode
     assert drafted > 90 and accepted / drafted > 0.85  # own stories: 94.9 % in the model card
 
 
+def test_demo_template_is_that_of_the_recipe() -> None:
+    recipe = (Path(__file__).parents[2] / "tools" / "train_demo.py").read_text(encoding="utf-8")
+    (template,) = re.findall(r'^TEMPLATE = """\\\n(.*?)"""$', recipe, re.M | re.S)
+    with PackedFile(deepcalm.demo_path()) as packed:
+        assert packed.tokenizer_file("chat_template.jinja") == template.encode()
+
+
+USER, BOT, SYSTEM = "user", "assistant", "system"
+BOS, EOS = "<|begin_of_text|>", "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([(USER, "Once upon a time ")], "Once upon a time"),
+        ([(USER, "Long ago"), (BOT, ", there was a cat")], "Long ago, there was a cat"),
+        ([(USER, "Long ago"), (BOT, ", there"), (USER, "was a cat")], "Long ago, there was a cat"),
+        ([(USER, "Long ago"), (BOT, ", there"), (USER, ", far away")], "Long ago, there, far away"),
+        ([(USER, "Long ago"), (BOT, " it was.\n"), (USER, "In a house")], "In a house"),
+        ([(USER, "Long ago"), (BOT, " and" * 300), (USER, "In a house")], "In a house"),
+        ([(USER, " Hello!")], f"Hello!{EOS}{BOS}"),
+        ([(USER, "Hello!"), (BOT, "Once there"), (USER, "was")], f"Hello!{EOS}{BOS}Once there was"),
+        ([(USER, "Hello!"), (BOT, "It was so."), (USER, "More")], f"More{EOS}{BOS}"),
+        ([(SYSTEM, "Mia sat. "), (USER, "One day")], "Mia sat. One day"),
+        ([(SYSTEM, "Mia sat. "), (USER, "Hello!")], f"Hello!{EOS}{BOS}Mia sat."),
+        ([(SYSTEM, "Mia sat.")], "Mia sat."),
+    ],
+)  # fmt: skip
+def test_demo_template_makes_turns_of_stories(
+    model: deepcalm.Model, messages: list[tuple[str, str]], text: str
+) -> None:
+    assert model.apply_chat_template([{"role": r, "content": c} for r, c in messages]) == BOS + text
+
+
+def test_demo_answers_in_a_chat(model: deepcalm.Model) -> None:
+    """A line that opens a story is continued as without the template, any other is answered with a whole story."""
+    once = [{"role": USER, "content": "Once upon a time"}]
+    assert model.encode_chat(once) == model.encode("Once upon a time")
+    generation = model.session().generate(model.encode_chat([{"role": USER, "content": "Tell me about a dog!"}]))
+    story = model.decode(list(generation))
+    assert generation.reason == "eos" and 150 < len(generation.tokens) < 400
+    assert re.match(r"(Once|Long ago|There|In a) ", story) and story.endswith(".")
+
+
 def test_demo_readme_command_prints_a_story() -> None:
     command = [sys.executable, "-m", "deepcalm", "generate", "Once upon a time", "-n", "60", "--seed", "1"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

@@ -32,7 +32,7 @@ def chat(path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_examples_chat_loop_keeps_the_cache(
     template: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = models.packed() if template else deepcalm.demo_path()
+    path = models.packed() if template else models.without_template()
     assert deepcalm.Model(path).has_chat_template == template
     generate = deepcalm.Session.generate
     calls: list[tuple[int, int]] = []  # tokens kept, tokens given

@@ -301,11 +301,13 @@ def chat_command(
 
     At a terminal with line editing and a history, through pipes line by line. Each turn renders the whole conversation
     with the checkpoint's template and computes only what follows the longest prefix that is still in the cache. A model
-    without a template, such as the demo model, continues the text so far, your line included, until it ends it; the
-    next line begins a new one.
+    without a template continues the text so far, your line included, until it ends it; the next line begins a new one.
+    The demo model answers with stories, begun by you or by itself.
     """
     model = open_model(one_file(path, file), device, threads, isa, quiet, lock)
-    if model.chat_template is None and system is None:
+    if path is None and file is None:
+        say("the demo model tells stories: begin one, as in Once upon a time", quiet)
+    elif model.chat_template is None and system is None:
         say("this model has no chat template: it continues the text, yours and its own; /reset begins a new one", quiet)
     reader = Reader(quiet, history)
     chat = Chat(open_session(model, ctx, kv, sampling["draft"], quiet), system, template_options, reader)

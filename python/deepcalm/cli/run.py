@@ -125,7 +125,7 @@ def generate(
     elif logprobs is not None:
         say(scores_table(answer), quiet)
     say(summary(answer, session.stats, seed, read) + cached_text(kept, ids, cache is not None), quiet)
-    if as_chat is None and model.has_chat_template:
+    if as_chat is None and model.has_chat_template and path is not None:  # the demo model is for both
         say("hint: this model has a chat template, and the prompt was continued as it is; --chat applies the template, "
             "--raw leaves this hint out", quiet)  # fmt: skip
     return INTERRUPTED if answer.reason == "interrupted" else 0
