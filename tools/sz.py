@@ -43,7 +43,7 @@ AREAS = (
             *("python/deepcalm/*.py", "python/deepcalm/files/*.py"),
             *(f"python/deepcalm/cli/{name}.py" for name in ("__init__", "common", "run", "chat", "files")),
         ),
-        6695,
+        6725,
     ),
     Area("Python check", ("python/deepcalm/check/*.py", "python/deepcalm/cli/check.py"), 1586),
     Area("Python measure", ("python/deepcalm/measure/*.py", "python/deepcalm/cli/bench.py"), 1337),
