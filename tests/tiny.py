@@ -54,6 +54,8 @@ SIZES = {
     "gigachat3":     (200,    2,     None,   144,     128,  32,   192, 264,   136,    6,       2,   1),
     "kimi_k2":       (96,     3,     50,     38,      26,   16,   30,  98,    32,     20,      4,   1),
     "glm4_moe_lite": (90,     5,     46,     44,      24,   8,    36,  86,    31,     12,      4,   1),
+    "kanana2":       (58,     4,     None,   30,      14,   10,   16,  70,    18,     128,     6,   2),
+    "sarvam":        (66,     4,     None,   38,      18,   12,   20,  82,    26,     32,      8,   1),
 }  # fmt: skip
 _SIZE_KEYS = (
     *("hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"),
@@ -219,12 +221,40 @@ PRESETS: dict[str, TinySpec] = {
         ),
         style="new",
     ),
+    # Kanana-2: deepseek_v3 without q-LoRA, with 128 experts.
+    "kanana2": TinySpec(
+        _config(
+            "deepseek_v3",
+            "kanana2",
+            routed_scaling_factor=2.5,
+            rope_theta=10000.0,
+            max_position_embeddings=256,
+            vocab_size=298,
+            **_NOAUX,
+        ),
+        extra_config=_LEGACY_NOISE,
+    ),
+    # sarvam-105b: V3 under names of its own, YaRN as "deepseek_yarn", no MTP, no q-LoRA.
+    "sarvam": TinySpec(
+        _config(
+            "sarvam_mla",
+            "sarvam",
+            routed_scaling_factor=2.5,
+            rope_theta=10000.0,
+            rope_scaling=_yarn(40, 32, 32, 1, 1.0, 1.0),
+            max_position_embeddings=1280,
+            vocab_size=303,
+            **_NOAUX,
+        )
+    ),
 }
+OWN_NAMES = {"sarvam_mla": {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}}
 _ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "kimi_k2": "DeepseekV3ForCausalLM",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "sarvam_mla": "SarvamMLAForCausalLM",
 }
 _TORCH_DTYPE = {"f32": "float32", "f16": "float16"}  # fp8 and int4 checkpoints keep the rest in bfloat16
 
@@ -496,6 +526,11 @@ def config_json(spec: TinySpec, cfg: Mapping[str, Any], dtype: str) -> dict[str,
     torch_dtype = _TORCH_DTYPE.get(dtype, "bfloat16")
     if spec.style == "old":
         out["torch_dtype"] = torch_dtype
+        if cfg["model_type"] == "sarvam_mla":
+            out = {OWN_NAMES["sarvam_mla"].get(key, key): value for key, value in out.items()}
+            out |= {"head_dim": cfg["kv_lora_rank"] + cfg["qk_rope_head_dim"]}
+            out |= {"q_head_dim": cfg["qk_nope_head_dim"] + cfg["qk_rope_head_dim"]}
+            out["rope_scaling"] = {**out["rope_scaling"], "type": "deepseek_yarn"}
     else:
         scaling = dict(out.pop("rope_scaling") or {})
         kind = scaling.pop("type", "default")

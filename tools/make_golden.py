@@ -1,6 +1,6 @@
 """Makes tests/golden/*.npz: logits of the tiny checkpoints by transformers in float32, the truth of every test.
 
-    python tools/make_golden.py            # needs the `reference` extra; rewrites all files
+    python tools/make_golden.py [PRESET ...]     # needs the `reference` extra; rewrites these files, else all
 
 Each file describes itself: preset, dtype and seed regenerate the checkpoint (tests/tiny.py), `digest` proves it, `ids`
 [n] are the tokens, `logits` [n, V] and `mtp_logits` [n - 1, V] the float32 results. 72 tokens cross the original
@@ -37,6 +37,8 @@ CASES = {  # preset -> dtype of the checkpoint; every source dtype occurs
     "gigachat3": "fp8",
     "kimi_k2": "int4",
     "glm4_moe_lite": "bf16",
+    "kanana2": "bf16",
+    "sarvam": "bf16",
 }
 
 
@@ -98,7 +100,8 @@ def make(preset: str, dtype: str, seed: int) -> str | None:
 
 
 def main() -> None:
-    for preset, dtype in CASES.items():
+    for preset in sys.argv[1:] or CASES:
+        dtype = CASES[preset]
         for seed in range(1, 100):
             refused = make(preset, dtype, seed)
             if refused is None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from deepcalm import _core
 from deepcalm.files.checkpoint import SOURCE_DTYPES, source_names
-from deepcalm.files.config import normalise
+from deepcalm.files.config import PLAIN, normalise
 from deepcalm.files.pack import slabs, write_at
 from deepcalm.files.safetensors import DTYPE_BYTES, build_header
 from deepcalm.measure import synthetic
@@ -77,7 +77,10 @@ def tensors(c: Config, dtype: str) -> Iterator[Tensor]:
     """Every tensor of the checkpoint in file order, with Hugging Face names."""
     cfg = normalise(c, {}, min(c.get("num_nextn_predict_layers", 0), 1), c["model_type"])
     mtp = f"model.layers.{cfg['num_hidden_layers']}."
-    names: Any = SimpleNamespace(config=cfg, prefix="", mtp_prefix=mtp, has_weight=lambda _: True)
+    prefix, lm_head = PLAIN[0]
+    names: Any = SimpleNamespace(
+        config=cfg, prefix=prefix, lm_head=lm_head, mtp_prefix=mtp, has_weight=lambda _: True
+    )  # fmt: skip
     copies = {"embed": mtp + "embed_tokens.weight", "head": mtp + "shared_head.head.weight"}
     for spec in _core.expected_tensors(cfg):
         name, parts, spread = spec["name"], spec["parts"] or [spec["rows"]], synthetic.spread(spec, cfg)

@@ -16,11 +16,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
+import golden_cases
+import models
 import tiny
-from deepcalm import _core
+from deepcalm import _core, geometry
 from deepcalm.errors import CheckpointError, ConfigError, Error
 from deepcalm.files.checkpoint import Checkpoint, Weight
+from deepcalm.files.config import normalise, unwrap
 from deepcalm.files.pack import plan
 from deepcalm.files.safetensors import File, read_header
 from ref import checkpoint as ref_checkpoint
@@ -82,8 +86,7 @@ def test_normalised_config_is_the_preset(preset: str, base: dict[str, Path]) -> 
         if rope:
             assert got[key] == rope[name or key]
     # the reference reads the same file with code of its own
-    raw = json.loads((base[preset] / "config.json").read_text())
-    assert meaning(settings_of(got)) == meaning(Settings.of(raw))
+    assert meaning(settings_of(got)) == meaning(Settings.of(ref_checkpoint.config(base[preset])))
 
 
 @pytest.mark.parametrize("preset", tiny.PRESETS)
@@ -116,6 +119,61 @@ def test_keys_that_change_nothing_are_accepted(copy: Callable[[str], Path]) -> N
         assert c.config == want
 
 
+DIMS = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "rms_norm_eps": 1e-6}
+FULL = {  # config.json -> billions of parameters as published: all, and those that a token reads (sarvam counts no head)
+    "sarvam-105b": (
+        {
+            "model_type": "sarvam_mla", "vocab_size": 262144, "hidden_size": 4096, "num_hidden_layers": 32,
+            "num_attention_heads": 64, "intermediate_size": 16384, "moe_intermediate_size": 2048, "num_experts": 128,
+            "num_experts_per_tok": 8, "num_shared_experts": 1, "q_lora_rank": None, "head_dim": 576, "q_head_dim": 192,
+            "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5,
+            "norm_topk_prob": True, "rope_theta": 10000.0, "max_position_embeddings": 131072, **DIMS,
+            "rope_scaling": {"type": "deepseek_yarn", "factor": 40, "original_max_position_embeddings": 4096,
+                             "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+        (105, 10.3),
+    ),
+    "DeepSeek-V2": (
+        {
+            "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 5120, "num_hidden_layers": 60,
+            "num_attention_heads": 128, "intermediate_size": 12288, "moe_intermediate_size": 1536,
+            "n_routed_experts": 160, "num_experts_per_tok": 6, "n_shared_experts": 2, "q_lora_rank": 1536,
+            "first_k_dense_replace": 1, "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 16.0, "norm_topk_prob": False, "rope_theta": 10000,
+            "max_position_embeddings": 163840, **DIMS,
+            "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096,
+                             "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+        (235.7, 20.9),
+    ),
+    "Kimi-K2.5": (
+        {
+            "model_type": "kimi_k25", "vision_config": {}, "bos_token_id": 163584, "eos_token_id": 163585,
+            "text_config": {
+                "model_type": "kimi_k2", "vocab_size": 163840, "hidden_size": 7168, "num_hidden_layers": 61,
+                "num_attention_heads": 64, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+                "n_routed_experts": 384, "num_experts_per_tok": 8, "n_shared_experts": 1, "q_lora_rank": 1536,
+                "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827,
+                "norm_topk_prob": True, "rope_theta": 50000.0, "max_position_embeddings": 262144, **DIMS,
+                "rope_scaling": {"type": "yarn", "factor": 64, "original_max_position_embeddings": 4096,
+                                 "beta_fast": 1, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+            },
+        },
+        (1026, 31.7),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_size_configurations_have_the_published_parameters(name: str) -> None:
+    raw, (total, active) = FULL[name]
+    config = normalise(unwrap(raw, name)[0], {}, 0, name)
+    count = geometry.parameters(config)
+    head = config["vocab_size"] * config["hidden_size"] if name == "sarvam-105b" else 0
+    assert (count.total - head) / 1e9 == pytest.approx(total, rel=0.005)
+    assert (count.active - head) / 1e9 == pytest.approx(active, rel=0.005)
+
+
 def yarn(**keys: Any) -> dict[str, Any]:
     rope = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32, "mscale": 1.0, "mscale_all_dim": 1.0}
     return {k: v for k, v in (rope | keys).items() if v is not ...}
@@ -124,7 +182,11 @@ def yarn(**keys: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama', expected one of deepseek_v2, .*, glm4_moe_lite, kimi_k25"),
+        ({"model_type": "llama"}, "model_type is 'llama', expected one of deepseek_v2, .*, sarvam_mla, kimi_k25"),
+        ({"model_type": "kimi_vl"}, "model_type is 'kimi_vl', a wrapper whose tensor names are not known for certain: save its"),
+        ({"model_type": "deepseek_vl_v2"}, "'deepseek_vl_v2', a wrapper whose"),
+        ({"use_mla": False}, r"use_mla is False, expected True \(a model with other attention\)"),
+        ({"model_type": "sarvam_mla", "num_experts": 8}, "num_experts is 8, expected n_routed_experts's 9"),
         ({"model_type": "mistral4"}, r"model_type is 'mistral4' \(planned, not supported yet\)"),
         ({"model_type": None}, "model_type is None"),
         ({"model_type": "kimi_k25"}, "text_config is None, expected an object"),
@@ -433,6 +495,35 @@ def test_transformers_reads_the_same_files(beside: str, tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_pretrained(in_two_places(tmp_path, beside))
     assert (model.model.norm.weight == 1).all() == (PLACES[beside][0] == "model.safetensors")
+
+
+@pytest.mark.reference
+def test_both_layouts_of_kimi_k25_are_those_of_transformers(tmp_path: Path) -> None:
+    """A wrapper that transformers reads and writes, in the authors' names and in its own, has its text model's logits."""
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra `reference`)")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `reference`)")
+    golden = golden_cases.load("kimi_k2")
+    text, tensors = ref_checkpoint.load(models.golden_checkpoint("kimi_k2"))
+    del text["quantization_config"]
+    vision = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    outer = {"model_type": "kimi_k25", "text_config": text, "vision_config": vision, "projection_hidden_size": 16}
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / "config.json").write_text(json.dumps(outer | {"tie_word_embeddings": False}))
+    contiguous = {"language_model." + name: np.ascontiguousarray(t) for name, t in tensors.items()}
+    save_file(contiguous, ours / "model.safetensors", {"format": "pt"})
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = transformers.Kimi_K25ForConditionalGeneration.from_pretrained(ours, dtype=torch.float32)
+        logits = model(input_ids=torch.tensor(golden.ids.astype(np.int64))[None]).logits[0].numpy()
+        assert np.abs(logits - golden.logits).max() < 1e-4
+        for original in (True, False):
+            model.save_pretrained(tmp_path / f"{original}", save_original_format=original)
+    for folder in (ours, tmp_path / "True", tmp_path / "False"):
+        run = models.Run(models.open_model(models.pack(folder), models.ISAS[0]), golden.ids)
+        assert np.abs(run.logits - golden.logits).max() <= 1e-4
+        with Checkpoint(folder) as c:
+            assert (c.lm_head == "lm_head.weight") == (folder.name == "False")
 
 
 def test_transformers_weights_names_a_file_of_the_folder(copy: Callable[[str], Path]) -> None:

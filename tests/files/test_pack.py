@@ -20,6 +20,7 @@ import pytest
 import safetensors
 
 import tiny
+from deepcalm.check.verify import verify
 from deepcalm.errors import CheckpointError, ResourceError, UnsupportedError
 from deepcalm.files import packed
 from deepcalm.files.pack import pack, plan
@@ -442,23 +443,41 @@ def test_announced_mtp_layer_without_tensors_is_noted_and_further_ones_dropped(t
     assert drops["model.extra"] == "not part of this architecture"
 
 
-def test_kimi_k25_wrapper(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "head", "vision"),
+    [
+        ("language_model.model.", "language_model.lm_head.weight", "vision_tower."),  # K2.5, K2.6, K2.7
+        ("model.language_model.", "lm_head.weight", "model.vision_tower."),  # save_original_format=False
+    ],
+)
+def test_kimi_k25_wrapper(model: str, head: str, vision: str, tmp_path: Path) -> None:
     d = tiny.write(tmp_path / "hf", "kimi_k2")
     config = json.loads((d / "config.json").read_text())
-    (d / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": config, "vision_config": {}}))
+    ends = {"bos_token_id": config.pop("bos_token_id"), "eos_token_id": config.pop("eos_token_id")}
+    outer = {"model_type": "kimi_k25", "text_config": config, "vision_config": {}, "tie_word_embeddings": True}
+    (d / "config.json").write_text(json.dumps(outer | ends))
 
     def wrap(tensors: dict[str, Any]) -> None:
-        inner = {"language_model." + name: t for name, t in tensors.items()}
+        names = {name: model + name.removeprefix("model.") for name in tensors} | {"lm_head.weight": head}
+        inner = {names[name]: t for name, t in tensors.items()}
         tensors.clear()
-        tensors |= inner | {"vision_tower.patch.weight": ("F32", (1,), bytes(4))}
+        tensors |= inner | {vision + "patch.weight": ("F32", (1,), bytes(4)), "mm_projector.b": ("U8", (1,), b"x")}
 
     plain = tiny.write(tmp_path / "plain", "kimi_k2")
     tiny.rewrite(d, wrap)
     p = pack(d, tmp_path / "x")
     pack(plain, tmp_path / "y")
-    assert [(x.name, x.why) for x in p.dropped] == [("vision_tower.patch.weight", "not part of the text model")]
+    assert {x.name: x.why for x in p.dropped} == {
+        vision + "patch.weight": "vision_tower is not part of the text model",
+        "mm_projector.b": "mm_projector is not part of the text model",
+    }
     with packed.PackedFile(tmp_path / "x") as a, packed.PackedFile(tmp_path / "y") as b:
         assert {n: e.sha256 for n, e in a.entries.items()} == {n: e.sha256 for n, e in b.entries.items()}
+        assert a.config == b.config
+    assert verify(tmp_path / "x", d).ok
+    tiny.rewrite(d, lambda t: t.pop(model + "norm.weight"))
+    with pytest.raises(CheckpointError, match=r"tensor language_model\.model\.\S+ is missing"):
+        plan(d)
 
 
 # --- the file -------------------------------------------------------------------------------------------------------

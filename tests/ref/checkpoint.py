@@ -71,7 +71,12 @@ def dequantise(raw: dict[str, Array]) -> dict[str, Array]:
     return out
 
 
+def config(folder: Path) -> dict[str, Any]:
+    """config.json, sarvam's own names of keys as DeepSeek's."""
+    names = {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}
+    return {names.get(key, key): value for key, value in json.loads((folder / "config.json").read_text()).items()}
+
+
 def load(folder: Path | str) -> tuple[dict[str, Any], dict[str, Array]]:
     """(config.json as a dict, {tensor name: float32 array}) of a checkpoint folder."""
-    folder = Path(folder)
-    return json.loads((folder / "config.json").read_text()), dequantise(raw_tensors(folder))
+    return config(Path(folder)), dequantise(raw_tensors(Path(folder)))

@@ -34,7 +34,7 @@ def logits(folder: Path, ids: Array) -> tuple[Array, Array, Array | None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    config, tensors = checkpoint.load(folder)
+    config, tensors = json.loads((folder / "config.json").read_text()), checkpoint.load(folder)[1]
     n_layers = config["num_hidden_layers"]
     prefix = f"model.layers.{n_layers}."
     has_mtp = prefix + "eh_proj.weight" in tensors

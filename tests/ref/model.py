@@ -59,7 +59,7 @@ def meaning(s: Settings) -> dict[str, Any]:
 class SourceWeights(reference.SourceWeights):
     """A checkpoint's values as `checkpoint.load` dequantises them, where a packed file must have them."""
 
-    prefix = ""
+    prefix, lm_head = "model.", "lm_head.weight"
 
     def __init__(self, s: Settings, tensors: Mapping[str, Array], xp: Any = np) -> None:
         self.s, self.tensors, self.xp = s, tensors, xp

@@ -25,7 +25,7 @@ FLOORS = (
         "text",
     ),
     ("files",),
-    ("batch", "device", "drafting", "generation", "model", "session"),
+    ("device", "drafting", "generation", "model", "session"),
     ("check", "measure"),
     ("cli",),
     ("__main__",),

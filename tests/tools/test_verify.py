@@ -47,6 +47,8 @@ RIGHT = [
     ("kimi_k2", "int4", {"dtype": "q4", "attn_dtype": "bf16"}),
     ("glm4_moe_lite", "bf16", {"dtype": "f8"}),
     ("moonlight", "f16", {"dtype": "bf16"}),
+    ("kanana2", "bf16", {"dtype": "q8"}),
+    ("sarvam", "bf16", {"dtype": "q4"}),
 ]
 
 
@@ -218,8 +220,8 @@ def test_threads_are_those_asked_for(threads: int, monkeypatch: pytest.MonkeyPat
 Edit = Callable[[dict[str, Any], Tensors], None]
 
 
-def wrong(edit: Edit, dtype: str, legs: tuple[str, ...], **overrides: Any) -> Report:
-    folder = models.checkpoint("v3", "f32", n_shards=1, **overrides)
+def wrong(edit: Edit, dtype: str, legs: tuple[str, ...], preset: str = "v3", **overrides: Any) -> Report:
+    folder = models.checkpoint(preset, "f32", n_shards=1, **overrides)
     with tempfile.TemporaryDirectory(dir=models.root()) as tmp:
         raw, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
         edit(raw, tensors)
@@ -338,6 +340,24 @@ def test_planted_mistake_is_named(mistake: str, dtype: str) -> None:
     else:  # the configuration's mistake shows in the arithmetic, too, at the tap where it enters
         taps = [d.where for d in r.divergences if d.leg == "arithmetic"]
         assert taps[0] == SEEN_IN_TAPS[mistake], taps
+
+
+SARVAM: dict[str, tuple[Edit, str]] = {  # mistake of sarvam's own names -> (edit, tap where it enters)
+    "yarn dropped": (rope(type="default"), "layers.0.q"),
+    "scaling factor": (key(routed_scaling_factor=1.0), "layers.1.topk_weight"),
+    "weights not normed": (key(norm_topk_prob=False), "layers.1.topk_weight"),
+}
+
+
+@pytest.mark.parametrize("mistake", SARVAM)
+def test_planted_mistake_in_sarvam_is_named(mistake: str) -> None:
+    edit, tap = SARVAM[mistake]
+    r = wrong(edit, "q4", ("arithmetic",), "sarvam")
+    assert r.divergences[0].leg == "config"
+    assert next(d.where for d in r.divergences if d.leg == "arithmetic") == tap
+    bias = on("model.layers.1.mlp.gate.e_score_correction_bias", np.zeros_like)
+    first = wrong(bias, "q4", ("weights",), "sarvam").first_divergence
+    assert first is not None and first.where == "layers.1.router_bias"
 
 
 @pytest.mark.parametrize("dtype", PLANTED_DTYPES)

@@ -142,7 +142,7 @@ class Settings:
         """From an unwrapped config.json of either style."""
         v2 = raw["model_type"] == "deepseek_v2"
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        kind = rope.get("rope_type") or rope.get("type") or "default"
+        kind = (rope.get("rope_type") or rope.get("type") or "default").removeprefix("deepseek_")
         method = raw.get("topk_method") or ("greedy" if v2 else "noaux_tc")
         types, experts = raw.get("mlp_layer_types"), raw.get("n_routed_experts") or 0
         dense = types.count("dense") if types else raw.get("first_k_dense_replace", 0)
@@ -340,15 +340,16 @@ class SourceWeights:
         """([(checkpoint name, its shape, [packed rows] its row in each packed row or -1)], transposed)."""
         s, rest = self.s, name.split(".", 2)[2] if name.startswith("layers.") else name.removeprefix("mtp.")
         name = "head" if name == "mtp.head" else name
-        top = {"embed": "model.embed_tokens", "head": "lm_head", "final_norm": "model.norm"}
-        if s.tied and name in ("embed", "head") and not self.ckpt.has_weight(f"{self.ckpt.prefix}{top[name]}.weight"):
+        prefix = self.ckpt.prefix
+        top = {"embed": f"{prefix}embed_tokens.weight", "head": self.ckpt.lm_head, "final_norm": f"{prefix}norm.weight"}
+        if s.tied and name in ("embed", "head") and not self.ckpt.has_weight(top[name]):
             name = "embed" if name == "head" else "head"
         if name in top:
             shape: tuple[int, ...] = (s.d,) if name == "final_norm" else (s.vocab, s.d)
             rows = np.arange(1 if len(shape) == 1 else s.vocab)
-            return [(f"{self.ckpt.prefix}{top[name]}.weight", shape, rows)], False
+            return [(top[name], shape, rows)], False
         layer = s.layers if name.startswith("mtp.") else int(name.split(".")[1])
-        p = f"{self.ckpt.prefix}model.layers.{layer}."
+        p = f"{prefix}layers.{layer}."
         q_rows, kv_rows = s.heads * (s.dn + s.dr), s.r + s.dr
         vectors = {
             "attn_norm": ("input_layernorm", s.d), "ffn_norm": ("post_attention_layernorm", s.d),

@@ -92,9 +92,10 @@ class Checkpoint(Closing):
     """An open checkpoint folder. Use as a context manager, or close().
 
     ``raw_config``: config.json (of the text model); ``generation``: generation_config.json or {}; ``config``: the
-    normalised configuration; ``prefix`` of the text model's tensors; ``tensors``: name -> TensorInfo; ``mtp_dropped``:
-    why an MTP layer in the files is not used, or ""; ``untied``: the files have a head of their own though config.json
-    ties it; ``notes``: sentences about what is not read. Raises CheckpointError or its subclass ConfigError.
+    normalised configuration; ``prefix`` of the text model's tensors and ``lm_head``, the name of its head; ``tensors``:
+    name -> TensorInfo; ``mtp_dropped``: why an MTP layer in the files is not used, or ""; ``untied``: the files have a
+    head of their own though config.json ties it; ``notes``: sentences about what is not read. Raises CheckpointError or
+    its subclass ConfigError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -134,18 +135,20 @@ class Checkpoint(Closing):
             what = "no config.json in it" + (f", only {show(found)}" if found else "")
             raise CheckpointError(f"{self.path}: {what}, expected a Hugging Face checkpoint")
         raw = self._object("config.json")
-        self.raw_config, self.prefix = config.unwrap(raw, where)
+        self.raw_config, layouts = config.unwrap(raw, where)
         self.quantisation = config.quantisation(self.raw_config, where)
         self.generation = self._object("generation_config.json") if "generation_config.json" in self._names else {}
         self.config = self._normalised(0)
         self._open_shards(raw.get("transformers_weights"))
-        embed, head = self.prefix + _TOP["embed"], self.prefix + _TOP["head"]
+        at = (layout for layout in layouts if self.has_weight(layout[0] + _TOP["final_norm"]))
+        self.prefix, self.lm_head = next(at, layouts[0])
+        embed, head = self.prefix + _TOP["embed"], self.lm_head
         if self.config["tie_word_embeddings"] and self.has_weight(embed) and self.has_weight(head):
             self.untied = not (embed in self.tensors and head in self.tensors and self.same_bytes(embed, head))
         if self.untied:
             self.notes.append(f"{head} differs from {embed} although config.json ties them; each is used")
             self.config = self._normalised(0)
-        self.mtp_prefix = f"{self.prefix}model.layers.{self.config['num_hidden_layers']}."
+        self.mtp_prefix = f"{self.prefix}layers.{self.config['num_hidden_layers']}."
         eh_proj = self.mtp_prefix + "eh_proj.weight"
         self.has_mtp = self.has_weight(eh_proj) or eh_proj in self._listed
         self.mtp_dropped = self._mtp_missing() if self.has_mtp else ""
@@ -467,7 +470,7 @@ def _names_in(path: Path) -> list[str]:
 
 # ---- packed tensor -> checkpoint weights ----------------------------------------------------------------------------
 
-_TOP = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
+_TOP = {"embed": "embed_tokens.weight", "final_norm": "norm.weight"}
 _LAYER = {
     "attn_norm": ["input_layernorm"],
     "q_a_norm": ["self_attn.q_a_layernorm"],
@@ -495,15 +498,15 @@ def source_names(packed: str, n_slices: int, ckpt: Checkpoint) -> Iterator[str]:
     """Names of the checkpoint weights that make up a packed tensor: its parts in order, expert after expert."""
     cfg = ckpt.config
     top = "head" if packed == "mtp.head" else packed
-    if top in _TOP:
+    if top == "head" or top in _TOP:
         tied = cfg["tie_word_embeddings"] and top != "final_norm"  # the files hold either, or the same twice
-        name = ckpt.prefix + _TOP["embed" if tied else top]
-        yield ckpt.prefix + _TOP["head"] if tied and not ckpt.has_weight(name) else name
+        name = ckpt.prefix + _TOP["embed" if tied else top] if tied or top in _TOP else ckpt.lm_head
+        yield ckpt.lm_head if tied and not ckpt.has_weight(name) else name
         return
     p, rest = ckpt.mtp_prefix, packed.removeprefix("mtp.")
     if packed.startswith("layers."):
         _, layer, rest = packed.split(".", 2)
-        p = f"{ckpt.prefix}model.layers.{layer}."
+        p = f"{ckpt.prefix}layers.{layer}."
     if rest == "router_bias":
         yield p + "mlp.gate.e_score_correction_bias"
         return

@@ -19,9 +19,19 @@ SUPPORTED = {
     "deepseek_v3": ("sigmoid", "noaux_tc"),
     "kimi_k2": ("sigmoid", "noaux_tc"),
     "glm4_moe_lite": ("sigmoid", "noaux_tc"),
+    "sarvam_mla": ("sigmoid", "noaux_tc"),
 }
+OWN_NAMES = {"sarvam_mla": {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}}
 NOT_YET = ("deepseek_v32", "deepseek_v4", "mistral4", "youtu", "minicpm3", "longcat_flash", "axk1")
-WRAPPERS = {"kimi_k25": "language_model."}  # model_type of a multimodal wrapper -> prefix of its text tensors
+# Names of a text model's tensors: what stands before "layers." and "embed_tokens.", and the head's. A multimodal
+# wrapper's are the authors', or those of transformers' save_pretrained(save_original_format=False).
+Layout = tuple[str, str]
+PLAIN: tuple[Layout, ...] = (("model.", "lm_head.weight"),)
+WRAPPED: tuple[Layout, ...] = (
+    ("language_model.model.", "language_model.lm_head.weight"), ("model.language_model.", "lm_head.weight"),
+)  # fmt: skip
+WRAPPERS = ("kimi_k25",)  # model_type of multimodal wrappers
+UNCERTAIN = ("kimi_vl", "deepseek_vl_v2")  # wrappers whose layout no released code here settles
 
 _REQUIRED = object()
 
@@ -118,7 +128,7 @@ def _rope(k: _Keys) -> dict[str, Any]:
     kind_key = "rope_type" if r.raw.get("rope_type") is not None else "type"
     if old is not None and kind_key not in old.raw:
         raise old.refuse("type", "default or yarn")
-    kind = r.choice(kind_key, "default", ("default", "yarn"))
+    kind = r.choice(kind_key, "default", ("default", "yarn", "deepseek_yarn")).removeprefix("deepseek_")
     rope: dict[str, Any] = {"rope_theta": theta, "rope_type": kind, "rope_factor": 1.0}
     rope |= {"original_max_position_embeddings": 0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0}
     rope |= {"mscale_all_dim": 0.0, "attention_factor": 0.0, "rope_truncate": True}
@@ -184,23 +194,28 @@ def token_ids(raw: Mapping[str, Any], key: str, where: str, vocab_size: int) -> 
     return ids
 
 
-def unwrap(raw: object, where: str) -> tuple[dict[str, Any], str]:
-    """(text model's config, prefix of its tensor names); refuses model types that are not supported."""
+def unwrap(raw: object, where: str) -> tuple[dict[str, Any], tuple[Layout, ...]]:
+    """(text model's config under the keys used here, how its tensors may be named); refuses unknown model types."""
     if not isinstance(raw, dict):
         raise ConfigError(f"{where}: expected a JSON object")
-    model_type, prefix = raw.get("model_type"), ""
-    if isinstance(model_type, str) and model_type in WRAPPERS:
-        prefix = WRAPPERS[model_type]
-        inner = raw.get("text_config")
+    model_type, layouts = raw.get("model_type"), PLAIN
+    if model_type in WRAPPERS:  # whose own tie_word_embeddings says nothing: transformers' default is true
+        inner, layouts = raw.get("text_config"), WRAPPED
         if not isinstance(inner, dict):
             raise ConfigError(f"{where}: text_config is {show(inner)}, expected an object in a {model_type} checkpoint")
-        outer = {key: raw[key] for key in ("quantization", "quantization_config", "tie_word_embeddings") if key in raw}
-        raw, model_type = outer | inner, inner.get("model_type")
+        shared = ("quantization", "quantization_config", "bos_token_id", "eos_token_id")
+        raw = {key: raw[key] for key in shared if key in raw} | inner
+        model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in SUPPORTED:
-        later = " (planned, not supported yet)" if model_type in NOT_YET else ""
+        why = " (planned, not supported yet)" if model_type in NOT_YET else ""
+        if model_type in UNCERTAIN:
+            why = ", a wrapper whose tensor names are not known for certain: save its language model by itself"
         names = ", ".join([*SUPPORTED, *WRAPPERS])
-        raise ConfigError(f"{where}: model_type is {show(model_type)}{later}, expected one of {names}")
-    return raw, prefix
+        raise ConfigError(f"{where}: model_type is {show(model_type)}{why}, expected one of {names}")
+    for theirs, ours in OWN_NAMES.get(model_type, {}).items():
+        if theirs in raw and raw.setdefault(ours, raw[theirs]) != raw[theirs]:
+            raise ConfigError(f"{where}: {theirs} is {show(raw[theirs])}, expected {ours}'s {show(raw[ours])}")
+    return raw, layouts
 
 
 def normalise(raw: dict[str, Any], generation: dict[str, Any], n_mtp: int, where: str) -> dict[str, Any]:
@@ -232,6 +247,7 @@ def normalise(raw: dict[str, Any], generation: dict[str, Any], n_mtp: int, where
         k.must_be(key, (), "only full attention is implemented")
     k.must_be("layer_types", (["full_attention"] * cfg["num_hidden_layers"],), "only full attention is implemented")
     k.must_be("rope_interleave", (True, False), "")
+    k.must_be("use_mla", (True,), "a model with other attention")
     vocab = cfg["vocab_size"]
     both = ((raw, where), (generation, "generation_config.json"))
     bos = [i for source, name in both for i in token_ids(source, "bos_token_id", name, vocab)]

@@ -244,10 +244,10 @@ def _largest(sequences: Iterable[tuple[int, ...]], tile: int, limit: int) -> int
 
 def _dropped(ckpt: Checkpoint, used: set[str], notes: list[str]) -> list[Dropped]:
     """Every tensor of the checkpoint that the plan does not use."""
-    cfg, mtp, layers = ckpt.config, ckpt.mtp_prefix, f"{ckpt.prefix}model.layers."
+    cfg, mtp, layers = ckpt.config, ckpt.mtp_prefix, f"{ckpt.prefix}layers."
     embed, head = (next(source_names(name, 1, ckpt)) for name in ("embed", "head"))
     copies = {mtp + "embed_tokens.weight": embed, mtp + "shared_head.head.weight": head}
-    copies |= {ckpt.prefix + "lm_head.weight": head}
+    copies |= {ckpt.lm_head: head}
     out = []
     for name, info in ckpt.tensors.items():
         if name in used:
@@ -256,8 +256,8 @@ def _dropped(ckpt: Checkpoint, used: set[str], notes: list[str]) -> list[Dropped
         layer = int(number) if number.isascii() and number.isdigit() and len(number) < 7 else -1
         if name.endswith("rotary_emb.inv_freq"):
             why = "rope frequencies are computed from the configuration"
-        elif not name.startswith(ckpt.prefix):
-            why = "not part of the text model"
+        elif ckpt.prefix != "model." and not name.startswith((ckpt.prefix, ckpt.lm_head)):
+            why = f"{name.removeprefix('model.').partition('.')[0]} is not part of the text model"
         elif layer > cfg["num_hidden_layers"]:
             why = "further MTP module: only the first is used"
         elif layer == cfg["num_hidden_layers"] and not cfg["num_nextn_predict_layers"]:
