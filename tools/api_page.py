@@ -8,16 +8,17 @@ import textwrap
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "python" / "deepcalm"
-MODULES = ("model", "session", "generation", "sampling", "text", "template", "errors", "files/plan", "files/pack",
-           "check/verify")  # fmt: skip
+MODULES = ("model", "session", "generation", "batch", "sampling", "text", "template", "errors", "files/plan",
+           "files/pack", "check/verify")  # fmt: skip
 SECTIONS = {
     "Text in one call": ("generate", "stream", "demo_path"),
     "Models, sessions, generations": ("Model", "Session", "Generation"),
+    "Many sequences": ("Batch", "Request", "Choice", "Sampling"),
     "Checkpoints": ("pack", "verify"),
     "Errors": ("Error", "CheckpointError", "ConfigError", "PackedFileError", "SessionError", "ResourceError",
                "UnsupportedError"),
-    "What they take and return": ("Options", "Sampling", "TextGeneration", "Scores", "Config", "Decoder",
-                                  "ChatTemplate", "Stats", "StageStats", "plan", "Plan", "Report"),
+    "What they take and return": ("Options", "TextGeneration", "Scores", "Config", "Decoder",
+                                  "ChatTemplate", "Stats", "StageStats", "BatchStats", "plan", "Plan", "Report"),
 }  # fmt: skip
 # Members that the package's own modules use.
 INTERNAL = {
@@ -25,12 +26,14 @@ INTERNAL = {
     "Session": {"core", "tracing", "attach", "detach", "since", "returned", "draft_round", "checked", "decode_start",
                 "decoding", "count_drafts", "load_rows", "mtp_pending", "expert_union"},
     "Generation": {"forget"},
+    "Sampling": {"choose"},
     "Scores": {"of"},
     "ChatTemplate": {"from_files"},
     "StageStats": {"plus"},
     "Plan": {"file_tensors"},
 }  # fmt: skip
-MADE = {"Config", "Session", "Generation", "TextGeneration", "Decoder", "ChatTemplate"}  # by a call that is described
+# By a call that is described.
+MADE = {"Config", "Session", "Generation", "TextGeneration", "Batch", "Request", "Choice", "Decoder", "ChatTemplate"}
 INTRODUCTION = """# The Python API
 
 Written by `tools/make_docs.py` from the docstrings. The names of `deepcalm.__all__` are public; those of the last

@@ -21,13 +21,15 @@ MAX_LINES, MAX_ARGUMENTS = 80, 8  # of a function
 
 @dataclass(frozen=True, slots=True)
 class Area:
-    """One budget: the files that match any of `globs`, relative to the project's root."""
+    """One budget: the files that match any of `globs` and are none of `without`, relative to the project's root."""
 
     name: str
     globs: tuple[str, ...]
     budget: int | None  # lines; None: reported, not limited
+    without: tuple[str, ...] = ()
 
 
+BATCH = ("python/deepcalm/batch.py", "python/deepcalm/cli/batch.py")
 AREAS = (
     Area(
         "C++",
@@ -43,8 +45,10 @@ AREAS = (
             *("python/deepcalm/*.py", "python/deepcalm/files/*.py"),
             *(f"python/deepcalm/cli/{name}.py" for name in ("__init__", "common", "run", "chat", "files")),
         ),
-        6714,
+        6785,
+        without=BATCH,
     ),
+    Area("Python batch", BATCH, 573),
     Area("Python check", ("python/deepcalm/check/*.py", "python/deepcalm/cli/check.py"), 1587),
     Area("Python measure", ("python/deepcalm/measure/*.py", "python/deepcalm/cli/bench.py"), 1337),
     Area("tools", ("tools/**/*.py",), None),
@@ -58,7 +62,7 @@ PRODUCT_GOAL = 11_000
 
 def count_lines(root: Path, area: Area) -> dict[Path, int]:
     """Lines of every file of `area` below `root`, keyed by path relative to it."""
-    files = sorted({p for g in area.globs for p in root.glob(g) if p.is_file()})
+    files = sorted({p for g in area.globs for p in root.glob(g) if p.is_file()} - {root / p for p in area.without})
     return {p.relative_to(root): len(p.read_bytes().splitlines()) for p in files}
 
 

@@ -21,20 +21,26 @@ from .errors import CheckpointError, ConfigError, Error, PackedFileError, Resour
 
 if TYPE_CHECKING:
     from ._core import __version__
+    from .batch import Batch, Choice, Request
     from .check.verify import verify
     from .files.pack import pack
     from .generation import Generation
     from .model import Model, demo_path, generate, stream
+    from .sampling import Sampling
     from .session import Session
 
 __all__ = [
+    "Batch",
     "CheckpointError",
+    "Choice",
     "ConfigError",
     "Error",
     "Generation",
     "Model",
     "PackedFileError",
+    "Request",
     "ResourceError",
+    "Sampling",
     "Session",
     "SessionError",
     "UnsupportedError",
@@ -46,8 +52,12 @@ __all__ = [
     "verify",
 ]
 _MODULE_OF = {
+    "Batch": "batch",
+    "Choice": "batch",
     "Generation": "generation",
     "Model": "model",
+    "Request": "batch",
+    "Sampling": "sampling",
     "Session": "session",
     "__version__": "_core",
     "demo_path": "model",

@@ -12,7 +12,7 @@ from .arguments import integer, token_ids
 from .drafting import MAX_DRAFT, Controller, CostModel
 from .errors import SessionError
 from .sampling import Sampling, Scores
-from .text import StopMatcher
+from .text import AnswerText
 
 if TYPE_CHECKING:
     from .session import F32, Progress, Session
@@ -277,39 +277,28 @@ class TextGeneration(Iterator[str]):
         self.generation = generation
         self.reason: str | None = None
         self.text = ""
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(s, str) for s in stop):
-            raise TypeError("a stop string must be a str")
-        vocabulary = generation.session.model.vocabulary
-        self._decoder = vocabulary.decoder()
-        self._stop_ids = vocabulary.stop_ids(stop)
-        self._stops = StopMatcher(stop)
+        self._answer = AnswerText(generation.session.model.vocabulary, stop)
 
     def __next__(self) -> str:
         while self.reason is None:
             token = next(self.generation, None)
-            if token is None or token in self._stop_ids:
-                self.reason = self.generation.reason or "stop"
-                piece = self._flush()
+            if token is None:
+                self.reason = self.generation.reason
+                piece = self._answer.flush()
             else:
-                piece = self._stops.feed(self._decoder.feed(token))
-            self.reason = "stop" if self._stops.stopped else self.reason
-            if self.reason == "stop":
+                piece = self._answer.feed(token)
+            if self._answer.stopped:
+                self.reason = "stop"
                 self.generation.close()
             if piece:
                 self.text += piece
                 return piece
         raise StopIteration
 
-    def _flush(self) -> str:
-        """What was held back; the end of an incomplete character may complete a stop string."""
-        piece = self._stops.feed(self._decoder.flush())
-        return piece if self._stops.stopped else piece + self._stops.flush()
-
     def interrupt(self) -> str:
         """Ends it from outside; returns the text that was still held back."""
         self.reason = "interrupted"
         self.generation.close()
-        piece = self._flush()
+        piece = self._answer.flush()
         self.text += piece
         return piece

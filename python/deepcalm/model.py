@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from typing_extensions import Unpack
 
+    from .batch import Batch
     from .template import ChatTemplate
 
 DEFAULT_CTX = 4096
@@ -291,15 +292,45 @@ class Model(Closing):
             UnsupportedError: mtp=True, and the model has no MTP layer.
             ResourceError: the cache does not fit into the available memory.
         """
-        limit = int(self.config["max_position_embeddings"])
-        try:
-            ctx = min(DEFAULT_CTX, limit) if ctx is None else integer("ctx", ctx, 1, limit, SessionError)
-        except SessionError as e:
-            raise SessionError(f"{e} (max_position_embeddings)") from None
+        ctx = self._context(ctx)
         max_rows = min(MAX_ROWS, ctx) if max_rows is None else integer("max_rows", max_rows, 1, 4096, SessionError)
         if mtp not in (None, True, False):
             raise TypeError(f"mtp: {one_line(repr(mtp), 40)}, expected True, False or None")
         return Session(self, ctx, kv, max_rows, bool(self.config["num_nextn_predict_layers"]) if mtp is None else mtp)
+
+    def batch(
+        self,
+        max_sequences: int = 8,
+        ctx: int | None = None,
+        kv: str = "f16",
+        cache_bytes: int | None = None,
+        draft: str | int = "auto",
+    ) -> Batch:
+        """Many sequences that share passes.
+
+        Args:
+            max_sequences: that run at a time, 1..64; more wait.
+            ctx: positions of each; None: the model's maximum, at most 4096.
+            kv: cache type, "f16" | "bf16" | "f32" | "q8".
+            cache_bytes: for the rows of all caches together, of finished sequences too; None: as many as
+                ``max_sequences`` of ``ctx`` take, or the available memory where that is less.
+            draft: MTP drafts of a sequence and pass, "off", or "auto": as many as pay.
+
+        Raises:
+            SessionError: ctx out of range.
+            UnsupportedError: a number of drafts, and the model has no MTP layer.
+            TypeError, ValueError: another argument that is wrong.
+        """
+        from .batch import Batch
+
+        return Batch(self, max_sequences, self._context(ctx), kv, cache_bytes, draft)
+
+    def _context(self, ctx: int | None) -> int:
+        limit = int(self.config["max_position_embeddings"])
+        try:
+            return min(DEFAULT_CTX, limit) if ctx is None else integer("ctx", ctx, 1, limit, SessionError)
+        except SessionError as e:
+            raise SessionError(f"{e} (max_position_embeddings)") from None
 
 
 def _device_library(device: str) -> Path:

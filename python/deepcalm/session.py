@@ -130,7 +130,7 @@ class Stats:
     def _plus(self, other: Stats, sign: int) -> Stats:
         none, sums = StageStats(), (f for f in self.__dataclass_fields__ if f != "stages")
         stages = {n: self.stages.get(n, none).plus(other.stages.get(n, none), sign) for n in self.stages | other.stages}
-        return Stats(**{f: getattr(self, f) + sign * getattr(other, f) for f in sums},
+        return type(self)(**{f: getattr(self, f) + sign * getattr(other, f) for f in sums},
                      stages={n: s for n, s in stages.items() if s.calls})  # fmt: skip
 
     @property

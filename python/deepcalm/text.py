@@ -243,6 +243,47 @@ class StopMatcher:
         return text
 
 
+class AnswerText:
+    """The text of an answer as its tokens come: complete characters, ended before the first stop string.
+
+    A special token shows as no text: a stop string that is the text of one ends at that token. ``feed`` and ``flush``
+    return the text that is certain with them; ``stopped`` is set once a stop string is complete.
+
+    Args:
+        stop: a string, or several.
+
+    Raises:
+        ValueError: a stop string is empty.
+        SessionError: one holds the text of a special token beside other text.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, stop: str | Iterable[str] = ()) -> None:
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(s, str) for s in stop):
+            raise TypeError("a stop string must be a str")
+        self._decoder = vocabulary.decoder()
+        self._stop_ids = vocabulary.stop_ids(stop)
+        self._stops = StopMatcher(stop)
+        self.stopped = False
+
+    def feed(self, token: int) -> str:
+        """The text that ``token`` makes certain; possibly none."""
+        if token not in self._stop_ids:
+            return self._match(self._decoder.feed(token))
+        piece, self.stopped = self.flush(), True
+        return piece
+
+    def flush(self) -> str:
+        """What was held back, at the end; the end of an incomplete character may complete a stop string."""
+        piece = self._match(self._decoder.flush())
+        return piece if self.stopped else piece + self._stops.flush()
+
+    def _match(self, text: str) -> str:
+        piece = self._stops.feed(text)
+        self.stopped = self._stops.stopped
+        return piece
+
+
 def decode_utf8(data: bytes, where: str) -> str:
     """``data`` as text.
 

@@ -25,7 +25,7 @@ FLOORS = (
         "text",
     ),
     ("files",),
-    ("device", "drafting", "generation", "model", "session"),
+    ("batch", "device", "drafting", "generation", "model", "session"),
     ("check", "measure"),
     ("cli",),
     ("__main__",),
