@@ -17,7 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import deepcalm
+from deepcalm import _core
 
 Run = Callable[..., tuple[int, bytes, str]]
 PACKAGE_PARENT = str(Path(deepcalm.__file__).parent.parent)
@@ -38,6 +41,14 @@ def run(
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )  # fmt: skip
     return done.returncode, done.stdout or b"", (done.stderr or b"").decode()
+
+
+def cheap_probes(patch: pytest.MonkeyPatch) -> None:
+    """Probes of the machine are tested where they are defined; elsewhere they would only cost time."""
+    patch.setattr(_core, "read_bandwidth", lambda threads, *_: 10.0 * threads)
+    patch.setattr(_core, "compute_ceilings", lambda *_: {"f32": 100.0, "int8": 400.0})
+    patch.setattr(_core, "inner_loop_rate", lambda _isa, fmt, *_: {"f32": 50.0}.get(fmt, 200.0))
+    patch.setattr(_core, "attention_rate", lambda *_: 40.0)
 
 
 def error(result: tuple[int, bytes, str]) -> str:

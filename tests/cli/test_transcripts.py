@@ -1,21 +1,17 @@
-"""What a newcomer sees at a terminal, wide or narrow, with and without colours, and that every option is used."""
+"""What a newcomer sees at a terminal, wide or narrow, with and without colours."""
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import shutil
-from functools import cache
 from pathlib import Path
 
-import click
 import pytest
 
 import commands
 import models
 from commands import Run, Terminal, error, plain
-from deepcalm import cli
 
 
 @pytest.fixture(scope="module")
@@ -63,33 +59,6 @@ def test_a_model_that_does_not_fit_says_what_to_do(run: Run, path: Path, monkeyp
     monkeypatch.setattr("deepcalm.limits.available_memory", lambda: 10_000)
     for command in (("generate", "-m", path, "the"), ("chat", "-m", path)):
         assert "; use a smaller ctx or another kv type" in error(run(*command))
-
-
-# ---- every option
-
-
-@cache
-def strings() -> list[set[str]]:
-    """The constants of every test."""
-    tests = Path(__file__).parents[1]
-    nodes = [n for f in sorted(tests.rglob("test_*.py")) for n in ast.parse(f.read_text()).body]
-    return [
-        {w for c in ast.walk(n) if isinstance(c, ast.Constant) and isinstance(c.value, str) for w in c.value.split()}
-        for n in nodes
-        if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")
-    ]
-
-
-@pytest.mark.parametrize("name", cli.cli.commands)
-def test_every_option_is_used_by_a_test(name: str) -> None:
-    """By one that names the command too; and every name that an option has, by a test of some command."""
-    parameters = [p for p in cli.cli.commands[name].params if isinstance(p, click.Option)]
-    unused = [
-        p.opts[0] for p in parameters if not any(name in s and s & {*p.opts, *p.secondary_opts} for s in strings())
-    ]
-    assert not unused
-    everywhere = set().union(*strings())
-    assert not [o for p in parameters for o in (*p.opts, *p.secondary_opts) if o not in everywhere]
 
 
 def test_options_that_change_no_text(run: Run, path: Path) -> None:

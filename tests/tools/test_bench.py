@@ -26,17 +26,13 @@ from deepcalm.measure import bench, drafts, machine, report, synthetic
 
 @pytest.fixture(autouse=True)
 def _cheap_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probes are tested where they are defined; here they would only cost time."""
-    monkeypatch.setattr(_core, "read_bandwidth", lambda threads, *_: 10.0 * threads)
-    monkeypatch.setattr(_core, "compute_ceilings", lambda *_: {"f32": 100.0, "int8": 400.0})
-    monkeypatch.setattr(_core, "inner_loop_rate", lambda _isa, fmt, *_: {"f32": 50.0}.get(fmt, 200.0))
-    monkeypatch.setattr(_core, "attention_rate", lambda *_: 40.0)
+    commands.cheap_probes(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def result() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        _cheap_probes.__wrapped__(patch)  # type: ignore[attr-defined]
+        commands.cheap_probes(patch)
         model = deepcalm.Model(models.packed(dtype="q8"), threads=2)
         yield bench.bench(model, 40, (0, 7, 70), decode_tokens=3, repeats=3, random_weights=True)
 

@@ -48,7 +48,7 @@ Examples:
   deepcalm bench v2-lite.dcalm --kv bf16 --repeats 9 --json
   deepcalm bench --synthetic v2-lite:8 --dtype q8
   deepcalm bench --synthetic v3:2 --dtype q4 --set first_k_dense_replace=1 --set vocab_size=16384
-  deepcalm bench v3.dcalm --draft 2 --accept 0.8       (drafts right with this probability, for models not trained)""",
+  deepcalm bench v3.dcalm --draft 2 --accept 0.8       # drafts right with this probability, for models not trained""",
 )
 @click.argument("file", type=FILE, required=False)
 @click.option("--prompt", type=POSITIVE, metavar="N", help="Tokens of the timed prefill (default: 512 if it can).")

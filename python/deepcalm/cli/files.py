@@ -31,7 +31,7 @@ HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tiktoken.model")
 Examples:
   deepcalm pack ~/models/DeepSeek-V2-Lite v2-lite.dcalm --dtype q8
   deepcalm pack ~/models/DeepSeek-V3 v3.dcalm --dtype q4 --dry-run
-  deepcalm pack deepseek-ai/DeepSeek-V2-Lite v2-lite.dcalm --revision main     (downloaded from the Hugging Face Hub)
+  deepcalm pack deepseek-ai/DeepSeek-V2-Lite v2-lite.dcalm --revision main     # downloaded from the Hugging Face Hub
 A packing that was interrupted goes on where it stopped when the same command is given again (from DST.partial).""",
 )
 @click.argument("src")
@@ -152,7 +152,7 @@ def plan_notes(plan: Plan) -> list[str]:
     epilog="""\b
 Examples:
   deepcalm inspect v2-lite.dcalm
-  deepcalm inspect ~/models/DeepSeek-V2-Lite     (a checkpoint, before it is packed)
+  deepcalm inspect ~/models/DeepSeek-V2-Lite     # a checkpoint, before it is packed
   deepcalm inspect v2-lite.dcalm --tensors --check
   deepcalm inspect v2-lite.dcalm --json | jq .config
   deepcalm inspect v2-lite.dcalm --dump layers.0.wo wo.npy""",
