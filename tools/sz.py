@@ -45,7 +45,7 @@ AREAS = (
             *("python/deepcalm/*.py", "python/deepcalm/files/*.py"),
             *(f"python/deepcalm/cli/{name}.py" for name in ("__init__", "common", "run", "chat", "files")),
         ),
-        6785,
+        6793,
         without=BATCH,
     ),
     Area("Python batch", BATCH, 573),

@@ -17,11 +17,12 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .errors import Error, one_line
+from .errors import Error, ResourceError, one_line
 from .text import Vocabulary, token_content
 
 MAX_TEMPLATE_CHARS = 1 << 20
@@ -48,6 +49,8 @@ class ChatTemplate:
         self._sources = {"default": source} if isinstance(source, str) else dict(source)
         if (length := sum(map(len, self._sources.values()))) > MAX_TEMPLATE_CHARS:
             raise Error(f"chat template: {length} characters, at most {MAX_TEMPLATE_CHARS} are accepted")
+        #: What templates that ask for the date are told; None: now.
+        self.now: datetime | None = None
         self._lock = threading.Lock()
         _TEMPLATES.add(self)
         self._literals: dict[str, str] = self._start()
@@ -139,7 +142,9 @@ class ChatTemplate:
         with self._lock:
             if self._process.poll() is not None:  # its last template ended it
                 self._start()
-            text: str = self._ask({"name": name, "values": self._tokens | values, "marks": marks})["text"]
+            now = self.now and self.now.isoformat()
+            values = self._tokens | values
+            text: str = self._ask({"name": name, "values": values, "marks": marks, "now": now})["text"]
         if len(text) > MAX_OUTPUT_CHARS:
             raise Error(f"chat template: writes more than {MAX_OUTPUT_CHARS} characters")
         return text
@@ -152,7 +157,7 @@ class ChatTemplate:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=kept,
                                              stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         except OSError as e:
-            raise Error(
+            raise ResourceError(
                 f"chat template: no process to render it in: {sys.executable or 'sys.executable'}: {e}"
             ) from None
         self._end = weakref.finalize(self, _end, self._process)
@@ -173,7 +178,8 @@ class ChatTemplate:
         if not line.endswith(b"\n"):
             code = self._end()
             slow = f"takes more than {MAX_SECONDS:g} seconds"
-            raise Error(f"chat template: {slow if code == -signal.SIGPROF else f'its process ended with code {code}'}")
+            error = ResourceError if code == -signal.SIGKILL else Error  # the system takes memory back like that
+            raise error(f"chat template: {slow if code == -signal.SIGPROF else f'its process ended with code {code}'}")
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise Error(f"chat template: {one_line(reply['error'])}")

@@ -41,14 +41,19 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The environment of transformers 5.23, ``utils/chat_template_utils.py``.
 
     ``marks``: two characters that stand around control tokens in the messages, or "" (``ChatTemplate.encode``).
+    ``now``: the time that templates are told; None: the clock's.
     """
 
     def __init__(self) -> None:
         extensions = ["jinja2.ext.loopcontrols", _GenerationTag]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         self.marks = ""
+        self.now: datetime | None = None
         self.filters["tojson"] = self._tojson
-        self.globals.update(namespace=_Namespace, raise_exception=_raise_exception, strftime_now=_strftime_now)
+        self.globals.update(namespace=_Namespace, raise_exception=_raise_exception, strftime_now=self._strftime_now)
+
+    def _strftime_now(self, form: str) -> str:
+        return (self.now or datetime.now()).strftime(form)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A template that asks how a message starts or ends hears of the message, not of the marks."""
@@ -91,10 +96,6 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
 def _literals(environment: _Environment, source: str) -> str:
     """All constant text of a template: what it writes out itself, and its string constants."""
     tree = environment.parse(source)
@@ -103,7 +104,7 @@ def _literals(environment: _Environment, source: str) -> str:
 
 
 def main(memory: int, seconds: float) -> None:
-    """Serves until the input ends. The first request holds the sources, each later one a name, values and marks."""
+    """Serves until the input ends. The first request holds the sources, later ones a name, values, marks, time."""
     for what, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         hard = resource.getrlimit(what)[1]
         lower = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
@@ -121,7 +122,8 @@ def main(memory: int, seconds: float) -> None:
                 reply = {name: _literals(environment, source) for name, source in ask.items()}
                 templates = {name: environment.from_string(source) for name, source in ask.items()}
             else:
-                environment.marks = ask["marks"]
+                environment.marks, now = ask["marks"], ask["now"]
+                environment.now = now and datetime.fromisoformat(now)
                 reply = {"text": templates[ask["name"]].render(ask["values"])}
             data = json.dumps(reply).encode()
         except MemoryError:

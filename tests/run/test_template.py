@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 import tiny
 from chat_templates import CONSTRUCTS, CONVERSATION, FAMILIES, QWEN3, R1, TOKENS, TOOL, V3, WITH_TOOLS
 from deepcalm import template
-from deepcalm.errors import Error
+from deepcalm.errors import Error, ResourceError
 from deepcalm.template import ChatTemplate
 from deepcalm.text import Vocabulary
 
@@ -69,6 +70,9 @@ def test_environment_is_that_of_transformers() -> None:
     )
     assert render("{{ {'b': 1, 'a': 2} | tojson(separators=(',', ':'), sort_keys=True) }}") == '{"a":2,"b":1}'
     assert render("{{ strftime_now('%Y') }}") == time.strftime("%Y")
+    told = ChatTemplate("{{ strftime_now('%d %b %Y, %H') }}", TOKENS)
+    told.now = datetime(2026, 2, 3, 4, 5)
+    assert told.render(CONVERSATION) == "03 Feb 2026, 04"
     assert render("  {% if true %}\n  a\n  {% endif %}\nb\n") == "  a\nb"  # trimmed and left-stripped blocks
     assert (
         render("{% for m in messages %}{% if loop.index0 == 2 %}{% break %}{% endif %}{{ loop.length }}{% endfor %}")
@@ -334,6 +338,15 @@ def test_time_is_bounded_and_the_next_rendering_starts_anew(monkeypatch: pytest.
         with pytest.raises(Error, match=r"takes more than 0\.05 seconds$"):
             t.render([], n=99999)
         assert t.render([], n=2) == "2"
+
+
+def test_a_killed_process_is_the_machines_fault() -> None:
+    t = ChatTemplate("{{ n }}", {})
+    t._process.send_signal(signal.SIGSTOP)
+    threading.Timer(0.05, t._process.kill).start()  # as the system does when memory is short
+    with pytest.raises(ResourceError, match="ended with code -9"):
+        t.render([], n=1)
+    assert t.render([], n=2) == "2"
 
 
 def test_time_is_bounded_where_the_thread_blocks_signals(monkeypatch: pytest.MonkeyPatch) -> None:
