@@ -30,6 +30,7 @@ class Area:
 
 
 BATCH = ("python/deepcalm/batch.py", "python/deepcalm/cli/batch.py")
+WIRE = ("python/deepcalm/wire.py",)
 AREAS = (
     Area(
         "C++",
@@ -45,10 +46,11 @@ AREAS = (
             *("python/deepcalm/*.py", "python/deepcalm/files/*.py"),
             *(f"python/deepcalm/cli/{name}.py" for name in ("__init__", "common", "run", "chat", "files")),
         ),
-        6793,
-        without=BATCH,
+        6800,
+        without=(*BATCH, *WIRE),
     ),
     Area("Python batch", BATCH, 573),
+    Area("Python requests", WIRE, 507),
     Area("Python check", ("python/deepcalm/check/*.py", "python/deepcalm/cli/check.py"), 1587),
     Area("Python measure", ("python/deepcalm/measure/*.py", "python/deepcalm/cli/bench.py"), 1337),
     Area("tools", ("tools/**/*.py",), None),

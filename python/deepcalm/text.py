@@ -172,6 +172,13 @@ class Vocabulary:
         except KeyError:  # not in the byte-level alphabet: the token is its own text
             return text.encode("utf-8", "replace")
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of text that one token can stand for, at most."""
+        return max(
+            len(t.encode("utf-8", "replace")) for t in (*self._tokenizer.get_vocab(), *self._added.values(), "x")
+        )
+
     def name(self, token: int) -> str:
         """A token as one can print it: a special token's own text, bytes that are not UTF-8 as \\xNN."""
         return self._added.get(token) or self.token_bytes(token).decode("utf-8", "backslashreplace")

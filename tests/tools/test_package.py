@@ -25,7 +25,7 @@ FLOORS = (
         "text",
     ),
     ("files",),
-    ("batch", "device", "drafting", "generation", "model", "session"),
+    ("batch", "device", "drafting", "generation", "model", "session", "wire"),
     ("check", "measure"),
     ("cli",),
     ("__main__",),
