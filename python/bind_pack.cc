@@ -56,7 +56,7 @@ constexpr std::array<const char*, 1> names_of(RopeLayout) { return {"half"}; }
 class ConfigReader {
   public:
     explicit ConfigReader(const py::dict& d) : d_(d.attr("copy")()) {
-        d_.attr("setdefault")("mtp_draft_head", 0);  // two keys that a file may lack
+        for (const char* key : {"mtp_draft_head", "llama_4_scaling_beta"}) d_.attr("setdefault")(key, 0);  // may lack
         d_.attr("setdefault")("rope_layout", "half");
     }
 

@@ -47,11 +47,6 @@ Status validate_moe(const ModelConfig& c) {
         return bad("scoring_func", noaux ? "softmax" : "sigmoid",
                    noaux ? "sigmoid (topk_method noaux_tc)" : "softmax (topk_method greedy or group_limited_greedy)");
     }
-    if (c.norm_topk_prob && !noaux) {
-        return bad(
-            "norm_topk_prob", "true",
-            "false with softmax routing: the released codes disagree on whether the normalised weights are scaled");
-    }
     if (c.topk_method == TopkMethod::kGreedy) return {};
     if (c.n_routed_experts % c.n_group != 0) {
         return bad("n_group", std::to_string(c.n_group),

@@ -33,7 +33,7 @@ inline constexpr int kMaxPositions = 1 << 24;
 // if_moe(...): any where no layer has experts.
 // clang-format off
 #define DEEPCALM_CONFIG(X) \
-    X(std::string, model_type, any()) /* deepseek_v2 | deepseek_v3 | kimi_k2 | glm4_moe_lite; no branch depends on it */ \
+    X(std::string, model_type, any()) /* of config.json; no branch depends on it */ \
     X(int, hidden_size, in(1, kMaxHiddenSize)) \
     X(int, num_hidden_layers, in(1, kMaxLayers)) \
     X(int, num_attention_heads, in(1, kMaxHeads)) \
@@ -58,13 +58,14 @@ inline constexpr int kMaxPositions = 1 << 24;
     X(double, rope_theta, above(1)) \
     X(RopeType, rope_type, any()) \
     X(double, rope_factor, from(1)) \
-    X(int, original_max_position_embeddings, in(c.rope_type == RopeType::kYarn ? 1 : 0, kMaxPositions)) /* 0: absent */ \
+    X(int, original_max_position_embeddings, in(c.needs_original() ? 1 : 0, kMaxPositions)) /* 0: absent */ \
     X(double, beta_fast, above(0)) \
     X(double, beta_slow, above(0)) \
     X(double, mscale, from(0)) /* 0: absent, as the next two */ \
     X(double, mscale_all_dim, from(0)) \
     X(double, attention_factor, from(0)) \
     X(bool, rope_truncate, any()) \
+    X(double, llama_4_scaling_beta, from(0)) /* queries grow with their position (Rope::query_scale); 0: absent */ \
     X(int, max_position_embeddings, in(1, kMaxPositions)) \
     X(int, vocab_size, in(1, kMaxVocab)) \
     X(int, num_nextn_predict_layers, in(0, 1)) /* an MTP layer is in the file */ \
@@ -77,6 +78,7 @@ struct ModelConfig {
 #undef X
 
     int qk_head_dim() const { return qk_nope_head_dim + qk_rope_head_dim; }
+    bool needs_original() const { return rope_type == RopeType::kYarn || llama_4_scaling_beta > 0; }
     bool is_moe(int layer) const { return n_routed_experts > 0 && layer >= first_k_dense_replace; }
 
     // Rows that a pass makes, in elements; products write whole tiles, so strides of what they write are multiples of 16.

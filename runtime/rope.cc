@@ -27,8 +27,14 @@ void Rope::fill(int pos, float* cos, float* sin) const {
     }
 }
 
+float Rope::query_scale(int pos) const {
+    return query_beta == 0 ? 1.0F : static_cast<float>(1 + query_beta * log_f64(1 + pos / original));
+}
+
 Rope make_rope(const ModelConfig& c) {
     Rope rope;
+    rope.query_beta = c.llama_4_scaling_beta;
+    rope.original = std::max(c.original_max_position_embeddings, 1);
     const int half = c.qk_rope_head_dim / 2;
     double scale = 1 / std::sqrt(static_cast<double>(c.qk_head_dim()));
     double lo = 0, hi = 0, factor = 1;

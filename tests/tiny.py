@@ -38,7 +38,8 @@ class TinySpec:
     mtp_copies: bool = False  # layer L repeats embedding and head, as DeepSeek's files do
     rotary_buffers: bool = False  # stale *.rotary_emb.inv_freq tensors that a loader must skip
     bias_dtype: str = "f32"  # of e_score_correction_bias ("" = the checkpoint's)
-    fp8_block: tuple[int, int] = (128, 128)
+    fp8_block: tuple[int, int] | None = (128, 128)  # None: one scale for a tensor
+    fused_experts: bool = False  # stored as `fuse_experts` makes them
     generation_eos: tuple[int, ...] = ()  # eos ids that only generation_config.json knows
     tokenizer: str = "hf"  # "hf": tokenizer.json; "tiktoken": tiktoken.model (Kimi, Moonlight); "none"
     extra_config: dict[str, Any] = field(default_factory=dict)  # written as is, must not change the result
@@ -56,6 +57,7 @@ SIZES = {
     "glm4_moe_lite": (90,     5,     46,     44,      24,   8,    36,  86,    31,     12,      4,   1),
     "kanana2":       (58,     4,     None,   30,      14,   10,   16,  70,    18,     128,     6,   2),
     "sarvam":        (66,     4,     None,   38,      18,   12,   20,  82,    26,     32,      8,   1),
+    "mistral4":      (82,     3,     48,     40,      18,   18,   28,  94,    34,     14,      4,   1),
 }  # fmt: skip
 _SIZE_KEYS = (
     *("hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"),
@@ -247,6 +249,26 @@ PRESETS: dict[str, TinySpec] = {
             **_NOAUX,
         )
     ),
+    # Mistral Small 4: softmax, greedy and normalised, queries that grow by position, one FP8 scale for a tensor.
+    "mistral4": TinySpec(
+        _config(
+            "mistral4",
+            "mistral4",
+            first_k_dense_replace=0,
+            scoring_func="softmax",
+            topk_method="greedy",
+            norm_topk_prob=True,
+            routed_scaling_factor=1.0,
+            rope_theta=100.0,
+            rope_scaling=_yarn(128, 32, 32, 1, 1.0, 1.0) | {"llama_4_scaling_beta": 0.2},
+            max_position_embeddings=4096,
+            vocab_size=303,
+        ),
+        dtype="fp8",
+        style="new",
+        fp8_block=None,
+        fused_experts=True,
+    ),
 }
 OWN_NAMES = {"sarvam_mla": {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}}
 _ARCHITECTURES = {
@@ -255,6 +277,7 @@ _ARCHITECTURES = {
     "kimi_k2": "DeepseekV3ForCausalLM",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
     "sarvam_mla": "SarvamMLAForCausalLM",
+    "mistral4": "Mistral4ForCausalLM",
 }
 _TORCH_DTYPE = {"f32": "float32", "f16": "float16"}  # fp8 and int4 checkpoints keep the rest in bfloat16
 
@@ -496,9 +519,10 @@ def checkpoint_tensors(spec: TinySpec, cfg: Mapping[str, Any], dtype: str, seed:
         base = name.removesuffix(".weight")
         linear = (base.endswith("_proj") and not base.endswith("eh_proj")) or base.endswith("kv_a_proj_with_mqa")
         if dtype == "fp8" and linear:
-            codes, scale = quantise_fp8(w, spec.fp8_block)
+            codes, scale = quantise_fp8(w, spec.fp8_block or shape)
             out[name] = ("F8_E4M3", shape, codes.tobytes())
-            out[name + "_scale_inv"] = ("F32", scale.shape, scale.astype("<f4").tobytes())
+            grid = scale.shape if spec.fp8_block or ".mlp.experts." in name else ()
+            out[name + "_scale_inv"] = ("F32", grid, scale.astype("<f4").tobytes())
         elif dtype == "int4" and ".mlp.experts." in name:
             packed, scale = quantise_int4(w)
             out[base + ".weight_packed"] = ("I32", packed.shape, packed.astype("<i4").tobytes())
@@ -508,6 +532,11 @@ def checkpoint_tensors(spec: TinySpec, cfg: Mapping[str, Any], dtype: str, seed:
             out[name] = _store(w, spec.bias_dtype or plain)
         else:
             out[name] = _store(w, plain)
+    if dtype == "fp8" and not spec.fp8_block:
+        for name in [n for n in out if n.endswith(".weight_scale_inv") and ".experts." not in n]:
+            out[name.replace("weight_scale_inv", "activation_scale")] = _store(np.array(0.01), "f32")
+    if spec.fused_experts:
+        fuse_experts(out)
     if spec.rotary_buffers:
         for layer in range(cfg["num_hidden_layers"]):
             half = np.ones(cfg["qk_rope_head_dim"] // 2)
@@ -536,6 +565,11 @@ def config_json(spec: TinySpec, cfg: Mapping[str, Any], dtype: str) -> dict[str,
         kind = scaling.pop("type", "default")
         out["rope_parameters"] = {"rope_type": kind, "rope_theta": out.pop("rope_theta"), **scaling}
         out |= {"dtype": torch_dtype, "head_dim": cfg["qk_rope_head_dim"], "rope_interleave": True}
+        if cfg["model_type"] == "mistral4":
+            out["head_dim"] += cfg["qk_nope_head_dim"]
+            partial = cfg["qk_rope_head_dim"] / out["head_dim"]
+            more = {"max_position_embeddings": cfg["max_position_embeddings"], "partial_rotary_factor": partial}
+            out["rope_parameters"] |= {"type": kind, **more}
         del out["scoring_func"]  # transformers writes neither: the default comes from model_type
         if cfg["model_type"] == "deepseek_v2":
             out |= {"n_group": cfg["n_group"] if cfg["n_group"] > 1 else None, "mlp_bias": False}
@@ -548,8 +582,8 @@ def config_json(spec: TinySpec, cfg: Mapping[str, Any], dtype: str) -> dict[str,
         out["quantization_config"] = {
             "quant_method": "fp8",
             "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": list(spec.fp8_block),
+            "activation_scheme": "dynamic" if spec.fp8_block else "static",
+            "weight_block_size": list(spec.fp8_block) if spec.fp8_block else None,
         }
     elif dtype == "int4":
         weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}

@@ -39,6 +39,7 @@ CASES = {  # preset -> dtype of the checkpoint; every source dtype occurs
     "glm4_moe_lite": "bf16",
     "kanana2": "bf16",
     "sarvam": "bf16",
+    "mistral4": "fp8",
 }
 
 

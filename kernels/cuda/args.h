@@ -168,9 +168,10 @@ struct AbsorbArgs {
     float eps = 0;                               // kLatentNormEps
     const float *cos = nullptr, *sin = nullptr;  // [ctx, dr / 2] f32, scaled as Rope::fill gives them
     LatentCache cache;
-    float* q_full = nullptr;   // [n, n_heads, c_pad + r_pad] f32; pads are written as zeros
-    View<float> q_tap;         // [n, n_heads, dn + dr] or null: q with its rope part rotated
-    View<float> c_tap, k_tap;  // [n, r], [n, dr] or null: what the cache row was made from
+    float* q_full = nullptr;             // [n, n_heads, c_pad + r_pad] f32; pads are written as zeros
+    View<float> q_tap;                   // [n, n_heads, dn + dr] or null: q with its rope part rotated, scaled
+    View<float> c_tap, k_tap;            // [n, r], [n, dr] or null: what the cache row was made from
+    const float* query_scale = nullptr;  // [ctx] of a row's position, or null: 1
 
     constexpr int units() const { return n_heads * w_uk.row_tiles; }
     constexpr int64_t smem(const Fit& f, int threads) const { return product_smem(f, threads); }

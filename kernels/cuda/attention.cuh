@@ -75,11 +75,18 @@ template <class Get> DC_DEVICE void cache_write(const LatentCache& cache, std::b
 
 // --- absorb: W_UK, rope, cache write --------------------------------------------------------------------------------
 
+// What multiplies the query of a row.
+DC_DEVICE float query_scale(const AbsorbArgs& a, int64_t row) {
+    return a.query_scale ? a.query_scale[min_int(*a.rows.pos + static_cast<int>(row), a.cache.ctx - 1)] : 1.0F;
+}
+
 struct AbsorbPlan : HeadsPlan {
     const AbsorbArgs* a;
     DC_DEVICE Quad get(int head, int row, int, int p, int col) const {
         const int c = p * kSegment + col;
-        return load4(a->q.row(row) + int64_t{head} * (a->dn + a->dr) + c, a->dn - c);
+        Quad q = load4(a->q.row(row) + int64_t{head} * (a->dn + a->dr) + c, a->dn - c);
+        for (float& v : q.v) v *= query_scale(*a, row);
+        return q;
     }
     DC_DEVICE void finish(int head, int unit, int r, int row, float v, float) const {
         const int o = unit * kTileRows + r;
@@ -108,13 +115,13 @@ template <int NB> DC_DEVICE void stage(const AbsorbArgs& a, const Fit& fit) {
         const float* q = a.q.row(row) + head * dqk + a.dn;
         const int64_t at = min_int(pos + static_cast<int>(row), a.cache.ctx - 1);
         const float v = k >= 0 && k < a.dr ? rotated(q, a.cos + at * half, a.sin + at * half, a.dr, k) : 0.0F;
-        a.q_full[row_head * width + i] = v;
-        if (a.q_tap.data && k >= 0 && k < a.dr) a.q_tap.row(row)[head * dqk + a.dn + k] = v;
+        a.q_full[row_head * width + i] = v * query_scale(a, row);
+        if (a.q_tap.data && k >= 0 && k < a.dr) a.q_tap.row(row)[head * dqk + a.dn + k] = v * query_scale(a, row);
     }
     if (a.q_tap.data)
         for (int64_t e = rt::grid_thread(); e < int64_t{n} * a.n_heads * a.dn; e += rt::grid_threads()) {
             const int64_t row = e / a.dn / a.n_heads, i = e / a.dn % a.n_heads * dqk + e % a.dn;
-            a.q_tap.row(row)[i] = a.q.row(row)[i];
+            a.q_tap.row(row)[i] = a.q.row(row)[i] * query_scale(a, row);
         }
     for (int i = rt::block(); i < n && pos + i < a.cache.ctx; i += rt::blocks()) {
         const float* kv = a.kv.row(i);

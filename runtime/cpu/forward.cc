@@ -276,6 +276,8 @@ class Pass {
             const int i = block.begin + u / heads_;
             float* q = s_.q.row(i) + int64_t{u % heads_} * dqk;
             rotate(q + dn, i);
+            const float scale = rope_.query_scale(s_.row_end[i] - 1);
+            if (scale != 1) std::for_each_n(q, dqk, [&](float& v) { v *= scale; });
             prepare(q, s_.q_nope, u, {&w.w_uk});
             std::copy(q + dn, q + dqk, s_.q_full.row(u) + c_.c_pad());
         });

@@ -238,6 +238,7 @@ struct OnDevice {
         take(b.arrived, 1);
         take(b.cos, ctx * c.qk_rope_head_dim / 2);
         take(b.sin, ctx * c.qk_rope_head_dim / 2);
+        if (c.llama_4_scaling_beta > 0) take(b.query_scale, ctx);
         take(b.cache.data, c.num_hidden_layers * ctx * b.cache.row_bytes);
         take(b.ids, rows);
         take(b.pos, rows);
@@ -278,12 +279,15 @@ struct OnDevice {
         DC_RT(rt::zero(b.arrived, 4, stream));
         DC_RT(rt::zero(b.decode, sizeof(DecodeState), stream));
         const int half = m.cfg.qk_rope_head_dim / 2;
-        std::vector<float> cos(static_cast<size_t>(args.ctx) * static_cast<size_t>(half)), sin(cos.size());
-        for (int i = 0; i < args.ctx; ++i)
+        std::vector<float> cos(static_cast<size_t>(args.ctx) * static_cast<size_t>(half)), sin(cos.size()), scale;
+        for (int i = 0; i < args.ctx; ++i) {
             m.model.rope.fill(i, cos.data() + int64_t{i} * half, sin.data() + int64_t{i} * half);
+            scale.push_back(m.model.rope.query_scale(i));
+        }
         const rt::Settled settled{stream};
         DC_RT(rt::copy(b.cos, cos.data(), static_cast<int64_t>(cos.size()) * 4, stream));
         DC_RT(rt::copy(b.sin, sin.data(), static_cast<int64_t>(sin.size()) * 4, stream));
+        if (b.query_scale != nullptr) DC_RT(rt::copy(b.query_scale, scale.data(), int64_t{4} * args.ctx, stream));
         DC_RT(allow_smem(PassStages{}, m.info.smem));
         DC_RT(rt::synchronize(stream));
         return fits();

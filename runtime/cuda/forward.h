@@ -59,6 +59,7 @@ struct Buffers {
     int32_t* best_id = nullptr;
     unsigned* arrived = nullptr;
     float *cos = nullptr, *sin = nullptr;    // [ctx, dr / 2]
+    float* query_scale = nullptr;            // [ctx], null where all are 1
     LatentCache cache, mtp_cache;            // of the first layer; the others follow
     float* hidden = nullptr;                 // [R, d] MTP input of a pass from the host
     float* pend = nullptr;                   // [kMaxPending + kMaxRound, d]
@@ -233,7 +234,8 @@ class PassWriter {
                        .q_full = b_.q_full.data,
                        .q_tap = q_tap,
                        .c_tap = c_tap,
-                       .k_tap = k_tap});
+                       .k_tap = k_tap,
+                       .query_scale = b_.query_scale});
         tap("c_kv", c_tap, {r});
         tap("k_rope", k_tap, {dr});
         tap("q", q_tap, {heads, c_.qk_head_dim()});

@@ -37,6 +37,7 @@ CASES = [
     ("glm4_moe_lite", "bf16", {"dtype": "f16"}, "f32", (26, 6)),
     ("kimi_k2", "int4", {"dtype": "source"}, "f16", (26, 6)),
     ("moonlight", "f32", {"dtype": "f32"}, "f32", (26, 6)),
+    ("mistral4", "f16", {"dtype": "q8"}, "f16", (26, 10)),
 ]
 IDS = ["-".join([p, s, *o.values(), kv]) for p, s, o, kv, _ in CASES]
 

@@ -30,6 +30,7 @@ CASES = [
     ("v2_grouped", "fp8", {"dtype": "source"}, "f16"),
     ("glm4_moe_lite", "bf16", {"dtype": "f16"}, "f32"),
     ("kimi_k2", "int4", {"dtype": "source"}, "f16"),
+    ("mistral4", "fp8", {"dtype": "source"}, "f16"),
 ]
 IDS = ["-".join([p, s, *o.values(), kv]) for p, s, o, kv in CASES]
 PROMPT = 11

@@ -182,12 +182,12 @@ def yarn(**keys: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama', expected one of deepseek_v2, .*, sarvam_mla, kimi_k25"),
+        ({"model_type": "llama"}, "model_type is 'llama', expected one of deepseek_v2, .*, mistral4, kimi_k25"),
         ({"model_type": "kimi_vl"}, "model_type is 'kimi_vl', a wrapper whose tensor names are not known for certain: save its"),
         ({"model_type": "deepseek_vl_v2"}, "'deepseek_vl_v2', a wrapper whose"),
         ({"use_mla": False}, r"use_mla is False, expected True \(a model with other attention\)"),
         ({"model_type": "sarvam_mla", "num_experts": 8}, "num_experts is 8, expected n_routed_experts's 9"),
-        ({"model_type": "mistral4"}, r"model_type is 'mistral4' \(planned, not supported yet\)"),
+        ({"model_type": "deepseek_v4"}, r"model_type is 'deepseek_v4' \(planned, not supported yet\)"),
         ({"model_type": None}, "model_type is None"),
         ({"model_type": "kimi_k25"}, "text_config is None, expected an object"),
         ({"hidden_size": ...}, "hidden_size is missing, expected an integer"),
@@ -278,6 +278,26 @@ def test_config_refusals_name_the_key(keys: dict[str, Any], message: str, copy: 
                 config[key] = value
 
     refused(edit_config(copy("moonlight"), change), r"config.json: .*" + message, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_group": 2}, r"n_group is 2, expected 1 \(groups"),
+        ({"rope_parameters": {"llama_4_scaling_beta": ...}}, "rope_parameters: llama_4_scaling_beta is missing"),
+        ({"rope_parameters": {"llama_4_scaling_beta": -1}}, r"llama_4_scaling_beta is -1, expected a finite number >= 0"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor is 0.25, expected 1 or 1.0 or 0.5"),
+        ({"rope_parameters": {"max_position_embeddings": 5}}, "max_position_embeddings is 5, expected 4096"),
+        ({"rope_parameters": {"original_max_position_embeddings": 0}}, r"original_max_.* is 0, expected 1\.\."),
+    ],
+)  # fmt: skip
+def test_mistral4_refusals(changes: dict[str, Any], message: str, copy: Callable[[str], Path]) -> None:
+    def change(config: dict[str, Any]) -> None:
+        for key, value in changes.items():
+            both = config[key] | value if isinstance(value, dict) else value
+            config[key] = {k: v for k, v in both.items() if v is not ...} if isinstance(both, dict) else both
+
+    refused(edit_config(copy("mistral4"), change), message, ConfigError)
 
 
 def test_norm_topk_prob_with_softmax_is_refused(copy: Callable[[str], Path]) -> None:

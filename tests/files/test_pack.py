@@ -70,7 +70,7 @@ def test_source_and_f32_keep_every_value(case: str, checkpoints: dict[str, Path]
         for name, want, got in both(checkpoints[case], file):
             # e4m3 * scale: the reference rounds the product to f32, f8 tiles keep the factors
             np.testing.assert_allclose(
-                got, want, rtol=6e-8 if "fp8" in case or case == "gigachat3" else 0, err_msg=name
+                got, want, rtol=6e-8 if "fp8" in case or case in ("gigachat3", "mistral4") else 0, err_msg=name
             )
 
 
@@ -202,6 +202,30 @@ def test_fp8_blocks_that_tiles_cannot_express_become_f32(tmp_path: Path) -> None
         scale = raw["model.layers.0.self_attn.o_proj.weight_scale_inv"]
         want = F.E4M3[codes].astype(np.float32) * scale[np.arange(200)[:, None] // 24, np.arange(384)[None] // 128]
         np.testing.assert_array_equal(f.unpack("layers.0.wo"), want)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_fp8_with_one_scale_for_a_tensor(shared: bool, tmp_path: Path) -> None:
+    """Codes are kept, and each part of a joined tensor has its own scale; gate and up may share theirs."""
+    d = tiny.write(tmp_path / "hf", "mistral4")
+    gate_up = "model.layers.1.mlp.experts.gate_up_proj_scale_inv"
+
+    def one_scale(tensors: dict[str, Any]) -> None:
+        kind, shape, data = tensors[gate_up]
+        assert (kind, shape) == ("F32", (14, 2, 1))
+        tensors[gate_up] = (kind, (14, 1, 1), np.frombuffer(data, "<f4").reshape(14, 2)[:, 0].tobytes())
+
+    if shared:
+        tiny.rewrite(d, one_scale)
+    p = pack(d, tmp_path / "x")
+    assert {t.format for t in p.tensors if t.role in ("attn", "expert", "shared")} == {"f8"}
+    assert {x.why for x in p.dropped} == {"activation scale: the runtime rounds activations by itself"}
+    raw, file = ref_checkpoint.raw_tensors(d), ref_packed.PackedFile(tmp_path / "x")
+    p1, scales = "model.layers.1.self_attn.", file.plain("layers.1.wqkv_a.scale")[0, :, 0]
+    assert scales[0] == raw[p1 + "q_a_proj.weight_scale_inv"] != scales[-1]
+    assert scales[-1] == raw[p1 + "kv_a_proj_with_mqa.weight_scale_inv"]
+    of_tiles = file.plain("layers.1.experts.w_gate_up.scale")[:, :, 0]
+    np.testing.assert_array_equal(of_tiles[:, :2], np.broadcast_to(raw[gate_up][:, :, 0], (14, 2)))
 
 
 def test_int4_experts_keep_codes_and_scales(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -444,17 +468,31 @@ def test_announced_mtp_layer_without_tensors_is_noted_and_further_ones_dropped(t
 
 
 @pytest.mark.parametrize(
-    ("model", "head", "vision"),
+    ("wrapper", "preset", "model", "head", "vision"),
     [
-        ("language_model.model.", "language_model.lm_head.weight", "vision_tower."),  # K2.5, K2.6, K2.7
-        ("model.language_model.", "lm_head.weight", "model.vision_tower."),  # save_original_format=False
+        (
+            "kimi_k25",
+            "kimi_k2",
+            "language_model.model.",
+            "language_model.lm_head.weight",
+            "vision_tower.",
+        ),  # K2.5, K2.6, K2.7
+        (
+            "kimi_k25",
+            "kimi_k2",
+            "model.language_model.",
+            "lm_head.weight",
+            "model.vision_tower.",
+        ),  # save_original_format=False
+        ("mistral3", "mistral4", "language_model.model.", "language_model.lm_head.weight", "vision_tower."),
+        ("mistral3", "mistral4", "model.language_model.", "lm_head.weight", "model.vision_tower."),
     ],
 )
-def test_kimi_k25_wrapper(model: str, head: str, vision: str, tmp_path: Path) -> None:
-    d = tiny.write(tmp_path / "hf", "kimi_k2")
+def test_wrappers(wrapper: str, preset: str, model: str, head: str, vision: str, tmp_path: Path) -> None:
+    d = tiny.write(tmp_path / "hf", preset)
     config = json.loads((d / "config.json").read_text())
     ends = {"bos_token_id": config.pop("bos_token_id"), "eos_token_id": config.pop("eos_token_id")}
-    outer = {"model_type": "kimi_k25", "text_config": config, "vision_config": {}, "tie_word_embeddings": True}
+    outer = {"model_type": wrapper, "text_config": config, "vision_config": {}, "tie_word_embeddings": True}
     (d / "config.json").write_text(json.dumps(outer | ends))
 
     def wrap(tensors: dict[str, Any]) -> None:
@@ -463,11 +501,11 @@ def test_kimi_k25_wrapper(model: str, head: str, vision: str, tmp_path: Path) ->
         tensors.clear()
         tensors |= inner | {vision + "patch.weight": ("F32", (1,), bytes(4)), "mm_projector.b": ("U8", (1,), b"x")}
 
-    plain = tiny.write(tmp_path / "plain", "kimi_k2")
+    plain = tiny.write(tmp_path / "plain", preset)
     tiny.rewrite(d, wrap)
     p = pack(d, tmp_path / "x")
     pack(plain, tmp_path / "y")
-    assert {x.name: x.why for x in p.dropped} == {
+    assert {x.name: x.why for x in p.dropped if "activation_scale" not in x.name} == {
         vision + "patch.weight": "vision_tower is not part of the text model",
         "mm_projector.b": "mm_projector is not part of the text model",
     }

@@ -18,6 +18,7 @@ CASES = [
     ("gigachat3", "fp8", {"dtype": "source"}),
     ("glm4_moe_lite", "bf16", {"dtype": "f8"}),
     ("kimi_k2", "int4", {"dtype": "source"}),
+    ("mistral4", "fp8", {"dtype": "source"}),
 ]
 IDS = ["-".join([p, s, *o.values()]) for p, s, o in CASES]
 

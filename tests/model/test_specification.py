@@ -92,6 +92,10 @@ MISTAKES: list[tuple[str, str, Callable[[Settings], Settings]]] = [
     ("group score by the two best", "v2_grouped", _replace(grouping="top2")),
     ("scaling factor dropped", "v3", _replace(factor=1.0)),
     ("weights not normalised", "kimi_k2", _replace(normed=False)),
+    ("softmax weights not normalised", "mistral4", _replace(normed=False)),
+    ("sigmoid instead of softmax", "mistral4", _replace(softmax=False)),
+    ("queries not scaled by their position", "mistral4", _replace(beta=0.0)),
+    ("queries scaled from the first position on", "mistral4", _replace(original=1)),
 ]
 
 

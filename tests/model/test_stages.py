@@ -36,6 +36,7 @@ CASES = [
     ("v3", "f16", {"dtype": "q8"}, "f16"),
     ("gigachat3", "fp8", {"dtype": "source"}, "f32"),
     ("kimi_k2", "int4", {"dtype": "source"}, "f16"),
+    ("mistral4", "fp8", {"dtype": "source"}, "f16"),
 ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
+_SCALES = (".weight_scale_inv", "_proj_scale_inv", ".weight_scale", ".activation_scale")
 _PLAIN = {"F32": "<f4", "F16": "<f2", "I32": "<i4", "I64": "<i8", "U8": "u1"}
 
 
@@ -52,7 +54,7 @@ def dequantise(raw: dict[str, Array]) -> dict[str, Array]:
     """Stored tensors -> float32 tensors under their plain names (``X.weight``); scales and shapes are consumed."""
     out: dict[str, Array] = {}
     for name, t in raw.items():
-        if name.endswith((".weight_scale_inv", ".weight_scale", ".weight_shape", "rotary_emb.inv_freq")):
+        if name.endswith((*_SCALES, ".weight_shape", "rotary_emb.inv_freq")):
             continue
         if name.endswith(".weight_packed"):
             base = name.removesuffix("_packed")
@@ -62,13 +64,29 @@ def dequantise(raw: dict[str, Array]) -> dict[str, Array]:
             nibble = (words[:, column // 8] >> (4 * (column % 8)).astype(np.uint32)) & np.uint32(15)
             out[base] = ((nibble.astype(np.float32) - 8) * raw[base + "_scale"][:, column // 32]).reshape(rows, cols)
         elif t.dtype == np.uint8:
-            rows, cols = t.shape
+            rows, cols = t.shape[-2:]
             scale = raw[name + "_scale_inv"]
+            if scale.ndim != 2:  # of the whole tensor, or of gate and up of each expert
+                out[name] = e4m3_value(t) * (np.repeat(scale, rows // scale.shape[1], axis=1) if scale.ndim else scale)
+                continue
             size = 128  # the block edge; both directions alike in every shipped checkpoint
             out[name] = e4m3_value(t) * scale[np.arange(rows)[:, None] // size, np.arange(cols)[None, :] // size]
         else:
             out[name] = t.astype(np.float32)
-    return out
+    return dict(_split_experts(out))
+
+
+def _split_experts(tensors: dict[str, Array]) -> Iterator[tuple[str, Array]]:
+    """Experts that are stored in one tensor, gate rows before up rows, one by one."""
+    for name, t in tensors.items():
+        prefix, found, parts = name.partition(".mlp.experts.")
+        if t.ndim != 3 or not found:
+            yield name, t
+            continue
+        for e, expert in enumerate(t):
+            names = ("down_proj",) if parts == "down_proj" else ("gate_proj", "up_proj")
+            for part, rows in zip(names, np.split(expert, len(names)), strict=True):
+                yield f"{prefix}.mlp.experts.{e}.{part}.weight", rows
 
 
 def config(folder: Path) -> dict[str, Any]:

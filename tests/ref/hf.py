@@ -26,7 +26,7 @@ def logits(folder: Path, ids: Array) -> tuple[Array, Array, Array | None]:
     """
     import safetensors.numpy
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.cache_utils import MtpCache
     from transformers.modeling_layers import MtpModel
     from transformers.utils import logging
@@ -44,10 +44,14 @@ def logits(folder: Path, ids: Array) -> tuple[Array, Array, Array | None]:
     with tempfile.TemporaryDirectory() as tmp, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         (Path(tmp) / "config.json").write_text(json.dumps(config))
+        if config["model_type"] == "mistral4":
+            tensors = fuse_experts(tensors)  # its class knows no others
         contiguous = {name: np.ascontiguousarray(t) for name, t in tensors.items()}  # save_file ignores strides
         safetensors.numpy.save_file(contiguous, Path(tmp) / "model.safetensors", {"format": "pt"})
         eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-        model = AutoModelForCausalLM.from_pretrained(tmp, dtype=torch.float32, **eager)
+        auto = transformers.AutoModelForCausalLM  # which does not know every class
+        its_own = getattr(transformers, config["architectures"][0], auto)
+        model = its_own.from_pretrained(tmp, dtype=torch.float32, **eager)
         tokens = torch.tensor(ids, dtype=torch.int64)[None]
         hidden = model.model(tokens).last_hidden_state
         out = model.lm_head(hidden)
@@ -68,6 +72,19 @@ def logits(folder: Path, ids: Array) -> tuple[Array, Array, Array | None]:
             )
             mtp_logits = model.lm_head(g)[0].numpy()
         return out[0].numpy(), hidden[0].numpy(), mtp_logits
+
+
+def fuse_experts(tensors: dict[str, Array]) -> dict[str, Array]:
+    """The experts of a layer in one tensor each for gate and up, and for down."""
+    out = {name: t for name, t in tensors.items() if ".mlp.experts." not in name}
+    for p in {name.partition(".experts.")[0] for name in tensors if ".mlp.experts." in name}:
+        n = sum(name.startswith(p + ".experts.") for name in tensors) // 3
+        gate, up, down = (
+            np.stack([tensors[f"{p}.experts.{e}.{part}_proj.weight"] for e in range(n)])
+            for part in ("gate", "up", "down")
+        )
+        out |= {f"{p}.experts.gate_up_proj": np.concatenate([gate, up], axis=1), f"{p}.experts.down_proj": down}
+    return out
 
 
 def draft(folder: Path, ids: list[int], n_new: int) -> tuple[list[int], list[int]]:

@@ -43,9 +43,11 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
         grouping={"greedy": "", "group_limited_greedy": "max", "noaux_tc": "top2"}[method],
         softmax=config["scoring_func"] == "softmax",
         bias=method == "noaux_tc",
-        normed=method == "noaux_tc" and config["norm_topk_prob"],
+        normed=config["norm_topk_prob"],
         yarn=yarn if config["rope_type"] == "yarn" else None,
         pairs=True,
+        beta=config.get("llama_4_scaling_beta", 0.0),
+        original=config["original_max_position_embeddings"] or 1,
     )
 
 

@@ -36,7 +36,13 @@ def write_tiny(out: Path, name: str, dtype: str = "bf16", extra: tuple[str, ...]
 
 @pytest.mark.parametrize(
     ("name", "main", "mtp"),  # billions of parameters as published
-    [("v2-lite", 15.71, 0), ("v3", 671.03, 11.6), ("moonlight", 15.96, 0), ("glm-4.7-flash", 29.94, 0.644)],
+    [
+        ("v2-lite", 15.71, 0),
+        ("v3", 671.03, 11.6),
+        ("moonlight", 15.96, 0),
+        ("glm-4.7-flash", 29.94, 0.644),
+        ("mistral-small-4", 118.97, 0),
+    ],
 )
 def test_synthetic_parameter_count_is_the_published_one(name: str, main: float, mtp: float) -> None:
     def count(with_mtp: bool) -> float:

@@ -505,6 +505,14 @@ FORMULAS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
 }  # fmt: skip
 
 
+_NEAR = {"rope_scaling": tiny.PRESETS["mistral4"].config["rope_scaling"] | {"original_max_position_embeddings": 8}}
+OF_MODELS: dict[str, tuple[str, dict[str, Any], Callable[[pytest.MonkeyPatch], None], str]] = {
+    "queries not scaled": ("mistral4", _NEAR, settings(beta=0.0), "layers.0.q"),
+    "queries scaled from the start": ("mistral4", _NEAR, settings(original=1), "layers.0.q"),
+    "weights not normed": ("mistral4", _NEAR, settings(normed=False), "layers.0.topk_weight"),
+}
+
+
 @functools.cache
 def arithmetic_is_right(file: Path, folder: Path) -> bool:
     return verify(file, folder, legs=("arithmetic",)).ok
@@ -523,6 +531,17 @@ def test_mistake_in_a_formula_is_located(mistake: str, dtype: str, monkeypatch: 
     assert r.first_divergence is not None and r.first_divergence.leg == "arithmetic"
     assert r.first_divergence.where.startswith(where), str(r.first_divergence)
     assert len(r.first_divergence.index) >= 1
+
+
+@pytest.mark.parametrize("mistake", OF_MODELS)
+def test_mistake_in_what_one_model_has_is_located(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset, changes, patch, where = OF_MODELS[mistake]
+    folder = models.checkpoint(preset, "f32", **changes)
+    file = pack(folder, dtype="q8")
+    assert arithmetic_is_right(file, folder)
+    patch(monkeypatch)
+    first = verify(file, folder, legs=("arithmetic",)).first_divergence
+    assert first is not None and first.where == where, str(first)
 
 
 @functools.cache

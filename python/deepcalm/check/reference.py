@@ -136,11 +136,13 @@ class Settings:
     pairs: bool  # the checkpoint's rope rows are pairs (2j, 2j + 1)
     tied: bool
     vocab: int
+    beta: float = 0.0  # queries at p are multiplied by 1 + beta ln(1 + floor(p / original))
+    original: int = 1
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Settings:
         """From an unwrapped config.json of either style."""
-        v2 = raw["model_type"] == "deepseek_v2"
+        v2 = raw["model_type"] in ("deepseek_v2", "mistral4")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = (rope.get("rope_type") or rope.get("type") or "default").removeprefix("deepseek_")
         method = raw.get("topk_method") or ("greedy" if v2 else "noaux_tc")
@@ -154,9 +156,10 @@ class Settings:
             raw.get("topk_group") or 1,
             {"greedy": "", "group_limited_greedy": "max", "noaux_tc": "top2"}[method],
             (raw.get("scoring_func") or ("softmax" if v2 else "sigmoid")) == "softmax", method == "noaux_tc",
-            method == "noaux_tc" and bool(raw.get("norm_topk_prob")), raw.get("routed_scaling_factor") or 1.0,
+            bool(raw.get("norm_topk_prob")), raw.get("routed_scaling_factor") or 1.0,
             raw["rms_norm_eps"], rope.get("rope_theta") or raw["rope_theta"], rope if kind == "yarn" else None,
             raw.get("rope_interleave") is not False, bool(raw.get("tie_word_embeddings")), raw["vocab_size"],
+            rope.get("llama_4_scaling_beta") or 0.0, rope.get("original_max_position_embeddings") or 1,
         )  # fmt: skip
 
 
@@ -193,6 +196,11 @@ def amplitude(s: Settings) -> float:
 def softmax_scale(s: Settings) -> float:
     """sigma, on the whole score."""
     return float((s.dn + s.dr) ** -0.5 * (_magnitude(s, "mscale_all_dim") or 1.0) ** 2)
+
+
+def query_scale(s: Settings, n: int) -> Array:
+    """[n] factors of the queries at positions 0 .. n - 1."""
+    return 1 + s.beta * np.log(1 + np.arange(n) // s.original)
 
 
 def rotate(s: Settings, v: Array, first: int = 0) -> Array:
@@ -602,7 +610,8 @@ class Reference:
             q_a = tap("q_a", rmsnorm(qkv[:, : s.rq], plain(p + "q_a_norm"), LATENT_EPS))
             q = self.product(q_a, p + "wq_b")[0][:, :width]
         q = q.reshape(len(a), s.heads, -1)
-        q = tap("q", np.concatenate([q[..., : s.dn], rotate(s, q[..., s.dn :])], axis=-1))
+        q = np.concatenate([q[..., : s.dn], rotate(s, q[..., s.dn :])], axis=-1)
+        q = tap("q", q * np.asarray(query_scale(s, len(a))[:, None, None], like=q))
         c = tap("c_kv", rmsnorm(t[:, : s.r], plain(p + "kv_a_norm"), LATENT_EPS))
         kr = tap("k_rope", rotate(s, t[:, s.r :]))
         v = self.values(p, q, *cache_round(self.kv, c, kr), tap)

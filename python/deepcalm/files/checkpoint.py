@@ -243,6 +243,8 @@ class Checkpoint(Closing):
         info, n = self.tensors.get(f"{prefix}{'_'.join(parts)}_proj{suffix or ''}"), self.config["n_routed_experts"]
         if info is None or int(expert) >= n:
             return None
+        if suffix and info.shape[1:2] == (1,):  # one scale for gate and up
+            parts = (part,)
         if len(info.shape) != 3 or info.shape[0] != n or info.shape[1] % len(parts):
             expected = f"[{n} experts, rows of {' and '.join(parts)}, cols]"
             raise CheckpointError(f"{self.where(info.name)}: {info.dtype} {list(info.shape)}, expected {expected}")
@@ -276,8 +278,11 @@ class Checkpoint(Closing):
         block = self.quantisation.get("fp8_block")
         if block is None:
             raise CheckpointError(f"{self.where(info.name)}: F8_E4M3, but config.json has no weight_block_size")
+        block = (block[0] or rows, block[1] or cols)
         grid = (-(-rows // block[0]), -(-cols // block[1]))
         why = f" for {list(shape)} in blocks of {list(block)}"
+        if scale.shape in ((), (1,)) and grid == (1, 1):
+            scale = replace(scale, shape=grid)
         return Weight(name, "f8", rows, cols, info, self._check(scale, tuple(SCALES), grid, why), block)
 
     def _int4(self, name: str, base: str, shape: tuple[int, ...]) -> Weight:

@@ -20,9 +20,10 @@ SUPPORTED = {
     "kimi_k2": ("sigmoid", "noaux_tc"),
     "glm4_moe_lite": ("sigmoid", "noaux_tc"),
     "sarvam_mla": ("sigmoid", "noaux_tc"),
+    "mistral4": ("softmax", "greedy"),
 }
 OWN_NAMES = {"sarvam_mla": {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}}
-NOT_YET = ("deepseek_v32", "deepseek_v4", "mistral4", "youtu", "minicpm3", "longcat_flash", "axk1")
+NOT_YET = ("deepseek_v32", "deepseek_v4", "youtu", "minicpm3", "longcat_flash", "axk1")
 # Names of a text model's tensors: what stands before "layers." and "embed_tokens.", and the head's. A multimodal
 # wrapper's are the authors', or those of transformers' save_pretrained(save_original_format=False).
 Layout = tuple[str, str]
@@ -30,7 +31,7 @@ PLAIN: tuple[Layout, ...] = (("model.", "lm_head.weight"),)
 WRAPPED: tuple[Layout, ...] = (
     ("language_model.model.", "language_model.lm_head.weight"), ("model.language_model.", "lm_head.weight"),
 )  # fmt: skip
-WRAPPERS = ("kimi_k25",)  # model_type of multimodal wrappers
+WRAPPERS = ("kimi_k25", "mistral3")  # model_type of multimodal wrappers
 UNCERTAIN = ("kimi_vl", "deepseek_vl_v2")  # wrappers whose layout no released code here settles
 
 _REQUIRED = object()
@@ -108,9 +109,10 @@ _ROPE_KEYS = {
     "type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
     "mscale_all_dim", "attention_factor", "truncate", "partial_rotary_factor",
 }  # fmt: skip
+_QUERY_SCALE_KEYS = {"llama_4_scaling_beta", "max_position_embeddings"}
 
 
-def _rope(k: _Keys) -> dict[str, Any]:
+def _rope(k: _Keys, model_type: str) -> dict[str, Any]:
     new, old = k.object("rope_parameters"), k.object("rope_scaling")
     if new is not None and old is not None:
         raise k.refuse("rope_scaling", "null beside rope_parameters")
@@ -118,11 +120,14 @@ def _rope(k: _Keys) -> dict[str, Any]:
     if "rope_theta" in k.raw and "rope_theta" in r.raw and k.real("rope_theta") != r.real("rope_theta"):
         raise r.refuse("rope_theta", f"the top level's {show(k.raw['rope_theta'])}")
     theta = (r if "rope_theta" in r.raw else k).real("rope_theta")
+    scaled = model_type == "mistral4"  # queries by their position
     for key in r.raw:
-        if key not in _ROPE_KEYS:
+        if key not in _ROPE_KEYS and not (scaled and key in _QUERY_SCALE_KEYS):
             raise ConfigError(f"{r.where}: {show(key)} is not a known key")
+    dn, dr = k.integer("qk_nope_head_dim"), k.integer("qk_rope_head_dim")
     for holder in (k, r):
-        holder.must_be("partial_rotary_factor", (1, 1.0), "all rope channels are rotated")
+        of_head = [dr / (dn + dr)] if scaled and dr else []  # transformers' share of its head_dim, dn + dr
+        holder.must_be("partial_rotary_factor", (1, 1.0, *of_head), "all rope channels are rotated")
     if r.raw.get("type") is not None and r.raw.get("rope_type") is not None and r.raw["type"] != r.raw["rope_type"]:
         raise r.refuse("rope_type", f"the same as type {show(r.raw['type'])}")
     kind_key = "rope_type" if r.raw.get("rope_type") is not None else "type"
@@ -139,6 +144,10 @@ def _rope(k: _Keys) -> dict[str, Any]:
             rope[key] = r.real(key, default, null=default)
         rope["attention_factor"] = r.real("attention_factor", 0.0, null=0.0)
         rope["rope_truncate"] = r.boolean("truncate", True, null=True)
+    if scaled:
+        rope["llama_4_scaling_beta"] = r.real("llama_4_scaling_beta")
+        rope["original_max_position_embeddings"] = r.integer("original_max_position_embeddings")
+        r.must_be("max_position_embeddings", (k.integer("max_position_embeddings"),), "as at the top level")
     return rope
 
 
@@ -174,7 +183,9 @@ def _moe(k: _Keys, model_type: str, n_layers: int) -> dict[str, Any]:
         value = k.integer(key, _REQUIRED if grouped else 1, null=1)
         moe[key] = value if grouped else 1
     moe["norm_topk_prob"] = k.boolean("norm_topk_prob", null=False)
-    if moe["norm_topk_prob"] and moe["scoring_func"] == "softmax":
+    if model_type == "mistral4":
+        k.must_be("n_group", (1,), "groups are not implemented here")
+    elif moe["norm_topk_prob"] and moe["scoring_func"] == "softmax":
         raise k.refuse(
             "norm_topk_prob",
             "false with softmax routing (the released codes disagree: transformers ignores it, the original then "
@@ -236,7 +247,7 @@ def normalise(raw: dict[str, Any], generation: dict[str, Any], n_mtp: int, where
         raise k.refuse("num_hidden_layers", "1..1024")
     cfg |= _moe(k, model_type, cfg["num_hidden_layers"])
     cfg["rms_norm_eps"] = k.real("rms_norm_eps")
-    cfg |= _rope(k)
+    cfg |= _rope(k, model_type)
     cfg["num_nextn_predict_layers"] = n_mtp
     cfg["tie_word_embeddings"] = k.boolean("tie_word_embeddings", False)
     cfg["rope_layout"] = "half"
@@ -262,7 +273,10 @@ def normalise(raw: dict[str, Any], generation: dict[str, Any], n_mtp: int, where
 
 
 def quantisation(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What ``quantization_config`` allows: {"fp8_block": (rows, cols)}, {"int4_group": n} or {} for none."""
+    """What ``quantization_config`` allows: {"fp8_block": (rows, cols)}, {"int4_group": n} or {} for none.
+
+    (0, 0): one scale for a whole tensor.
+    """
     for key in ("quantization", "quantization_config"):
         value = raw.get(key)
         if isinstance(value, dict) and "quant_method" not in value and {"bits", "group_size"} <= set(value):
@@ -274,6 +288,8 @@ def quantisation(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     method = k.raw.get("quant_method")
     if method == "fp8":
         k.must_be("fmt", ("e4m3",), "no other fp8 encoding is read")
+        if k.raw.get("weight_block_size", ()) is None:
+            return {"fp8_block": (0, 0)}
         block = k.raw.get("weight_block_size")
         sizes = block if isinstance(block, list) and all(type(n) is int and 1 <= n <= 1 << 20 for n in block) else []
         if len(sizes) != 2:

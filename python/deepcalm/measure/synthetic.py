@@ -93,6 +93,17 @@ PRESETS: dict[str, tuple[Config, int]] = {
         "rope_scaling": None, "max_position_embeddings": 202752, "num_nextn_predict_layers": 1, "vocab_size": 154880,
         "eos_token_id": [154820, 154827, 154829], "pad_token_id": 154820,
     }, 154856),
+    "mistral-small-4": ({
+        **_COMMON, "model_type": "mistral4", "architectures": ["Mistral4ForCausalLM"],
+        "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "q_lora_rank": 1024, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "intermediate_size": 12288, "moe_intermediate_size": 2048, "n_routed_experts": 128, "num_experts_per_tok": 4,
+        "n_shared_experts": 1, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0, "rms_norm_eps": 1e-6, "rope_theta": 10000, "rope_scaling": {
+            **_YARN, "factor": 128, "original_max_position_embeddings": 8192, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1},
+        "max_position_embeddings": 1048576, "vocab_size": 131072, "bos_token_id": 1, "eos_token_id": 2,
+    }, 131072),
 }  # fmt: skip
 
 
