@@ -50,7 +50,7 @@ AREAS = (
         without=(*BATCH, *WIRE),
     ),
     Area("Python batch", BATCH, 573),
-    Area("Python requests", WIRE, 507),
+    Area("Python requests", WIRE, 502),
     Area("Python check", ("python/deepcalm/check/*.py", "python/deepcalm/cli/check.py"), 1596),
     Area("Python measure", ("python/deepcalm/measure/*.py", "python/deepcalm/cli/bench.py"), 1348),
     Area("tools", ("tools/**/*.py",), None),

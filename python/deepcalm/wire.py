@@ -42,16 +42,17 @@ COMPLETIONS = (*COMMON, "prompt", "echo", "best_of")
 
 
 class RequestError(Error):
-    """What is wrong with a request, in one line.
+    """What is wrong with a request, in one line that begins with the field's name.
 
-    ``param`` names the field (None: the body as a whole), ``code`` the kind of fault, ``status`` is HTTP's.
+    ``param`` is that name (None: the body as a whole), ``code`` the kind of fault, ``status`` HTTP's.
     """
 
     def __init__(
         self, message: object, param: str | None = None, code: str = "invalid_value", status: int = 400
     ) -> None:
-        super().__init__(one_line(message))
-        self.param, self.code, self.status = param, code, status
+        self.param = None if param is None else one_line(param, 60)
+        super().__init__(one_line(message if param is None else f"{self.param}: {message}"))
+        self.code, self.status = code, status
 
     def body(self) -> dict[str, Any]:
         """As a client gets it."""
@@ -133,29 +134,28 @@ def parse_fields(body: Mapping[str, Any], chat: bool, streams: bool = False) -> 
     """
     for name in body:
         if name not in (CHAT if chat else COMPLETIONS):
-            what = "a chat completion" if chat else "a completion"
-            raise RequestError(f"{one_line(name, 60)}: unknown field of {what}", one_line(name, 60), "unknown_field")
+            raise RequestError(f"unknown field of a {'chat ' * chat}completion", name, "unknown_field")
     body = {k: v for k, v in body.items() if v is not None}
     if (needed := "messages" if chat else "prompt") not in body:
-        raise RequestError(f"{needed}: missing", needed, "missing_field")
+        raise RequestError("missing", needed, "missing_field")
     neutral = NEUTRAL | (NEUTRAL_CHAT if chat else {"best_of": body.get("n", 1)})
-    for name in neutral.keys() & body.keys():
-        if body[name] != neutral[name]:
-            raise RequestError(f"{name}: not supported, expected {neutral[name]!r} or nothing", name)
+    for name, value in neutral.items():
+        if body.get(name, value) != value:
+            raise RequestError(f"not supported, expected {value!r} or nothing", name)
     read = _Reader(body)
     prompts = () if chat else _prompts(body["prompt"])
     echo = read.flag("echo")
     n = read.integer("n", 1, 128) or 1
     if n * len(prompts) > MAX_CHOICES:
-        raise RequestError(f"prompt: {len(prompts)} of them, {n} answers each, at most {MAX_CHOICES} in all", "prompt")
+        raise RequestError(f"{len(prompts)} of them, {n} answers each, at most {MAX_CHOICES} in all", "prompt")
     tools = read.tools()
     stream = read.flag("stream")
     if stream and not streams:
-        raise RequestError("stream: true, but only whole answers are written here", "stream")
+        raise RequestError("true, but only whole answers are written here", "stream")
     seed = read.integer("seed", -(2**63), 2**64 - 1)
     limits = [read.integer(name, 0 if echo else 1, 2**31 - 1) for name in ("max_tokens", "max_completion_tokens")]
     if None not in limits and limits[0] != limits[1]:
-        raise RequestError("max_completion_tokens: another number than max_tokens", "max_completion_tokens")
+        raise RequestError("another number than max_tokens", "max_completion_tokens")
     return Fields(
         chat=chat,
         model=read.instance("model", str, "a string"),
@@ -185,7 +185,7 @@ class _Reader:
         """A value of one JSON type."""
         value = self.body.get(name)
         if value is not None and not isinstance(value, kind):
-            raise RequestError(f"{name}: {_kind(value)}, expected {want}", name)
+            raise RequestError(f"{_kind(value)}, expected {want}", name)
         return value
 
     def flag(self, name: str) -> bool:
@@ -201,7 +201,7 @@ class _Reader:
         for name, ours in SAMPLING.items():
             if (value := self.body.get(name)) is not None:
                 if isinstance(value, bool):
-                    raise RequestError(f"{name}: {_kind(value)}, expected a number", name)
+                    raise RequestError(f"{_kind(value)}, expected a number", name)
                 given[ours] = 0 if (name, value) == ("top_k", -1) else value  # -1: off, as others write it
                 _checked(name, lambda ours=ours: Sampling(**{ours: given[ours]}))  # type: ignore[misc]
         return given
@@ -211,13 +211,13 @@ class _Reader:
             return None
         stops = value if isinstance(value, list) else [value]
         if len(stops) > 16 or not all(isinstance(s, str) and 1 <= len(s) <= 256 for s in stops):
-            raise RequestError("stop: expected a string or up to 16, of 1 to 256 characters", "stop")
+            raise RequestError("expected a string or up to 16, of 1 to 256 characters", "stop")
         return tuple(stops)
 
     def chat_logprobs(self) -> int | None:
         top, wanted = self.integer("top_logprobs", 0, MAX_TOP), self.flag("logprobs")
         if top is not None and not wanted:
-            raise RequestError("top_logprobs: needs logprobs true", "top_logprobs")
+            raise RequestError("needs logprobs true", "top_logprobs")
         return (top or 0) if wanted else None
 
     def tools(self) -> list[dict[str, Any]] | None:
@@ -225,18 +225,16 @@ class _Reader:
         for i, tool in enumerate(tools):
             function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-                raise RequestError(
-                    f'tools[{i}]: expected {{"type": "function", "function": {{"name": ...}}}}', f"tools[{i}]"
-                )
+                raise RequestError('expected {"type": "function", "function": {"name": ...}}', f"tools[{i}]")
         choice = self.body.get("tool_choice", "auto")
         if choice not in ("auto", "none"):
-            raise RequestError("tool_choice: expected auto or none", "tool_choice")
+            raise RequestError("expected auto or none", "tool_choice")
         return tools if tools and choice == "auto" else None
 
     def template(self) -> dict[str, Any]:
         options = self.instance("chat_template_kwargs", dict, "an object") or {}
-        for name in options.keys() & {"messages", "vocabulary", "self", "tools"}:
-            raise RequestError(f"chat_template_kwargs: {name} is no option of a template", "chat_template_kwargs")
+        if taken := [name for name in ("messages", "vocabulary", "self", "tools") if name in options]:
+            raise RequestError(f"{taken[0]} is no option of a template", "chat_template_kwargs")
         return options
 
     def include_usage(self, stream: bool) -> bool:
@@ -244,9 +242,7 @@ class _Reader:
         if options is None:
             return False
         if not stream or options.keys() - {"include_usage"} or not isinstance(options.get("include_usage"), bool):
-            raise RequestError(
-                'stream_options: expected {"include_usage": true or false}, with stream', "stream_options"
-            )
+            raise RequestError('expected {"include_usage": true or false}, with stream', "stream_options")
         return bool(options["include_usage"])
 
 
@@ -255,7 +251,7 @@ def _checked(name: str, check: Callable[[], T]) -> T:
     try:
         return check()
     except (TypeError, ValueError) as e:
-        raise RequestError(f"{name}:{str(e).partition(':')[2]}", name) from None
+        raise RequestError(str(e).partition(": ")[2], name) from None
 
 
 def _prompts(value: object) -> tuple[str | list[int], ...]:
@@ -264,35 +260,34 @@ def _prompts(value: object) -> tuple[str | list[int], ...]:
 
     prompts: list[Any] = value if isinstance(value, list) and not is_ids(value) else [value]
     if not prompts or not (all(isinstance(p, str) for p in prompts) or all(map(is_ids, prompts))):
-        raise RequestError("prompt: expected a text, token ids, or a list of texts or of lists of ids", "prompt")
+        raise RequestError("expected a text, token ids, or a list of texts or of lists of ids", "prompt")
     return tuple(prompts)
 
 
 def _messages(value: object) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
-        raise RequestError("messages: expected a list of messages, at least one", "messages")
+        raise RequestError("expected a list of messages, at least one", "messages")
     return [_message(m, f"messages[{i}]") for i, m in enumerate(value)]
 
 
 def _message(message: object, where: str) -> dict[str, Any]:
     """A message with its content as one text; that of an assistant may be None (it called tools)."""
     if not isinstance(message, dict):
-        raise RequestError(f"{where}: {_kind(message)}, expected an object", where)
+        raise RequestError(f"{_kind(message)}, expected an object", where)
     if (role := message.get("role")) not in ROLES:
-        raise RequestError(f"{where}.role: expected one of {', '.join(ROLES)}", f"{where}.role")
+        raise RequestError(f"expected one of {', '.join(ROLES)}", f"{where}.role")
     if "content" not in message and role != "assistant":
-        raise RequestError(f"{where}.content: missing", f"{where}.content", "missing_field")
+        raise RequestError("missing", f"{where}.content", "missing_field")
     content = message.get("content")
     if isinstance(content, list):
         for i, part in enumerate(content):
             if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-                at = f"{where}.content[{i}]"
-                raise RequestError(f'{at}: only {{"type": "text", "text": ...}} is supported', at)
+                raise RequestError('only {"type": "text", "text": ...} is supported', f"{where}.content[{i}]")
         content = "\n".join(part["text"] for part in content)
     elif content is None and role != "assistant":
         content = ""
     elif not isinstance(content, (str, type(None))):
-        raise RequestError(f"{where}.content: {_kind(content)}, expected a text", f"{where}.content")
+        raise RequestError(f"{_kind(content)}, expected a text", f"{where}.content")
     return message | {"role": "system" if role == "developer" else role, "content": content}
 
 
@@ -321,7 +316,7 @@ def encode(fields: Fields, model: Model, ctx: int, kv: str) -> list[Prompt]:
         if len(text.encode()) > ctx * model.vocabulary.longest_token:
             raise _too_long(name, f"{len(text)} characters, more than {ctx} tokens can hold", ctx)
     if fields.chat and model.chat_template is None:
-        raise RequestError("messages: the model has no chat template, give a prompt", name, "no_chat_template")
+        raise RequestError("the model has no chat template, give a prompt", name, "no_chat_template")
     out = []
     for prompt in fields.prompts or ("",):
         try:
@@ -334,7 +329,7 @@ def encode(fields: Fields, model: Model, ctx: int, kv: str) -> list[Prompt]:
         except ResourceError:
             raise
         except (Error, TypeError, ValueError, OverflowError) as e:
-            raise RequestError(f"{name}: {e}", name, "template_failed" if fields.chat else "invalid_value") from None
+            raise RequestError(e, name, "template_failed" if fields.chat else "invalid_value") from None
         if len(ids) >= ctx:
             raise _too_long(name, f"{len(ids)} tokens", ctx)
         out.append(Prompt(ids))
@@ -346,7 +341,7 @@ def encode(fields: Fields, model: Model, ctx: int, kv: str) -> list[Prompt]:
 
 
 def _too_long(name: str, found: str, ctx: int) -> RequestError:
-    return RequestError(f"{name}: {found}, the context has {ctx} positions", name, "context_length_exceeded")
+    return RequestError(f"{found}, the context has {ctx} positions", name, "context_length_exceeded")
 
 
 def sampling(fields: Fields, model: Model, seed: int, defaults: Mapping[str, float] | None = None) -> Sampling:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from typing import Any
 from unittest import mock
 
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import commands
 import deepcalm
 import models
 from deepcalm import wire
@@ -171,6 +174,27 @@ def test_unknown_and_missing_fields_are_named() -> None:
     assert refused({"messages": [{"role": "user"}]}, chat=True) == ("messages[0].content", "missing_field")
     assert refused({"prompt": None}) == ("prompt", "missing_field")
     assert refused({"stream_options": {"include_usage": True}}, streams=True) == ("stream_options", "invalid_value")
+
+
+def test_the_first_fault_is_named_in_every_process() -> None:
+    """Whatever the order of sets is there: a result line is the same after a restart."""
+    code = """
+from deepcalm.wire import parse_fields
+names = ("top_p", "presence_penalty", "frequency_penalty", "logit_bias", "response_format", "b", "a")
+wrong = {name: 9 for name in names}
+wrong["chat_template_kwargs"] = {name: 1 for name in ("tools", "self", "vocabulary", "messages")}
+for names in (wrong, [n for n in wrong if n > "b"], ["frequency_penalty", "logit_bias"], ["chat_template_kwargs"]):
+    try:
+        parse_fields({"messages": [{"role": "user", "content": "x"}]} | {n: wrong[n] for n in names}, True)
+    except Exception as e:
+        print(e)
+"""
+    found = {
+        subprocess.run([sys.executable, "-c", code], env=commands.environment(PYTHONHASHSEED=seed), check=True,
+                       capture_output=True).stdout
+        for seed in "1234"
+    }  # fmt: skip
+    assert len(found) == 1 and found.pop().count(b"\n") == 4
 
 
 NAMES = st.sampled_from(sorted({*wire.CHAT, *wire.COMPLETIONS, "role", "content", "type", "text", "function", "name"}))
