@@ -29,7 +29,7 @@ class Area:
     without: tuple[str, ...] = ()
 
 
-BATCH = ("python/deepcalm/batch.py", "python/deepcalm/cli/batch.py")
+BATCH = tuple(f"python/deepcalm/{name}.py" for name in ("batch", "batch_lines", "batch_file", "cli/batch"))
 WIRE = ("python/deepcalm/wire.py",)
 AREAS = (
     Area(
@@ -46,10 +46,10 @@ AREAS = (
             *("python/deepcalm/*.py", "python/deepcalm/files/*.py"),
             *(f"python/deepcalm/cli/{name}.py" for name in ("__init__", "common", "run", "chat", "files")),
         ),
-        6821,
+        6838,
         without=(*BATCH, *WIRE),
     ),
-    Area("Python batch", BATCH, 573),
+    Area("Python batch", BATCH, 1075),
     Area("Python requests", WIRE, 502),
     Area("Python check", ("python/deepcalm/check/*.py", "python/deepcalm/cli/check.py"), 1596),
     Area("Python measure", ("python/deepcalm/measure/*.py", "python/deepcalm/cli/bench.py"), 1348),

@@ -31,6 +31,7 @@ NOT_TYPED = {
     ". .venv/bin/activate": "part of an installation",
     "pytest": "this is it; .ci/run makes the other runs",
     "DEEPCALM_TEST_SEED=7 pytest": "this is it",
+    "DEEPCALM_BATCH_LINES=3000 pytest": "this is it, with few lines",
     "python tests/sim/build.py": "tests of the simulator call it",
     "tools/check_sim": "compiles the simulator with two sanitizers; .ci/run",
     "ruff": "needs the extra dev; .ci/run",
@@ -59,6 +60,8 @@ deepcalm inspect -m v3.dcalm -q
 deepcalm verify -m FILE --against DIR --layers 0 --prompt "on the other hand" --tokens 8 -t 1 --isa scalar --kv f32 -q
 deepcalm bench -m FILE --prompt 8 --context 4 --tokens 3 --isa scalar --json-file new.json -q
 deepcalm bench --synthetic v3:2 --attn-dtype bf16 --head-dtype f16 --keep new.dcalm --contexts 0
+deepcalm batch IN.jsonl out.jsonl --overwrite --cache-bytes 9999999 -c 64 --kv q8 --top-p 0.9 --top-k 9 --min-p 0.1 -s 3
+deepcalm batch IN.jsonl out.jsonl --stop END --draft 1 --device cpu -t 1 --isa scalar --lock -q
 deepcalm perplexity -m v3.dcalm book.txt --device cpu -t 1 --isa scalar -c 64 --kv q8 -q
 """
 # Values of config.json that make a synthetic model small, whatever geometry is asked for.
@@ -113,6 +116,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):  # fmt: skip
         (here / f"{name}.dcalm").symlink_to(models.pack(folder, dtype=dtype).path)
     (here / "FILE").symlink_to(models.pack(base, dtype="q8").path)
+    for name in ("IN", "in", "prompts", "questions"):
+        (here / f"{name}.jsonl").write_text('{"prompt": "the", "max_tokens": 2}\n' * 3)
     for name in ("book.txt", "question.txt"):
         (here / name).write_text("the other thing in the air and the hour " * 20)
     return here

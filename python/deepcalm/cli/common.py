@@ -88,6 +88,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
               "help": "Positions in the cache (default: the model's maximum, at most 4096)."},
     "--kv": {"type": click.Choice(KV_TYPES), "default": "f16", "show_default": True,
              "help": "Type of the cache."},
+    "--max-sequences": {"type": click.IntRange(1, 64), "default": 8, "show_default": True, "metavar": "N",
+                        "help": "Sequences that share a pass, at most."},
+    "--cache-bytes": {"type": POSITIVE, "metavar": "N",
+                      "help": "Memory for all caches together (default: what --max-sequences of --ctx need)."},
     "--lock": {"is_flag": True, "help": "Keep the weights in memory (mlock)."},
     "--json": {"is_flag": True, "help": "One JSON object on stdout."},
     "--quiet": {"is_flag": True, "help": "Nothing on stderr but errors."},
@@ -122,7 +126,12 @@ def say(message: str, quiet: bool = False) -> None:
 
 def write(text: str) -> None:
     """Text on stdout at once, UTF-8 whatever the locale; a file name's other bytes as \\udcNN, which JSON has too."""
-    sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
+    write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(data: bytes) -> None:
+    """The same for bytes."""
+    sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
 
 
@@ -280,15 +289,20 @@ def read_cold(model: Model, quiet: bool) -> None:
 
 def open_session(model: Model, ctx: int | None, kv: str, draft: str | int, quiet: bool) -> Session:
     """A session that can draft so; says before anything runs when weights and cache exceed the memory available."""
+    session = model.session(ctx, kv, mtp=None if draft == "auto" else draft not in ("off", 0))
+    note_memory(model, session.cache_bytes, quiet)
+    return session
+
+
+def note_memory(model: Model, cache_bytes: int, quiet: bool) -> None:
+    """Says when weights and caches exceed the memory available."""
     from ..limits import available_memory
 
-    session = model.session(ctx, kv, mtp=None if draft == "auto" else draft not in ("off", 0))
     available = available_memory() if model.device == "cpu" else None
-    if available is not None and model.file_bytes + session.cache_bytes > available:
-        numbers = f"weights {model.file_bytes / 1e9:.1f} GB and cache {session.cache_bytes / 1e9:.1f} GB"
+    if available is not None and model.file_bytes + cache_bytes > available:
+        numbers = f"weights {model.file_bytes / 1e9:.1f} GB and cache {cache_bytes / 1e9:.1f} GB"
         say(f"note: {numbers} exceed the {available / 1e9:.1f} GB of memory available: weights will be read from "
             "disk again and again", quiet)  # fmt: skip
-    return session
 
 
 def read_text(source: str) -> bytes:
@@ -325,23 +339,24 @@ def on_terminate(number: int, _frame: object) -> None:
 
 
 @contextlib.contextmanager
-def progress(label: str, quiet: bool, unit: str = "", delay: float = 0) -> Iterator[Callable[[int, int], None] | None]:
+def progress(label: str, quiet: bool, unit: str = "", delay: float = 0) -> Iterator[Callable[..., None] | None]:
     """A progress bar on stderr as a function of (done, total); None when stderr is no terminal or with ``quiet``.
 
-    unit "bytes" shows sizes and speed; every bar shows the time left. What ends within ``delay`` seconds shows none.
+    unit "bytes" shows sizes and speed, any other the third argument of the function as a speed in it; every bar shows
+    the time left. What ends within ``delay`` seconds shows none.
     """
     if quiet or not sys.stderr.isatty():
         yield None
         return
-    bars, at = list[Any](), dict[str, int | None](completed=0, total=None)
+    bars, at = list[Any](), dict[str, Any](completed=0, total=None, speed="")
 
     def start() -> None:
         bars.append(progress_bar(unit))
         bars[0].add_task(label, **at)
         bars[0].start()
 
-    def update(done: int, total: int) -> None:
-        at.update(completed=done, total=total)
+    def update(done: int, total: int | None, speed: float | None = None) -> None:
+        at.update(completed=done, total=total, speed="" if speed is None else f"{speed:.0f} {unit}")
         for bar in bars:
             if bar.tasks:
                 bar.update(bar.tasks[0].id, **at)
@@ -364,6 +379,8 @@ def progress_bar(unit: str) -> Any:
     from rich.console import Console
 
     amount = (rp.DownloadColumn(), rp.TransferSpeedColumn()) if unit == "bytes" else (rp.MofNCompleteColumn(),)
+    if unit not in ("", "bytes"):
+        amount = (*amount, rp.TextColumn("{task.fields[speed]}", markup=False))
     columns = (rp.TextColumn("{task.description}", markup=False), rp.BarColumn(), *amount, rp.TimeRemainingColumn())
     return rp.Progress(*columns, console=Console(stderr=True), transient=True)
 
