@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,19 +17,28 @@ from .files.safetensors import check_output, parse_json, whole_file
 
 
 class Output(Closing):
-    """OUT, open and locked. ``run``: all that its bytes depend on, with the date of its first start.
+    """OUT, open and locked, or a stream ("-": standard output; a pipe, a device), which keeps nothing.
 
     Args:
-        run: of this start; all but its date must be what OUT.run says.
+        run: all that its bytes depend on, with the date of this start; all but the date must be what OUT.run says.
         overwrite: start anew, if there is an OUT.run.
+
+    Attributes:
+        run: the same, with the date of the first start.
 
     Raises:
         Error: an OUT that has no OUT.run, another process that writes it, or a difference.
         ResourceError: it cannot be written.
     """
 
-    def __init__(self, path: Path, run: Mapping[str, Any], overwrite: bool) -> None:
-        self.path, self._run_path = path, path.with_name(path.name + ".run")
+    def __init__(self, name: str, run: Mapping[str, Any], overwrite: bool) -> None:
+        self.path = path = Path(name)
+        self._standard = name == "-"
+        self.stream = self._standard or (path.exists() and not path.is_file() and not path.is_dir())
+        self._file: BinaryIO
+        if self.stream:
+            self._file, self.run = sys.stdout.buffer if self._standard else path.open("wb", buffering=0), dict(run)
+            return
         check_output(path)
         self._file = path.open("a+b")
         try:
@@ -38,7 +48,8 @@ class Output(Closing):
             raise
 
     def _open(self, run: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
-        path, file = self.path, self._run_path
+        path, file = self.path, self.path.with_name(self.path.name + ".run")
+        run = json.loads(json.dumps(run))  # as it is read again
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -68,6 +79,8 @@ class Output(Closing):
         Raises:
             Error: something that is not the result of its line.
         """
+        if self.stream:
+            return
         end = 0
         self._file.seek(0)
         for number, data in enumerate(self._file, 1):
@@ -79,28 +92,30 @@ class Output(Closing):
                 of = "no line of the input" if line is None else f"not line {line.number} of the input"
                 raise Error(f"{where} is the result of {of}: it was changed; --overwrite starts it anew")
             end += len(data)
-            yield bool(value.get("error") or (value.get("response") or {}).get("status_code", 200) != 200)
+            response = value.get("response")
+            yield bool(value.get("error")) or (isinstance(response, dict) and response.get("status_code") != 200)
         self._file.truncate(end)
 
     def append(self, line: bytes) -> None:
-        """Raises ResourceError if it cannot be written; what was written of it will be cut off."""
-        append(self._file, self.path, line)
+        """Writes a line at once.
+
+        Raises:
+            ResourceError: it cannot be written; what was written of it will be cut off.
+            OSError: the same of standard output.
+        """
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as e:
+            if self._standard:
+                raise
+            raise ResourceError(f"{self.path}: {e.strerror or e}") from None
 
     def close(self) -> None:
         """Closes OUT and gives up its lock."""
-        with contextlib.suppress(OSError):  # what could not be written was said
-            self._file.close()
-
-
-def append(file: BinaryIO, path: Path, line: bytes) -> None:
-    """Writes a line at once. Raises ResourceError, but a reader that has left is a BrokenPipeError."""
-    try:
-        file.write(line)
-        file.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as e:
-        raise ResourceError(f"{path}: {e.strerror or e}") from None
+        if not self._standard:
+            with contextlib.suppress(OSError):  # what could not be written was said
+                self._file.close()
 
 
 def _show(value: object) -> str:

@@ -12,6 +12,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from . import wire
@@ -117,17 +118,19 @@ def unique(lines: Iterable[Line]) -> Iterator[Line]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a result depends on beside the line and the model.
+    """What a result depends on beside the line and the batch.
 
-    ``sampling``: temp, top_p, top_k, min_p for lines that do not have them, before the checkpoint's; ``seed``: from it
-    and the id each line gets its own; ``name``: the model's in OpenAI's results.
+    model: its name in OpenAI's results. seed: from it and its id each line gets its own. max_tokens, stop, and
+    sampling (temp, top_p, top_k, min_p, before the checkpoint's): for lines that do not have them. date: what templates
+    are told, in ISO format.
     """
 
-    name: str
+    model: str
+    date: str
     seed: int = 0
     max_tokens: int = 256
-    sampling: Mapping[str, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
 
 class Lines:
@@ -135,6 +138,8 @@ class Lines:
 
     def __init__(self, batch: Batch, settings: Settings) -> None:
         self.batch, self.model, self.settings = batch, batch.model, settings
+        if self.model.has_chat_template and self.model.chat_template is not None:
+            self.model.chat_template.now = datetime.fromisoformat(settings.date)
 
     def start(self, line: Line) -> Started:
         """Tokenises and submits it; what is wrong with it becomes its error.
@@ -150,7 +155,7 @@ class Lines:
                 more = self.settings.max_tokens, self.settings.stop
                 started.requests = wire.submit(fields, started.prompts, self.batch, how, *more)
             except RequestError as e:
-                line.error = e
+                line.fields, line.error = None, e
         return started
 
     def _seed(self, name: str) -> int:
@@ -170,10 +175,9 @@ class Lines:
         if failed is not None:
             line.error = RequestError(failed, code="failed", status=500)
         if line.error is not None or fields is None:
-            assert line.error is not None
-            return _dump(_error_line(line, line.error))
+            return error_line(line)
         kind = "chatcmpl" if fields.chat else "cmpl"
-        head = {"id": f"{kind}-{line.id}", "created": 0, "model": self.settings.name}
+        head = {"id": f"{kind}-{line.id}", "created": 0, "model": self.settings.model}
         head["system_fingerprint"] = wire.fingerprint(self.model)
         body = wire.answer(head, fields, started.prompts, started.requests, self.model, cached=False)
         if line.openai:
@@ -213,13 +217,17 @@ class Started:
         return sum(wire.completion_tokens(c) for r in self.requests for c in r.choices)
 
 
-def _error_line(line: Line, error: RequestError) -> dict[str, Any]:
+def error_line(line: Line) -> bytes:
+    """The result line of a line in error."""
+    error = line.error
+    assert error is not None
     reason = {"code": error.code, "message": str(error)}
     if not line.openai or line.id is None:
-        return {"id": line.id, "line": line.number, "error": reason}
+        return _dump({"id": line.id, "line": line.number, "error": reason})
+    response = {"status_code": error.status, "body": error.body()}
     if error.code == "duplicate_id":
-        return {"custom_id": line.id, "response": None, "error": reason}
-    return {"custom_id": line.id, "response": {"status_code": error.status, "body": error.body()}, "error": None}
+        return _dump({"custom_id": line.id, "response": None, "error": reason})
+    return _dump({"custom_id": line.id, "response": response, "error": None})
 
 
 def _dump(value: Mapping[str, Any]) -> bytes:

@@ -56,8 +56,8 @@ class RequestError(Error):
 
     def body(self) -> dict[str, Any]:
         """As a client gets it."""
-        error = {"message": str(self), "type": "invalid_request_error", "param": self.param, "code": self.code}
-        return {"error": error}
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 def parse_object(data: bytes) -> dict[str, Any]:

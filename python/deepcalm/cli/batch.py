@@ -9,19 +9,20 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
 from ..errors import Error, ResourceError
-from .common import INTERRUPTED, SAMPLING, note_memory, open_model, options, progress, say, write_bytes
+from .common import INTERRUPTED, SAMPLING, note_memory, open_model, options, progress, say
 
 if TYPE_CHECKING:
     from ..batch import Batch
+    from ..batch_file import Output
     from ..batch_lines import Line, Settings
 
 AHEAD = 4  # lines read before the first one is done, for each of --max-sequences
@@ -40,7 +41,11 @@ stop, max_tokens, logprobs as the line likes; or a line of OpenAI's batches (cus
 @click.argument("target", metavar="OUT.jsonl", type=click.Path())
 @options("--model")
 @click.option("--overwrite", is_flag=True, help="Start anew: forget the lines that OUT has, if batch wrote them.")
-@options("--max-sequences", "--cache-bytes", "--max-tokens", *SAMPLING)
+@options("--max-sequences", "--cache-bytes", "--max-tokens", *(name for name in SAMPLING if name != "--seed"))
+@click.option(
+    "-s", "--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, metavar="S",
+    help="From it and its id each line gets a seed of its own, unless it has one.",
+)  # fmt: skip
 @options("--device", "--threads", "--isa", "--ctx", "--kv", "--lock", "--quiet")
 def batch(source: str, target: str, overwrite: bool, quiet: bool, path: Path | None, **given: Any) -> int:
     """Answer every line of IN.jsonl in OUT.jsonl, in the order of the lines.
@@ -55,7 +60,10 @@ def batch(source: str, target: str, overwrite: bool, quiet: bool, path: Path | N
     try:
         model = open_model(path, given["device"], given["threads"], given["isa"], quiet, given["lock"])
         sampling = {k: given[k] for k in ("temp", "top_p", "top_k", "min_p") if given[k] is not None}
-        settings = Settings(model.path.stem, given["seed"] or 0, given["max_tokens"] or 256, sampling, given["stop"])
+        date = datetime.now().isoformat(timespec="seconds")
+        values = (given["seed"], given["max_tokens"] or 256, given["stop"], sampling)
+        name = model.path.stem.encode("utf-8", "backslashreplace").decode()  # which need not be UTF-8
+        settings = Settings(name, date, *values)
         shape = {k: given[k] for k in ("max_sequences", "ctx", "kv", "cache_bytes", "draft")}
         with model.batch(**shape) as work:
             note_memory(model, work.cache_bytes, quiet)
@@ -75,7 +83,7 @@ class _Run:
 
     def files(self, source: str, target: str, overwrite: bool) -> int:
         """From file to file; exit code."""
-        from ..batch_file import Output, append
+        from ..batch_file import Output
         from ..batch_lines import Line, read_lines, unique
 
         with contextlib.ExitStack() as stack:
@@ -83,30 +91,22 @@ class _Run:
             file: BinaryIO = sys.stdin.buffer if source == "-" else stack.enter_context(Path(source).open("rb"))
             size, sha256 = self._survey(file, source) if whole else (None, None)
             run = self._record() | {"input_bytes": size, "input_sha256": sha256}
-            stream = target == "-" or (Path(target).exists() and not Path(target).is_file())
-            for name, what in ((source, "input"),) * (not whole) + ((target, "output"),) * stream:
-                say(f"note: the {what} {name} is a stream: this run cannot be gone on with", self.quiet)
+            output = stack.enter_context(Output(target, run, overwrite))
+            for name in (source,) * (not whole) + (target,) * output.stream:
+                say(f"note: {name} is a stream: this run cannot be gone on with", self.quiet)
             digest = hashlib.sha256()
             lines = unique(Line.parse(data, number) for number, data in read_lines(file, digest))
-            write: Callable[[bytes], None] = write_bytes
-            if not stream:
-                output = stack.enter_context(Output(Path(target), run, overwrite))
-                for error in output.keep(lines):
-                    self.kept += 1
-                    self.errors += error
-                run, write = output.run, output.append
-            elif target != "-":
-                write = partial(append, stack.enter_context(Path(target).open("wb", buffering=0)), Path(target))
-            code = self._answer(
-                lines, run["date"], write, "; the same command goes on from there" * (whole and not stream)
-            )
+            for error in output.keep(lines):
+                self.kept += 1
+                self.errors += error
+            again = "; the same command goes on from there" if whole and not output.stream else ""
+            code = self._answer(lines, output, again)
             if code == 0 and whole and digest.hexdigest() != sha256:
                 raise Error(f"{source}: changed while it was read; what {target} has is of both states")
         if code == 0:
-            done = f"; {self.tokens} tokens, {self._rate():.1f} tok/s" if self.done else ""
             there = f" ({self.kept} were there)" if self.kept else ""
-            n = self.kept + self.done
-            say(f"{n} lines{there}, {self.errors} of them in error, complete{done}", self.quiet)
+            rate = f"; {self.tokens} tokens, {self._rate():.1f} tok/s" if self.done else ""
+            say(f"{self.kept + self.done} lines{there}, {self.errors} of them in error, complete{rate}", self.quiet)
         return code
 
     def _survey(self, file: BinaryIO, name: str) -> tuple[int, str]:
@@ -127,28 +127,24 @@ class _Run:
         """All that OUT's bytes depend on but the input."""
         from .. import _core
 
-        model, settings = self.batch.model, self.settings
+        model = self.batch.model
         others = {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2")}
         return {
             "deepcalm": _core.__version__, "python": ".".join(platform.python_version_tuple()[:2]), **others,
-            "model": settings.name, "model_sha256": model.header_sha256, "device": model.device, "isa": model.isa,
-            "kv": self.batch.kv, "ctx": self.batch.ctx, "seed": settings.seed, "max_tokens": settings.max_tokens,
-            "sampling": dict(settings.sampling), "stop": list(settings.stop),
-            "date": datetime.now().isoformat(timespec="seconds"),
+            "model_sha256": model.header_sha256, "device": model.device, "isa": model.isa, "kv": self.batch.kv,
+            "ctx": self.batch.ctx, **asdict(self.settings),
         }  # fmt: skip
 
-    def _answer(self, lines: Iterator[Line], date: str, write: Callable[[bytes], None], again: str) -> int:
+    def _answer(self, lines: Iterator[Line], output: Output, again: str) -> int:
         """Writes the results of ``lines``; exit code. again: what a message says of starting once more."""
         from ..batch_lines import Lines
 
-        model = self.batch.model
-        if model.has_chat_template and model.chat_template is not None:
-            model.chat_template.now = datetime.fromisoformat(date)
+        work = Lines(self.batch, replace(self.settings, date=output.run["date"]))
         try:
-            with progress(f"{model.path.name} lines", self.quiet, "tok/s") as update:
+            with progress(f"{self.settings.model} lines", self.quiet, "tok/s") as update:
                 self.start = time.monotonic()
-                for started, result in Lines(self.batch, self.settings).run(lines, AHEAD * self.batch.max_sequences):
-                    write(result)
+                for started, result in work.run(lines, AHEAD * self.batch.max_sequences):
+                    output.append(result)
                     self.done += 1
                     self.errors += started.line.error is not None
                     self.tokens += started.tokens

@@ -126,12 +126,7 @@ def say(message: str, quiet: bool = False) -> None:
 
 def write(text: str) -> None:
     """Text on stdout at once, UTF-8 whatever the locale; a file name's other bytes as \\udcNN, which JSON has too."""
-    write_bytes(text.encode("utf-8", "backslashreplace"))
-
-
-def write_bytes(data: bytes) -> None:
-    """The same for bytes."""
-    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
     sys.stdout.buffer.flush()
 
 
