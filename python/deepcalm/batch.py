@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -186,6 +186,7 @@ class Batch(Closing):
         logprobs: int | None = None,
         n: int = 1,
         eos_ids: Sequence[int] | None = None,
+        shown: Collection[int] = (),
     ) -> Request:
         """A request for ``n`` answers to a prompt; from any thread, at once: the work is ``step``'s.
 
@@ -196,6 +197,7 @@ class Batch(Closing):
             max_tokens: of an answer, 1 or more; None: until something else ends it.
             logprobs: keep every token's probability and those of so many most probable ones; None: none.
             eos_ids: ids that end an answer; None: the model's own.
+            shown: special tokens that show as their own text (``Markup.shown``).
 
         Raises:
             SessionError: no tokens, an id outside the vocabulary, more than the context holds, a batch that is closed.
@@ -215,7 +217,7 @@ class Batch(Closing):
         sequences = []
         for i in range(n):
             how = replace(sampling, seed=(sampling.seed + i) % 2**64)
-            text = AnswerText(model.vocabulary, stop) if model.has_tokenizer else None
+            text = AnswerText(model.vocabulary, stop, shown) if model.has_tokenizer else None
             request.choices.append(Choice(request, i, how.seed))
             sequences.append(
                 _Sequence(request.choices[i], 0, [*prompt], reserved, how, longest, frozenset(ends), n_top, text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -183,8 +183,13 @@ class Vocabulary:
         """A token as one can print it: a special token's own text, bytes that are not UTF-8 as \\xNN."""
         return self._added.get(token) or self.token_bytes(token).decode("utf-8", "backslashreplace")
 
-    def decoder(self) -> Decoder:
-        """An incremental decoder.
+    def special_ids(self, texts: Iterable[str]) -> frozenset[int]:
+        """The ids of those ``texts`` that are special tokens."""
+        wanted = set(texts)
+        return frozenset(i for i in self._special if self._added[i] in wanted)
+
+    def decoder(self, shown: Collection[int] = ()) -> Decoder:
+        """An incremental decoder. shown: special tokens that come out as their own text.
 
         Raises:
             UnsupportedError: the tokenizer is not byte-level BPE.
@@ -193,7 +198,7 @@ class Vocabulary:
         kind = None if decoder is None else json.loads(decoder.__getstate__()).get("type")
         if kind != "ByteLevel":
             raise UnsupportedError(f"tokenizer.json: decoder {kind!r}, only 'ByteLevel' is supported")
-        return Decoder(self.token_bytes)
+        return Decoder(lambda i: self._added[i].encode("utf-8", "replace") if i in shown else self.token_bytes(i))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids`` without special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -217,6 +222,13 @@ class Decoder:
         return self._utf8.decode(b"", final=True)
 
 
+def may_begin(text: str, start: int, wanted: Iterable[str]) -> int:
+    """From where on, ``start`` or behind it, the end of ``text`` may become one of ``wanted``; else its length."""
+    wanted = tuple(wanted)
+    starts = range(max(start, len(text) + 1 - max(map(len, wanted), default=0)), len(text))
+    return next((i for i in starts if any(w.startswith(text[i:]) for w in wanted)), len(text))
+
+
 class StopMatcher:
     """Ends a stream of text before the first stop string, wherever the borders between pieces lie.
 
@@ -237,10 +249,7 @@ class StopMatcher:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)[1]]
-        # Held back: the longest end of the text that a stop string may begin with.
-        longest = max((len(s) for s in self._stops), default=1) - 1
-        starts = range(max(0, len(text) - longest), len(text))
-        keep = next((i for i in starts if any(s.startswith(text[i:]) for s in self._stops)), len(text))
+        keep = may_begin(text, 0, self._stops)
         self._held = text[keep:]
         return text[:keep]
 
@@ -258,17 +267,18 @@ class AnswerText:
 
     Args:
         stop: a string, or several.
+        shown: special tokens that show as their own text.
 
     Raises:
         ValueError: a stop string is empty.
         SessionError: one holds the text of a special token beside other text.
     """
 
-    def __init__(self, vocabulary: Vocabulary, stop: str | Iterable[str] = ()) -> None:
+    def __init__(self, vocabulary: Vocabulary, stop: str | Iterable[str] = (), shown: Collection[int] = ()) -> None:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(s, str) for s in stop):
             raise TypeError("a stop string must be a str")
-        self._decoder = vocabulary.decoder()
+        self._decoder = vocabulary.decoder(shown)
         self._stop_ids = vocabulary.stop_ids(stop)
         self._stops = StopMatcher(stop)
         self.stopped = False

@@ -75,6 +75,17 @@ def test_answers_are_those_of_sessions_alone(model: deepcalm.Model) -> None:
             check(model, request, ids, how, **options)
 
 
+def test_special_tokens_that_are_asked_for_show(model: deepcalm.Model) -> None:
+    shown, hidden = (model.vocabulary.special_ids([t]) for t in ("<eos>", "<|im_end|>"))
+    how = Sampling(temp=5.0, seed=1)
+    with model.batch() as batch:
+        choice = batch.submit(IDS[:5], sampling=how, max_tokens=300, eos_ids=(), shown=shown).choices[0]
+        assert [*batch.run()] and shown | hidden <= {*choice.tokens}
+    decoder = model.vocabulary.decoder(shown)
+    assert choice.text == "".join(map(decoder.feed, choice.tokens)) + decoder.flush()
+    assert "<eos>" in choice.text and "<|im_end|>" not in choice.text
+
+
 def test_stop_strings_end_an_answer_where_they_end_a_text(model: deepcalm.Model) -> None:
     ids, how = IDS[:12], Sampling(temp=1.0, seed=3)
     text = alone(model, ids, how, max_tokens=60)[1]

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 import tiny
 from deepcalm.errors import Error, PackedFileError, SessionError, UnsupportedError, one_line
-from deepcalm.text import Decoder, StopMatcher, Vocabulary, decode_utf8, load_tokenizer
+from deepcalm.text import AnswerText, Decoder, StopMatcher, Vocabulary, decode_utf8, load_tokenizer
 
 BOS, EOS, IM_END, USER, OBSERVATION = range(tiny.FIRST_SPECIAL, tiny.FIRST_SPECIAL + 5)
 CONFIG = {"vocab_size": 300, "bos_token_id": BOS, "eos_token_ids": [EOS]}
@@ -54,6 +54,15 @@ def test_raw_prompt_bos_of_post_processor(tokenizer: Tokenizer) -> None:
     v = Vocabulary(t, {"add_bos_token": False}, CONFIG)
     assert v.encode_prompt("the") == [BOS, 257]
     assert v.encode("the") == [257]
+
+
+def test_special_tokens_that_are_asked_for_show(tokenizer: Tokenizer) -> None:
+    v = Vocabulary(tokenizer, {}, CONFIG)
+    assert v.special_ids(["<|im_end|>", "<|user|>", "the"]) == {IM_END, USER}
+    answer = AnswerText(v, "r|>", shown={IM_END, USER})
+    assert [answer.feed(t) for t in (257, EOS, IM_END, OBSERVATION)] == ["the", "", "<|im_end|>", ""]
+    assert answer.feed(USER) == "<|use" and answer.stopped
+    assert v.decode([257, IM_END]) == "the"
 
 
 def test_empty_prompt_without_bos_is_refused(tokenizer: Tokenizer) -> None:
