@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "python" / "deepcalm"
-MODULES = ("model", "session", "generation", "batch", "sampling", "text", "template", "errors", "files/plan",
+MODULES = ("model", "session", "generation", "batch", "sampling", "text", "template", "markup", "errors", "files/plan",
            "files/pack", "check/verify")  # fmt: skip
 SECTIONS = {
     "Text in one call": ("generate", "stream", "demo_path"),
@@ -17,8 +17,8 @@ SECTIONS = {
     "Checkpoints": ("pack", "verify"),
     "Errors": ("Error", "CheckpointError", "ConfigError", "PackedFileError", "SessionError", "ResourceError",
                "UnsupportedError"),
-    "What they take and return": ("Options", "TextGeneration", "Scores", "Config", "Decoder",
-                                  "ChatTemplate", "Stats", "StageStats", "BatchStats", "plan", "Plan", "Report"),
+    "What they take and return": ("Options", "TextGeneration", "Scores", "Config", "Decoder", "ChatTemplate", "Markup",
+                                  "Answer", "Delta", "Stats", "StageStats", "BatchStats", "plan", "Plan", "Report"),
 }  # fmt: skip
 # Members that the package's own modules use.
 INTERNAL = {
@@ -28,12 +28,13 @@ INTERNAL = {
     "Generation": {"forget"},
     "Sampling": {"choose"},
     "Scores": {"of"},
-    "ChatTemplate": {"from_files"},
+    "ChatTemplate": {"from_files", "literals", "after"},
     "StageStats": {"plus"},
     "Plan": {"file_tensors"},
 }  # fmt: skip
 # By a call that is described.
-MADE = {"Config", "Session", "Generation", "TextGeneration", "Batch", "Request", "Choice", "Decoder", "ChatTemplate"}
+MADE = {"Config", "Session", "Generation", "TextGeneration", "Batch", "Request", "Choice", "Decoder", "ChatTemplate",
+        "Markup", "Answer", "Delta"}  # fmt: skip
 INTRODUCTION = """# The Python API
 
 Written by `tools/make_docs.py` from the docstrings. The names of `deepcalm.__all__` are public; those of the last

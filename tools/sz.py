@@ -31,6 +31,7 @@ class Area:
 
 BATCH = tuple(f"python/deepcalm/{name}.py" for name in ("batch", "batch_lines", "batch_file", "cli/batch"))
 WIRE = ("python/deepcalm/wire.py",)
+MARKUP = ("python/deepcalm/markup.py",)
 AREAS = (
     Area(
         "C++",
@@ -46,11 +47,12 @@ AREAS = (
             *("python/deepcalm/*.py", "python/deepcalm/files/*.py"),
             *(f"python/deepcalm/cli/{name}.py" for name in ("__init__", "common", "run", "chat", "files")),
         ),
-        6843,
-        without=(*BATCH, *WIRE),
+        6860,
+        without=(*BATCH, *WIRE, *MARKUP),
     ),
     Area("Python batch", BATCH, 1096),
     Area("Python requests", WIRE, 502),
+    Area("Python markup", MARKUP, 531),
     Area("Python check", ("python/deepcalm/check/*.py", "python/deepcalm/cli/check.py"), 1596),
     Area("Python measure", ("python/deepcalm/measure/*.py", "python/deepcalm/cli/bench.py"), 1348),
     Area("tools", ("tools/**/*.py",), None),

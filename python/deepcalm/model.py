@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .batch import Batch
+    from .markup import Markup
     from .template import ChatTemplate
 
 DEFAULT_CTX = 4096
@@ -249,6 +250,13 @@ class Model(Closing):
     def chat_template(self) -> ChatTemplate | None:
         """The checkpoint's chat template, or None."""
         return self._text.template
+
+    @cached_property
+    def markup(self) -> Markup:
+        """Tool calls and thoughts, as this model's family writes and reads them."""
+        from .markup import Markup
+
+        return Markup(self.chat_template, self.vocabulary)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The conversation as text, special tokens written out; see ``ChatTemplate.render`` for the options.

@@ -73,6 +73,15 @@ class ChatTemplate:
         tokens = {k: t for k, v in tokenizer_config.items() if k.endswith("_token") and (t := token_content(v))}
         return cls(source, tokens)
 
+    @property
+    def literals(self) -> str:
+        """What the templates write out themselves, and their string constants."""
+        return "\0".join(self._literals.values())
+
+    def after(self, prelude: str) -> ChatTemplate:
+        """These templates with another piece of template in front, which may set what they read."""
+        return ChatTemplate({name: prelude + source for name, source in self._sources.items()}, self._tokens)
+
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The conversation as one prompt, special tokens written out; encode it without adding any.
 
@@ -108,7 +117,7 @@ class ChatTemplate:
 
         def mark(value: Any, tokens: tuple[str, ...]) -> Any:
             if isinstance(value, str):
-                return _any_of(tokens).sub(rf"{start}\g<0>{end}", value)
+                return any_of(tokens).sub(rf"{start}\g<0>{end}", value)
             if isinstance(value, list):
                 return [mark(v, tokens) for v in value]
             return {mark(k, tokens): mark(v, tokens) for k, v in value.items()} if isinstance(value, dict) else value
@@ -119,7 +128,7 @@ class ChatTemplate:
                 marked["messages"][i] = mark(m, special)
         text = self._render(name, marked, start + end)
         # Odd pieces are marked tokens; a template that splits text can leave single marks, which only divide.
-        pieces = re.split(f"{start}({_any_of(control).pattern}){end}|[{start}{end}]", text)
+        pieces = re.split(f"{start}({any_of(control).pattern}){end}|[{start}{end}]", text)
         ids: list[int] = []
         for i, piece in enumerate(pieces):
             ids += vocabulary.encode(piece or "", plain=i % 2 == 1)
@@ -210,7 +219,7 @@ os.register_at_fork(after_in_child=_renew_locks)
 
 
 @functools.lru_cache(maxsize=8)
-def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
+def any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
     """Any of ``tokens``, the longest first."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
