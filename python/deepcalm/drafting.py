@@ -16,6 +16,8 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 MAX_DRAFT = 7
@@ -34,6 +36,10 @@ PLAIN_EVERY = 32  # while drafting, a plain step this often keeps its price know
 PROBES = 4  # rounds with a single draft each time drafting is turned on, before the clock is believed
 DRAWDOWN = 1.25  # plain steps that drafting may lose by the clock, counted from its best moment, before it is off
 DRAWDOWN_WON = 4.0  # and what had been won since it is on, but not more than so many
+SAFE_SHARE = 0.75 * LIMIT  # of the bytes of a batch without drafts, which are estimated
+MAX_PENDING = 256  # tokens that a sequence's MTP cache lacks before a step catches up
+MAX_BATCH_ROWS = 320  # of a pass of a batch
+UNION_EVERY = 16  # steps of a batch after which counted unions are looked at again
 MAX_SLOWNESS = 2.0  # a round's seconds count as at most so many times those that its bytes predict: others are busy
 
 
@@ -82,16 +88,19 @@ class CostModel:
         """Distinct (layer, expert) pairs of ``rows`` adjacent tokens: counted windows, else as if routed at random."""
         if len(counted) >= rows and counted[rows - 1][0] >= 8:
             return counted[rows - 1][1] / counted[rows - 1][0]
-        if not self.top_k:
-            return 0.0
-        return self.layers * self.n_experts * (1 - (1 - self.top_k / self.n_experts) ** rows)
+        return self.layers * self.distinct(rows)
 
     def draft_bytes(self, k: int, rows: float) -> float:
         """Bytes of ``k`` drafts; the first one's pass brings the MTP cache up to date with ``rows`` tokens."""
-        if not self.top_k or k == 0:
-            return k * self.mtp_step
-        batch = float(self.n_experts * (1 - (1 - self.top_k / self.n_experts) ** rows))
-        return k * self.mtp_step + (batch - self.top_k) * self.mtp_expert
+        return self.mtp_pass(rows) + (k - 1) * self.mtp_step if k else 0.0
+
+    def mtp_pass(self, rows: float) -> float:
+        """Bytes of an MTP pass over ``rows`` tokens."""
+        return self.mtp_step + (self.distinct(rows) - self.top_k) * self.mtp_expert
+
+    def distinct(self, rows: float) -> float:
+        """Experts of one layer that ``rows`` tokens use, as if routed at random."""
+        return self.n_experts * (1 - (1 - self.top_k / self.n_experts) ** rows) if self.top_k else 0.0
 
     def verify_bytes(self, k: int, counted: Sequence[tuple[int, int]] = ()) -> float:
         """Bytes of the main pass over ``k`` drafts and the token before them."""
@@ -106,6 +115,12 @@ class CostModel:
         most = (min((k + 1) * self.top_k, self.n_experts) - self.top_k) * self.layers
         batch = min(rows * self.top_k, self.n_experts) - self.top_k
         return (max(most, 0) * self.expert + max(batch, 0) * self.mtp_expert + k * self.mtp_step) / self.plain
+
+    def worst_batch(self, drafts: int, mtp_rows: int, union: float) -> float:
+        """Bytes that one more draft of so many sequences loses at most, beside rows that use ``union`` experts."""
+        more = min(drafts * self.top_k * self.layers, self.layers * self.n_experts - union)
+        batch = min(mtp_rows * self.top_k, self.n_experts) - self.top_k
+        return max(more, 0) * self.expert + max(batch, 0) * self.mtp_expert + self.mtp_step
 
     def gain(self, k: int, acceptance: float | Sequence[float], counted: Sequence[tuple[int, int]] = ()) -> float:
         """Predicted speed with ``k`` drafts over plain decoding, where bytes decide."""
@@ -160,6 +175,31 @@ class DraftStats:
             self.taken[j] += 1 if r["accepted"] >= j else 0
 
 
+class Acceptance:
+    """How often drafts counted lately. [j-1]: of draft j, where all before it counted."""
+
+    def __init__(self) -> None:
+        self._offered, self._taken = [0.0] * MAX_DRAFT, [0.0] * MAX_DRAFT
+
+    def rates(self, priors: Sequence[float] = (PRIOR_ACCEPTANCE,) * MAX_DRAFT) -> list[float]:
+        """[MAX_DRAFT] what was measured, with a prior."""
+        rates, most = [], 1.0
+        for offered, taken, prior in zip(self._offered, self._taken, priors, strict=True):
+            rates.append((taken + min(prior, most) * PRIOR_WEIGHT) / (offered + PRIOR_WEIGHT))
+            most = min(most, rates[-1])  # later drafts come from the layer's own output: no better than those before
+        return rates
+
+    def add(self, drafted: int, accepted: int) -> None:
+        """A round."""
+        for j in range(min(accepted + 1, drafted)):
+            self._offered[j] = MEMORY * self._offered[j] + 1
+            self._taken[j] = MEMORY * self._taken[j] + (j < accepted)
+
+    def fade(self) -> None:
+        """What was measured says little about what comes."""
+        self._offered, self._taken = [n / 4 for n in self._offered], [n / 4 for n in self._taken]
+
+
 class Controller:
     """Decides the drafts of each round of one text.
 
@@ -186,17 +226,7 @@ class Controller:
         self._won = 0.0  # plain steps won by the clock since drafting was turned on
         self._pause, self._next_pause = PLAIN_FIRST, PAUSE
         self._since_plain = 0
-        # [j-1]: rounds lately that offered, and accepted, draft j after accepting all before it
-        self._offered, self._taken = [0.0] * MAX_DRAFT, [0.0] * MAX_DRAFT
-
-    @property
-    def acceptance(self) -> list[float]:
-        """[j-1]: acceptance of draft j when those before it were accepted: measured lately, with a prior."""
-        rates, prior = [], PRIOR_ACCEPTANCE
-        for offered, taken in zip(self._offered, self._taken, strict=True):
-            rates.append((taken + prior * PRIOR_WEIGHT) / (offered + PRIOR_WEIGHT))
-            prior = min(prior, rates[-1])  # later drafts come from the layer's own output: no better than those before
-        return rates
+        self._acceptance = Acceptance()
 
     def next_k(self, counted: Sequence[tuple[int, int]] = (), pending: int = 1) -> int:
         """Drafts of the next round.
@@ -209,7 +239,8 @@ class Controller:
             return self.fixed or 0
         if not self.drafting and self._pause > 0:
             return 0
-        gains = {k: self.cost.gain(k, self.acceptance, counted) for k in range(1, AUTO_MAX + 1)}
+        rates = self._acceptance.rates()
+        gains = {k: self.cost.gain(k, rates, counted) for k in range(1, AUTO_MAX + 1)}
         best = max(gains, key=lambda k: gains[k])
         if not self.drafting and gains[best] < 1 + LIMIT:
             self._rest()
@@ -239,7 +270,7 @@ class Controller:
             self._next_pause = min(2 * self._pause, 4 * PAUSE)
         else:
             self._pause = PAUSE
-        self._offered, self._taken = [n / 4 for n in self._offered], [n / 4 for n in self._taken]
+        self._acceptance.fade()
 
     def min_confidence(self, counted: Sequence[tuple[int, int]] = ()) -> float:
         """Probability below which a draft is not worth a row of the verification pass: that row's relative cost."""
@@ -259,9 +290,7 @@ class Controller:
             self._since_plain = 0
             return
         self._since_plain += n
-        for j in range(min(r["accepted"] + 1, r["drafted"])):
-            self._offered[j] = MEMORY * self._offered[j] + 1
-            self._taken[j] = MEMORY * self._taken[j] + (j < r["accepted"])
+        self._acceptance.add(r["drafted"], r["accepted"])
         plain_seconds = statistics.median(self._plain_seconds) if self._plain_seconds else seconds
         plain_bytes = self._plain_bytes or r["verify_bytes"]
         read = (r["draft_bytes"] + r["verify_bytes"]) / plain_bytes  # in plain steps
@@ -277,3 +306,187 @@ class Controller:
         won = min(max(self._won + self._down, 0.0), DRAWDOWN_WON)
         if self.drafting and self._down > DRAWDOWN + won:
             self._rest()
+
+
+class Drafts(Acceptance):
+    """What a batch knows of one answer.
+
+    ``left``: tokens that it may still get; ``pending``: those that its MTP cache lacks; ``tried``: drafts in the step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.pending, self.tried = 0, 1, 0
+
+    def add(self, drafted: int, accepted: int) -> None:
+        """A step of it."""
+        super().add(drafted, accepted)
+        self.left -= accepted + 1
+        self.pending = accepted + 1 if drafted else self.pending % MAX_PENDING + 1
+
+
+class BatchController:
+    """Decides the drafts of every answer of a batch, step by step.
+
+    ``draft`` as for ``Controller``. With "auto" a draft is made where its chance to count, times the bytes of a token
+    without drafts, is more than what it adds to the step: experts that no other row uses, the time of a row (in bytes
+    that could be read instead), and its part of MTP passes, each of which serves the drafts of one depth. The longest
+    answers come first: where nobody waits for their places, others that end sooner save their own rows only, and the
+    account says so. As in ``Controller``, no step starts that could, at worst, take the bytes of all answers beyond
+    LIMIT, and drafts that do not pay are tried again after a pause, a few at first.
+    """
+
+    def __init__(self, cost: CostModel | None, draft: str | int) -> None:
+        self.cost = cost
+        self.fixed = (None if cost else 0) if draft == "auto" else 0 if draft == "off" else int(draft)
+        self._all = Acceptance()  # what a new answer starts from
+        self._read = self._lost = 0.0  # bytes of all answers without drafts; what drafts took and did not bring
+        self._cache = 0.0  # bytes of the last step that were no weights
+        self._union: list[float] = []  # [rows] distinct (layer, expert) pairs of a pass
+        self._plain = [0.0]  # [answers] bytes of a step without drafts
+        self._steps = 0
+        self._pause, self._next_pause = PLAIN_FIRST, PAUSE  # steps without drafts
+        self._lost_before = 0.0  # when the last pause began
+        self._tried = 0  # drafts since the last pause
+        self._fit = [0.0] * 5  # of seconds to bytes and rows of a step: sums of products, lately
+
+    def next_k(
+        self, answers: Sequence[Drafts], rows: int, most: int, counted: Sequence[tuple[int, int]] = ()
+    ) -> list[int]:
+        """Drafts of each answer in the next step.
+
+        Args:
+            answers: what is known of each.
+            rows: of the main pass besides those of drafts.
+            most: drafts of all answers together.
+            counted: ``_core.Batch.expert_union()``.
+        """
+        n = len(answers)
+        ks = [max(min(self.fixed or 0, d.left - 1, most // n), 0) for d in answers]
+        for d in answers:
+            d.tried = 0
+        if self.fixed is not None or self.cost is None or not answers:
+            return ks
+        if self._steps % UNION_EVERY == 0:
+            self._union = self._unions(counted)
+        self._steps += 1
+        cost, union = self.cost, self._union
+        self._plain = [0.0, *(cost.plain + (u - union[1]) * cost.expert + self._cache * (i + 1) / n
+                              for i, u in enumerate(union[1 : n + 1]))]  # fmt: skip
+        if self._pause > 0:
+            return ks
+        probing = self._tried < PRIOR_WEIGHT  # as many drafts tell, and no less
+        price, row_time, pays = self._plain[n] / n, self._row_time(), False
+        risk_left = SAFE_SHARE * max(self._read, LIMIT_TOKENS * price) - self._lost
+        rates = [Acceptance().rates() if probing else d.rates(self._all.rates()) for d in answers]
+        chances = [[1.0, *accumulate(r, mul)] for r in rates]
+        for depth in range(1, 2 if probing else AUTO_MAX + 1):
+            row = (union[rows + 1] - union[rows]) * cost.expert + row_time
+            able = [i for i, d in enumerate(answers) if ks[i] == depth - 1 < d.left - 1
+                    and chances[i][depth] * price > (1 + LIMIT) * row]  # fmt: skip
+            able.sort(key=lambda i: -answers[i].left)
+            gain, wanted, now = 0.0, (0, 0.0), (0, 0.0)  # drafts, and what they lose at worst
+            value, mtp_rows = 0.0, 0
+            for b, i in enumerate(able[:most], 1):
+                mtp_rows += answers[i].pending if depth == 1 else 1
+                value += chances[i][depth] * price / (1 + LIMIT)
+                cache = self._cache * b / n / max(cost.layers, 1)  # of the MTP layer, about that of a layer
+                won = value - (union[rows + b] - union[rows]) * cost.expert - b * row_time - cache
+                worst = b, cost.worst_batch(b, mtp_rows, union[rows]) + cache
+                # A draft follows a draft as a rule: what the first one catches up with is a risk, not its price.
+                if won - cost.mtp_pass(2 * b if depth == 1 else b) > gain:
+                    gain, wanted = won - cost.mtp_pass(2 * b if depth == 1 else b), worst
+                if worst[1] <= risk_left and (probing or won > cost.mtp_pass(mtp_rows)):
+                    now = worst
+            pays |= gain > 0
+            best, risk = wanted if wanted[1] <= risk_left else now if gain > 0 else (0, 0.0)
+            for i in able[:best]:
+                ks[i] = answers[i].tried = depth
+            rows, most, risk_left = rows + best, most - best, risk_left - risk
+            if not best:
+                break
+        if not pays and most and max(d.left for d in answers) > 1:
+            self._rest(answers)
+        return ks
+
+    def _unions(self, counted: Sequence[tuple[int, int]]) -> list[float]:
+        """[rows] as if routed at random, times what counting found for about as many rows."""
+        assert self.cost is not None
+        random = [self.cost.layers * self.cost.distinct(rows) for rows in range(MAX_BATCH_ROWS + 1)]
+        scale = {
+            rows: experts / n / random[rows] for rows, (n, experts) in enumerate(counted, 1) if n >= 8 and random[rows]
+        }
+        near = sorted(scale) or [1]
+        out, at = [], 0
+        for rows, union in enumerate(random):
+            while at + 1 < len(near) and near[at + 1] - rows <= rows - near[at]:
+                at += 1
+            out.append(union * scale.get(near[at], 1.0))
+        return list(accumulate(out, max))
+
+    def _rest(self, answers: Sequence[Drafts]) -> None:
+        """No drafts for a while; what was accepted says little about what comes after it."""
+        shortest = max(PAUSE // len(answers), PAUSE // 4)
+        self._pause = shortest if self._lost < self._lost_before else self._next_pause
+        self._next_pause, self._lost_before = min(2 * self._pause, 4 * shortest), self._lost
+        self._tried = 0
+        for a in (self._all, *answers):
+            a.fade()
+
+    def min_confidence(self, rows: int) -> float:
+        """Probability below which a draft is not worth its row in a pass of ``rows``."""
+        if self.fixed is not None or self.cost is None or not self._plain[-1]:
+            return 0.0
+        row = (self._union[rows] - self._union[rows - 1]) * self.cost.expert + self._row_time()
+        return row * (len(self._plain) - 1) / self._plain[-1]
+
+    def observe(
+        self, answers: Sequence[tuple[Drafts, Mapping[str, Any]]], step: Mapping[str, Any], prefill: bool, others: bool
+    ) -> None:
+        """Takes a step into account.
+
+        Args:
+            answers: each one's state and its result, as ``_core.Batch.step`` reports it.
+            step: what it reports of the step.
+            prefill: rows of prompts were in it too; the MTP passes over them are the prompts' own.
+            others: somebody waits for the place of an answer that ends.
+        """
+        if self.fixed is not None or self.cost is None or not answers:
+            return
+        cost, n, tried, made = self.cost, len(answers), max(d.tried for d, _ in answers), 0
+        before, mtp_rows = self._remaining([d for d, _ in answers]), sum(d.pending for d, _ in answers if d.tried)
+        for drafts, r in answers:  # one that was not confident enough for a row did not count either
+            drafts.add(drafts.tried, r["accepted"])
+            self._all.add(drafts.tried, r["accepted"])
+            self._tried, made = self._tried + drafts.tried, made + 1 + r["accepted"]
+        without = made * self._plain[n] / n if others else before - self._remaining([d for d, _ in answers])
+        weights = cost.plain + (step["experts_verify"] - cost.layers * cost.top_k) * cost.expert
+        self._cache = max(step["verify_bytes"] - weights, 0.0)
+        self._read += without if tried or prefill else step["verify_bytes"]
+        seconds = step["draft_seconds"] + step["verify_seconds"]
+        if not prefill and seconds > 0:  # each step counts as much, the slow ones too
+            byte, row = (step["draft_bytes"] + step["verify_bytes"]) / seconds, step["rows"] / seconds
+            products = (byte * byte, byte * row, row * row, byte, row)
+            self._fit = [MEMORY * old + new for old, new in zip(self._fit, products, strict=True)]
+        self._lost += cost.draft_bytes(tried, mtp_rows) if prefill else step["draft_bytes"]
+        if tried:
+            rows = step["rows"] - sum(r["drafted"] for _, r in answers)
+            self._lost += (step["experts_verify"] - self._union[rows]) * cost.expert + self._plain[n] - without
+        else:
+            self._pause -= 1
+
+    def _row_time(self) -> float:
+        """What a row costs besides bytes, in bytes that could be read in that time."""
+        bb, br, rr, bt, rt = self._fit
+        scale = bb * rr - br * br
+        if self._tried < PRIOR_WEIGHT or scale <= 1e-4 * bb * rr:  # steps were too much alike to tell
+            return 0.0
+        byte, row = (bt * rr - rt * br) / scale, (rt * bb - bt * br) / scale
+        return min(max(row / byte, 0.0), self._plain[1]) if byte > 0 else self._plain[1]
+
+    def _remaining(self, answers: Sequence[Drafts]) -> float:
+        """Bytes that the rest of these answers reads without drafts."""
+        total, done = 0.0, 0
+        for i, left in enumerate(sorted(d.left for d in answers)):
+            total, done = total + (left - done) * self._plain[len(answers) - i], left
+        return total
