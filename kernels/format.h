@@ -14,7 +14,8 @@
 //   q4, q4b         288  code + 8 at 64*((c%16)/4) + 4*r + c%4,                  f16 (q4) or bf16 (q4b) at 256 + 2*r
 //                        low nibble for c < 16, high nibble for c >= 16
 //
-// Values: f8 = e4m3(byte) * scale_block; q8 = code * scale, code in -127..127; q4 = code * scale, code in -8..7.
+// Values: f8 = e4m3(byte) * scale_block; q8 = code * scale, code in -127..127 (-128 too where a
+// source has it); q4 = code * scale, code in -8..7.
 #pragma once
 
 #include <cstddef>

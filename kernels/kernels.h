@@ -163,6 +163,9 @@ struct PackArgs {
 bool pack_tiles(PackArgs& args) noexcept;
 // Codes that already exist: e4m3 bytes [rows, cols] into f8 tiles (bytes unchanged). NaN codes (0x7F, 0xFF) are refused.
 bool pack_f8_codes(View<const uint8_t> codes, int rows, int cols, std::byte* out, int* bad_row, int* bad_col) noexcept;
+// int8 codes (value = code * scale): bytes [rows, cols], scales [rows, cols/32] -> q8 tiles, over the groups that are packed
+// there already where f16 holds the scale; the others stay.
+void keep_q8_codes(View<const uint8_t> codes, View<const float> scales, int rows, int cols, std::byte* out) noexcept;
 // int4 codes 0..15 (value = (code - 8) * scale): nibbles [rows, cols/2] low first, 16-bit scales [rows, cols/32] -> q4/q4b tiles.
 bool pack_q4_codes(View<const uint8_t> nibbles, View<const uint16_t> scales, Format format, int rows, int cols,
                    std::byte* out, int* bad_row, int* bad_col) noexcept;

@@ -356,6 +356,22 @@ bool pack_f8_codes(View<const uint8_t> codes, int rows, int cols, std::byte* out
     return true;
 }
 
+void keep_q8_codes(View<const uint8_t> codes, View<const float> scales, int rows, int cols, std::byte* out) noexcept {
+    auto* t = reinterpret_cast<TileQ8*>(out);
+    for (int row0 = 0; row0 < rows; row0 += kTileRows) {
+        for (int col0 = 0; col0 < cols; col0 += kTileCols, ++t) {
+            for (int r = 0; r < std::min(kTileRows, rows - row0); ++r) {
+                const float scale = scales.row(row0 + r)[col0 / kTileCols];
+                const uint16_t h = f32_to_f16(scale);
+                if (f16_to_f32(h) != scale) continue;
+                t->scale[r] = h;
+                const uint8_t* src = codes.row(row0 + r) + col0;
+                for (int c = 0; c < std::min(kTileCols, cols - col0); ++c) t->v[c / 4][r][c % 4] = src[c] ^ 0x80U;
+            }
+        }
+    }
+}
+
 bool pack_q4_codes(View<const uint8_t> nibbles, View<const uint16_t> scales, Format format, int rows, int cols,
                    std::byte* out, int* bad_row, int* bad_col) noexcept {
     const uint16_t limit = format == Format::kQ4 ? 0x7C00 : 0x7E00;  // infinity, NaN; bf16: 2^125, 8 times it is

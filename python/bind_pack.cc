@@ -160,11 +160,11 @@ namespace {
 
 // --- packing ---------------------------------------------------------------------------------------------------------
 
-enum class Kind { kF32, kBF16, kF16, kF8, kI4 };
+enum class Kind { kF32, kBF16, kF16, kF8, kI4, kI8 };
 
 Kind kind_from_name(const std::string& name) {
-    static constexpr const char* kNames[] = {"f32", "bf16", "f16", "f8", "i4"};
-    for (int i = 0; i < 5; ++i) {
+    static constexpr const char* kNames[] = {"f32", "bf16", "f16", "f8", "i4", "i8"};
+    for (int i = 0; i < 6; ++i) {
         if (name == kNames[i]) return static_cast<Kind>(i);
     }
     throw py::value_error("unknown source kind " + name);
@@ -191,9 +191,9 @@ struct Source {
     const uint8_t* data = nullptr;  // [n_rows, stride bytes]
     int64_t stride = 0;             // bytes of a row; i4: two codes a byte, low nibble first
     int n_rows = 0, cols = 0;
-    int first_row = 0;                // index of row 0 of `data` in the tensor; places it in the f8 scale grid
-    const float* f8_scale = nullptr;  // [*, f8_scale_cols] one per block of the whole tensor
-    int64_t f8_scale_cols = 0;
+    int first_row = 0;            // index of row 0 of `data` in the tensor; places it in the grid of scales
+    const float* grid = nullptr;  // f8, i8: [*, grid_cols] one scale per block of the whole tensor
+    int64_t grid_cols = 0;
     int block_rows = 1, block_cols = 1;
     const uint16_t* i4_scale = nullptr;  // [n_rows, i4_groups]
     int64_t i4_groups = 0;
@@ -202,8 +202,9 @@ struct Source {
     py::object arrays;  // whose memory this is
 
     const uint8_t* row(int i) const { return data + i * stride; }
+    const float* scale_row(int i) const { return grid + (first_row + i) / block_rows * grid_cols; }
 
-    // Row i as f32; e4m3 times scale and code times scale are rounded once to f32.
+    // Row i as f32; value times scale is rounded once to f32.
     void load(int i, float* out) const {
         const uint8_t* p = row(i);
         switch (kind) {
@@ -223,13 +224,18 @@ struct Source {
                 out[c] = dc::f16_to_f32(h);
             }
             return;
-        case Kind::kF8: {
-            static const std::vector<float> table = [] {
-                std::vector<float> t(256);
-                for (int b = 0; b < 256; ++b) t[static_cast<size_t>(b)] = dc::e4m3_to_f32(static_cast<uint8_t>(b));
+        case Kind::kF8:
+        case Kind::kI8: {
+            static const auto tables = [] {
+                std::array<std::array<float, 256>, 2> t{};
+                for (size_t b = 0; b < 256; ++b) {
+                    t[0][b] = dc::e4m3_to_f32(static_cast<uint8_t>(b));
+                    t[1][b] = static_cast<float>(static_cast<int8_t>(b));
+                }
                 return t;
             }();
-            const float* scale = f8_scale + (first_row + i) / block_rows * f8_scale_cols;
+            const auto& table = tables[kind == Kind::kI8];
+            const float* scale = scale_row(i);
             for (int begin = 0; begin < cols; begin += block_cols, ++scale) {
                 for (int c = begin; c < std::min(cols, begin + block_cols); ++c) out[c] = table[p[c]] * *scale;
             }
@@ -248,7 +254,9 @@ struct Source {
     }
 };
 
-int64_t kind_bits(Kind kind) { return kind == Kind::kF32 ? 32 : kind == Kind::kF8 ? 8 : kind == Kind::kI4 ? 4 : 16; }
+int64_t kind_bits(Kind kind) {
+    return kind == Kind::kF32 ? 32 : kind == Kind::kI4 ? 4 : kind == Kind::kF8 || kind == Kind::kI8 ? 8 : 16;
+}
 
 // All sizes are checked here, so that the loops need not.
 Source make_source(const std::string& kind, const Bytes& data, int cols, int first_row, const py::object& scale,
@@ -265,14 +273,14 @@ Source make_source(const std::string& kind, const Bytes& data, int cols, int fir
     s.stride = data.shape(1);
     s.first_row = first_row;
     require(cols >= 1 && dc::ceil_div(int64_t{cols} * kind_bits(s.kind), 8) <= s.stride, "source rows are too short");
-    if (s.kind == Kind::kF8) {
+    if (s.kind == Kind::kF8 || s.kind == Kind::kI8) {
         const auto a = same_array<Floats>(scale);
         require(block_rows >= 1 && block_cols >= 1 && first_row >= 0, "bad scale block");
         require(a.ndim() == 2 && a.shape(0) >= dc::ceil_div(int64_t{first_row} + s.n_rows, block_rows) &&
                     a.shape(1) >= dc::ceil_div(cols, block_cols),
-                "f8 scale grid is too small");
-        s.f8_scale = a.data();
-        s.f8_scale_cols = a.shape(1);
+                "grid of scales is too small");
+        s.grid = a.data();
+        s.grid_cols = a.shape(1);
         s.block_rows = block_rows;
         s.block_cols = block_cols;
     } else if (s.kind == Kind::kI4) {
@@ -376,6 +384,23 @@ struct PackCall {
         });
     }
 
+    bool run_q8_codes() {
+        if (!run_values()) return false;
+        const int64_t groups = dc::ceil_div(cols, dc::kTileCols);
+        std::vector<uint8_t> strip(static_cast<size_t>(dc::kTileRows) * static_cast<size_t>(cols));
+        std::vector<float> scale(static_cast<size_t>(dc::kTileRows * groups));
+        return strips(dc::kTileRows, [&](int row0, int n, std::byte* dst, int&, int&) {
+            for (int r = 0; r < n; ++r) {
+                const int i = source_row(row0 + r);
+                std::memcpy(strip.data() + int64_t{r} * cols, src.row(i), static_cast<size_t>(cols));
+                for (int64_t g = 0; g < groups; ++g)
+                    scale[static_cast<size_t>(r * groups + g)] = src.scale_row(i)[g * dc::kTileCols / src.block_cols];
+            }
+            dc::keep_q8_codes({strip.data(), cols}, {scale.data(), groups}, n, cols, dst);
+            return true;
+        });
+    }
+
     bool run_q4_codes() {
         const int64_t stride = dc::ceil_div(cols, 2), groups = dc::ceil_div(cols, dc::kTileCols);
         std::vector<uint8_t> strip(static_cast<size_t>(dc::kTileRows * stride));
@@ -406,6 +431,8 @@ py::tuple pack_rows(const Tiles& to, const Source& src, const Rows& index, bool 
     for (const int32_t i : call.index) require(i >= 0 && i < src.n_rows, "row index out of range");
     const bool is_f8 = to.format == dc::Format::kF8, is_q4b = to.format == dc::Format::kQ4B;
     require(!exact || (is_f8 && src.kind == Kind::kF8) ||
+                (to.format == dc::Format::kQ8 && src.kind == Kind::kI8 && !transpose &&
+                 (src.block_cols % dc::kTileCols == 0 || src.block_cols >= src.cols)) ||
                 ((is_q4b || to.format == dc::Format::kQ4) && src.kind == Kind::kI4 && !transpose),
             "the source's codes are not of this format");
     require(exact || !is_q4b, "bf16-scaled q4 only keeps existing codes");
@@ -423,7 +450,10 @@ py::tuple pack_rows(const Tiles& to, const Source& src, const Rows& index, bool 
         call.scales = s.mutable_data();
     }
     const bool ok = without_gil([&] {
-        return !exact ? call.run_values() : is_f8 ? call.run_f8_codes() : call.run_q4_codes();
+        return !exact                         ? call.run_values()
+               : is_f8                        ? call.run_f8_codes()
+               : to.format == dc::Format::kQ8 ? call.run_q8_codes()
+                                              : call.run_q4_codes();
     });
     return outcome(ok, call.bad_row, call.bad_col, call.near_zero);
 }
@@ -566,12 +596,11 @@ void init_pack(py::module_& m) {
           "parts, "
           "interleaved, formats}.");
     py::class_<Source>(m, "Source")
-        .def(
-            py::init(&make_source), "kind"_a, "data"_a.noconvert(), "cols"_a, "first_row"_a = 0, "scale"_a = py::none(),
-            "block"_a = std::pair(1, 32), "scale_dtype"_a = "",
-            "Rows of a tensor as the checkpoint stores them, uint8 [rows, row bytes]. kind: f32|bf16|f16|f8|i4; scale: "
-            "f32 grid (f8) or uint16 [rows, groups] (i4), one for `block` rows x columns; first_row places the rows in "
-            "it.");
+        .def(py::init(&make_source), "kind"_a, "data"_a.noconvert(), "cols"_a, "first_row"_a = 0,
+             "scale"_a = py::none(), "block"_a = std::pair(1, 32), "scale_dtype"_a = "",
+             "Rows of a tensor as the checkpoint stores them, uint8 [rows, row bytes]. kind: f32|bf16|f16|f8|i8|i4; "
+             "scale: f32 grid (f8, i8) or uint16 [rows, groups] (i4), one for `block` rows x columns; first_row places "
+             "the rows in it.");
     py::class_<Tiles>(m, "Tiles")
         .def(py::init(&make_tiles), "out"_a.noconvert(), "stride"_a, "format"_a, "format_scale"_a,
              "scales"_a = py::none(), "block"_a = std::pair(128, 128),

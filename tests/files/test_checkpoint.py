@@ -258,10 +258,10 @@ def yarn(**keys: Any) -> dict[str, Any]:
         ({"eos_token_id": [1, 299]}, r"eos_token_id is \[1, 299\], expected token ids in 0\.\.298"),
         ({"bos_token_id": "1"}, r"bos_token_id is '1', expected token ids in 0\.\.298"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected true or false"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method is 'gptq', expected fp8 or compressed-tensors"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method is 'gptq', expected fp8, compressed-tensors or modelopt"),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method is 'awq'"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quant_method is 'bitsandbytes'"),
-        ({"quantization_config": {"quant_method": "modelopt"}}, "quant_method is 'modelopt'"),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "INT4_AWQ"}}, "quant_algo is 'INT4_AWQ', expected 'NVFP4' or"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "quant_method is 'mxfp4'"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "quantization is that of an mlx 4-bit checkpoint, which is not read"),
         ({"quantization_config": {"group_size": 32, "bits": 8, "mode": "affine"}}, "quantization_config is that of an mlx 8-bit"),
@@ -311,15 +311,25 @@ def test_norm_topk_prob_with_softmax_is_refused(copy: Callable[[str], Path]) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_bits": 8}, "num_bits is 8, expected 4"),
+        ({"num_bits": 3}, "num_bits is 3, expected 4 or 8 of type int or float"),
+        ({"num_bits": [4]}, r"num_bits is \[4\], expected 4 or 8"),
+        ({"num_bits": True}, "num_bits is True, expected 4 or 8"),
         ({"symmetric": False}, "symmetric is False, expected True"),
-        ({"strategy": "channel"}, "strategy is 'channel', expected 'group'"),
-        ({"type": "float"}, "type is 'float', expected 'int'"),
+        ({"symmetric": None}, "symmetric is None, expected True"),
+        ({"strategy": "token"}, "strategy is 'token', expected 'group' or 'channel'"),
+        ({"strategy": ["group"]}, r"strategy is \['group'\], expected 'group' or 'channel'"),
+        ({"strategy": "tensor", "type": "int", "num_bits": 8}, "strategy is 'tensor', expected 'group' or 'channel'"),
+        ({"type": "complex"}, "num_bits is 4, expected 4 or 8 of type int or float"),
+        ({"type": "float", "num_bits": 8, "strategy": "block"}, "block_structure is missing, expected two block sizes"),
+        (
+            {"type": "float", "num_bits": 8, "strategy": "block", "block_structure": [0, 1]},
+            r"block_structure is \[0, 1\]",
+        ),
         ({"actorder": "group"}, "actorder is 'group'"),
         ({"actorder": True}, "actorder is True, expected False or 'static' or 'weight'"),
         ({"group_size": 16}, "group_size is 16, expected a multiple of 32"),
         ({"group_size": 48}, "group_size is 48, expected a multiple of 32"),
-        ({"num_bits": None}, "num_bits is None, expected 4"),
+        ({"num_bits": None}, "num_bits is None, expected 4 or 8"),
     ],
 )
 def test_compressed_tensors_refusals(change: dict[str, Any], message: str, copy: Callable[[str], Path]) -> None:
@@ -332,13 +342,25 @@ def test_compressed_tensors_refusals(change: dict[str, Any], message: str, copy:
 def test_compressed_tensors_formats_and_groups(copy: Callable[[str], Path]) -> None:
     folder = copy("kimi_k2")
     refused(
-        edit_config(folder, lambda c: c["quantization_config"].update(format="nvfp4-pack-quantized")),
-        "format is 'nvfp4-pack",
+        edit_config(folder, lambda c: c["quantization_config"].update(format="marlin-24")),
+        "format is 'marlin-24', expected pack-quantized or",
         ConfigError,
     )
     refused(
         edit_config(folder, lambda c: c["quantization_config"].update(format="pack-quantized", config_groups={})),
         "config_groups is {}",
+        ConfigError,
+    )
+    refused(
+        edit_config(folder, lambda c: c["quantization_config"].update(sparsity_config={"format": "sparse-24-bitmask"})),
+        "sparsity_config is {'format': .*sparse weights are not read",
+        ConfigError,
+    )
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+    two = {"a": {"weights": weights}, "b": {"weights": weights | {"group_size": 128}}}
+    refused(
+        edit_config(folder, lambda c: c["quantization_config"].update(config_groups=two, sparsity_config={})),
+        "config_groups: b is .*, expected the int8_group of the group before it, 64",
         ConfigError,
     )
     refused(
@@ -717,15 +739,18 @@ FUSED, SWITCH = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.s
         ("moonlight", {KV_B + "weight": zeros("BF16", 80, 34, 1)}, r"BF16 \[80, 34, 1\], expected"),
         ("moonlight", {KV_B + "weight": zeros("I8", 80, 34)}, rf"{KV_B}weight: I8 \[80, 34\], expected F32 or BF16 or F16 or F8_E4M3"),
         ("moonlight", {KV_B + "weight": zeros("F64", 80, 34)}, "F64"),
-        ("moonlight", {KV_B + "weight": zeros("F8_E4M3", 80, 34)}, rf"{KV_B}weight: F8_E4M3 needs {KV_B}weight_scale_inv, found none"),
-        ("moonlight", {KV_B + "weight": zeros("F8_E4M3", 80, 34), KV_B + "weight_scale": zeros("F32", 1)}, "found only .*weight_scale"),
-        ("moonlight", {KV_B + "weight": zeros("F8_E4M3", 80, 34), KV_B + "weight_scale_inv": zeros("F32", 1, 1)}, "no weight_block_size"),
+        ("moonlight", {KV_B + "weight": zeros("F8_E4M3", 80, 34)}, rf"{KV_B}weight: F8_E4M3 needs {KV_B}weight_scale_inv or weight_scale, found none"),
+        ("moonlight", {KV_B + "weight": zeros("F8_E4M3", 80, 34), KV_B + "weight_scale": zeros("F32", 7)}, r"F8_E4M3 with \[7\] scales, but"),
+        ("moonlight", {KV_B + "weight": zeros("F8_E4M3", 80, 34), KV_B + "weight_scale": zeros("I32", 1)}, r"weight_scale: I32 \[1\], expected F32"),
+        ("moonlight", {KV_B + "weight": zeros("F8_E4M3", 80, 34), KV_B + "weight_scale_inv": zeros("F32", 2, 1)}, "no weight_block_size"),
         ("moonlight", {KV_B + "weight_scale_inv": zeros("F32", 1, 1)}, "BF16 with a scale beside it, expected none"),
         ("moonlight", {UP + "weight": None, UP + "qweight": zeros("I32", 9, 33)}, rf"{UP}qweight: GPTQ or AWQ is not supported"),
         ("moonlight", {UP + "SCB": zeros("F32", 33)}, "SCB: bitsandbytes int8 is not supported"),
-        ("moonlight", {UP + "weight_scale_2": zeros("F32", 1)}, "weight_scale_2: NVFP4 is not supported"),
+        ("moonlight", {UP + "weight_scale_2": zeros("F32", 1)}, "weight_scale_2: NVFP4 of such a tensor is not supported"),
+        ("moonlight", {UP + "pre_quant_scale": zeros("F32", 70)}, "pre_quant_scale: AWQ is not supported"),
         ("moonlight", {UP + "weight": None, UP + "weight_blocks": zeros("U8", 3)}, "weight_blocks: MXFP4 is not supported"),
-        ("moonlight", {UP + "weight_packed": zeros("I32", 33, 9)}, "config.json announces no int4 here"),
+        ("moonlight", {UP + "weight": None, UP + "weight_packed": zeros("I32", 33, 9)}, "config.json announces no int4 here"),
+        ("moonlight", {UP + "weight_packed": zeros("I32", 33, 9)}, r"expected a plain tensor \[33, 70\] and no other"),
         ("kimi_k2", {UP + "weight_zero_point": zeros("I32", 4, 3)}, "weight_zero_point: zero points is not supported"),
         ("kimi_k2", {UP + "weight_g_idx": zeros("I32", 96)}, "weight_g_idx: activation ordering is not supported: column 32 is in group 0, expected 1"),
         ("kimi_k2", {UP + "weight_g_idx": zeros("I32", 95)}, r"weight_g_idx: I32 \[95\], expected I32 or I64 \[96\]"),
@@ -743,7 +768,15 @@ FUSED, SWITCH = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.s
         ("moonlight", {UP + "weight": None, FUSED: zeros("BF16", 8, 66, 70)}, r"BF16 \[8, 66, 70\], expected \[9 experts, rows of gate and up"),
         ("moonlight", {UP + "weight": None, FUSED: zeros("BF16", 9, 66)}, r"gate_up_proj: BF16 \[9, 66\], expected \[9 experts"),
         ("moonlight", {UP + "weight": None, FUSED: zeros("BF16", 9, 70, 66)}, r"gate_up_proj: BF16 \[35, 66\], expected .* \[33, 70\]"),
-        ("moonlight", {UP + "weight": None, FUSED: zeros("F8_E4M3", 9, 66, 70)}, "gate_up_proj: F8_E4M3 needs .*gate_up_proj_scale_inv, found none"),
+        ("moonlight", {UP + "weight": None, FUSED: zeros("F8_E4M3", 9, 66, 70)}, "gate_up_proj: F8_E4M3 needs .*gate_up_proj_scale_inv or weight_scale, found none"),
+        ("moonlight", {UP + "weight": zeros("I8", 33, 70), UP + "weight_scale": zeros("F32", 33, 1)}, "config.json announces no int8 here"),
+        ("kimi_k2", {UP + "weight_packed": None, UP + "weight": zeros("I8", 32, 96)}, "announces no int8 here"),
+        ("kimi_k2", {UP + "weight_packed": zeros("U8", 32, 48)}, r"weight_scale: BF16 \[32, 3\], expected F8_E4M3 or U8 or F8_E8M0"),
+        ("kimi_k2", {UP + "weight_packed": zeros("U8", 32, 47)}, r"weight_packed: U8 \[32, 47\], expected U8 \[32, 48\]"),
+        ("kimi_k2", {UP + "weight_packed": zeros("U8", 32, 48), UP + "weight_scale": zeros("U8", 32, 6)}, r"expected .* \[32, 3\] for .* groups of 32"),
+        ("kimi_k2", {UP + "weight_packed": zeros("U8", 32, 48), UP + "weight_scale": zeros("F8_E4M3", 32, 6)}, "found none, expected one weight_global_scale or"),
+        ("kimi_k2", {UP + "weight_packed": zeros("U8", 32, 48), UP + "weight_scale": zeros("U8", 32, 3), UP + "weight_global_scale": zeros("F32", 1)}, "expected no scale of the whole tensor"),
+        ("kimi_k2", {UP + "weight_packed": zeros("U8", 32, 48), UP + "weight_scale": zeros("F8_E4M3", 32, 6), UP + "weight_global_scale": zeros("F32", 2)}, r"weight_global_scale: F32 \[2\], expected F32 \[\]"),
     ],
 )  # fmt: skip
 def test_weight_refusals_name_the_tensor(

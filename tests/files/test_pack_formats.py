@@ -312,6 +312,37 @@ def test_int4_codes_and_scales_are_kept(tile_scale: str, group: int, cols: int, 
     assert pack("q4", nibbles, exact=True, tile_scale=tile_scale, **kw)[2] == (20, (cols - 1) // group * group)
 
 
+@pytest.mark.parametrize(("block", "cols"), [((1, 32), 96), ((1, 128), 160), ((1, 70), 70), ((5, 64), 100)])
+def test_int8_codes_and_scales_are_kept(block: tuple[int, int], cols: int, rng: np.random.Generator) -> None:
+    codes = rng.integers(-128, 128, (21, cols)).astype(np.int8)
+    grid = F.bf16_round(rng.uniform(0.001, 0.1, (-(-31 // block[0]), -(-cols // block[1]))))
+    kw: dict[str, Any] = {"kind": "i8", "cols": cols, "scale": grid, "block": block, "first_row": 10}
+    each = grid[(np.arange(21) + 10)[:, None] // block[0], np.arange(cols) // block[1]]
+    index = rng.permutation(21)
+    for transpose in (False, True):
+        tiles, _, bad = pack("f32", codes.view(np.uint8), transpose=transpose, **kw)
+        got = F.decode_tiles("f32", tiles, *((cols, 21) if transpose else (21, cols)))
+        want = codes.astype(np.float32) * each
+        np.testing.assert_array_equal(got, want.T if transpose else want)
+    tiles, _, bad = pack("q8", codes.view(np.uint8), exact=True, index=index, **kw)
+    assert bad is None
+    bits = F.f16_bits(each[index][:, ::32])
+    np.testing.assert_array_equal(tiles, F.encode_tiles("q8", codes[index].astype(np.int16), bits))
+    # scales that are no f16 values: quantised again, the others kept
+    grid[::2] *= np.float32(1.0001)
+    each = grid[(np.arange(21) + 10)[:, None] // block[0], np.arange(cols) // block[1]]
+    again, _, _ = pack("q8", codes.astype(np.float32) * each)
+    tiles, _, _ = pack("q8", codes.view(np.uint8), exact=True, **kw)
+    own = F.f16_value(F.f16_bits(each[:, ::32])) != each[:, ::32]
+    for kept, out in ((False, again), (True, F.encode_tiles("q8", codes.astype(np.int16), F.f16_bits(each[:, ::32])))):
+        found, want = (F.decode_codes("q8", t, 21, cols) for t in (tiles, out))
+        same = np.repeat(own != kept, 32, 1)[:, :cols]
+        np.testing.assert_array_equal(found[same], want[same])
+        scales = (F.decode_scales("q8", t, 21, cols)[own != kept] for t in (tiles, out))
+        np.testing.assert_array_equal(*scales)
+    assert own.any() and not own.all()
+
+
 # --- near zero: nothing underflows into a refusal, or by more than half a step --------------------------------------
 
 HALF_STEP = {"q8": 2.0**-25, "q4": 2.0**-25, "f16": 2.0**-25, "bf16": 2.0**-134, "f8": 2.0**-136}  # of the smallest
@@ -419,7 +450,7 @@ def test_packing_calls_check_their_buffers() -> None:
     assert pack_with(*good) == (None, 0)
     changes: dict[int, list[Any]] = {
         0: [np.zeros(2047, np.uint8), out[1:], np.zeros(2048, np.int8)], 1: [2047], 2: ["q8", "nope"], 3: ["f16"],
-        4: ["f16x", "f8", "i4"], 5: [w[:, :127].copy(), w[0]], 6: [0, 33],
+        4: ["f16x", "f8", "i4", "i8"], 5: [w[:, :127].copy(), w[0]], 6: [0, 33],
         7: [index + 1, index - 1, index[:0], index[None]], 8: [True],
     }  # fmt: skip
     for position, values in changes.items():

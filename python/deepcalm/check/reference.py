@@ -404,10 +404,16 @@ class SourceWeights:
                 for i, part in enumerate(("gate", "up"))], False  # fmt: skip
 
     def keeps_blocks(self, name: str, slice_: int) -> bool:
-        """Whether every 16 x 32 tile lies in one f8 scale block of the checkpoint, so that codes can be kept."""
+        """Whether codes can be kept: every 16 x 32 tile in one f8 scale block; groups and scales that q8 can hold."""
         origins, transposed = self.origin(name, slice_)
         for tensor, shape, index in origins:
-            block = self.weight(tensor, shape).block
+            w = self.weight(tensor, shape)
+            if w.kind in ("i8", "fp4"):
+                grid = np.asarray(self._grid(w)) / (1 if w.kind == "i8" else 2)
+                if transposed or not w.q8_codes or (grid.astype(np.float16) != grid).any():
+                    return False
+                continue
+            block = w.block
             ids = [index[index >= 0] // block[0], np.arange(shape[-1]) // block[1]]
             for along, tile in zip(ids[::-1] if transposed else ids, (16, 32), strict=True):
                 tiles = np.pad(along, (0, -len(along) % tile), mode="edge").reshape(-1, tile)
@@ -426,11 +432,17 @@ class SourceWeights:
         """Rows of a checkpoint tensor, f64."""
         w = self.weight(name, shape)
         raw = self.ckpt.read_rows(w, begin, end)
-        if w.kind == "f8":
+        if w.kind in ("f8", "i8", "fp4"):
             grid = self._grid(w)
             assert grid is not None
             i, j = np.arange(begin, end) // w.block[0], np.arange(w.cols) // w.block[1]
-            value = np.where((raw & 0x7F) == 0x7F, np.nan, E4M3[raw])
+            if w.kind == "f8":
+                value = np.where((raw & 0x7F) == 0x7F, np.nan, E4M3[raw])
+            elif w.kind == "i8":
+                value = (raw.view(np.int8) if w.data.dtype == "I8" else raw.astype(np.int16) - 128)[:, : w.cols]
+            else:
+                code = np.stack([raw & 15, raw >> 4], axis=2).reshape(len(raw), -1)
+                value = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[code & 7] * np.where(code > 7, -1, 1)
             return value * grid[i[:, None], j[None, :]].astype(np.float64)
         if w.kind == "i4":
             bits = self.ckpt.read_scale(w, begin, end)

@@ -281,7 +281,7 @@ class _Verifier:
         """The largest difference of a tensor from the checkpoint, as a share of what its format allows."""
         rows, cols = e.shape[-2:] if len(e.shape) > 1 else (1, *e.shape)
         worst = 0.0
-        keeps = e.format == "f8" and all(self.source.keeps_blocks(e.name, i) for i in range(e.n_slices))
+        keeps = e.format in ("f8", "q8") and all(self.source.keeps_blocks(e.name, i) for i in range(e.n_slices))
         for i in range(e.n_slices):
             origins, transposed = self.source.origin(e.name, i)
             kinds = {self.source.weight(name, shape).kind for name, shape, _ in origins}
@@ -529,6 +529,8 @@ def _exact(fmt: str, kinds: set[str], transposed: bool, keeps: bool) -> bool:
     """Whether a format must hold the source's values unchanged."""
     if fmt in ("f8", "q4"):
         return kinds == ({"f8"} if fmt == "f8" else {"i4"}) and (keeps if fmt == "f8" else not transposed)
+    if fmt == "q8":
+        return kinds <= {"i8", "fp4"} and keeps
     return fmt == "f32" or kinds == {fmt}
 
 
@@ -553,7 +555,7 @@ def _share(fmt: str, f: Array, x: Array, s: Array | None, exact: bool) -> Array:
 
 def _odd_scales(e: Tensor, x: Array, s: Array) -> tuple[int, int] | None:
     """(row, column) of a q8 or q4 scale that no quantiser would choose for these weights."""
-    if e.format not in ("q8", "q4") or e.source_dtype == "I4":
+    if e.format not in ("q8", "q4") or e.source_dtype in ("I4", "I8", "FP4"):
         return None
     groups = np.pad(np.abs(x), [(0, 0), (0, -x.shape[1] % 32)]).reshape(len(x), -1, 32).max(-1)
     scale = np.abs(s[:, ::32])

@@ -23,7 +23,7 @@ from .. import _core
 from ..closing import Closing
 from ..errors import CheckpointError, show
 from . import config
-from .safetensors import DTYPE_BYTES, MAX_HEADER_BYTES, File, Header, TensorInfo, parse_json, read_file, read_header
+from .safetensors import MAX_HEADER_BYTES, File, Header, TensorInfo, parse_json, read_file, read_header
 from .text_files import FILES, LEGACY, TextFiles
 
 MAX_CONFIG_BYTES = 16 << 20
@@ -32,16 +32,21 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".gguf")  # the first three are pickles
 TOKENIZER_FILES = (*FILES, *LEGACY)
 
-SOURCE_DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "f8": "F8_E4M3", "i4": "I4"}  # kind -> as it is stored
-KINDS = {dtype: kind for kind, dtype in SOURCE_DTYPES.items() if kind != "i4"}
+# kind -> as it is stored
+SOURCE_DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "f8": "F8_E4M3", "i8": "I8", "i4": "I4", "fp4": "FP4"}
+KINDS = {dtype: kind for kind, dtype in SOURCE_DTYPES.items() if kind not in ("i8", "i4", "fp4")}
 # dtypes of f8 block scales, and how they are read
 SCALES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F8_E8M0": np.uint8}
+FP4_GROUPS = {"F8_E4M3": 16, "U8": 32, "F8_E8M0": 32}  # dtype of fp4 group scales -> columns of a group: NVFP4, MXFP4
+E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int8)  # twice the values of codes 0..7; 8..15 are the negative ones
+_PAIRS = np.append(E2M1, -E2M1)[np.arange(256)[:, None] >> [0, 4] & 15]  # [256, 2] of every byte, low nibble first
 Bytes = npt.NDArray[np.uint8]
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.)([0-9]{1,6})\.(gate|up|down)_proj\.weight(_scale_inv)?")
 # Tensors that only other quantisations have, and whose they are. One of these beside a weight refuses it.
 _FOREIGN = {
     "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "scales": "mlx quantisation", "g_idx": "GPTQ",
-    "weight_zero_point": "zero points", "weight_g_idx": "activation ordering", "weight_scale_2": "NVFP4",
+    "weight_zero_point": "zero points", "weight_g_idx": "activation ordering", "pre_quant_scale": "AWQ",
+    "weight_scale_2": "NVFP4 of such a tensor",
     "weight_blocks": "MXFP4", "weight_scales": "MXFP4", "SCB": "bitsandbytes int8", "weight_format": "bitsandbytes",
     "weight.absmax": "bitsandbytes 4-bit", "weight.quant_map": "bitsandbytes 4-bit",
 }  # fmt: skip
@@ -51,7 +56,8 @@ _FOREIGN = {
 class Weight:
     """One logical weight: its name in the checkpoint, natural shape and how it is stored.
 
-    kind: "f32" | "bf16" | "f16" | "f8" (e4m3 * block scale) | "i4" ((code - 8) * group scale). A vector is [1, cols].
+    kind: "f32" | "bf16" | "f16" | "f8" (e4m3 * block scale) | "i8" (code * group scale) | "fp4" (e2m1 * group scale)
+    | "i4" ((code - 8) * group scale). A vector is [1, cols].
     """
 
     name: str
@@ -59,14 +65,14 @@ class Weight:
     rows: int
     cols: int
     data: TensorInfo
-    scale: TensorInfo | None = None  # f8: grid over blocks, of SCALES; i4: bf16 or f16 [rows, ceil(cols / group)]
-    block: tuple[int, int] = (1, 1)  # f8: scale block; i4: (1, group)
-    extra: tuple[str, ...] = ()  # further tensors that belong to it (weight_shape, weight_g_idx)
+    scale: TensorInfo | None = None  # f8: grid over blocks, of SCALES; others [rows, ceil(cols / group)]
+    block: tuple[int, int] = (1, 1)  # f8: scale block; others: (1, group)
+    extra: tuple[str, ...] = ()  # further tensors that belong to it (weight_shape, weight_g_idx, weight_global_scale)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one stored row (i4 rows are whole 32-bit words)."""
-        return -(-self.cols // 8) * 4 if self.kind == "i4" else self.cols * DTYPE_BYTES[SOURCE_DTYPES[self.kind]]
+        """Bytes of one stored row (those in I32 tensors are whole words)."""
+        return self.data.nbytes // self.rows
 
     @property
     def nbytes(self) -> int:
@@ -81,11 +87,23 @@ class Weight:
     @property
     def scale_dtype(self) -> str:
         """ "bf16" | "f16" | "f32" of the scales as ``read_scale`` gives them, "" without."""
-        return "f32" if self.kind == "f8" else self.scale.dtype.lower() if self.scale else ""
+        return "" if self.scale is None else self.scale.dtype.lower() if self.kind == "i4" else "f32"
+
+    @property
+    def q8_codes(self) -> bool:
+        """Whether q8 holds its codes and scales: groups of whole 32 columns, scales of 8 to 11 bits."""
+        groups = self.block[1] % 32 == 0 or self.block[1] >= self.cols
+        return self.kind in ("i8", "fp4") and groups and self.scale is not None and self.scale.dtype != "F32"
 
     def source(self, data: npt.NDArray[np.uint8], first_row: int, scale: npt.NDArray[Any] | None, cols: int = 0) -> Any:
         """Stored rows from ``first_row`` on and their scales of ``read_scale``, as the extension module takes them."""
-        return _core.Source(self.kind, data, cols or self.cols, first_row, scale, self.block, self.scale_dtype)
+        kind = self.kind
+        if kind == "fp4":
+            assert scale is not None
+            kind, data, scale = "i8", _PAIRS[data].reshape(len(data), -1).view(np.uint8), scale / np.float32(2)
+        elif kind == "i8" and self.data.dtype == "I32":  # code + 128
+            data = data ^ np.uint8(128)
+        return _core.Source(kind, data, cols or self.cols, first_row, scale, self.block, self.scale_dtype)
 
 
 class Checkpoint(Closing):
@@ -257,45 +275,89 @@ class Checkpoint(Closing):
         base = name.removesuffix("weight")
         for suffix, what in _FOREIGN.items():
             read = suffix == "weight_g_idx" and base + "weight_packed" in self.tensors
+            read |= suffix == "weight_scale_2" and name in self.tensors and self.tensors[name].dtype == "U8"
             if base != name and base + suffix in self.tensors and not read:
                 raise CheckpointError(f"{self.where(base + suffix)}: {what} is not supported")
-        if base + "weight_packed" in self.tensors:
-            return self._int4(name, base, shape)
+        packed = self.tensors.get(base + "weight_packed")
+        if packed is not None and base != name:
+            if len(shape) != 2 or name in self.tensors:
+                raise CheckpointError(f"{self.where(packed.name)}: expected a plain tensor {list(shape)} and no other")
+            return self._fp4(name, packed, shape) if packed.dtype == "U8" else self._integer(name, packed, shape)
         if (info := self._find(name)) is None:
             found = f"tensor {name} is missing{self._lists(name)}"
             mlx = ": experts stored as mlx does are not read" if any(".switch_mlp." in n for n in self.tensors) else ""
             raise CheckpointError(f"{self.path}: {found}, expected shape {list(shape)}{mlx}")
+        scale = self._find(name + "_scale_inv") or self.tensors.get(base + "weight_scale")
+        if info.dtype in ("I8", "U8") and scale is not None and len(shape) == 2:
+            return self._fp4(name, info, shape) if info.dtype == "U8" else self._integer(name, info, shape)
         self._check(info, tuple(KINDS), shape, "")
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
-        scale, other = self._find(name + "_scale_inv"), base + "weight_scale"
         if info.dtype != "F8_E4M3":
-            if scale or other in self.tensors:
+            if scale is not None:
                 raise CheckpointError(f"{self.where(info.name)}: {info.dtype} with a scale beside it, expected none")
             return Weight(name, KINDS[info.dtype], rows, cols, info)
         if scale is None:
-            found = f"{'only ' + other if other in self.tensors else 'none'}{self._lists(name + '_scale_inv')}"
-            raise CheckpointError(f"{self.where(info.name)}: F8_E4M3 needs {info.name}_scale_inv, found {found}")
+            found = f"{info.name}_scale_inv or weight_scale, found none{self._lists(name + '_scale_inv')}"
+            raise CheckpointError(f"{self.where(info.name)}: F8_E4M3 needs {found}")
         block = self.quantisation.get("fp8_block")
+        if math.prod(scale.shape) == 1:
+            return Weight(
+                name, "f8", rows, cols, info, self._check(scale, tuple(SCALES), scale.shape, ""), (rows, cols)
+            )
+        if scale.shape in ((rows,), (rows, 1)) and (block is None or block[1] < cols):
+            return Weight(name, "f8", rows, cols, info, self._check(scale, tuple(SCALES), scale.shape, ""), (1, cols))
         if block is None:
-            raise CheckpointError(f"{self.where(info.name)}: F8_E4M3, but config.json has no weight_block_size")
-        block = (block[0] or rows, block[1] or cols)
+            found = f"{list(scale.shape)} scales, but config.json has no weight_block_size or block_structure"
+            raise CheckpointError(f"{self.where(info.name)}: F8_E4M3 with {found}")
         grid = (-(-rows // block[0]), -(-cols // block[1]))
         why = f" for {list(shape)} in blocks of {list(block)}"
-        if scale.shape in ((), (1,)) and grid == (1, 1):
-            scale = replace(scale, shape=grid)
         return Weight(name, "f8", rows, cols, info, self._check(scale, tuple(SCALES), grid, why), block)
 
-    def _int4(self, name: str, base: str, shape: tuple[int, ...]) -> Weight:
-        packed, scale, extra, g_idx = (base + f"weight_{part}" for part in ("packed", "scale", "shape", "g_idx"))
-        group = self.quantisation.get("int4_group")
-        if group is None or len(shape) != 2 or name in self.tensors:
-            raise CheckpointError(f"{self.where(packed)}: expected a plain tensor: config.json announces no int4 here")
-        if scale not in self.tensors:
-            raise CheckpointError(f"{self.where(packed)}: {scale} is missing{self._lists(scale)}")
+    def _beside(self, data: TensorInfo, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.where(data.name)}: {name} is missing{self._lists(name)}")
+        return self.tensors[name]
+
+    def _fp4(self, name: str, data: TensorInfo, shape: tuple[int, ...]) -> Weight:
+        """e2m1 codes, two a byte: MXFP4, or NVFP4 with a scale of the whole tensor."""
         rows, cols = shape
-        data = self._check(self.tensors[packed], ("I32",), (rows, -(-cols // 8)), f" for {list(shape)}")
+        base = name.removesuffix("weight")
+        scale = self._beside(data, base + "weight_scale")
+        group = FP4_GROUPS.get(scale.dtype, 32)
         why = f" for {list(shape)} in groups of {group}"
-        scales = self._check(self.tensors[scale], ("BF16", "F16"), (rows, -(-cols // group)), why)
+        self._check(data, ("U8",), (rows, cols // 2), f" for {list(shape)}")
+        self._check(scale, tuple(FP4_GROUPS), (rows, cols // group), why)
+        whole = tuple(n for n in (base + "weight_global_scale", base + "weight_scale_2") if n in self.tensors)
+        if cols % group or len(whole) != (group == 16):
+            expected = "one weight_global_scale or weight_scale_2" if group == 16 else "no scale of the whole tensor"
+            raise CheckpointError(
+                f"{self.where(data.name)}: found {_some([*whole]) or 'none'}, expected {expected}{why}"
+            )
+        for n in whole:
+            self._check(self.tensors[n], ("F32",), self.tensors[n].shape if self.tensors[n].nbytes == 4 else (), "")
+        return Weight(name, "fp4", rows, cols, data, scale, (1, group), whole)
+
+    def _integer(self, name: str, data: TensorInfo, shape: tuple[int, ...]) -> Weight:
+        """int4, or int8 in words or by itself."""
+        base = name.removesuffix("weight")
+        scale, extra, g_idx = (base + f"weight_{part}" for part in ("scale", "shape", "g_idx"))
+        rows, cols = shape
+        announced = [bits for bits in (4, 8) if f"int{bits}_group" in self.quantisation]
+        if not announced or (data.dtype == "I8" and 8 not in announced):
+            what = "int8" if data.dtype == "I8" else "int4"
+            raise CheckpointError(
+                f"{self.where(data.name)}: expected a plain tensor: config.json announces no {what} here"
+            )
+        fits = (bits for bits in announced if data.shape == (rows, -(-cols * bits // 32)))
+        bits = 8 if data.dtype == "I8" else next(fits, announced[0])
+        group = self.quantisation[f"int{bits}_group"] or -(-cols // 32) * 32  # 0: one group a row
+        if data.dtype == "I8":
+            self._check(data, ("I8",), shape, "")
+        else:
+            self._check(data, ("I32",), (rows, -(-cols * bits // 32)), f" for {list(shape)}")
+        why = f" for {list(shape)} in groups of {group}"
+        dtypes = ("BF16", "F16") if bits == 4 else ("BF16", "F16", "F32")
+        scales = self._check(self._beside(data, scale), dtypes, (rows, -(-cols // group)), why)
         if extra in self.tensors:
             got = self._integers(extra, 2)
             if got.tolist() != list(shape):
@@ -307,7 +369,7 @@ class Checkpoint(Closing):
                 found = f"column {at} is in group {got[at]}, expected {expected[at]}"
                 raise CheckpointError(f"{self.where(g_idx)}: activation ordering is not supported: {found}")
         used = tuple(name for name in (extra, g_idx) if name in self.tensors)
-        return Weight(name, "i4", rows, cols, data, scales, (1, group), used)
+        return Weight(name, f"i{bits}", rows, cols, data, scales, (1, group), used)
 
     def _integers(self, name: str, n: int) -> npt.NDArray[Any]:
         """[n] values of a small I32 or I64 tensor."""
@@ -348,9 +410,9 @@ class Checkpoint(Closing):
         return buffer.reshape(end - begin, w.row_bytes)
 
     def read_scale(self, w: Weight, begin: int = 0, end: int = 0) -> npt.NDArray[Any] | None:
-        """Scales of w: f8: the whole f32 grid; i4: uint16 [end - begin, groups] of those rows; None without scales.
+        """Scales of w: the whole f32 grid; i4: uint16 [end - begin, groups] of those rows; None without scales.
 
-        An f8 scale that is not finite, or so large that 448 times it is not, is refused with its position.
+        One of a grid that is not finite, or so large that 448 times it is not, is refused with its position.
         """
         if w.scale is None:
             return None
@@ -359,34 +421,39 @@ class Checkpoint(Closing):
             file = self._files[self._file_of[w.scale.name]]
             data = np.frombuffer(file.read(w.scale.offset + begin * row, (end - begin) * row), np.uint16)
             return data.reshape(end - begin, row // 2)
-        grid: npt.NDArray[Any] = np.frombuffer(self.read(w.scale), SCALES[w.scale.dtype])
-        if w.scale.dtype == "F8_E8M0":  # 2^(code - 127); 255, which is NaN, becomes infinity
+        dtypes = SCALES | {"U8": np.uint8, "F8_E4M3": ml_dtypes.float8_e4m3fn}
+        grid: npt.NDArray[Any] = np.frombuffer(self.read(w.scale), dtypes[w.scale.dtype])
+        if w.scale.dtype in ("F8_E8M0", "U8"):  # 2^(code - 127); 255, which is NaN, becomes infinity
             bits = grid.astype(np.uint32) << 23
             grid = np.where(bits == 0, np.uint32(1 << 22), bits).view(np.float32)
-        grid = grid.astype(np.float32).reshape(w.scale.shape)
+        grid = grid.astype(np.float32)
+        for name in w.extra if w.kind == "fp4" else ():
+            whole = np.frombuffer(self.read(self.tensors[name]), np.float32)
+            with np.errstate(all="ignore"):
+                grid = grid / whole if name.endswith("global_scale") else grid * whole
         limit = np.finfo(np.float32).max / 448
-        bad = np.argwhere(~(np.abs(grid) <= limit))
+        bad = np.flatnonzero(~(np.abs(grid) <= limit))
         if len(bad):
-            found = f"scale at {self._position(w.scale, bad[0])} is {grid[tuple(bad[0])]}"
+            found = f"scale at {self._position(w.scale, int(bad[0]))} is {grid[bad[0]]}"
             raise CheckpointError(f"{self.where(w.scale.name)}: {found}, expected a finite number up to {limit:.3g}")
-        return grid
+        return grid.reshape(-(-w.rows // w.block[0]), -1)
 
     def bad_value(self, w: Weight, row: int, col: int, to: str) -> CheckpointError:
         """The error for a value that does not fit format ``to``."""
         line = np.full((1, w.cols), np.nan, np.float32)
         data, scale = self.read_rows(w, row, row + 1), self.read_scale(w, row, row + 1)
         _core.convert_rows(line, "f32", w.source(data, row, scale))  # stops at a NaN
-        found, at = line[0, col], [row, col] if w.kind == "i4" else self._position(w.data, (row, col))
+        packed = w.kind in ("i8", "i4", "fp4")
+        found, at = line[0, col], [row, col] if packed else self._position(w.data, row * w.cols + col)
         limits = {"f16": "|w| <= 65504", "bf16": "|w| <= 3.39e38"}
         expected = limits.get(to, f"one whose {to} scale fits its type") if np.isfinite(found) else "a finite number"
         return CheckpointError(f"{self.where(w.data.name)}: value at {at} is {found:.6g}, expected {expected} for {to}")
 
-    def _position(self, info: TensorInfo, index: tuple[int, ...] | npt.NDArray[Any]) -> list[int]:
-        """Where element [row, col] of ``info``, which may be a share of a tensor, is in the stored one."""
+    def _position(self, info: TensorInfo, element: int) -> list[int]:
+        """Where an element of ``info``, which may be a share of a tensor, is in the stored one."""
         whole = self.tensors[info.name]
         before = (info.offset - whole.offset) * math.prod(whole.shape) // whole.nbytes
-        element = before + int(index[0]) * info.shape[-1] + int(index[1])
-        return [int(i) for i in np.unravel_index(element, whole.shape)]
+        return [int(i) for i in np.unravel_index(before + element, whole.shape)]
 
     # ---- files beside the weights -----------------------------------------------------------------------------------
 

@@ -272,11 +272,44 @@ def normalise(raw: dict[str, Any], generation: dict[str, Any], n_mtp: int, where
     return cfg
 
 
-def quantisation(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What ``quantization_config`` allows: {"fp8_block": (rows, cols)}, {"int4_group": n} or {} for none.
+def _block(k: _Keys, key: str) -> tuple[int, int]:
+    sizes = k.raw.get(key)
+    if not (isinstance(sizes, list) and all(type(n) is int and 1 <= n <= 1 << 20 for n in sizes) and len(sizes) == 2):
+        raise k.refuse(key, "two block sizes, for example [128, 128]")
+    return sizes[0], sizes[1]
 
-    (0, 0): one scale for a whole tensor.
-    """
+
+# compressed-tensors: its formats that are read, and type and bits of weights -> strategies
+CT_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mxfp4-pack-quantized",
+              "nvfp4-pack-quantized", "mixed-precision")  # fmt: skip
+CT_WEIGHTS = {"int4": ("group", "channel"), "int8": ("group", "channel"), "float8": ("tensor", "channel", "block"),
+              "float4": ("group", "tensor_group")}  # fmt: skip
+
+
+def _scheme(w: _Keys) -> dict[str, Any]:
+    """What the weights of one group of compressed-tensors add to ``quantisation``."""
+    kind = f"{w.raw.get('type')}{w.raw.get('num_bits')}"
+    if kind not in CT_WEIGHTS:
+        raise w.refuse("num_bits", "4 or 8 of type int or float")
+    if kind.startswith("int") and w.raw.get("symmetric") is None:
+        raise w.refuse("symmetric", "True")
+    w.must_be("symmetric", (True,), "zero points are not read")
+    w.must_be("actorder", (False, "static", "weight"), "columns in another order are not read")
+    if w.raw.get("strategy") not in CT_WEIGHTS[kind]:
+        raise w.refuse("strategy", " or ".join(map(repr, CT_WEIGHTS[kind])))
+    if w.raw["strategy"] == "block":
+        return {"fp8_block": _block(w, "block_structure")}
+    if not kind.startswith("int"):
+        return {}
+    size = w.integer("group_size") if w.raw["strategy"] == "group" else 0
+    if w.raw["strategy"] == "group" and (size < 32 or size % 32):
+        raise w.refuse("group_size", "a multiple of 32")
+    return {f"{kind}_group": size}
+
+
+def quantisation(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What ``quantization_config`` says of shapes: "fp8_block": (rows, cols); "int4_group", "int8_group": columns of a
+    scale, 0 for a row's; empty where scales tell by themselves how many there are (docs/model.md 2.3, 2.4)."""
     for key in ("quantization", "quantization_config"):
         value = raw.get(key)
         if isinstance(value, dict) and "quant_method" not in value and {"bits", "group_size"} <= set(value):
@@ -288,31 +321,26 @@ def quantisation(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     method = k.raw.get("quant_method")
     if method == "fp8":
         k.must_be("fmt", ("e4m3",), "no other fp8 encoding is read")
-        if k.raw.get("weight_block_size", ()) is None:
-            return {"fp8_block": (0, 0)}
-        block = k.raw.get("weight_block_size")
-        sizes = block if isinstance(block, list) and all(type(n) is int and 1 <= n <= 1 << 20 for n in block) else []
-        if len(sizes) != 2:
-            raise k.refuse("weight_block_size", "two block sizes, for example [128, 128]")
-        return {"fp8_block": (sizes[0], sizes[1])}
+        null = k.raw.get("weight_block_size", ()) is None
+        return {} if null else {"fp8_block": _block(k, "weight_block_size")}
+    if method == "modelopt":
+        k.must_be("quant_algo", ("NVFP4", "FP8"), "no other is read")
+        return {}
     if method != "compressed-tensors":
-        raise k.refuse("quant_method", "fp8 or compressed-tensors (int4 pack-quantized); pack what it was made "
-                       "from: deepcalm pack ORG/NAME FILE --dtype q4")  # fmt: skip
-    if k.raw.get("format") != "pack-quantized":
-        raise k.refuse("format", "pack-quantized")
-    groups = k.object("config_groups")
-    if groups is None or len(groups.raw) != 1:
-        raise k.refuse("config_groups", "one group")
-    group = groups.object(next(iter(groups.raw)))
-    w = group.object("weights") if group is not None else None
-    if w is None:
-        raise groups.refuse(next(iter(groups.raw)), "an object with weights")
-    for key, allowed in (("num_bits", (4,)), ("type", ("int",)), ("symmetric", (True,)), ("strategy", ("group",))):
-        if w.raw.get(key) is None:
-            raise w.refuse(key, repr(allowed[0]))
-        w.must_be(key, allowed, "symmetric int4 groups are read")
-    w.must_be("actorder", (False, "static", "weight"), "columns in another order are not read")
-    size = w.integer("group_size")
-    if size < 32 or size % 32:
-        raise w.refuse("group_size", "a multiple of 32")
-    return {"int4_group": size}
+        raise k.refuse("quant_method", "fp8, compressed-tensors or modelopt; pack what it was made from: deepcalm pack "
+                       "ORG/NAME FILE --dtype q4")  # fmt: skip
+    if k.raw.get("format") not in CT_FORMATS:
+        raise k.refuse("format", " or ".join(CT_FORMATS))
+    k.must_be("sparsity_config", ({},), "sparse weights are not read")
+    groups, out = k.object("config_groups"), dict[str, Any]()
+    if groups is None or not groups.raw:
+        raise k.refuse("config_groups", "groups with weights")
+    for name in groups.raw:
+        group = groups.object(name)
+        w = group.object("weights") if group is not None else None
+        if w is None:
+            raise groups.refuse(name, "an object with weights")
+        for key, value in _scheme(w).items():
+            if out.setdefault(key, value) != value:
+                raise groups.refuse(name, f"the {key} of the group before it, {out[key]}")
+    return out

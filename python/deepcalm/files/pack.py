@@ -45,11 +45,11 @@ def plan(
 ) -> Plan:
     """What packing the checkpoint folder ``src`` would do; reads headers only (and an MTP layer's copies, to compare).
 
-    dtype: "source" (every weight in its own precision, codes and scales unchanged) | "f32" | "bf16" | "f16" | "f8" |
-    "q8" | "q4" (FFN and experts; attention and head q8). attn_dtype, head_dtype override it for those tensors. Norms,
-    biases and router are f32; embedding and eh_proj never below bf16. draft_head_dtype: a second, cheaper copy of the
-    head for the MTP layer's drafts, which never changes the text; "none", or by default "q4" with dtype "q8" and "q4".
-    Raises CheckpointError, ConfigError, UnsupportedError (unknown dtype).
+    dtype: "source" (every weight in its own precision, codes and scales unchanged; fp4 becomes q8) | "f32" | "bf16" |
+    "f16" | "f8" | "q8" | "q4" (FFN and experts; attention and head q8). attn_dtype, head_dtype override it for those
+    tensors. Norms, biases and router are f32; embedding and eh_proj never below bf16. draft_head_dtype: a second,
+    cheaper copy of the head for the MTP layer's drafts, which never changes the text; "none", or by default "q4" with
+    dtype "q8" and "q4". Raises CheckpointError, ConfigError, UnsupportedError (unknown dtype).
     """
     with Checkpoint(src) as ckpt:
         return make_plan(ckpt, dtype, attn_dtype, head_dtype, draft_head_dtype)
@@ -349,7 +349,7 @@ class _Packer:
         self.ckpt = ckpt
         self.writer = writer
         self.rows = np.empty(SLAB_BYTES, np.uint8)  # stored source rows
-        self.grid: tuple[str, npt.NDArray[Any] | None] = ("", None)  # f8 scales of the last weight
+        self.grid: tuple[str, npt.NDArray[Any] | None] = ("", None)  # scales of the last weight
 
     def run(self, t: Tensor) -> Iterator[int]:
         """Queues all bytes of a tensor and of its scales; yields the file offset reached."""
@@ -386,11 +386,11 @@ class _Packer:
         yield offset + fill
 
     def _source(self, w: Weight, lo: int, hi: int) -> tuple[Bytes, npt.NDArray[Any] | None]:
-        """Stored rows lo..hi-1 and their scales (f8: the whole grid)."""
+        """Stored rows lo..hi-1 and their scales (the whole grid, but for i4)."""
         need = (hi - lo) * w.row_bytes
         if need > len(self.rows):
             self.rows = np.empty(need, np.uint8)
-        if w.kind != "f8":
+        if w.scale_dtype != "f32":
             return self.ckpt.read_rows(w, lo, hi, self.rows), self.ckpt.read_scale(w, lo, hi)
         if self.grid[0] != w.name:
             self.grid = (w.name, self.ckpt.read_scale(w))

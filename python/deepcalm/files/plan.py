@@ -199,9 +199,13 @@ def _choose(spec: dict[str, Any], slices: list[list[Part]], dtype: str) -> Choic
             return "q4", scale, None, True, ""
         if dtype == "source":
             return "f32", "", None, False, "int4 cannot be transposed: f32"
-    target = kind if dtype == "source" else dtype
+    if all(p.weight.q8_codes and not p.transpose for parts in slices for p in parts) and dtype in ("source", "q8"):
+        return "q8", "f16", None, True, ""
+    if kind == "i8" and dtype == "source":
+        return "f32", "", None, False, "int8 that is transposed or has f32 scales: f32"
+    target = ("q8" if kind == "fp4" else kind) if dtype == "source" else dtype
     block = (16 if len(slices[0]) > 1 else 128, 128) if target == "f8" else None
-    note = f"{names} quantised again" if target in SCALE_OF and kind in ("f8", "i4") else ""
+    note = f"{names} quantised again" if target in SCALE_OF and kind in ("f8", "i8", "i4", "fp4") else ""
     return target, SCALE_OF.get(target, ""), block, False, note
 
 
@@ -267,7 +271,7 @@ def _dropped(ckpt: Checkpoint, used: set[str], notes: list[str]) -> list[Dropped
             if not ckpt.same_bytes(name, copies[name]):
                 why = f"differs from {copies[name]}, which is used instead"
                 notes.append(f"{name} {why}" + ("; drafts may be accepted less often" if name.startswith(mtp) else ""))
-        elif name.endswith(("input_scale", "activation_scale", "k_scale", "v_scale")):
+        elif name.endswith(("input_scale", "input_global_scale", "activation_scale", "k_scale", "v_scale")):
             why = "activation scale: the runtime rounds activations by itself"
         else:
             why = "not part of this architecture"
