@@ -1,14 +1,17 @@
 """Text in and out of a model: prompt encoding with the bos rule, incremental decoding, stop strings.
 
 Token ids become bytes, bytes become complete characters, characters pass the stop strings; each step is a small class
-that knows nothing of the others. Byte-level BPE only (every supported family; the packer converts tiktoken files).
+that knows nothing of the others. Tokenizers are byte-level BPE (the packer converts tiktoken files), or spell spaces as
+a mark and bytes without a token as <0xNN>, as SentencePiece does.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +35,56 @@ def _byte_chars() -> list[str]:
 
 BYTE_CHARS = _byte_chars()
 _BYTE_OF = {c: b for b, c in enumerate(BYTE_CHARS)}
+
+
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes as the error handler "surrogateescape" shows them
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """How a decoder that is not byte-level makes text of tokens."""
+
+    replace: tuple[tuple[str, str], ...]  # in every token, in order
+    byte_fallback: bool = False  # <0xNN> is a byte
+    strip: int = 0  # spaces that a whole text loses at its beginning
+
+    @classmethod
+    def of(cls, decoder: Any) -> Spelling | None:
+        """From the decoder of a tokenizer.json; None: byte-level.
+
+        Raises:
+            UnsupportedError: neither byte-level nor as SentencePiece's tokenizers have it.
+        """
+        kind = decoder.get("type") if isinstance(decoder, dict) else None
+        if kind == "ByteLevel":
+            return None
+        if kind == "Metaspace":
+            return cls(((decoder["replacement"], " "),), strip=int(decoder["prepend_scheme"] != "never"))
+        steps = decoder["decoders"] if kind == "Sequence" else []
+        names = " ".join(s["type"] for s in steps)
+        strip: dict[str, Any] = steps[-1] if names.endswith("Strip") else {"content": " ", "start": 0, "stop": 0}
+        replace = [(s["pattern"].get("String"), s["content"]) for s in steps if s["type"] == "Replace"]
+        known = re.fullmatch(r"(Replace )+(ByteFallback )?Fuse( Strip)?", names) and all(old for old, _ in replace)
+        if not known or (strip["content"], strip["stop"]) != (" ", 0):
+            expected = "expected 'ByteLevel', 'Metaspace' or Replace, ByteFallback, Fuse and Strip"
+            raise UnsupportedError(f"tokenizer.json: decoder {names or kind!r} is not supported, {expected}")
+        return cls(tuple(replace), "ByteFallback" in names, strip["start"])
+
+    def bytes_of(self, text: str) -> bytes:
+        """The bytes that a token spells."""
+        for old, new in self.replace:
+            text = text.replace(old, new)
+        byte = _BYTE.fullmatch(text) if self.byte_fallback else None
+        return bytes([int(byte[1], 16)]) if byte else text.encode("utf-8", "replace")
+
+
+def _without_prefix(part: Any) -> Any:
+    """A normalizer or pre-tokenizer of a tokenizer.json that puts no mark in front of a text."""
+    if part["type"] == "Sequence":
+        key = "normalizers" if "normalizers" in part else "pretokenizers"
+        return part | {key: [_without_prefix(p) for p in part[key] if p["type"] != "Prepend"]}
+    return part | ({"prepend_scheme": "never"} if part["type"] == "Metaspace" else {})
 
 
 def _guarded(what: str, call: Callable[[], T]) -> T:
@@ -139,10 +192,11 @@ class Vocabulary:
 
     @cached_property
     def _plain_tokenizer(self) -> Tokenizer:
-        """The tokenizer without its added tokens."""
+        """The tokenizer without its added tokens, for text in the middle of another."""
         plain = type(self._tokenizer)(self._tokenizer.model)
         for part in ("normalizer", "pre_tokenizer"):
             if (value := getattr(self._tokenizer, part)) is not None:
+                value.__setstate__(json.dumps(_without_prefix(json.loads(value.__getstate__()))).encode())
                 setattr(plain, part, value)
         return plain
 
@@ -164,9 +218,11 @@ class Vocabulary:
         """The bytes that a token stands for: empty for special tokens and for ids without a token."""
         if token in self._special:
             return b""
+        text = self._added.get(token) or self._tokenizer.id_to_token(token) or ""
+        if self._spelling is not None:
+            return self._spelling.bytes_of(text)
         if token in self._added:
-            return self._added[token].encode("utf-8", "replace")
-        text = self._tokenizer.id_to_token(token) or ""
+            return text.encode("utf-8", "replace")
         try:
             return bytes([_BYTE_OF[c] for c in text])
         except KeyError:  # not in the byte-level alphabet: the token is its own text
@@ -179,6 +235,11 @@ class Vocabulary:
             len(t.encode("utf-8", "replace")) for t in (*self._tokenizer.get_vocab(), *self._added.values(), "x")
         )
 
+    @cached_property
+    def _spelling(self) -> Spelling | None:
+        decoder = self._tokenizer.decoder
+        return Spelling.of(None if decoder is None else json.loads(decoder.__getstate__()))
+
     def name(self, token: int) -> str:
         """A token as one can print it: a special token's own text, bytes that are not UTF-8 as \\xNN."""
         return self._added.get(token) or self.token_bytes(token).decode("utf-8", "backslashreplace")
@@ -188,38 +249,49 @@ class Vocabulary:
         wanted = set(texts)
         return frozenset(i for i in self._special if self._added[i] in wanted)
 
-    def decoder(self, shown: Collection[int] = ()) -> Decoder:
-        """An incremental decoder. shown: special tokens that come out as their own text.
+    def decoder(self, shown: Collection[int] = (), whole: bool = False) -> Decoder:
+        """An incremental decoder of text that goes on from another; ``whole``: of a text from its beginning, where a
+        tokenizer that puts a space in front takes it away. shown: special tokens that come out as their own text.
 
         Raises:
-            UnsupportedError: the tokenizer is not byte-level BPE.
+            UnsupportedError: the tokenizer's decoder is of no kind that is read.
         """
-        decoder = self._tokenizer.decoder
-        kind = None if decoder is None else json.loads(decoder.__getstate__()).get("type")
-        if kind != "ByteLevel":
-            raise UnsupportedError(f"tokenizer.json: decoder {kind!r}, only 'ByteLevel' is supported")
-        return Decoder(lambda i: self._added[i].encode("utf-8", "replace") if i in shown else self.token_bytes(i))
+        spelling = self._spelling
+        strip, errors = (0, "replace") if spelling is None else (whole and spelling.strip, "surrogateescape")
+        shows = lambda i: self._added[i].encode("utf-8", "replace") if i in shown else self.token_bytes(i)  # noqa: E731
+        return Decoder(shows, errors, strip)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids`` without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        decoder = self.decoder()
+        decoder = self.decoder(whole=True)
         return "".join([decoder.feed(i) for i in ids]) + decoder.flush()
 
 
 class Decoder:
-    """Token ids to text, one at a time; only complete characters come out."""
+    """Token ids to text, one at a time; only complete characters come out.
 
-    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
-        self._token_bytes = token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    errors "replace": a U+FFFD for what cannot be part of a character. "surrogateescape": one for every such byte, as
+    tokenizers with a ``Spelling`` have it (which take the characters of the same run of bytes along: here those have
+    been shown). strip: spaces that the text loses at its beginning.
+    """
+
+    def __init__(self, token_bytes: Callable[[int], bytes], errors: str = "replace", strip: int = 0) -> None:
+        self._token_bytes, self._strip = token_bytes, strip
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors=errors)
 
     def feed(self, token: int) -> str:
         """The characters that ``token`` completes; possibly none."""
-        return self._utf8.decode(self._token_bytes(token))
+        return self._shown(self._utf8.decode(self._token_bytes(token)))
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an incomplete character, else nothing."""
-        return self._utf8.decode(b"", final=True)
+        return self._shown(self._utf8.decode(b"", final=True))
+
+    def _shown(self, text: str) -> str:
+        while self._strip and text:
+            self._strip = self._strip - 1 if text[0] == " " else 0
+            text = text.removeprefix(" ")
+        return _NOT_UTF8.sub("\ufffd", text)
 
 
 def may_begin(text: str, start: int, wanted: Iterable[str]) -> int:

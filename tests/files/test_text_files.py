@@ -172,9 +172,9 @@ GOOD = {"tokenizer.json": tokenizer_json(*IN_FILE), "tokenizer_config.json": jso
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 7\n"
 
 
-def metaspace() -> str:
+def wordpiece() -> str:
     tokenizer = Tokenizer(models.BPE(vocab={"\u2581": 0, "x": 1}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.WordPiece()
     return tokenizer.to_str()
 
 
@@ -194,7 +194,7 @@ def config(**keys: Any) -> str:
         ("tokenizer.json", b"", "not valid JSON"),
         ("tokenizer.json", b"{}", "Model missing"),
         ("tokenizer.json", GOOD["tokenizer.json"].replace('"a": 97', '"a": 97, "a": 97'), "key 'a' appears twice"),
-        ("tokenizer.json", metaspace(), r"decoder 'Metaspace', only 'ByteLevel' is supported; without this file only token ids"),
+        ("tokenizer.json", wordpiece(), r"decoder 'WordPiece' is not supported, expected .*; without this file only token ids"),
         ("tokenizer_config.json", config()[:-1] + ', "bos_token": "<bos>"}', "key 'bos_token' appears twice"),
         ("tokenizer_config.json", config()[:-1] + ', "note": "\\ud83d"}', "surrogates not allowed"),
         ("tokenizer_config.json", b"", "not valid JSON"),
