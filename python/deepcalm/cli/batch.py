@@ -96,9 +96,6 @@ class _Run:
                 say(f"note: {name} is a stream: this run cannot be gone on with", self.quiet)
             digest = hashlib.sha256()
             lines = unique(Line.parse(data, number) for number, data in read_lines(file, digest))
-            for error in output.keep(lines):
-                self.kept += 1
-                self.errors += error
             again = "; the same command goes on from there" if whole and not output.stream else ""
             code = self._answer(lines, output, again)
             if code == 0 and whole and digest.hexdigest() != sha256:
@@ -136,13 +133,18 @@ class _Run:
         }  # fmt: skip
 
     def _answer(self, lines: Iterator[Line], output: Output, again: str) -> int:
-        """Writes the results of ``lines``; exit code. again: what a message says of starting once more."""
+        """Writes the results of ``lines`` that OUT does not have; exit code. again: what is said of starting anew."""
         from ..batch_lines import Lines
 
-        work = Lines(self.batch, replace(self.settings, date=output.run["date"]))
         try:
             with progress(f"{self.settings.model} lines", self.quiet, "tok/s") as update:
+                for error in output.keep(lines):
+                    self.kept += 1
+                    self.errors += error
+                    if update is not None and self.kept % 1024 == 0:
+                        update(self.kept, self.total)
                 self.start = time.monotonic()
+                work = Lines(self.batch, replace(self.settings, date=output.run["date"]))
                 for started, result in work.run(lines, AHEAD * self.batch.max_sequences):
                     output.append(result)
                     self.done += 1
