@@ -50,7 +50,7 @@ AREAS = (
         7244,
         without=(*BATCH, *WIRE, *MARKUP),
     ),
-    Area("Python batch", BATCH, 1096),
+    Area("Python batch", BATCH, 1098),
     Area("Python requests", WIRE, 502),
     Area("Python markup", MARKUP, 531),
     Area("Python check", ("python/deepcalm/check/*.py", "python/deepcalm/cli/check.py"), 1610),

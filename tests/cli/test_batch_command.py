@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import select
 import signal
 import struct
 import subprocess
@@ -28,10 +29,11 @@ import deepcalm
 import models
 import tiny
 from commands import Run, Terminal, error
-from deepcalm import batch_lines, cli
+from deepcalm import batch_lines
 from deepcalm.batch import Batch
 from deepcalm.batch_lines import Line, Lines, Settings, read_lines, unique
 from deepcalm.files.pack import pack
+from deepcalm.template import ChatTemplate
 
 N_LINES = int(os.environ.get("DEEPCALM_BATCH_LINES", "250"))  # of the run that is killed ten times
 
@@ -377,45 +379,64 @@ def many_lines(n: int) -> bytes:
     return "\n".join(out).encode() + b"\n"
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
-    """An input and the output of one run over it, one sequence at a time without drafts."""
-    folder = tmp_path_factory.mktemp("batch")
-    (folder / "in.jsonl").write_bytes(many_lines(N_LINES))
-    assert in_child(folder / "in.jsonl", folder / "out.jsonl", "--max-sequences", "1", "--draft", "off")() == 0
-    return folder / "in.jsonl", (folder / "out.jsonl").read_bytes()
-
-
-def in_child(source: Path, target: Path, *options: str) -> Callable[..., int]:
-    """Starts the command in a fork, which has imported everything; returns how to end it: -signal or exit code."""
-    model = models.packed()
+# Imports everything, and then forks for each command line: a start takes milliseconds.
+FORKER = """
+import json, os, sys
+import numpy, tokenizers
+import deepcalm.batch, deepcalm.batch_file, deepcalm.cli, deepcalm.model
+for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
-        null = os.open(os.devnull, os.O_RDWR)
         for fd in range(3):
-            os.dup2(null, fd)
-        code = 99
-        try:
-            code = cli.main(["batch", "-m", str(model), str(source), str(target), "-c", "200", "-t", "1", *options])
-        finally:
-            os._exit(code)
+            os.dup2(null := os.open(os.devnull, os.O_RDWR), fd)
+        os._exit(deepcalm.cli.main(json.loads(line)))
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+Batching = Callable[..., int]
 
-    def end(size: int | None = None, number: int = signal.SIGKILL) -> int:
-        """Waits; with ``size``, sends a signal once the output has so many bytes."""
-        while size is not None:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
+
+@pytest.fixture(scope="module")
+def batching() -> Iterator[Batching]:
+    """Runs the command and returns its exit code, -signal if one ended it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKER],
+        env=commands.environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    answers = process.stdout
+
+    def call(source: Path, target: Path, *options: str, size: int | None = None, number: int = signal.SIGKILL) -> int:
+        """size: sends a signal once the output has so many bytes."""
+        arguments = ["batch", "-m", models.packed(), source, target, "-c", "200", "-t", "1", *options]
+        process.stdin.write(json.dumps([*map(str, arguments)]).encode() + b"\n")
+        pid = int(answers.readline())
+        while size is not None and not select.select([answers], [], [], 0.0005)[0]:
             if target.exists() and target.stat().st_size >= size:
                 os.kill(pid, number)
                 break
-            time.sleep(0.0005)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return int(answers.readline())
 
-    return end
+    with process:
+        yield call
+        process.stdin.close()
 
 
-def test_killed_ten_times_it_writes_the_same_bytes(whole: tuple[Path, bytes], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(batching: Batching, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """An input and the output of one run over it, one sequence at a time without drafts."""
+    folder = tmp_path_factory.mktemp("batch")
+    (folder / "in.jsonl").write_bytes(many_lines(N_LINES))
+    assert batching(folder / "in.jsonl", folder / "out.jsonl", "--max-sequences", "1", "--draft", "off") == 0
+    return folder / "in.jsonl", (folder / "out.jsonl").read_bytes()
+
+
+def test_killed_ten_times_it_writes_the_same_bytes(
+    batching: Batching, whole: tuple[Path, bytes], tmp_path: Path
+) -> None:
     """At moments of no kind, with other numbers of sequences and drafts each time."""
     source, want = whole
     assert len(want.splitlines()) > N_LINES * 0.9
@@ -429,30 +450,34 @@ def test_killed_ten_times_it_writes_the_same_bytes(whole: tuple[Path, bytes], tm
             "--draft",
             rng.choice(["off", "1", "2", "auto"]),
         )
-        codes.append(in_child(source, out, *options)(size))
+        codes.append(batching(source, out, *options, size=size))
         have = out.read_bytes()
         assert want.startswith(have) and codes[-1] in (-signal.SIGKILL, 0), (i, options)
         if rng.random() < 0.5:  # as a kill in the middle of a write leaves it
             out.write_bytes(have[: len(have) - rng.randint(1, 9)])
     assert codes.count(-signal.SIGKILL) >= 5
-    assert in_child(source, out)() == 0
+    assert batching(source, out) == 0
     assert out.read_bytes() == want
 
 
-def test_it_is_the_same_in_one_go_with_many_sequences(whole: tuple[Path, bytes], tmp_path: Path) -> None:
+def test_it_is_the_same_in_one_go_with_many_sequences(
+    batching: Batching, whole: tuple[Path, bytes], tmp_path: Path
+) -> None:
     source, want = whole
-    assert in_child(source, tmp_path / "out.jsonl", "--max-sequences", "32", "--draft", "2")() == 0
+    assert batching(source, tmp_path / "out.jsonl", "--max-sequences", "32", "--draft", "2") == 0
     assert (tmp_path / "out.jsonl").read_bytes() == want
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_keeps_whole_lines(whole: tuple[Path, bytes], tmp_path: Path, number: int) -> None:
+def test_interrupted_it_keeps_whole_lines(
+    batching: Batching, whole: tuple[Path, bytes], tmp_path: Path, number: int
+) -> None:
     source, want = whole
     out = tmp_path / "out.jsonl"
-    assert in_child(source, out)(len(want) // 3, number) == 130
+    assert batching(source, out, size=len(want) // 3, number=number) == 130
     have = out.read_bytes()
     assert want.startswith(have) and have.endswith(b"\n") and len(have) < len(want)
-    assert in_child(source, out)() == 0 and out.read_bytes() == want
+    assert batching(source, out) == 0 and out.read_bytes() == want
 
 
 def test_an_interrupt_says_how_to_go_on(run: Run, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -680,11 +705,15 @@ def test_templates_are_told_the_date_of_the_first_start(
     have = out.read_bytes()
     out.write_bytes(have.splitlines(keepends=True)[0])
     Path(f"{out}.run").write_text(json.dumps(record | {"date": "2001-02-03T04:05:06"}))
-    seen = []
-    encode = deepcalm.Model.encode_chat
-    monkeypatch.setattr(
-        deepcalm.Model, "encode_chat", lambda self, m, **o: seen.append(self.decode(encode(self, m, **o))) or [5]
-    )
+    seen: list[str] = []
+    encode = ChatTemplate.encode
+
+    def listening(self: ChatTemplate, vocabulary: Any, messages: Any, **options: Any) -> list[int]:
+        ids = encode(self, vocabulary, messages, **options)
+        seen.append(vocabulary.decode(ids))
+        return ids
+
+    monkeypatch.setattr(ChatTemplate, "encode", listening)
     assert run(*arguments)[0] == 0
     assert seen == ["03 Feb 2001"] * 2
 
