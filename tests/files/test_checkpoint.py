@@ -353,13 +353,19 @@ def test_compressed_tensors_formats_and_groups(copy: Callable[[str], Path]) -> N
     )
     refused(
         edit_config(folder, lambda c: c["quantization_config"].update(sparsity_config={"format": "sparse-24-bitmask"})),
-        "sparsity_config is {'format': .*sparse weights are not read",
+        "sparsity_config is {'format': .*sparse or rotated weights are not read",
+        ConfigError,
+    )
+    rotated = {"config_groups": {"R1": {"type": "hadamard"}}}
+    refused(
+        edit_config(folder, lambda c: c["quantization_config"].update(sparsity_config={}, transform_config=rotated)),
+        "transform_config is {'config_groups': .*rotated weights are not read",
         ConfigError,
     )
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
     two = {"a": {"weights": weights}, "b": {"weights": weights | {"group_size": 128}}}
     refused(
-        edit_config(folder, lambda c: c["quantization_config"].update(config_groups=two, sparsity_config={})),
+        edit_config(folder, lambda c: c["quantization_config"].update(config_groups=two, transform_config={})),
         "config_groups: b is .*, expected the int8_group of the group before it, 64",
         ConfigError,
     )

@@ -331,7 +331,8 @@ def quantisation(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
                        "ORG/NAME FILE --dtype q4")  # fmt: skip
     if k.raw.get("format") not in CT_FORMATS:
         raise k.refuse("format", " or ".join(CT_FORMATS))
-    k.must_be("sparsity_config", ({},), "sparse weights are not read")
+    for key in ("sparsity_config", "transform_config"):
+        k.must_be(key, ({},), "sparse or rotated weights are not read")
     groups, out = k.object("config_groups"), dict[str, Any]()
     if groups is None or not groups.raw:
         raise k.refuse("config_groups", "groups with weights")
