@@ -286,6 +286,7 @@ KINDS = {"packed": run_packed, "checkpoint": run_checkpoint, "saved": run_saved,
 def make_bases(folder: Path) -> dict[str, list[str]]:
     """Write the undamaged files below `folder`. Returns the base names of every kind."""
     sys.path.insert(0, str(ROOT / "tests"))
+    import compressed
     import deepcalm
     import tiny
 
@@ -296,7 +297,11 @@ def make_bases(folder: Path) -> dict[str, list[str]]:
         "gigachat3": tiny.write(folder / "gigachat3", "gigachat3"),
         "kimi_k2": tiny.write(folder / "kimi_k2", "kimi_k2", **small),
         "moonlight": tiny.write(folder / "moonlight", "moonlight", tokenizer="tiktoken", **small),
+        "sarvam": tiny.write(folder / "sarvam", "sarvam", **small),
     }
+    for scheme in ("fp8 channel", "int8 channel", "int8 group 128", "mxfp4", "nvfp4", "modelopt nvfp4"):
+        name = scheme.replace(" ", "-")
+        checkpoints[name] = compressed.write(folder / name, scheme)
     packed = []
     for name, dtype in (("v2_lite", "bf16"), ("v3", "q8"), ("gigachat3", "source"), ("kimi_k2", "q4"), ("v3", "f32")):
         packed.append(f"{name}-{dtype}.dcalm")

@@ -15,6 +15,7 @@ import tiny
 from compressed import SCHEMES
 from deepcalm.check.verify import verify
 from deepcalm.files.pack import pack, plan
+from deepcalm.model import Model
 from ref import checkpoint as ref_checkpoint
 from ref import formats as F
 from ref import model as ref_model
@@ -65,7 +66,14 @@ def test_source_keeps_codes_and_scales_where_a_format_can(scheme: str) -> None:
         "int8 that is transposed or has f32 scales: f32" if scheme == "int8 channel, f32 scales" else
         notes[experts] if "fp8" in scheme else ""
     )  # fmt: skip
-    assert plan(folder_of(scheme)).dropped[0].why.startswith("activation scale")
+    p = plan(folder_of(scheme))
+    assert p.dropped[0].why.startswith("activation scale")
+    said = [note for note in p.notes if note.startswith("not as the source has them: ")]
+    for why in {note for note in notes.values() if "again" in note or note.endswith(": f32")}:
+        n = sum(note == why for note in notes.values())
+        assert any(f" {n} tensors (layers.0." in note and f"...): {why}; choose by --dtype" in note for note in said)
+    assert len(said) == len({n for n in notes.values() if n and not n.startswith("scale block ")})
+    assert not any(note.startswith("not as") for note in plan(folder_of(scheme), "q8").notes)
 
 
 def test_int8_that_reaches_minus_128_keeps_it() -> None:
@@ -98,6 +106,45 @@ def test_logits_are_those_of_the_decoded_weights(scheme: str) -> None:
     assert np.abs(run.mtp(64)[0] - oracle.mtp_forward(ids[1:], hidden[:-1])[0]).max() <= 1e-4
 
 
+PLANTED: dict[str, tuple[str, str, Any]] = {  # mistake of a packer -> (scheme, tensor, what it made of its bytes)
+    "nibbles swapped": ("mxfp4", "weight_packed", lambda b: (b << 4 | b >> 4).tobytes()),
+    "groups of scales moved on": ("int8 group 32", "weight_scale", lambda b: np.roll(b, 2).tobytes()),
+    "global scale twice as large": ("nvfp4", "weight_global_scale", lambda b: (2 * b.view(np.float32)).tobytes()),
+    "offset of the codes forgotten": ("int8 group 128", "weight_packed", lambda b: (b ^ 128).tobytes()),
+    "one scale of int4 for all": (
+        "int4 group 64", "weight_scale", lambda b: np.repeat(b.view(np.uint16)[::2], 2).tobytes()),
+    "exponents off by one": ("mxfp4", "weight_scale", lambda b: (b + 1).tobytes()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", PLANTED)
+@pytest.mark.parametrize("dtype", ["source", "bf16"])
+def test_planted_mistakes_are_named(mistake: str, dtype: str, tmp_path: Path) -> None:
+    scheme, part, change = PLANTED[mistake]
+    folder = compressed.write(tmp_path / "hf", scheme)
+    name = f"model.layers.1.mlp.experts.2.down_proj.{part}"
+
+    def wrong(tensors: dict[str, tiny.Stored]) -> None:
+        kind, shape, data = tensors[name]
+        tensors[name] = (kind, shape, change(np.frombuffer(data, np.uint8)))
+
+    pack(tiny.rewrite(folder, wrong), tmp_path / "x", dtype)
+    r = verify(tmp_path / "x", folder_of(scheme), legs=("weights",))
+    assert {d.where for d in r.divergences} == {LAYER + "experts.w_down"} and r.divergences[0].index[0] == 2
+
+
+@pytest.mark.parametrize("scheme", ["int8 channel", "mxfp4", "fp8 tensor"])
+def test_drafts_do_not_change_the_text(scheme: str) -> None:
+    model = Model(models.pack(folder_of(scheme), dtype="source").path, threads=1)
+    texts, drafted = [], 0
+    for draft in (0, 1, 3):
+        session = model.session(ctx=128)
+        session.prefill(tiny.token_ids(session.model.config["vocab_size"], 20, 3))
+        texts.append(list(session.generate(max_tokens=60, draft=draft)))
+        drafted += session.stats.drafts_offered
+    assert texts[0] == texts[1] == texts[2] and drafted > 60
+
+
 def test_scales_that_f16_cannot_hold_are_quantised_again_and_counted(tmp_path: Path) -> None:
     folder = compressed.write(tmp_path / "hf", "int8 channel")
     name = "model.layers.1.mlp.experts.2.down_proj.weight_scale"
@@ -110,7 +157,7 @@ def test_scales_that_f16_cannot_hold_are_quantised_again_and_counted(tmp_path: P
 
     tiny.rewrite(folder, small)
     notes = pack(folder, tmp_path / "x").notes
-    assert len(notes) == 1 and "near-zero groups of layers.1.experts.w_down" in notes[0]
+    assert "near-zero groups of layers.1.experts.w_down" in notes[-1]
     source = ref_model.matrix(ref_model.load(folder)[1], LAYER + "experts.w_down", (8, 128, 128))[2]
     found = ref_packed.PackedFile(tmp_path / "x").matrix(LAYER + "experts.w_down")[2]
     rest = [i for i in range(128) if i not in (3, 4)]

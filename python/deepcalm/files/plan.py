@@ -114,6 +114,9 @@ def make_plan(
     files = ckpt.tokenizer_files()
     notes = list(ckpt.notes)
     dropped = _dropped(ckpt, {n for t in tensors for s in t.slices for p in s for n in p.weight.tensors}, notes)
+    for why in dict.fromkeys(t.note for t in tensors if dtype == "source" and t.note.endswith(("again", ": f32"))):
+        names = [t.name for t in tensors if t.note == why]
+        notes.append(f"not as the source has them: {len(names)} tensors ({names[0]}, ...): {why}; choose by --dtype")
     if ckpt.mtp_dropped:
         notes.append(f"the MTP layer is dropped: {ckpt.mtp_dropped}; drafting will not be available")
     elif ckpt.raw_config.get("num_nextn_predict_layers") and not ckpt.has_mtp:
