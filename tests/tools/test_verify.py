@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import deepcalm
 import models
 import tiny
 from deepcalm.check import reference
-from deepcalm.check.verify import Report, verify
+from deepcalm.check.verify import Report, _Verifier, verify
 from deepcalm.cli.check import verify_text
 from ref import packed as ref_packed
 
@@ -73,6 +74,31 @@ def test_right_models_pass(preset: str, source: str, options: dict[str, str]) ->
     )
     limit = {"f32": 1e-4, "source": 0.02, "bf16": 0.05}.get(options["dtype"], 1.0)
     assert 0 <= r.effect["kl"] < limit and 0 < r.effect["router_agreement"] <= 1
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
+def test_threads_of_the_comparison_change_nothing(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two slices are compared at a time, and reported in their order; one that fails ends the comparison."""
+    folder = models.checkpoint("v3", "bf16")
+    against = models.checkpoint("v3", "bf16", seed=4) if wrong else folder
+    want = verify(pack(folder, dtype="q4"), against, legs="weights", threads=1)
+    assert want.ok != wrong and (len(want.divergences) > 9) == wrong
+    together, compare = threading.Barrier(2), _Verifier.slice
+
+    def meet(self: _Verifier, e: Any, i: int, keeps: bool) -> Any:
+        if e.name.endswith("experts.w_down") and i < 2:
+            together.wait(timeout=30)
+        return compare(self, e, i, keeps)
+
+    monkeypatch.setattr(_Verifier, "slice", meet)
+    assert verify(pack(folder, dtype="q4"), against, legs="weights", threads=2) == want
+
+    def fail(*_: Any) -> Any:
+        raise deepcalm.CheckpointError("gone")
+
+    monkeypatch.setattr(_Verifier, "slice", fail)
+    with pytest.raises(deepcalm.CheckpointError, match="gone"):
+        verify(pack(folder, dtype="q4"), against, legs="weights", threads=2)
 
 
 def test_the_file_that_was_compared_is_the_one_that_runs(tmp_path: Path) -> None:

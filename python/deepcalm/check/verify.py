@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,8 @@ def verify(
         kv: cache type of the passes that are compared.
         legs: which comparisons to make besides the configuration.
         progress: called with (done, total) steps.
-        threads: of the passes that are compared; None: as ``Model`` has them. Leg "exactness" compares with one thread.
+        threads: of the passes that are compared, and of the comparison of weights; None: as ``Model`` has them. Leg
+            "exactness" compares with one thread.
 
     Raises:
         PackedFileError, CheckpointError, ConfigError: a file cannot be read at all.
@@ -174,6 +176,11 @@ def verify(
             if leg not in LEGS:
                 raise ValueError(f"legs: {leg!r}, expected one of {', '.join(LEGS)}")
         return _Verifier(file, ckpt, layers, isa, kv, legs, progress, threads).run(prompt, tokens)
+
+
+# The largest difference of a slice, as a share of what its format allows, and None, or (row, column), what was found
+# there, what was expected, and a detail.
+Slice = tuple[float, tuple[Any, ...] | None]
 
 
 class _Verifier:
@@ -216,9 +223,9 @@ class _Verifier:
             self.settings = reference.Settings.of(self.ckpt.raw_config)
             self.packed = reference.PackedWeights(self.file)
             self.source = reference.SourceWeights(self.ckpt, self.settings)
+            self.model = Model(self.file, threads=self.threads, isa=self.isa)
             for leg in (leg for leg in LEGS[:2] if leg in self.legs):
                 getattr(self, leg)()
-            self.model = Model(self.file, threads=self.threads, isa=self.isa)
             self.ids = self.tokens(prompt, tokens)
             session = self.model.session(len(self.ids) + NEW_TOKENS, self.kv, mtp=False)
             self.logits = session.prefill(self.ids, all_logits=True)
@@ -269,48 +276,69 @@ class _Verifier:
         for name, e in self.file.entries.items():
             if e.kind in ("tiled", "plain"):
                 groups.setdefault(_prefix(name), []).append(e)
-        for p, entries in groups.items():
-            layer = self.n_layers if p == "mtp." else int(p.split(".")[1]) if p else -1
-            if layer not in self.layers and not (self.whole and not p):
-                continue
-            worst, at = max((self.tensor(e), e.name.removeprefix(p)) for e in entries)
-            self.checks.append(Check("weights", p.rstrip(".") or "top", len(entries), worst, 1.0, worst <= 1, at))
-            self.step()
+        pool = ThreadPoolExecutor(self.model.threads, "deepcalm-verify")
+        try:
+            compared = {
+                p: [(e, self.slices(e, pool)) for e in entries] for p, entries in groups.items() if self.wanted(p)
+            }
+            for p, tensors in compared.items():
+                worst, at = max((self.tensor(e.name, found), e.name.removeprefix(p)) for e, found in tensors)
+                self.checks.append(Check("weights", p.rstrip(".") or "top", len(tensors), worst, 1.0, worst <= 1, at))
+                self.step()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def tensor(self, e: Tensor) -> float:
-        """The largest difference of a tensor from the checkpoint, as a share of what its format allows."""
+    def wanted(self, prefix: str) -> bool:
+        """Whether the tensors of a layer, or those outside ("") are to be compared."""
+        if not prefix:
+            return self.whole
+        return (self.n_layers if prefix == "mtp." else int(prefix.split(".")[1])) in self.layers
+
+    def slices(self, e: Tensor, pool: ThreadPoolExecutor) -> Iterator[Slice]:
+        """``slice`` of each of a tensor's, in their order, whichever thread is done first."""
+        keeps = e.format in ("f8", "q8") and all(self.source.keeps_blocks(e.name, i) for i in range(e.n_slices))
+        return pool.map(lambda i: self.slice(e, i, keeps), range(e.n_slices))
+
+    def tensor(self, name: str, slices: Iterator[Slice]) -> float:
+        """The largest difference of a tensor from the checkpoint, up to its first slice that is not right."""
+        worst = 0.0
+        for i, (share, wrong) in enumerate(slices):
+            worst = max(worst, share)
+            if wrong is not None:
+                at, *rest = wrong
+                self.diverge("weights", name, (i, *at), *rest)
+                break
+        return worst
+
+    def slice(self, e: Tensor, i: int, keeps: bool) -> Slice:
+        """Compares slice ``i`` with the checkpoint, up to the first element that is not right."""
         rows, cols = e.shape[-2:] if len(e.shape) > 1 else (1, *e.shape)
         worst = 0.0
-        keeps = e.format in ("f8", "q8") and all(self.source.keeps_blocks(e.name, i) for i in range(e.n_slices))
-        for i in range(e.n_slices):
-            origins, transposed = self.source.origin(e.name, i)
-            kinds = {self.source.weight(name, shape).kind for name, shape, _ in origins}
-            pairs = zip(self.packed.slabs(e.name, i), self.source.slabs(e.name, i), strict=True)
-            for (row, found, scales), (_, expected, _) in pairs:
-                n = min(len(found), len(expected), rows - row)
-                outside = np.abs(found[:, cols:]).max(initial=0) + np.abs(found[n:]).max(initial=0)
-                f, x = found[:n, :cols], expected[:n]
-                s = None if scales is None else np.repeat(scales, found.shape[1] // scales.shape[1], 1)[:n, :cols]
-                share = _share(e.format, f, x, s, _exact(e.format, kinds, transposed, keeps))
-                share[~np.isfinite(f)] = np.inf
-                worst = max(worst, float(share.max()), np.inf if outside else 0.0)
-                if share.max() > 1:
-                    r, c = (int(v) for v in np.argwhere(share > 1)[0])
-                    detail = f"{int((share > 1).sum())} elements differ in this slab; {e.format} from "
-                    detail += " and ".join(name for name, _, _ in origins)
-                    self.diverge("weights", e.name, (i, row + r, c), f[r, c], x[r, c], detail)
-                elif outside:
-                    self.diverge("weights", e.name, (i, row), "values in the padding", "zeros")
-                elif s is not None and (bad := _odd_scales(e, x, s)) is not None:
-                    worst = np.inf
-                    r, c = bad
-                    detail = f"a {e.format} scale that does not fit its group's largest weight"
-                    largest = np.abs(x[r, c // 32 * 32 : c // 32 * 32 + 32]).max()
-                    self.diverge("weights", e.name, (i, row + r, c), s[r, c], f"about {largest:.4g} / "
-                                 + ("127" if e.format == "q8" else "6..10"), detail)  # fmt: skip
-                if worst > 1:
-                    return worst
-        return worst
+        origins, transposed = self.source.origin(e.name, i)
+        kinds = {self.source.weight(name, shape).kind for name, shape, _ in origins}
+        pairs = zip(self.packed.slabs(e.name, i), self.source.slabs(e.name, i), strict=True)
+        for (row, found, scales), (_, expected, _) in pairs:
+            n = min(len(found), len(expected), rows - row)
+            outside = np.abs(found[:, cols:]).max(initial=0) + np.abs(found[n:]).max(initial=0)
+            f, x = found[:n, :cols], expected[:n]
+            s = None if scales is None else np.repeat(scales, found.shape[1] // scales.shape[1], 1)[:n, :cols]
+            share = _share(e.format, f, x, s, _exact(e.format, kinds, transposed, keeps))
+            share[~np.isfinite(f)] = np.inf
+            worst = max(worst, float(share.max()))
+            if worst > 1:
+                r, c = (int(v) for v in np.argwhere(share > 1)[0])
+                detail = f"{int((share > 1).sum())} elements differ in this slab; {e.format} from "
+                detail += " and ".join(name for name, _, _ in origins)
+                return worst, ((row + r, c), f[r, c], x[r, c], detail)
+            if outside:
+                return np.inf, ((row,), "values in the padding", "zeros")
+            if s is not None and (bad := _odd_scales(e, x, s)) is not None:
+                r, c = bad
+                detail = f"a {e.format} scale that does not fit its group's largest weight"
+                largest = np.abs(x[r, c // 32 * 32 : c // 32 * 32 + 32]).max()
+                expect = f"about {largest:.4g} / " + ("127" if e.format == "q8" else "6..10")
+                return np.inf, ((row + r, c), s[r, c], expect, detail)
+        return worst, None
 
     # ---- arithmetic
 
