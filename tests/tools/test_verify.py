@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -25,6 +26,7 @@ import tiny
 from deepcalm.check import reference
 from deepcalm.check.verify import Report, _Verifier, verify
 from deepcalm.cli.check import verify_text
+from deepcalm.files import packed
 from ref import packed as ref_packed
 
 Array = np.ndarray[Any, Any]
@@ -61,7 +63,7 @@ def test_right_models_pass(preset: str, source: str, options: dict[str, str]) ->
     r = verify(pack(folder, **options), folder)
     assert r.ok and r.first_divergence is None, str(r.first_divergence)
     legs = {c.leg for c in r.checks}
-    assert legs == {"config", "checksum", "weights", "arithmetic", "exactness"}
+    assert legs == {"config", "checksum", "texts", "weights", "arithmetic", "exactness"}
     assert not r.notes
     arithmetic = {c.what: c for c in r.checks if c.leg == "arithmetic"}
     mtp = tiny.PRESETS[preset].config["num_nextn_predict_layers"]
@@ -99,6 +101,32 @@ def test_threads_of_the_comparison_change_nothing(wrong: bool, monkeypatch: pyte
     monkeypatch.setattr(_Verifier, "slice", fail)
     with pytest.raises(deepcalm.CheckpointError, match="gone"):
         verify(pack(folder, dtype="q4"), against, legs="weights", threads=2)
+
+
+def test_texts_beside_the_weights_are_compared(tmp_path: Path) -> None:
+    file = pack(models.checkpoint("moonlight", "f16"), dtype="q8")
+    folder = Path(shutil.copytree(models.checkpoint("moonlight", "f16"), tmp_path / "hf"))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    data = (folder / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").write_bytes(data[:99] + b" " + data[100:])
+    (folder / "tokenizer_config.json").unlink()
+    r = verify(file, folder, legs="texts")
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    assert [(d.leg, d.where) for d in r.divergences] == [("texts", name) for name in names]
+    assert "expected nothing" in str(r.divergences[1]) and "found nothing, expected 14 bytes" in str(r.divergences[2])
+    assert "(they differ from byte 99 on)" in str(r.divergences[0])
+    assert [c.ok for c in r.checks] == [True, False]
+
+
+def test_what_was_not_compared_is_said() -> None:
+    plain, odd = models.checkpoint("v3", "f32"), models.checkpoint("moonlight", "f16", tokenizer="tiktoken")
+    usual = ("positions after 32", "caches but f16", "other instruction sets and devices")
+    dropped = f"{len(packed.PackedFile(pack(plain, dtype='q8')).dropped)} tensors that packing dropped"
+    assert dropped[0] != "0" and verify(pack(plain, dtype="q8"), plain).not_compared == (*usual, dropped)
+    r = verify(pack(odd, dtype="q8"), odd, legs=("texts", "weights", "effects"))
+    texts = "tokenizer.json, which was made from tiktoken.model"
+    assert r.ok and r.not_compared == (*usual, "checksums", "arithmetic", "exactness", texts)
+    assert f"\nnot compared: {', '.join(r.not_compared)}\n" in verify_text(r)
 
 
 def test_the_file_that_was_compared_is_the_one_that_runs(tmp_path: Path) -> None:
@@ -622,8 +650,8 @@ def test_command_passes_and_prints_json() -> None:
     assert r["ok"] is True and r["first_divergence"] is None and r["tokens"] == 12 and r["divergences"] == []
     assert r["verdict"].startswith("right; packing costs ")
     assert set(r) == {"ok", "verdict", "first_divergence", "file", "against", "tokens", "kv", "checks", "divergences",
-                      "effect", "notes"}  # fmt: skip
-    assert {c["leg"] for c in r["checks"]} == {"config", "checksum", "weights", "arithmetic", "exactness"}
+                      "effect", "notes", "not_compared"}  # fmt: skip
+    assert {c["leg"] for c in r["checks"]} == {"config", "checksum", "texts", "weights", "arithmetic", "exactness"}
     assert all(set(c) == {"leg", "what", "items", "error", "allowed", "ok", "at"} and c["ok"] for c in r["checks"])
 
 
@@ -634,7 +662,7 @@ def test_command_fails_with_one_line() -> None:
     assert re.search(rb"\nverdict: NOT RIGHT, \d+ differences, first: weights: layers.1.attn_norm at .*\n$", out)
     assert re.search(rb"^note: only layers 1 were compared", out, re.M)
     assert re.search(
-        rb"\nnot compared: positions after \d+, caches but f16, other instruction sets and devices\n\n", out
+        rb"\nnot compared: positions after \d+, caches but f16, other instruction sets and devices, \d+ ten.*\n\n", out
     )
     place = r"layers\.1\.attn_norm at \[0, 0, 0\]: found \S+, expected \S+ "
     assert re.search(rf"^deepcalm: error: weights: {place}.*; and \d+ more$", err, re.M)

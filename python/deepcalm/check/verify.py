@@ -9,6 +9,7 @@ far the logits may be, and a model further from the checkpoint than one that ign
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -19,9 +20,11 @@ import numpy as np
 
 from .. import _core
 from ..arguments import integer
-from ..errors import Error, SessionError, one_line
-from ..files.checkpoint import Checkpoint
+from ..errors import CheckpointError, Error, SessionError, one_line
+from ..files.checkpoint import MAX_TOKENIZER_BYTES, TOKENIZER_FILES, Checkpoint
 from ..files.packed import PackedFile, Tensor
+from ..files.safetensors import read_file
+from ..files.text_files import LEGACY
 from ..model import Model
 from ..sampling import Sampling
 from ..session import STAGES
@@ -33,7 +36,7 @@ MIN_TOKENS, TOKENS = 8, 32
 TAP_BYTES = 256 << 20  # taps of as many layers as this holds are recorded in one pass
 EFFECT_LIMIT = 20_000_000_000  # weights of a model that the reference runs from the source in some minutes
 CHUNKS, DRAFTS, NEW_TOKENS, PROMPTS = (1, 3, 16), (1, 2, 3), 8, 3
-LEGS = ("checksums", "weights", "arithmetic", "exactness", "effects")
+LEGS = ("checksums", "texts", "weights", "arithmetic", "exactness", "effects")
 CLOSE = 1e-6  # two routing scores this close may be ordered either way by f32
 # How far a whole pass may be from the checkpoint: twice as far as the reference is with the file's weights, and SLACK.
 # Both round activations and route near-ties apart, and a deep model of random weights amplifies that up to the size of
@@ -56,7 +59,7 @@ SHAPES = (
 class Divergence:
     """Where the packed model first leaves what it should be, one per tensor, tap or key."""
 
-    leg: str  # "config" | "checksum" | "weights" | "arithmetic" | "exactness" | "effect"
+    leg: str  # "config" | "checksum" | "texts" | "weights" | "arithmetic" | "exactness" | "effect"
     where: str  # key, tensor or tap
     index: tuple[int, ...]  # tensors: slice, packed row, column; taps: token, coordinates
     found: Any
@@ -85,7 +88,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The result of ``verify``. ``notes`` say what was left out.
+    """The result of ``verify``. ``not_compared`` lists what was not looked at, ``notes`` say why it is more than usual.
 
     ``effect``, means over tokens: ``kl`` of the runtime from the checkpoint in nats, ``kl_of_weights`` of the reference
     with the file's weights, ``kl_without_text`` of the checkpoint's average over the text; ``distance`` and
@@ -100,6 +103,7 @@ class Report:
     divergences: tuple[Divergence, ...]
     effect: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    not_compared: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -108,8 +112,8 @@ class Report:
 
     @property
     def first_divergence(self) -> Divergence | None:
-        """The first in the order config, checksums, weights, arithmetic (in pass order), exactness, effect; None if
-        ok."""
+        """The first in the order config, checksums, texts, weights, arithmetic (in pass order), exactness, effect; None
+        if ok."""
         return self.divergences[0] if self.divergences else None
 
     @property
@@ -200,6 +204,7 @@ class _Verifier:
         self.checks: list[Check] = []
         self.divergences: list[Divergence] = []
         self.notes: list[str] = []
+        self.left = [leg for leg in LEGS if leg not in legs]
         self.effect: dict[str, float] = {}
         self.n_layers = int(file.config["num_hidden_layers"])
         self.has_mtp = bool(file.config["num_nextn_predict_layers"])
@@ -224,20 +229,23 @@ class _Verifier:
             self.packed = reference.PackedWeights(self.file)
             self.source = reference.SourceWeights(self.ckpt, self.settings)
             self.model = Model(self.file, threads=self.threads, isa=self.isa)
-            for leg in (leg for leg in LEGS[:2] if leg in self.legs):
+            for leg in (leg for leg in LEGS[:3] if leg in self.legs):
                 getattr(self, leg)()
             self.ids = self.tokens(prompt, tokens)
             session = self.model.session(len(self.ids) + NEW_TOKENS, self.kv, mtp=False)
             self.logits = session.prefill(self.ids, all_logits=True)
-            for leg in (leg for leg in LEGS[2:] if leg in self.legs):
+            for leg in (leg for leg in LEGS[3:] if leg in self.legs):
                 getattr(self, leg)()
         else:
             self.notes.append("the two models have different shapes: nothing else was compared")
         if not self.whole:
             self.notes.append(f"only layers {_ranges(self.layers)} were compared; embedding, head and effect were not")
         n = len(self.ids) if comparable else 0
+        left = [f"positions after {n}", f"caches but {self.kv}", "other instruction sets and devices", *self.left]
+        if self.file.dropped:
+            left.append(f"{len(self.file.dropped)} tensors that packing dropped")
         return Report(str(self.file.path), str(self.ckpt.path), n, self.kv, tuple(self.checks), tuple(self.divergences),
-                      self.effect, tuple(self.notes))  # fmt: skip
+                      self.effect, tuple(self.notes), tuple(left if comparable else ()))  # fmt: skip
 
     def tokens(self, prompt: str | None, n: int) -> Array:
         vocab = self.settings.vocab
@@ -263,6 +271,23 @@ class _Verifier:
         self.checks.append(Check("config", "keys", len(expected), len(bad), 0, not bad))
         self.step()
         return not set(bad) & set(SHAPES)
+
+    def texts(self) -> None:
+        """The stored tokenizer, template and settings of generation against the checkpoint's files, byte for byte."""
+        n, bad = 0, len(self.divergences)
+        for name in TOKENIZER_FILES:
+            path, found = self.ckpt.path / name, self.file.tokenizer_file(name) or b""
+            expected = read_file(path, MAX_TOKENIZER_BYTES, CheckpointError) if path.is_file() else b""
+            if found and not expected and name == "tokenizer.json" and (path.parent / "tiktoken.model").is_file():
+                self.left.append("tokenizer.json, which was made from tiktoken.model")
+                continue
+            n += bool(found)
+            if found != expected and (found or name not in LEGACY):  # which are stored only where they are read
+                what = [f"{len(x)} bytes" if x else "nothing" for x in (found, expected)]
+                at = len(os.path.commonprefix([found, expected]))  # noqa: RUF071  # bytes, no paths
+                self.diverge("texts", name, (), what[0], what[1], f"they differ from byte {at} on")
+        bad = len(self.divergences) - bad
+        self.checks.append(Check("texts", "beside the weights", n, bad, 0, not bad))
 
     def checksums(self) -> None:
         bad = self.file.check()

@@ -81,7 +81,7 @@ def verify_text(r: Report) -> str:
     rows = [("", "compared", "", "worst", "allowed", "")]
     for c in r.checks:
         unit = {"weights": " half steps", "arithmetic": " rel. RMS"}.get(c.leg, " differ")
-        items = {"weights": "tensors", "arithmetic": "taps", "exactness": "runs"}.get(c.leg, "")
+        items = {"texts": "files", "weights": "tensors", "arithmetic": "taps", "exactness": "runs"}.get(c.leg, "")
         items = items[:-1] if c.items == 1 else items
         worst = f"{c.error:.2f}" if c.leg == "weights" else f"{c.error:.2g}"
         where = f" ({c.at})" if c.at and c.error else ""
@@ -90,8 +90,8 @@ def verify_text(r: Report) -> str:
     lines = [f"{key:<32}{value:.6g}" for key, value in r.effect.items()]
     effect = f"\neffect of packing, {r.tokens} tokens, {r.kv} cache, against the checkpoint in f64\n" if lines else ""
     lines += ["", *(f"note: {one_line(note, 200)}" for note in r.notes)]
-    if r.tokens:
-        lines.append(f"not compared: positions after {r.tokens}, caches but {r.kv}, other instruction sets and devices")
+    if r.not_compared:
+        lines.append(f"not compared: {', '.join(r.not_compared)}")
     lines += ["", f"verdict: {r.verdict}"]
     return columns(rows) + effect + "".join(line + "\n" for line in lines)
 
