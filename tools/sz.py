@@ -47,7 +47,7 @@ AREAS = (
             *("python/deepcalm/*.py", "python/deepcalm/files/*.py"),
             *(f"python/deepcalm/cli/{name}.py" for name in ("__init__", "common", "run", "chat", "files")),
         ),
-        7248,
+        7249,
         without=(*BATCH, *WIRE, *MARKUP),
     ),
     Area("Python batch", BATCH, 1098),

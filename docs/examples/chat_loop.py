@@ -25,15 +25,11 @@ def main() -> None:
             kept = session.reuse(ids)  # cuts the session to the prefix that both have
         else:
             ids, kept = [*session.tokens.tolist(), *model.encode(line, bos=not session.pos)], session.pos
-        answer = session.generate(ids[kept:], max_tokens=256, **model.sampling_defaults)
-        decoder = model.vocabulary.decoder()  # a character may be several tokens
-        text = ""
-        for token in answer:
-            text += (piece := decoder.feed(token))
+        answer = session.generate(ids[kept:], max_tokens=256, **model.sampling_defaults).text()
+        for piece in answer:
             print(piece, end="", flush=True)
-        text += (rest := decoder.flush())
-        print(f"{rest}\n[{answer.reason}; {kept} of {len(ids)} tokens from the cache]")
-        messages.append({"role": "assistant", "content": text})
+        print(f"\n[{answer.reason}; {kept} of {len(ids)} tokens from the cache]")
+        messages.append({"role": "assistant", "content": answer.text})
 
 
 if __name__ == "__main__":

@@ -108,6 +108,10 @@ class Generation(Iterator[int]):
         self.scores: list[Scores] = []
         self._device: DeviceRounds | None = None
 
+    def text(self, stop: str | Sequence[str] = ()) -> TextGeneration:
+        """An iterator over pieces of its text in place of ids; ``stop`` and what is raised: see ``TextGeneration``."""
+        return TextGeneration(self, stop)
+
     @property
     def tokens(self) -> list[int]:
         """The ids returned so far, a copy."""

@@ -388,7 +388,7 @@ def stream(
     check_draft(draft)
     session = model.session(ctx, kv, mtp=None if draft == "auto" else draft not in ("off", 0))
     options.setdefault("max_tokens", 256)
-    return TextGeneration(session.generate(model.encode(prompt), **options), stop)
+    return session.generate(model.encode(prompt), **options).text(stop)
 
 
 def generate(

@@ -20,7 +20,6 @@ import tiny
 from deepcalm import _core, limits, names, sampling, session
 from deepcalm.check.perplexity import log_softmax, perplexity
 from deepcalm.errors import ConfigError, Error, PackedFileError, ResourceError, SessionError, UnsupportedError
-from deepcalm.generation import TextGeneration
 
 F32 = npt.NDArray[np.float32]
 V = tiny.PRESETS["v3"].config["vocab_size"]
@@ -424,7 +423,7 @@ def test_text_generation_stops_at_strings_and_flushes(model: deepcalm.Model) -> 
                 raise StopIteration
             return token
 
-        t = TextGeneration(g, stop)
+        t = g.text(stop)
         g.__class__ = type("Scripted", (type(g),), {"__next__": lambda _self: step()})
         out = "".join(t) if not interrupt else "".join([next(t)]) + t.interrupt()
         assert out == t.text
@@ -456,7 +455,7 @@ def test_drafted_text_ends_where_plain_text_does(model: deepcalm.Model) -> None:
         assert s.tokens.tolist() == [*IDS[:5], *want[:n]]  # accepted drafts behind the end have left the cache
         full = model.session(ctx=12, mtp=True).generate(IDS[:5], eos_ids=[], draft=draft)
         assert (list(full), full.reason) == (want[:7], "context")
-        text = TextGeneration(model.session(mtp=True).generate(IDS[:5], max_tokens=9, eos_ids=[], draft=draft))
+        text = model.session(mtp=True).generate(IDS[:5], max_tokens=9, eos_ids=[], draft=draft).text()
         assert "".join(text) == model.decode(want) and text.reason == "length"
 
 

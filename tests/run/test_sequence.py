@@ -22,7 +22,7 @@ import device_cases
 import models
 import tiny
 from deepcalm.errors import SessionError
-from deepcalm.generation import Generation, TextGeneration
+from deepcalm.generation import Generation
 from deepcalm.sampling import Sampling
 
 PROMPT = tiny.token_ids(tiny.N_TOKENS, 9, 4).tolist()
@@ -70,7 +70,7 @@ def by_eos(s: deepcalm.Session, **how: Any) -> Generation:
 
 def by_stop_string(s: deepcalm.Session, **how: Any) -> Generation:
     g = s.generate(PROMPT, eos_ids=[], **how)
-    made = TextGeneration(g, s.model.decode(text(s.model.device)[:N])[-2:])
+    made = g.text(s.model.decode(text(s.model.device)[:N])[-2:])
     assert "".join(made) is not None and made.reason == "stop" and g.reason == "closed"
     return g
 

@@ -24,7 +24,6 @@ import models
 import tiny
 from deepcalm import SessionError, _core, cli
 from deepcalm.drafting import LIMIT, LIMIT_TOKENS, PLAIN_EVERY, Controller, CostModel, expected_tokens
-from deepcalm.generation import TextGeneration
 from deepcalm.measure import drafts
 from deepcalm.sampling import Sampling
 from test_sampling import chi_square_p, softmax
@@ -244,7 +243,7 @@ def test_ends_inside_an_accepted_run(temp: float) -> None:
         want: Any = None
         for draft in ("off", 1, 2, 3, 7):
             session = model.session(ctx=ctx, mtp=True)
-            text = TextGeneration(session.generate(ids, draft=draft, **options), stop)
+            text = session.generate(ids, draft=draft, **options).text(stop)
             joined = "".join(text)
             got = joined, text.reason, session.tokens.tolist()
             want = want or got

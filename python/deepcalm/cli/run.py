@@ -194,15 +194,12 @@ def start(
     **options: Any,
 ) -> tuple[TextGeneration, int | None]:
     """The generation that the options describe, and its seed (None: greedy)."""
-    from ..generation import TextGeneration
-
     if options["temp"] == 0:
         seed = None
     elif seed is None:
         seed = int.from_bytes(os.urandom(4), "little")
     try:
-        generation = session.generate(ids, max_tokens=max_tokens, seed=seed or 0, **options)
-        return TextGeneration(generation, stop), seed
+        return session.generate(ids, max_tokens=max_tokens, seed=seed or 0, **options).text(stop), seed
     except ValueError as e:
         raise click.UsageError(str(e)) from None
 
