@@ -13,7 +13,9 @@ Timed parts refuse to run when other processes use the machine (--max-load). Sli
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
+import inspect
 import itertools
 import json
 import lzma
@@ -28,6 +30,7 @@ from typing import Any
 import deepcalm
 import jsonl
 import lab
+from deepcalm import drafting
 from deepcalm.measure.drafts import bench_draft
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,7 +118,8 @@ def auto_against_off(model: deepcalm.Model, ids: list[int], new: int, limit: flo
 def counts_text(head: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Acceptance and bytes\n", source(head),
-        f"Demo model, greedy, {NEW} tokens after {PROMPT} held-out ones. Bytes gain: plain over drafted, counted.\n",
+        f"Demo model, greedy, {NEW} tokens after {PROMPT} held-out ones. Bytes gain: plain over drafted, counted.",
+        "K is fixed: no controller decides.\n",
         "| text | K | prompts | accepted | by position | tokens a pass | bytes gain | same text |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -136,7 +140,7 @@ def speed_text(head: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         "Drafted over plain speed on the same greedy text, median (lowest - highest) of interleaved repeats.",
         "Predicted: from the times of plain steps and of rounds whose drafts are all right, and the acceptance met.",
         "`accept`: every draft is the known next token, spoiled with probability 1 - accept, while the MTP layer runs",
-        "for real; own: its own drafts.\n",
+        "for real; own: its own drafts. K is fixed: no controller decides.\n",
         "![gain predicted from bytes; measured against predicted](../drafting.svg)\n",
         "| file | threads | K | accept | met | tokens a pass | experts a pass, plain -> drafted | gain by bytes | "
         "predicted | measured | error | read GB/s |",
@@ -156,7 +160,13 @@ def speed_text(head: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 
 
 def auto_text(head: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["## auto against off\n", source(head), "Time and bytes of `--draft auto` over `--draft off`, greedy.\n",
+    then, now = head["controller"], controller()
+    changed = [", ".join(f"{k} {v:g}" for k, v in a.items() if b.get(k) != v) for a, b in ((then, now), (now, then))]
+    state = "The controller is the present one." if then == now else (
+        f"With an older controller, that of the commit; the present one was not measured so. Then: {changed[0]}. "
+        f"Now: {changed[1]}. [notebook.md](notebook.md) has both, simulated.")  # fmt: skip
+    lines = ["## auto against off\n", source(head), "Time and bytes of `--draft auto` over `--draft off`, greedy.",
+             f"{state}\n",
              "| file | threads | pairs | tokens | time: median | 95 % interval of the median | bytes: median | worst |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for a in rows:
@@ -164,6 +174,14 @@ def auto_text(head: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
                      f"{a['interval'][0]:.3f} - {a['interval'][1]:.3f} | {a['bytes']:.3f} | "
                      f"{a['bytes_worst']:.3f} |")  # fmt: skip
     return [*lines, ""]
+
+
+def controller() -> dict[str, float]:
+    """The constants that decide what "auto" does with one sequence, by name."""
+    sources = map(inspect.getsource, (drafting.Controller, drafting.Acceptance))
+    read = {n.id for text in sources for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)}
+    found = vars(drafting).items()
+    return {k: v for k, v in found if k in read and isinstance(v, int | float) and k != "MAX_DRAFT"}
 
 
 def source(head: dict[str, Any]) -> str:
@@ -226,7 +244,7 @@ def main() -> int:
     words = ["tools/bench_draft.py", args.part, *(f"--slice {p.name}" for p in args.slice)]
     words += ["--threads", *map(str, args.threads)] if any(args.threads) else []
     part = {"machine": machine(), "commit": lab.commit(), "command": " ".join(words),
-            "load": None if load is None else [*load, os.getloadavg()[0]]}  # fmt: skip
+            "load": None if load is None else [*load, os.getloadavg()[0]], "controller": controller()}  # fmt: skip
     path = args.out / "draft.jsonl"
     head, *others = jsonl.read(path) or [{}]
     others = [r for r in others if r["part"] != args.part]

@@ -18,6 +18,7 @@ import bench_rows
 import gguf_synthetic
 import jsonl
 import lab
+from deepcalm import drafting
 
 SIZES = ("hidden_size=64", "num_attention_heads=2", "kv_lora_rank=32", "qk_nope_head_dim=32", "qk_rope_head_dim=32",
          "v_head_dim=32", "intermediate_size=96", "moe_intermediate_size=32", "n_routed_experts=4", "vocab_size=64",
@@ -172,3 +173,13 @@ def test_a_result_of_bench_is_drawn(tmp_path: Path) -> None:
     bench_plot.draw([run, run | {"threads": 2}], tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert re.fullmatch(r"([0-9a-f]{9}(-dirty)?)?", lab.commit())
+
+
+def test_draft_page_says_which_controller_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, *rows = jsonl.read(Path(bench_draft.__file__).parents[1] / "docs" / "perf" / "draft.jsonl")
+    head["auto"]["controller"] = bench_draft.controller()
+    assert "LIMIT" in head["auto"]["controller"]
+    assert "\nThe controller is the present one.\n" in bench_draft.markdown([head, *rows])
+    monkeypatch.setattr(drafting, "PROBES", 9)
+    text = bench_draft.markdown([head, *rows])
+    assert "With an older controller" in text and "Then: PROBES 4. Now: PROBES 9. " in text
