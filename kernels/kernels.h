@@ -76,6 +76,14 @@ DC_CONSTEXPR int64_t mla_scratch_bytes(int c_pad, int r_pad, int n_rows, int n_h
 
 inline constexpr int kPeakBytes = 33 * 64;
 
+// Attention of (row, head) pairs over some of their positions: running maxima, sums relative to them.
+struct MlaSums {
+    float *m = nullptr, *l = nullptr;  // [n] maximum (natural-log units), sum of exponentials relative to it
+    View<float> o = {};                // [n, c_pad] sum of exp * c_kv
+
+    DC_CONSTEXPR MlaSums from(int64_t i) const { return {m + i, l + i, o.from(i)}; }
+};
+
 struct CpuKernels {
     const char* isa;    // name: kernels/cpu/simd_NAME.h
     uint32_t required;  // CpuFeature bits that the OS must have enabled
@@ -104,10 +112,10 @@ struct CpuKernels {
     // The same row back as f32 [c_pad + r_pad]; used by taps, sessions and tests.
     void (*cache_read)(CacheType type, const std::byte* row, int c_pad, int r_pad, float* out) noexcept;
     void (*mla_partial)(const MlaPartialArgs& args) noexcept;
-    // Partials in order, a row of m, l and o each, of one (row, head): m, l [n_partials], o [n_partials, c_pad] -> out [c_pad] =
-    // sum(o) / sum(l). A partial with l = 0 is skipped.
-    void (*mla_combine)(View<const float> m, View<const float> l, View<const float> o, int n_partials, int c_pad,
-                        float* out) noexcept;
+    // n pairs: sum becomes that of its own positions and of later ones. A pair without positions (l = 0) adds nothing.
+    void (*mla_merge)(const MlaSums& sum, const MlaSums& later, int n, int c_pad) noexcept;
+    // One pair: out [c_pad] = o / l, zeros without positions; out may be o.
+    void (*mla_finish)(const MlaSums& sum, int c_pad, float* out) noexcept;
 };
 
 enum CpuFeature : uint32_t {

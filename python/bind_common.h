@@ -12,7 +12,8 @@
 namespace py = pybind11;
 using namespace pybind11::literals;
 
-// Raises deepcalm.errors.<class of error.code> with the error's message.
+// deepcalm.errors.<class of error.code> with the error's message; raises it.
+py::object as_exception(const deepcalm::Error& error);
 [[noreturn]] void throw_error(const deepcalm::Error& error);
 
 template <class T> T unwrap(deepcalm::Result<T> result) {

@@ -16,14 +16,20 @@
 
 namespace dc = deepcalm;
 
-void throw_error(const dc::Error& error) {
+py::object as_exception(const dc::Error& error) {
     static constexpr const char* kNames[] = {"ConfigError", "PackedFileError", "SessionError", "ResourceError",
                                              "UnsupportedError"};
     const py::object type = py::module_::import("deepcalm.errors").attr(kNames[static_cast<int>(error.code)]);
     // a path in it may hold bytes that are not UTF-8
     const auto text = py::reinterpret_steal<py::object>(
         PyUnicode_DecodeUTF8(error.message.data(), static_cast<py::ssize_t>(error.message.size()), "surrogateescape"));
-    if (text) PyErr_SetObject(type.ptr(), text.ptr());
+    if (!text) throw py::error_already_set();
+    return type(text);
+}
+
+void throw_error(const dc::Error& error) {
+    const py::object e = as_exception(error);
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(e.ptr())), e.ptr());
     throw py::error_already_set();
 }
 

@@ -3,10 +3,9 @@
 // are copied before they are checked, because another thread may write to them.
 #include "bind_common.h"
 #include "kernels/noise.h"
+#include "runtime/batch.h"
 #include "runtime/cpu/engine.h"
 #include "runtime/cuda/library.h"
-#include "runtime/session.h"
-#include "runtime/speculate.h"
 
 #include <pybind11/stl.h>
 
@@ -146,6 +145,21 @@ py::capsule dlpack(py::object owner, uintptr_t address, std::vector<int64_t> sha
     });
 }
 
+py::dict stats_dict(const PassStats& t) {
+    return record("passes", t.passes, "rows", t.rows, "weight_bytes", t.weight_bytes, "cache_bytes", t.cache_bytes,
+                  "experts_touched", t.experts_touched, "seconds", t.seconds, "mtp_passes", t.mtp_passes, "mtp_rows",
+                  t.mtp_rows);
+}
+py::list stage_list(const PassStats& stats) {
+    py::list out;
+    for (int i = 0; i < 2 * kNumStages; ++i) {
+        const StageStats& t = stats.stages[i / kNumStages][i % kNumStages];
+        const std::string name = std::string(i < kNumStages ? "" : "mtp.") + kStageNames[i % kNumStages];
+        if (t.calls > 0) out.append(py::make_tuple(name, t.calls, t.bytes, t.seconds, t.wait_sum, t.wait_max));
+    }
+    return out;
+}
+
 class PySession {
     // A call of the session, which may wait for the passes of others.
     template <class Fn, class... Args> auto call(Fn fn, const Args&... args) const {
@@ -181,23 +195,26 @@ class PySession {
         return py::make_tuple(out, g);
     }
 
+    // One step of this sequence alone; its bytes and seconds are the session's.
     py::dict draft_round(int token, int k, const py::object& sampling, int n_valid, float min_confidence,
                          bool want_logits, const std::optional<I32Array>& forced) {
-        const auto drafts = forced ? copy_ids(*forced) : std::vector<int32_t>();
-        if (forced && std::ssize(drafts) != k)
-            throw_error(session_error("forced: " + std::to_string(drafts.size()) + " drafts, expected k"));
-        const DraftParams p{.k = k,
-                            .sample = sample_params(sampling),
-                            .n_valid = n_valid,
-                            .min_confidence = min_confidence,
-                            .forced = forced ? drafts.data() : nullptr};
+        Work w{.session = s_.get(),
+               .ids = {token},
+               .sample = sample_params(sampling),
+               .n_valid = n_valid,
+               .k = k,
+               .min_confidence = min_confidence,
+               .forced = forced ? copy_ids(*forced) : std::vector<int32_t>()};
+        if (forced && std::ssize(w.forced) != k)
+            throw_error(session_error("forced: " + std::to_string(w.forced.size()) + " drafts, expected k"));
         F32Array logits({want_logits ? py::ssize_t{k} + 1 : py::ssize_t{0}, vocab_});
-        float* data = want_logits ? logits.mutable_data() : nullptr;
-        const Round r = unwrap(without_gil([&] { return Speculator::round(*s_, token, p, data); }));
-        py::dict d = record("tokens", r.tokens, "drafted", r.n_drafted, "accepted", r.n_accepted, "experts_verify",
-                            r.experts_verify, "draft_bytes", r.draft_bytes, "verify_bytes", r.verify_bytes,
-                            "draft_seconds", r.draft_seconds, "verify_seconds", r.verify_seconds);
-        if (want_logits) d["logits"] = logits[py::slice(0, std::ssize(r.tokens), 1)];
+        w.logits = want_logits ? logits.mutable_data() : nullptr;
+        const StepCost cost = without_gil([&] { return s_->step(w); });
+        if (w.error) throw_error(*w.error);
+        py::dict d = record("tokens", w.tokens, "drafted", w.n_drafted, "accepted", w.n_accepted, "experts_verify",
+                            cost.experts_verify, "draft_bytes", cost.draft_bytes, "verify_bytes", cost.verify_bytes,
+                            "draft_seconds", cost.draft_seconds, "verify_seconds", cost.verify_seconds);
+        if (want_logits) d["logits"] = logits[py::slice(0, std::ssize(w.tokens), 1)];
         return d;
     }
 
@@ -206,6 +223,13 @@ class PySession {
     F32Array hidden() const { return hidden_array(call(&Session::hidden), d_); }
 
     void truncate(int n) { unwrap(call(&Session::truncate, n)); }
+
+    PySession(std::unique_ptr<Session> s, py::ssize_t vocab, py::ssize_t d) : s_(std::move(s)), vocab_(vocab), d_(d) {}
+    std::unique_ptr<PySession, DeleteWithoutGil> fork(const Model&, int n, int ctx) const {
+        return std::unique_ptr<PySession, DeleteWithoutGil>(
+            new PySession(unwrap(call(&Session::fork, n, ctx)), vocab_, d_));
+    }
+    Session* get() const { return s_.get(); }
 
     U8Array read_cache(bool mtp) const { return rows_array(unwrap(call(&Session::read_cache, mtp))); }
 
@@ -293,23 +317,8 @@ class PySession {
         return out;
     }
 
-    py::dict stats() const {
-        const PassStats t = call(&Session::stats);
-        return record("passes", t.passes, "rows", t.rows, "weight_bytes", t.weight_bytes, "cache_bytes", t.cache_bytes,
-                      "experts_touched", t.experts_touched, "seconds", t.seconds, "mtp_passes", t.mtp_passes,
-                      "mtp_rows", t.mtp_rows);
-    }
-
-    py::list stage_stats() const {
-        py::list out;
-        const PassStats stats = call(&Session::stats);
-        for (int i = 0; i < 2 * kNumStages; ++i) {
-            const StageStats& t = stats.stages[i / kNumStages][i % kNumStages];
-            const std::string name = std::string(i < kNumStages ? "" : "mtp.") + kStageNames[i % kNumStages];
-            if (t.calls > 0) out.append(py::make_tuple(name, t.calls, t.bytes, t.seconds, t.wait_sum, t.wait_max));
-        }
-        return out;
-    }
+    py::dict stats() const { return stats_dict(call(&Session::stats)); }
+    py::list stage_stats() const { return stage_list(call(&Session::stats)); }
 
     py::list expert_union() const {
         py::list out;
@@ -324,6 +333,72 @@ class PySession {
   private:
     std::unique_ptr<Session> s_;
     py::ssize_t vocab_, d_;
+};
+
+// Steps of several sequences, and what they read.
+class PyBatch {
+  public:
+    PyBatch(Model& model, int max_rows) : model_(model), max_rows_(max_rows) {
+        unwrap(without_gil([&] {
+            const auto held = model.hold_passes();
+            return model.backend().reserve(max_rows + kMaxSequences);  // each may compute a row again
+        }));
+    }
+
+    py::tuple step(const py::list& items) {
+        std::vector<Work> work;
+        size_t rows = 0;
+        for (const auto& item : items) {
+            const auto t = item.cast<py::tuple>();
+            work.push_back({.session = t[0].cast<PySession&>().get(),
+                            .ids = t[1].cast<std::vector<int32_t>>(),
+                            .n_valid = t[4].cast<int>(),
+                            .k = t[2].cast<int>(),
+                            .min_confidence = t[5].cast<float>(),
+                            .n_top = t[6].cast<int>()});
+            if (!t[3].is_none()) work.back().sample = sample_params(t[3]);
+            rows += work.back().ids.size() + static_cast<size_t>(std::max(work.back().k, 0));
+        }
+        if (work.size() > kMaxSequences || rows > static_cast<size_t>(max_rows_))
+            throw_error(session_error("step: " + std::to_string(work.size()) + " sequences with " +
+                                      std::to_string(rows) + " rows, at most " + std::to_string(kMaxSequences) +
+                                      " with " + std::to_string(max_rows_)));
+        const StepCost cost = without_gil([&] { return Step::run(model_, work, stats_); });
+        if (cost.rows > 0 && cost.rows <= kMaxSequences) {
+            union_[cost.rows].first += 1;
+            union_[cost.rows].second += cost.experts_verify;
+        }
+        py::list results;
+        for (Work& w : work) results.append(result(w));
+        return py::make_tuple(results, record("rows", cost.rows, "mtp_rows", cost.mtp_rows, "experts_verify",
+                                              cost.experts_verify, "draft_bytes", cost.draft_bytes, "verify_bytes",
+                                              cost.verify_bytes, "draft_seconds", cost.draft_seconds, "verify_seconds",
+                                              cost.verify_seconds));
+    }
+
+    py::dict stats() const { return stats_dict(stats_); }
+    py::list stage_stats() const { return stage_list(stats_); }
+    py::list expert_union() const {
+        py::list out;
+        for (int n = 1; n <= kMaxSequences; ++n) out.append(py::make_tuple(union_[n].first, union_[n].second));
+        return out;
+    }
+
+  private:
+    static py::dict result(const Work& w) {
+        py::object error = py::none();
+        if (w.error) error = as_exception(*w.error);
+        py::list scores;
+        for (const Scores& s : w.scores) scores.append(py::make_tuple(s.token, s.logprob, s.top));
+        return record("tokens", w.error ? std::vector<int32_t>() : w.tokens, "drafted", w.n_drafted, "accepted",
+                      w.n_accepted, "scores", scores, "error", error);
+    }
+
+    Model& model_;
+    int max_rows_;
+    PassStats stats_;  // written and read by the thread that steps
+    std::pair<int64_t, int64_t> union_[kMaxSequences + 1] =
+        {};  // [rows of a main pass] passes, distinct (layer, expert) pairs
 };
 
 using ModelHolder = std::unique_ptr<Model, DeleteWithoutGil>;
@@ -390,6 +465,18 @@ void bind_functions(py::module_& m) {
         "Gumbel noise over the filtered distribution. sampling: a deepcalm.sampling.Sampling. Ids >= n_valid are never "
         "chosen. "
         "Raises SessionError if the logits are not finite.");
+    m.def(
+        "scores",
+        [](const F32Array& logits, int n_valid, int token, int n_top) {
+            const auto n = static_cast<int>(logits.size());
+            if (n_valid < 1 || n_valid > n || token < 0 || token >= n_valid)
+                throw_error(session_error("scores: token " + std::to_string(token) + " of " + std::to_string(n_valid)));
+            const Scores s = scores_of(logits.data(), n_valid, token, n_top);
+            return py::make_tuple(s.token, s.logprob, s.top);
+        },
+        "logits"_a, "n_valid"_a, "token"_a, "n_top"_a, py::call_guard<FloatMode>(),
+        "(token, its log probability, [(id, log probability)] of the n_top most probable) by softmax over ids < "
+        "n_valid.");
     m.def("dlpack", &dlpack, "owner"_a, "address"_a, "shape"_a, "type"_a, "device_type"_a, "device_id"_a,
           "DLPack capsule over memory that `owner` keeps alive.");
     m.def("gumbel", &gumbel, "seed"_a, "pos"_a, "v"_a, py::call_guard<FloatMode>(),
@@ -434,6 +521,26 @@ void bind_model(py::module_& m) {
             "ctx_pos"_a, "kv"_a, "Bytes that decoding one token at this cache length reads.");
 }
 
+void bind_batch(py::module_& m) {
+    py::class_<PyBatch>(m, "Batch")
+        .def(py::init<Model&, int>(), "model"_a, "max_rows"_a, py::keep_alive<1, 2>())
+        .def(
+            "step", &PyBatch::step, "work"_a, py::call_guard<FloatMode>(),
+            "One step of several sessions, none twice: work is a list of (session, ids, k, sampling or None, n_valid, "
+            "min_confidence, n_top). Passes `ids`, which follow the session's tokens, with k drafts behind a single "
+            "id, "
+            "and chooses the token after them unless sampling is None. Returns a list of dicts (tokens: accepted "
+            "drafts, "
+            "in the cache now, and the next token; drafted; accepted; scores: (token, logprob, [(id, logprob)]) for "
+            "each "
+            "of them if n_top >= 0; error: None, or what ended this sequence's step, as if it had not been) and a dict "
+            "of what the step cost. One thread at a time.")
+        .def("stats", &PyBatch::stats)
+        .def("stage_stats", &PyBatch::stage_stats)
+        .def("expert_union", &PyBatch::expert_union,
+             "(main passes, distinct (layer, expert) pairs in them) for passes of 1..64 rows.");
+}
+
 void bind_session(py::module_& m) {
     py::class_<PySession, SessionHolder>(m, "Session")
         .def(py::init<Model&, int, const std::string&, int, bool>(), "model"_a, "ctx"_a, "kv"_a, "max_rows"_a,
@@ -469,6 +576,8 @@ void bind_session(py::module_& m) {
         .def("device_report", &PySession::device_report, "what"_a, "JSON text: device, stages.")
         .def("hidden", &PySession::hidden, "Post-final-norm hidden states [n, hidden_size] of the last forward().")
         .def("truncate", &PySession::truncate, "n"_a, "Keep the first n positions.")
+        .def("fork", &PySession::fork, "model"_a, "n"_a, "ctx"_a, py::keep_alive<0, 2>(),
+             "A new session of the same model with the first n positions, alike but for its ctx.")
         .def("read_cache", &PySession::read_cache, "mtp"_a, "Cache rows [layers, pos, row_bytes] uint8 (a copy).")
         .def("state", &PySession::state,
              "What a saved session holds: tokens [n], cache [layers, n, row_bytes], mtp_cache [0 | 1, m, row_bytes], "
@@ -502,6 +611,7 @@ PYBIND11_MODULE(_core, m) {
     bind_functions(m);
     bind_model(m);
     bind_session(m);
+    bind_batch(m);
     init_pack(m);
     init_probes(m);
     py::module_ testing = m.def_submodule("testing", "Addresses of the CPU kernels, and hooks, for tests.");

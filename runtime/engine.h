@@ -4,7 +4,7 @@
 //
 // Threads: calls on a backend and its engines are serialised by Model::hold_passes(), making and closing an engine too.
 // Failures: after a call that failed, by an error or an exception, nothing runs on that still uses the caller's memory, and
-// the engine is as if the call had not been made, but that cache rows from the caller's length on may hold anything.
+// engines are as if the call had not been made, but that cache rows from the caller's length on may hold anything.
 #pragma once
 
 #include "kernels/view.h"
@@ -14,7 +14,10 @@
 #include "runtime/trace.h"
 #include "runtime/weights.h"
 
+#include <algorithm>
+#include <functional>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <span>
 
@@ -63,26 +66,40 @@ struct PassStats {
 inline constexpr int kMaxRound = 8;      // rows of a verification pass
 inline constexpr int kMaxPending = 256;  // hidden rows that wait for their MTP row between calls
 
-// A pass over the next n rows of a sequence.
-struct PassArgs {
+class Engine;
+
+// The next n rows of one sequence in a pass.
+struct Segment {
+    Engine* engine = nullptr;       // of the backend that runs the pass
     std::span<const int32_t> ids;   // [n] their tokens; MTP: the tokens after them
     const float* hidden = nullptr;  // MTP: [n, hidden_size] hidden states; null: a pass through the main layers
     int pos = 0;                    // cache row of ids[0]; rows pos..pos+n-1 are written
     int n_logits = 0;               // the last n_logits rows get logits
-    float* logits = nullptr;        // out: [n_logits, logits_stride()]
-    Trace& trace;                   // out: taps; its feed is used up, whether the pass fails or not
-    PassStats& stats;  // out: what the pass read and how long it took, but not passes and rows; unless it fails
+    Trace* trace = nullptr;         // out: taps of these rows; its feed is used up, whether the pass fails or not
 
     int n() const { return static_cast<int>(ids.size()); }
     bool mtp() const { return hidden != nullptr; }
 };
 
-// What a pass leaves, until the engine's next one.
+// A pass over rows of several sequences, side by side: the weights are read once for all of them. No row's bits depend on
+// the others (law L1).
+struct PassArgs {
+    std::span<const Segment>
+        segments;             // of different engines; all through the main layers, or all through the MTP layer
+    float* logits = nullptr;  // out: [rows of all segments that want logits, in order, logits_stride()]
+    PassStats& stats;         // out: what the pass read and how long it took, but not passes and rows; unless it fails
+
+    bool mtp() const { return segments[0].mtp(); }
+    int n() const {
+        return std::accumulate(segments.begin(), segments.end(), 0, [](int n, const Segment& s) { return n + s.n(); });
+    }
+};
+
+// What a pass leaves, until the backend's next one.
 struct PassResult {
-    int n = 0;
-    View<const float> hidden;  // [n, hidden_size] after the final norm
-    // Main passes of up to kMaxRound rows: [moe layers, n, num_experts_per_tok] layer * n_routed_experts + expert, ascending in
-    // a row and layer; else empty.
+    View<const float> hidden;  // [n, hidden_size] after the final norm, rows of all segments in order
+    // Main passes of one segment of up to kMaxRound rows: [moe layers, n, num_experts_per_tok] layer * n_routed_experts +
+    // expert, ascending in a row and layer; else empty.
     std::span<const int32_t> experts;
 };
 
@@ -125,11 +142,10 @@ struct ArrayView {
     std::vector<int64_t> shape;
 };
 
-// One session's caches, buffers and passes.
+// One session's caches, and what decodes without the host.
 class Engine {
   public:
     virtual ~Engine() = default;
-    virtual Result<PassResult> forward(const PassArgs& pass) = 0;
     // Rows 0..n-1 of a layer's cache, between the cache and host [n, row_bytes].
     virtual Status copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_cache) = 0;
     // Whether it takes values that a trace feeds (Trace::feed).
@@ -158,7 +174,7 @@ class Engine {
 struct EngineArgs {
     int ctx = 0;
     CacheType kv = CacheType::kF16;
-    int max_rows = 0;  // of the longest pass
+    int max_rows = 0;  // of its longest pass
 };
 
 // A model's weights where passes are computed, and what its engines share. Outlives them; outlived by the BoundModel.
@@ -167,9 +183,22 @@ class Backend {
     std::string arch;         // names its bits: an instruction set, "sm_90", "sim"
     std::string device_name;  // "NVIDIA H200"; empty: the CPU
     int n_threads = 1;
+    bool one_segment = false;  // passes take one segment only: sequences take turns
+    int max_rows = 0;          // of a pass: what engines and reserve() have asked for
 
     virtual ~Backend() = default;
     virtual Result<std::unique_ptr<Engine>> make_engine(const EngineArgs& args) = 0;
+    // Makes room for passes of so many rows.
+    virtual Status reserve(int n) {
+        max_rows = std::max(max_rows, n);
+        return {};
+    }
+    virtual Result<PassResult> forward(const PassArgs& pass) = 0;
+    // fn(i) for i < n, on all its threads.
+    virtual Status each(int n, const std::function<void(int)>& fn) {
+        for (int i = 0; i < n; ++i) fn(i);
+        return {};
+    }
 };
 
 }  // namespace deepcalm

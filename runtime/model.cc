@@ -5,6 +5,8 @@
 namespace deepcalm {
 namespace {
 
+constexpr int kKeptLogits = 64;  // rows whose memory stays: those of a step of many sequences
+
 WeightBytes count_bytes(const ModelWeights& w, const ModelConfig& c) {
     WeightBytes b;
     visit(w, c, [&](const TensorSpec& spec, const auto& member) {
@@ -40,6 +42,18 @@ Result<std::unique_ptr<Model>> Model::open(MappedFile file, const std::string& p
     b.bytes = count_bytes(b.weights, cfg);
     DC_TRY(m->backend_, backend(b));
     return m;
+}
+
+Status Model::reserve_logits(int64_t n) {
+    const int64_t bytes = n * cfg().logits_stride() * 4, kept = kKeptLogits * cfg().logits_stride() * 4;
+    if (logits_.size() < bytes || logits_.size() > std::max(bytes, kept)) {
+        DC_TRY(logits_, ZeroedBuffer::make(std::max(bytes, kept), "logits"));
+    }
+    return {};
+}
+
+float* Model::logits_row(int64_t i) const {
+    return static_cast<float*>(static_cast<void*>(logits_.data())) + i * cfg().logits_stride();
 }
 
 }  // namespace deepcalm

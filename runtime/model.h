@@ -2,6 +2,7 @@
 #pragma once
 
 #include "runtime/engine.h"
+#include "runtime/memory.h"
 #include "runtime/pass_mutex.h"
 
 #include <functional>
@@ -21,11 +22,15 @@ class Model {
     Backend& backend() const { return *backend_; }
     // While it is held no pass of any session runs; throws InUseAtFork.
     std::unique_lock<PassMutex> hold_passes() { return std::unique_lock(passes_); }
+    // Logits of the latest passes, [n, logits_stride()], while passes are held.
+    Status reserve_logits(int64_t n);
+    float* logits_row(int64_t i) const;
 
   private:
     BoundModel bound_;
     std::unique_ptr<Backend> backend_;
     PassMutex passes_;
+    ZeroedBuffer logits_;
 };
 
 }  // namespace deepcalm

@@ -108,4 +108,19 @@ Result<int> sample(const float* logits, int n_vocab, int n_valid, const SamplePa
     return choice;
 }
 
+Scores scores_of(const float* logits, int n_valid, int32_t token, int n_top) {
+    const float max = *std::max_element(logits, logits + n_valid);
+    double sum = 0;
+    for (int v = 0; v < n_valid; ++v) sum += exp_f64(double{logits[v]} - max);
+    const double log_sum = log_f64(sum);
+    const auto logprob = [&](int32_t id) { return double{logits[id]} - max - log_sum; };
+    Scores s{.token = token, .logprob = logprob(token), .top = {}};
+    std::vector<Candidate> c;
+    for (int v = 0; v < n_valid && n_top > 0; ++v) c.push_back({logits[v], v});
+    const auto n = std::min(c.size(), static_cast<size_t>(std::max(n_top, 0)));
+    std::partial_sort(c.begin(), c.begin() + static_cast<ptrdiff_t>(n), c.end(), before);
+    for (size_t i = 0; i < n; ++i) s.top.emplace_back(c[i].id, logprob(c[i].id));
+    return s;
+}
+
 }  // namespace deepcalm

@@ -5,6 +5,8 @@
 #include "runtime/result.h"
 
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 namespace deepcalm {
 
@@ -20,5 +22,14 @@ struct SampleParams {
 // in the order top_k, top_p, min_p; then argmax_v of logits[v] / temp + G(seed, pos, v), G standard Gumbel noise from
 // Philox4x32-10. Error (kSession) when a valid logit is NaN or none is finite.
 Result<int> sample(const float* logits, int n_vocab, int n_valid, const SampleParams& params, int64_t pos);
+
+// Natural logarithms of probabilities at one position, of softmax(logits) over ids < n_valid: temperature 1, before filters, in
+// float64, summed in the order of ids.
+struct Scores {
+    int32_t token = 0;
+    double logprob = 0;
+    std::vector<std::pair<int32_t, double>> top;  // the n_top most probable ids, best first, ties to the lowest id
+};
+Scores scores_of(const float* logits, int n_valid, int32_t token, int n_top);
 
 }  // namespace deepcalm

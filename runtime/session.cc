@@ -1,19 +1,13 @@
 #include "runtime/session.h"
 
+#include "runtime/batch.h"
+
 #include <algorithm>
 #include <cstring>
 #include <iterator>
 #include <thread>
 
 namespace deepcalm {
-namespace {
-
-int n_logits_of(WantLogits want, size_t n) {
-    return want == WantLogits::kAll ? static_cast<int>(n) : want == WantLogits::kLast ? 1 : 0;
-}
-
-}  // namespace
-
 Result<std::unique_ptr<Session>> Session::make(Model& model, int ctx, CacheType kv, int max_rows, bool keep_mtp) {
     const ModelConfig& c = model.cfg();
     if (ctx < 1 || ctx > c.max_position_embeddings) {
@@ -27,13 +21,38 @@ Result<std::unique_ptr<Session>> Session::make(Model& model, int ctx, CacheType 
         return Error{ErrorCode::kUnsupported, "this model has no MTP layer: nothing to draft with"};
     }
     std::unique_ptr<Session> s(new Session(model));
+    s->kv_ = kv;
     s->keep_mtp_ = keep_mtp;
     s->max_rows_ = max_rows;
     s->cache_ = {.n_layers = c.num_hidden_layers, .ctx = ctx, .row_bytes = c.cache_row_bytes(kv)};
     if (c.num_nextn_predict_layers > 0) s->mtp_cache_ = {.n_layers = 1, .ctx = ctx, .row_bytes = s->cache_.row_bytes};
     const auto held = model.hold_passes();
+    DC_TRY_STATUS(model.backend().reserve(max_rows + 1));  // one may be computed again
     DC_TRY(s->engine_, model.backend().make_engine({.ctx = ctx, .kv = kv, .max_rows = max_rows}));
     return s;
+}
+
+Result<std::unique_ptr<Session>> Session::fork(int n, int ctx) const {
+    DC_TRY(auto other, make(model_, ctx, kv_, max_rows_, keep_mtp_));
+    const auto held = model_.hold_passes();
+    DC_TRY_STATUS(not_decoding("fork"));
+    if (n < 0 || n > std::min(cache_.len, ctx)) {
+        return Error{ErrorCode::kSession, "fork: " + std::to_string(n) + " positions, expected 0.." +
+                                              std::to_string(std::min(cache_.len, ctx))};
+    }
+    std::vector<std::byte> rows(static_cast<size_t>(n * cache_.row_bytes));
+    for (int i = 0; i < cache_.n_layers + mtp_cache_.n_layers; ++i) {
+        const bool mtp = i == cache_.n_layers;
+        const int layer = mtp ? 0 : i, n_rows = mtp ? std::min(n, mtp_cache_.len) : n;
+        DC_TRY_STATUS(engine_->copy_rows(mtp, layer, n_rows, rows.data(), false));
+        DC_TRY_STATUS(other->engine_->copy_rows(mtp, layer, n_rows, rows.data(), true));
+    }
+    other->tokens_ = tokens_;
+    other->pending_ = pending_;
+    other->cache_.len = cache_.len;
+    other->mtp_cache_.len = mtp_cache_.len;
+    other->forget(n);
+    return other;
 }
 
 Session::~Session() {
@@ -69,80 +88,55 @@ Status Session::check(const Cache& cache, std::span<const int32_t> ids, const ch
     return {};
 }
 
-float* Session::logits_row(int64_t i) const {
-    return static_cast<float*>(static_cast<void*>(logits_.data())) + i * model_.cfg().logits_stride();
-}
-
-void Session::copy_logits(int n_logits, float* logits) const {
-    const int64_t vocab = model_.cfg().vocab_size;
-    for (int i = 0; i < n_logits; ++i) std::memcpy(logits + i * vocab, logits_row(i), static_cast<size_t>(vocab) * 4);
-}
-
-Status Session::run(std::span<const int32_t> ids, const float* hidden, int n_logits, Cache& cache) {
-    const int64_t logits_bytes = n_logits * model_.cfg().logits_stride() * 4;
-    if (logits_.size() < logits_bytes) {
-        DC_TRY(logits_, ZeroedBuffer::make(logits_bytes, "logits"));
-    }
-    last_rows_ = 0;  // the pass overwrites them
-    const PassArgs args{.ids = ids,
-                        .hidden = hidden,
-                        .pos = cache.len,
-                        .n_logits = n_logits,
-                        .logits = logits_row(0),
-                        .trace = trace_,
-                        .stats = stats_};
-    auto ran = engine_->forward(args);
-    if (!ran.ok()) {
-        trace_.taps.clear();
-        return std::move(ran.error());
-    }
-    pass_ = ran.value();
-    cache.len += args.n();
-    stats_.passes += 1;
-    stats_.rows += args.n();
-    if (args.mtp()) {
-        stats_.mtp_passes += 1;
-        stats_.mtp_rows += args.n();
-    } else {
-        last_rows_ = args.n();
+Status Session::pass(Model& model, std::span<const Part> parts, int64_t first_logits, PassStats& stats,
+                     const Passed& passed) {
+    const size_t at_once = model.backend().one_segment ? 1 : parts.size();
+    for (size_t begin = 0; begin < parts.size(); begin += at_once) {
+        std::vector<Segment> segments;
+        for (const Part& p : parts.subspan(begin, at_once)) {
+            Session& s = *p.session;
+            segments.push_back({.engine = s.engine_.get(),
+                                .ids = p.ids,
+                                .hidden = p.hidden,
+                                .pos = (p.hidden != nullptr ? s.mtp_cache_ : s.cache_).len,
+                                .n_logits = p.n_logits,
+                                .trace = &s.trace_});
+        }
+        const PassArgs args{.segments = segments, .logits = model.logits_row(first_logits), .stats = stats};
+        auto ran = model.backend().forward(args);
+        if (!ran.ok()) {
+            for (const Part& p : parts) p.session->trace_.taps.clear();
+            return std::move(ran.error());
+        }
+        const int n = args.n();
+        stats.passes += 1;
+        stats.rows += n;
+        stats.mtp_passes += args.mtp() ? 1 : 0;
+        stats.mtp_rows += args.mtp() ? n : 0;
+        int row = 0;
+        for (size_t i = 0; i < segments.size(); ++i) {
+            Session& s = *parts[begin + i].session;
+            const int own = segments[i].n();
+            (args.mtp() ? s.mtp_cache_ : s.cache_).len += own;
+            if (&stats != &s.stats_) {  // a pass of several: its bytes and seconds are nobody's
+                s.stats_.rows += own;
+                s.stats_.mtp_rows += args.mtp() ? own : 0;
+            }
+            if (passed) passed(begin + i, ran.value().hidden.from(row), ran.value().experts);
+            row += own;
+            first_logits += segments[i].n_logits;
+        }
     }
     return {};
 }
 
-Status Session::main_pass(std::span<const int32_t> ids, int n_logits) {
-    DC_TRY_STATUS(run(ids, nullptr, n_logits, cache_));
-    tokens_.insert(tokens_.end(), ids.begin(), ids.end());
-    if (keep_mtp_) keep_hidden();
-    return {};
-}
-
-void Session::keep_hidden() {
-    const int64_t d = model_.cfg().hidden_size;
-    for (int i = 0; i < last_rows_; ++i) pending_.insert(pending_.end(), pass_.hidden.row(i), pass_.hidden.row(i) + d);
-}
-
-Status Session::mtp_pass(std::span<const int32_t> ids, const float* hidden, int n_logits) {
-    return run(ids, hidden, n_logits, mtp_cache_);
-}
-
-Status Session::accept(int rows, bool now) {
-    count_union(rows);
-    cache_.len += rows - last_rows_;
-    tokens_.resize(static_cast<size_t>(cache_.len));
-    if (!keep_mtp_) return {};
-    pending_.resize(static_cast<size_t>(cache_.len - mtp_cache_.len) * static_cast<size_t>(model_.cfg().hidden_size));
-    return now || n_pending() > kMaxPending ? catch_up(nullptr, 0) : Status();
-}
-
-void Session::count_union(int rows) {
-    const std::span<const int32_t> experts = pass_.experts;
+void Session::count_union(std::span<const int32_t> experts, size_t n, size_t kept) {
     if (experts.empty()) {
         recent_.clear();  // no window reaches across a long pass
         return;
     }
-    const auto n = static_cast<size_t>(last_rows_);
     const auto per_layer = static_cast<size_t>(model_.cfg().num_experts_per_tok);
-    for (size_t i = 0; i < static_cast<size_t>(rows); ++i) {
+    for (size_t i = 0; i < kept; ++i) {
         std::vector<int32_t> token;
         for (size_t at = i * per_layer; at < experts.size(); at += n * per_layer) {
             const auto of_layer = experts.subspan(at, per_layer);
@@ -162,53 +156,13 @@ void Session::count_union(int rows) {
     }
 }
 
-Status Session::catch_up(const int32_t* next, int n_logits) {
-    const int64_t d = model_.cfg().hidden_size;
-    const int m = mtp_cache_.len;
-    const int rows = std::min(n_pending(), cache_.len - m - (next == nullptr ? 1 : 0));
-    if (rows <= 0) return {};
-    std::vector<int32_t> ids(tokens_.begin() + m + 1, tokens_.begin() + std::min(m + 1 + rows, cache_.len));
-    if (static_cast<int>(ids.size()) < rows) ids.push_back(*next);
-    for (int i = 0; i < rows; i += max_rows_) {
-        const int n = std::min(max_rows_, rows - i);
-        DC_TRY_STATUS(mtp_pass(std::span(ids).subspan(static_cast<size_t>(i), static_cast<size_t>(n)), pending_.data(),
-                               i + n == rows ? n_logits : 0));
-        pending_.erase(pending_.begin(), pending_.begin() + n * d);  // pass by pass: the next one may fail
-    }
-    return {};
-}
-
-Status Session::restore_pending() {
-    if (cache_.len - mtp_cache_.len == n_pending()) return {};
-    if (n_pending() != 0 || cache_.len - mtp_cache_.len != 1) {  // forget() and load() leave no other state
-        return Error{ErrorCode::kSession, "draft: " + std::to_string(mtp_cache_.len) + " MTP rows and " +
-                                              std::to_string(n_pending()) + " hidden states for " +
-                                              std::to_string(cache_.len) + " positions"};
-    }
-    Undo undo(*this);
-    // A pass that fails halfway has written the row's own bits again, or nothing: it ends between stages.
-    cache_.len -= 1;
-    DC_TRY_STATUS(run({&tokens_.back(), 1}, nullptr, 0, cache_));
-    keep_hidden();
-    undo.keep();
-    return {};
-}
-
 Status Session::forward(std::span<const int32_t> ids, WantLogits want, float* logits) {
-    const auto held = model_.hold_passes();
-    DC_TRY_STATUS(check(cache_, ids, "forward"));
-    const int n_logits = n_logits_of(want, ids.size());
-    Undo undo(*this);
-    if (keep_mtp_) {
-        DC_TRY_STATUS(restore_pending());
-    }
-    DC_TRY_STATUS(main_pass(ids, n_logits));
-    copy_logits(n_logits, logits);
-    // A prompt's MTP rows belong to its prefill, where they share a pass; single steps collect them.
-    DC_TRY_STATUS(accept(last_rows_, ids.size() > 1));
-    undo.keep();
-    return {};
+    Work work{.session = this, .ids = {ids.begin(), ids.end()}, .want = want, .logits = logits};
+    step(work);
+    return work.error ? Status(*std::move(work.error)) : Status();
 }
+
+StepCost Session::step(Work& work) { return Step::run(model_, std::span(&work, 1), stats_); }
 
 Status Session::truncate(int n) {
     const auto held = model_.hold_passes();
@@ -225,7 +179,7 @@ void Session::forget(int n) noexcept {
     cache_.len = n;
     tokens_.resize(static_cast<size_t>(n));
     recent_.clear();
-    last_rows_ = 0;
+    hidden_.clear();
     if (keep_mtp_) {
         const int m = mtp_cache_.len;
         mtp_cache_.len = std::min(m, std::max(n - 1, 0));
@@ -256,14 +210,6 @@ Result<SessionState> Session::state() const {
     DC_TRY(s.cache, copy_cache(false));
     DC_TRY(s.mtp_cache, copy_cache(true));
     return s;
-}
-
-std::vector<float> Session::hidden() const {
-    const auto held = model_.hold_passes();
-    const int64_t d = model_.cfg().hidden_size;
-    std::vector<float> out(static_cast<size_t>(last_rows_ * d));
-    for (int64_t i = 0; i < last_rows_; ++i) std::copy_n(pass_.hidden.row(i), d, out.begin() + i * d);
-    return out;
 }
 
 Status Session::trace(std::vector<std::string> names, std::map<std::string, std::vector<float>> feed) {
@@ -343,13 +289,16 @@ Status Session::mtp_forward(std::span<const int32_t> ids, const float* hidden, W
         return Error{ErrorCode::kUnsupported, "mtp_forward: this model has no MTP layer"};
     if (keep_mtp_) return Error{ErrorCode::kSession, "mtp_forward: this session keeps its own MTP state"};
     DC_TRY_STATUS(check(mtp_cache_, ids, "mtp_forward"));
-    const int n_logits = n_logits_of(want, ids.size());
-    DC_TRY_STATUS(mtp_pass(ids, hidden, n_logits));
-    copy_logits(n_logits, logits);
-    if (g != nullptr) {
-        const int64_t d = model_.cfg().hidden_size;
-        for (int i = 0; i < pass_.n; ++i) std::copy_n(pass_.hidden.row(i), d, g + i * d);
-    }
+    const auto n = static_cast<int>(ids.size());
+    const int n_logits = want == WantLogits::kAll ? n : want == WantLogits::kLast ? 1 : 0;
+    DC_TRY_STATUS(model_.reserve_logits(n_logits));
+    const Part part{.session = this, .ids = ids, .hidden = hidden, .n_logits = n_logits};
+    const int64_t d = model_.cfg().hidden_size, vocab = model_.cfg().vocab_size;
+    DC_TRY_STATUS(pass(model_, std::span(&part, 1), 0, stats_, [&](size_t, View<const float> rows, auto) {
+        for (int i = 0; g != nullptr && i < n; ++i) std::copy_n(rows.row(i), d, g + i * d);
+    }));
+    for (int i = 0; i < n_logits; ++i) std::copy_n(model_.logits_row(i), vocab, logits + i * vocab);
+    hidden_.clear();
     return {};
 }
 
@@ -362,7 +311,7 @@ Status Session::decode_start(int32_t token, const SampleParams& sample, int n_va
                              std::span<const int32_t> eos) {
     const auto held = model_.hold_passes();
     DC_TRY_STATUS(check(cache_, {&token, 1}, "decode"));
-    if (keep_mtp_) DC_TRY_STATUS(restore_pending());
+    if (keep_mtp_ && lacks_hidden()) DC_TRY_STATUS(Step::repeat_last(*this));
     std::vector<int32_t> tokens = tokens_;
     tokens.push_back(token);
     DC_TRY_STATUS(engine_->decode_start({.tokens = tokens,
@@ -374,7 +323,7 @@ Status Session::decode_start(int32_t token, const SampleParams& sample, int n_va
                                          .eos = eos}));
     decoding_ = true;
     recent_.clear();
-    last_rows_ = 0;
+    hidden_.clear();
     return {};
 }
 
@@ -409,7 +358,7 @@ Status Session::decode_finish() {
     cache_.len = static_cast<int>(tokens_.size());
     if (!keep_mtp_) return {};
     mtp_cache_.len = cache_.len - n_pending();
-    return n_pending() > kMaxPending ? catch_up(nullptr, 0) : Status();
+    return n_pending() > kMaxPending ? Step::catch_up(*this) : Status();
 }
 
 }  // namespace deepcalm

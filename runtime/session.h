@@ -18,10 +18,14 @@
 #include "runtime/model.h"
 
 #include <chrono>
+#include <utility>
 
 namespace deepcalm {
 
 enum class WantLogits : uint8_t { kNone, kLast, kAll };
+
+struct Work;  // runtime/batch.h
+struct StepCost;
 
 // Distinct experts that windows of adjacent tokens use: what a verification pass of j rows will read. Over tokens that went
 // through passes of at most kMaxWindow rows and stayed in the sequence.
@@ -61,9 +65,12 @@ class Session {
     ~Session();
 
     // Appends ids (n <= max_rows, pos + n <= ctx) to the main cache. Logits rows (0, 1 or n) of [vocab_size] go to `logits`,
-    // row stride vocab_size; final hidden rows (post-norm) stay in hidden().
+    // row stride vocab_size; a copy of the final hidden rows (post-norm) stays in hidden().
     Status forward(std::span<const int32_t> ids, WantLogits want, float* logits);
+    StepCost step(Work& work);  // of this session alone, whose counters hold what it read
     Status truncate(int n);
+    // A new session with the first n tokens and what belongs to them, of the same kind but for its ctx >= n.
+    Result<std::unique_ptr<Session>> fork(int n, int ctx) const;
     // Replaces the whole state. main_rows [n_layers, n, row_bytes], mtp_rows [1, m, row_bytes], pending [n - m, hidden_size]
     // (n = tokens.size(); both MTP parts empty when the session does not keep MTP).
     Status load(std::span<const int32_t> tokens, const std::byte* main_rows, int m, const std::byte* mtp_rows,
@@ -75,7 +82,7 @@ class Session {
 
     int pos(bool mtp) const { return copy(cache(mtp).len); }       // tokens in the main cache, rows in the MTP cache
     std::vector<int32_t> tokens() const { return copy(tokens_); }  // [pos(false)]
-    std::vector<float> hidden() const;  // [rows of the last forward(), hidden_size]; none after an MTP pass
+    std::vector<float> hidden() const { return copy(hidden_); }    // [rows of the last forward(), hidden_size]
     PassStats stats() const { return copy(stats_); }
     ExpertUnion expert_union() const { return copy(union_); }
     Result<CacheRows> read_cache(bool mtp) const;
@@ -93,7 +100,7 @@ class Session {
     // Decoding by the engine, without the host between tokens: start() after `token` (known, not yet in the cache), then
     // rounds of k drafts are queued and polled when they have ended; finish() brings tokens(), the caches' lengths and the pending
     // hidden state up to date: everything emitted but the last token is in the cache. forward() and the rest are refused
-    // in between. The rounds' tokens are those that Speculator::round would choose.
+    // in between. The rounds' tokens are those that Step::run would choose.
     Status decode_start(int32_t token, const SampleParams& sample, int n_valid, int64_t max_tokens,
                         std::span<const int32_t> eos);
     Status decode_step(int k);
@@ -103,13 +110,13 @@ class Session {
     Status decode_finish();
 
   private:
-    friend class Speculator;
+    friend class Step;
     // Unless kept, takes the session back to its present tokens at the end of the scope.
     class Undo {
       public:
         explicit Undo(Session& s) : s_(s), n_(s.cache_.len) {}
-        Undo(const Undo&) = delete;
-        Undo& operator=(const Undo&) = delete;
+        Undo(Undo&& o) noexcept : s_(o.s_), n_(o.n_), kept_(std::exchange(o.kept_, true)) {}
+        Undo& operator=(Undo&&) = delete;
         ~Undo() {
             if (!kept_) s_.forget(n_);
         }
@@ -120,6 +127,19 @@ class Session {
         int n_;
         bool kept_ = false;
     };
+    // A session's rows in a pass: those after its main cache's, or with `hidden` after its MTP cache's.
+    struct Part {
+        Session* session = nullptr;
+        std::span<const int32_t> ids;   // [n]
+        const float* hidden = nullptr;  // [n, hidden_size]
+        int n_logits = 0;               // of the last rows
+    };
+    // passed(part, its final hidden rows [n, hidden_size], PassResult::experts): until the next pass.
+    using Passed = std::function<void(size_t, View<const float>, std::span<const int32_t>)>;
+    // Runs parts of different sessions, together where the backend can. Their caches grow; logits are left in
+    // model.logits_row(first_logits...), one part's behind the other's.
+    static Status pass(Model& model, std::span<const Part> parts, int64_t first_logits, PassStats& stats,
+                       const Passed& passed);
     explicit Session(Model& model) : model_(model) {}
     template <class T> T copy(const T& member) const {
         const auto held = model_.hold_passes();
@@ -127,38 +147,25 @@ class Session {
     }
     Status check(const Cache& cache, std::span<const int32_t> ids, const char* what) const;
     Status not_decoding(const char* what) const;
-    // Passes without checks or locks. Logits of the last n_logits rows are left in logits_row(0..).
-    Status main_pass(std::span<const int32_t> ids, int n_logits);
-    Status mtp_pass(std::span<const int32_t> ids, const float* hidden, int n_logits);
-    Status run(std::span<const int32_t> ids, const float* hidden, int n_logits, Cache& cache);
     Result<CacheRows> copy_cache(bool mtp) const;
-    // MTP rows for every pending position whose next token is known; `next` (may be null) follows the last cached token.
-    Status catch_up(const int32_t* next, int n_logits);
-    // Of the rows of the last main pass the first `rows` stay; MTP rows are caught up when they must, or `now`.
-    Status accept(int rows, bool now);
-    // MTP rows made from recycled states are never kept.
-    void drop_drafts() { mtp_cache_.len = std::min(mtp_cache_.len, cache_.len); }
-    void keep_hidden();  // appends the last main pass's hidden rows to pending_
-    // Recomputes main row n-1 when its hidden state is needed and gone.
-    Status restore_pending();
+    // The hidden state of the last row was cut off, and MTP will need it.
+    bool lacks_hidden() const { return cache_.len - mtp_cache_.len != n_pending(); }
     // truncate() without checks or locks; n <= pos. The token after position n-1 becomes unknown again. Allocates nothing:
     // right after whatever a pass or a round left half done, as tokens_ and pending_ grow behind the rows they belong to.
     void forget(int n) noexcept;
-    float* logits_row(int64_t i) const;
-    void count_union(int rows);
+    // Of n rows of a pass with these experts the first `kept` stay in the sequence.
+    void count_union(std::span<const int32_t> experts, size_t n, size_t kept);
     int n_pending() const { return static_cast<int>(static_cast<int64_t>(pending_.size()) / model_.cfg().hidden_size); }
-    void copy_logits(int n_logits, float* logits) const;
 
     Model& model_;
     std::unique_ptr<Engine> engine_;
     Cache cache_, mtp_cache_;
+    CacheType kv_ = CacheType::kF16;
     int max_rows_ = 0;
     bool keep_mtp_ = false;
     Trace trace_;
     PassStats stats_;
-    ZeroedBuffer logits_;  // [rows, logits_stride()] f32
-    PassResult pass_;      // of the last pass
-    int last_rows_ = 0;    // rows of pass_ that hold main hidden states
+    std::vector<float> hidden_;  // of the last forward()
     std::vector<int32_t> tokens_;
     std::vector<float> pending_;
     ExpertUnion union_;

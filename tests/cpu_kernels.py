@@ -231,13 +231,21 @@ def mla_partial(isa: str, kind: str, cache: Array, c_pad: int, r_pad: int, q: Ar
     return m.check(), l.check(), o.check().reshape(n, heads, c_pad)
 
 
-def mla_combine(isa: str, m: Array, l: Array, o: Array) -> Array:
-    """One head's partials m, l [p], o [p, c_pad] -> f32 [c_pad]."""
+def mla_merge(isa: str, m: Array, l: Array, o: Array) -> Array:
+    """One head's partials m, l [p], o [p, c_pad], merged in order and finished -> f32 [c_pad]."""
     o = take(o, np.float32, None, None)
     p, c_pad = o.shape
     assert c_pad % 32 == 0
-    m, l, out = take(m, np.float32, p).reshape(p, 1), take(l, np.float32, p).reshape(p, 1), Guarded(1, c_pad)
-    table(isa).mla_combine(view(m), view(l), view(o), p, c_pad, out.data)
+    m, l = take(m, np.float32, p), take(l, np.float32, p)
+    (sum_m, sum_l, sum_o, out), struct = (Guarded(1, n) for n in (1, 1, c_pad, c_pad)), ctype("MlaSums")
+    sums = struct(m=sum_m.data, l=sum_l.data, o=sum_o.view())
+    sum_m.rows[0], sum_l.rows[0], sum_o.rows[0] = m[0], l[0], o[0]
+    for i in range(1, p):
+        later = struct(m=m[i:].ctypes.data, l=l[i:].ctypes.data, o=ctype("View")(o[i:].ctypes.data, c_pad))
+        table(isa).mla_merge(c.byref(sums), c.byref(later), 1, c_pad)
+    table(isa).mla_finish(c.byref(sums), c_pad, out.data)
+    for guarded in (sum_m, sum_l, sum_o):
+        guarded.check()
     return out.check().reshape(-1)
 
 

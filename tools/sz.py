@@ -36,10 +36,10 @@ AREAS = (
     Area(
         "C++",
         tuple(f"{d}/*.{e}" for d in ("kernels", "kernels/cpu", "runtime", "runtime/cpu") for e in ("h", "cc")),
-        6512,
+        6961,
     ),
-    Area("bindings", ("python/*.cc", "python/*.h"), 1341),
-    Area("CUDA", ("kernels/cuda/*.*", "runtime/cuda/*.*"), 4427),
+    Area("bindings", ("python/*.cc", "python/*.h"), 1458),
+    Area("CUDA", ("kernels/cuda/*.*", "runtime/cuda/*.*"), 4433),
     Area("simulator of CUDA", ("tests/sim/*.h", "tests/sim/*.cc"), 1190),
     Area(
         "Python core, files and their commands",

@@ -407,20 +407,24 @@ template <class Op> void mla_partial(const MlaPartialArgs& a) noexcept {
     partial<false>(a);
 }
 
-void mla_combine(View<const float> m, View<const float> l, View<const float> o, int n_partials, int c_pad,
-                 float* out) noexcept {
-    float top = kMinusInf, total = 0;
-    for (int p = 0; p < n_partials; ++p)
-        if (*l.row(p) != 0 && *m.row(p) > top) top = *m.row(p);
-    for (int d = 0; d < c_pad; d += 16) store(out + d, set1(0));
-    for (int p = 0; p < n_partials; ++p) {
-        if (*l.row(p) == 0) continue;
-        const float weight = exp_neg(*m.row(p) - top);
-        total = total + *l.row(p) * weight;
-        for (int d = 0; d < c_pad; d += 16) store(out + d, fma(set1(weight), load(o.row(p) + d), load(out + d)));
+void mla_merge(const MlaSums& sum, const MlaSums& later, int n, int c_pad) noexcept {
+    for (int i = 0; i < n; ++i) {
+        if (later.l[i] == 0) continue;
+        const bool first = sum.l[i] == 0;
+        const float top = first || later.m[i] > sum.m[i] ? later.m[i] : sum.m[i];
+        const float old_weight = first ? 0 : exp_neg(sum.m[i] - top), weight = exp_neg(later.m[i] - top);
+        sum.m[i] = top;
+        sum.l[i] = first ? later.l[i] : sum.l[i] * old_weight + later.l[i] * weight;
+        const F old = set1(old_weight), w = set1(weight);
+        float* o = sum.o.row(i);
+        const float* x = later.o.row(i);
+        for (int d = 0; d < c_pad; d += 16) store(o + d, first ? load(x + d) : fma(w, load(x + d), load(o + d) * old));
     }
-    if (total == 0) return;  // no position at all: zeros
-    for (int d = 0; d < c_pad; d += 16) store(out + d, load(out + d) / set1(total));
+}
+
+void mla_finish(const MlaSums& sum, int c_pad, float* out) noexcept {
+    const bool none = *sum.l == 0;
+    for (int d = 0; d < c_pad; d += 16) store(out + d, none ? set1(0) : load(sum.o.data + d) / set1(*sum.l));
 }
 
 }  // namespace

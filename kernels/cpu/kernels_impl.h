@@ -125,7 +125,8 @@ constexpr CpuKernels make_table(const char* isa) {
         .cache_write = cache_write,
         .cache_read = cache_read,
         .mla_partial = mla_partial<DotBF16>,
-        .mla_combine = mla_combine,
+        .mla_merge = mla_merge,
+        .mla_finish = mla_finish,
     };
 }
 

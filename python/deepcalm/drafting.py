@@ -1,7 +1,7 @@
 """How many tokens to draft: the cost model of speculation, and the controller behind ``draft="auto"``.
 
 Nothing here touches the text: whatever is drafted, every token is chosen from the main model's logits
-(runtime/speculate.h). Decoding is bound by the bytes it reads, so cost is counted in bytes and checked against the
+(runtime/batch.h). Decoding is bound by the bytes it reads, so cost is counted in bytes and checked against the
 clock:
 
     plain step            B1 = fixed + head + layers x k experts + cache

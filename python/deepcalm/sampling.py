@@ -26,13 +26,7 @@ class Scores(NamedTuple):
     @classmethod
     def of(cls, token: int, logits: npt.NDArray[np.float32], n_valid: int, n_top: int) -> Scores:
         """From logits [vocab_size] f32: softmax over the first ``n_valid``, at temperature 1, before any filter."""
-        x = logits[:n_valid].astype(np.float64)
-        x -= x.max()
-        x -= np.log(np.exp(x).sum())
-        border = np.partition(x, -n_top)[-n_top] if 0 < n_top < n_valid else -np.inf
-        best = np.flatnonzero(x >= border) if n_top else np.empty(0, np.int64)
-        best = best[np.argsort(-x[best], kind="stable")][:n_top]
-        return cls(token, float(x[token]), [(int(i), float(x[i])) for i in best])
+        return cls(*_core.scores(logits, n_valid, token, n_top))
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,14 +75,14 @@ void lay_out(Buffers& s, Arena& a, const ModelConfig& c, int n_threads) {
     a.site(s.attn_v, n, c.num_attention_heads * c.v_head_dim, in_q ? s.q : View<float>());
     s.c_kv = a.rows(n, c.kv_lora_rank);
     s.k_rope = a.rows(n, c.qk_rope_head_dim);
-    s.row_end = a.take<int32_t>(n);
 
-    // Split passes: every (row, partial) of up to kSplitRows rows; long passes: one row block x head block per thread.
-    const int64_t slots =
-        s.max_partials * std::max(kSplitRows * heads, int64_t{n_threads} * kAttnRowBlock * kAttnHeadBlock);
-    s.part_m = a.take<float>(slots);
-    s.part_l = a.take<float>(slots);
-    s.part_o = a.rows(slots, c.c_pad());
+    const auto sums = [&](int64_t slots) {
+        return MlaSums{.m = a.take<float>(slots), .l = a.take<float>(slots), .o = a.rows(slots, c.c_pad())};
+    };
+    // Every thread's sums and a partial beside them, or a partial of every thread.
+    s.part_slots = static_cast<int>(std::max<int64_t>(kPartSlots, 2 * n_threads * group_vectors(heads)));
+    s.part = sums(s.part_slots);
+    for (MlaSums& carried : s.carried) carried = sums(group_vectors(heads));
     const int64_t scratch = mla_scratch_bytes(c.c_pad(), c.r_pad(), kSplitRows, c.num_attention_heads);
     s.mla_scratch.resize(static_cast<size_t>(n_threads));
     for (auto& p : s.mla_scratch) p = a.take<std::byte>(scratch);
@@ -109,10 +109,9 @@ void lay_out(Buffers& s, Arena& a, const ModelConfig& c, int n_threads) {
 
 }  // namespace
 
-Result<Buffers> Buffers::make(const ModelConfig& cfg, int max_rows, int max_partials, int n_threads) {
+Result<Buffers> Buffers::make(const ModelConfig& cfg, int max_rows, int n_threads) {
     Buffers s;
     s.max_rows = max_rows;
-    s.max_partials = max_partials;
     Arena count(nullptr);
     lay_out(s, count, cfg, n_threads);
     DC_TRY(s.memory, ZeroedBuffer::make(count.used(), "activation buffers"));

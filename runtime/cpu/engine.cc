@@ -25,12 +25,28 @@ Result<std::unique_ptr<Backend>> CpuBackend::open(const BoundModel& model, const
 
 Result<std::unique_ptr<Engine>> CpuBackend::make_engine(const EngineArgs& args) {
     const ModelConfig& c = model.cfg;
-    auto e = std::make_unique<CpuEngine>(*this);
+    auto e = std::make_unique<CpuEngine>();
     DC_TRY(e->cache, KvCache::make(args.kv, c.num_hidden_layers, args.ctx, c));
     DC_TRY(e->mtp_cache, KvCache::make(args.kv, c.num_nextn_predict_layers, args.ctx, c));
-    const auto partials = static_cast<int>(ceil_div(args.ctx, kPartialLen));
-    DC_TRY(e->buffers, Buffers::make(c, args.max_rows, partials, n_threads));
     return std::unique_ptr<Engine>(std::move(e));
+}
+
+Status CpuBackend::reserve(int n) {
+    if (n > max_rows) {
+        DC_TRY(buffers, Buffers::make(model.cfg, n, n_threads));
+        touched_rows = 0;
+    }
+    return Backend::reserve(n);
+}
+
+Status CpuBackend::each(int n, const std::function<void(int)>& fn) {
+    return pool->run(
+        [&](int) {
+            pool->deal(n, 1, [&](Range range) {
+                for (int i = range.begin; i < range.end; ++i) fn(i);
+            });
+        },
+        n <= 1);
 }
 
 Status CpuEngine::copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_cache) {

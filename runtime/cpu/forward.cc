@@ -18,23 +18,25 @@ constexpr int kDealtTiles = 4, kDealtPairs = 2;
 // Bytes to read a layer, row and thread below which all threads never pay: stages of a few microseconds.
 constexpr int64_t kLittle = 512 << 10;
 constexpr int kKeepRows = 4 * kSplitRows;  // buffers of so many rows stay
+constexpr int kKeepPasses = 8;             // and those of more, until so many passes did without them
 
 class Pass {
   public:
-    Pass(CpuEngine& e, const PassArgs& a, int tid)
-        : a_(a), s_(e.buffers), c_(e.backend.model.cfg), w_(e.backend.model.weights), k_(e.backend.kernels),
-          rope_(e.backend.model.rope), cache_(a.mtp() ? e.mtp_cache : e.cache), policy_(e.backend.policy),
-          pool_(*e.backend.pool), clock_(s_.clocks[static_cast<size_t>(tid)]), tid_(tid), threads_(pool_.active()),
-          n_(a.n()), d_(c_.hidden_size), heads_(c_.num_attention_heads) {}
+    Pass(CpuBackend& b, const PassArgs& a, int tid)
+        : a_(a), s_(b.buffers), c_(b.model.cfg), w_(b.model.weights), k_(b.kernels), rope_(b.model.rope),
+          policy_(b.policy), pool_(*b.pool), clock_(s_.clocks[static_cast<size_t>(tid)]), tid_(tid),
+          threads_(pool_.active()), n_(static_cast<int>(s_.rows.size())), d_(c_.hidden_size),
+          heads_(c_.num_attention_heads),
+          traced_(std::any_of(a.segments.begin(), a.segments.end(), [](const Segment& s) { return s.trace->on(); })) {}
 
     void run_main() {
         each_row([&](int i) {
-            embed(a_.ids[static_cast<size_t>(i)], s_.x.row(i));
+            embed(row(i).id, s_.x.row(i));
             fill_rope(i);
         });
         done(Stage::kEmbed, "embed", s_.x, d_);
         for (int i = 0; i < c_.num_hidden_layers; ++i) {
-            if (a_.trace.on()) prefix_ = "layers." + std::to_string(i) + ".";
+            if (traced_) prefix_ = "layers." + std::to_string(i) + ".";
             layer(w_.layers[static_cast<size_t>(i)], i);
         }
         prefix_.clear();
@@ -46,9 +48,9 @@ class Pass {
         prefix_ = "mtp.";
         each_row([&](int i) {
             float *e = s_.h.row(i), *eh = s_.eh.row(i);
-            embed(a_.ids[static_cast<size_t>(i)], e);
+            embed(row(i).id, e);
             k_.rmsnorm(e, w_.mtp_enorm, eh, d_, c_.rms_norm_eps);
-            k_.rmsnorm(a_.hidden + int64_t{i} * d_, w_.mtp_hnorm, eh + d_, d_, c_.rms_norm_eps);
+            k_.rmsnorm(row(i).hidden, w_.mtp_hnorm, eh + d_, d_, c_.rms_norm_eps);
             prepare(s_.eh, i, {&w_.mtp_eh_proj});
             fill_rope(i);
         });
@@ -62,6 +64,8 @@ class Pass {
 
   private:
     // ---- helpers ---------------------------------------------------------------------------------------------------
+
+    const PassRow& row(int i) const { return s_.rows[static_cast<size_t>(i)]; }
 
     // fn(i) for this thread's share of n rows; those of the pass.
     template <class Fn> void each(int64_t n, Fn&& fn) const {
@@ -94,9 +98,19 @@ class Pass {
     }
     // Records rows [n, width] that all threads have made and none changes before the next barrier.
     template <class T> void tap(const char* name, View<T> rows, int width) const {
-        if (!a_.trace.on()) return;
-        if (tid_ == 0) a_.trace.record(prefix_ + name, rows, n_, {width});
+        if (!traced_) return;
+        if (tid_ == 0) record(name, rows, {width}, &Segment::n);
         pool_.barrier();
+    }
+    // Every traced sequence's own of `rows`, of which it has count(segment), one segment's behind the other's.
+    template <class T, class Count>
+    void record(const char* name, View<T> rows, const std::vector<int64_t>& dims, Count count) const {
+        int first = 0;
+        for (const Segment& s : a_.segments) {
+            const int n = std::invoke(count, s);
+            if (s.trace->on() && n > 0) s.trace->record(prefix_ + name, rows.from(first), n, dims);
+            first += n;
+        }
     }
     // n f32 weights (norms, biases) that every thread reads: counted once.
     void read_floats(int64_t n) const {
@@ -115,11 +129,12 @@ class Pass {
         }
     }
     void prepare(const ActSite& site, int64_t i, Readers readers) const { prepare(site.row(i), site, i, readers); }
-    // A stage: the norm of x as the input of `readers`, which read the rows from `first` on.
-    void norm(Stage stage, const char* name, const float* w, const ActSite& to, Readers readers, int first = 0) const {
+    // A stage: the norm of x as the input of `readers`, which read all rows, or those that want logits.
+    void norm(Stage stage, const char* name, const float* w, const ActSite& to, Readers readers,
+              bool for_logits = false) const {
         each_row([&](int i) {
             k_.rmsnorm(s_.x.row(i), w, to.row(i), d_, c_.rms_norm_eps);
-            if (i >= first) prepare(to, i, readers);
+            if (!for_logits || row(i).logits) prepare(to, i, readers);
         });
         read_floats(d_);
         done(stage, name, to.f32, d_);
@@ -220,7 +235,7 @@ class Pass {
     // Cosines, then sines of row i's position: for the keys and queries of every layer.
     void fill_rope(int i) const {
         float* cos = s_.cos_sin.row(i);
-        rope_.fill(a_.pos + i, cos, cos + rope_.half());
+        rope_.fill(row(i).pos, cos, cos + rope_.half());
     }
     void rotate(float* v, int i) const {
         const float* cos = s_.cos_sin.row(i);
@@ -242,8 +257,8 @@ class Pass {
             k_.rmsnorm(kv, w.kv_a_norm, c_kv, r, kLatentNormEps);
             std::copy(kv + r, kv + r + dr, k_rope);
             rotate(k_rope, i);
-            k_.cache_write(cache_.type, c_kv, r, k_rope, dr, cache_.row(layer_idx, a_.pos + i));
-            s_.row_end[i] = a_.pos + i + 1;
+            const KvCache& cache = *row(i).cache;
+            k_.cache_write(cache.type, c_kv, r, k_rope, dr, cache.row(layer_idx, row(i).pos));
             if (q_rank > 0) {
                 k_.rmsnorm(s_.qkv_a.row(i), w.q_a_norm, s_.q_a.row(i), q_rank, kLatentNormEps);
                 prepare(s_.q_a, i, {&w.wq_b});
@@ -276,7 +291,7 @@ class Pass {
             const int i = block.begin + u / heads_;
             float* q = s_.q.row(i) + int64_t{u % heads_} * dqk;
             rotate(q + dn, i);
-            const float scale = rope_.query_scale(s_.row_end[i] - 1);
+            const float scale = rope_.query_scale(row(i).pos);
             if (scale != 1) std::for_each_n(q, dqk, [&](float& v) { v *= scale; });
             prepare(q, s_.q_nope, u, {&w.w_uk});
             std::copy(q + dn, q + dqk, s_.q_full.row(u) + c_.c_pad());
@@ -310,98 +325,179 @@ class Pass {
 
     // A vector of `width` per head of a block's n rows, head_step apart; all blocks' make [n_, heads, width].
     void tap_heads(const char* name, View<const float> rows, int64_t head_step, int n, int width) {
-        if (!a_.trace.on()) return;
+        if (!traced_) return;
         std::vector<float>& v = taps_[name];
         for (int u = 0; u < n * heads_ && tid_ == 0; ++u) {
             const float* p = rows.row(u / heads_) + u % heads_ * head_step;
             v.insert(v.end(), p, p + width);
         }
         if (v.size() == static_cast<size_t>(n_) * heads_ * width) {
-            a_.trace.record(prefix_ + name, View<const float>{v.data(), int64_t{heads_} * width}, n_, {heads_, width});
+            record(name, View<const float>{v.data(), int64_t{heads_} * width}, {heads_, width}, &Segment::n);
             v.clear();
         }
         pool_.barrier();
     }
 
-    // docs/model.md 4.1 over the cache: partials of kPartialLen positions, combined in order. Passes of up to kSplitRows
-    // rows deal partials to threads, which meet in shared memory; longer ones deal whole (row block, head block) units.
+    // Rows of a block that meet their sequence's cache together, with some of the heads.
+    struct Group {
+        Range rows, heads;
+        int n_partials;
+        bool last;  // rows of its segment
+
+        int n_heads() const { return heads.end - heads.begin; }
+        int n_vectors() const { return (rows.end - rows.begin) * n_heads(); }
+        int64_t work() const { return int64_t{n_partials} * n_vectors(); }
+    };
+    // A group's positions of a partial; heads: not yet all of them where a round shares out what is left.
+    struct Unit {
+        int group, partial;
+        int64_t slot;  // of its sums in s_.part
+    };
+
+    // docs/model.md 4.1 over the caches: partials of kPartialLen positions, merged in order. Where there is work for all, a
+    // thread takes whole groups; a long context beside little else is dealt partial by partial.
     void latent_attention(const LayerWeights& w, int layer_idx, Range block) {
-        MlaPartialArgs args{.type = cache_.type,
-                            .cache = {cache_.layer(layer_idx), cache_.row_bytes},
-                            .c_pad = c_.c_pad(),
+        std::vector<Group> whole, shared;
+        int64_t total = 0;
+        const std::vector<Group> groups = groups_of(block);
+        for (const Group& g : groups) total += g.work();
+        for (const Group& g : groups) (4 * threads_ * g.work() <= total || threads_ == 1 ? whole : shared).push_back(g);
+        MlaPartialArgs args{.c_pad = c_.c_pad(),
                             .r_pad = c_.r_pad(),
                             .softmax_scale = rope_.softmax_scale,
                             .scratch = s_.mla_scratch[static_cast<size_t>(tid_)],
                             .bf16_dot = policy_.bf16_dot};
-        const auto partials = [&](int i) { return static_cast<int>(ceil_div(s_.row_end[i], kPartialLen)); };
-        if (n_ <= kSplitRows) {
-            // Whole partials in full rounds; the heads of what is left are split, so that every thread has work.
-            const int whole = s_.row_end[0] / kPartialLen / threads_ * threads_;
-            const int head_blocks = std::min(heads_, threads_);
-            pool_.deal(whole + (partials(n_ - 1) - whole) * head_blocks, 1, [&](Range range) {
-                for (int u = range.begin; u < range.end; ++u) {
-                    const int v = u - whole, p = v < 0 ? u : whole + v / head_blocks;
-                    const Range h = v < 0 ? Range{0, heads_} : split(heads_, v % head_blocks, head_blocks);
-                    const int next = p + (u + 1 < range.end ? 1 : threads_);
-                    partial(args, block, block, h, p, next, {int64_t{p} * n_ * heads_ + h.begin, heads_});
-                }
-            });
-            meet(Stage::kAttention);
-            each(int64_t{n_} * heads_, [&](int u) { combine(w, u, partials(u / heads_), {u, int64_t{n_} * heads_}); });
-            return;
-        }
-        constexpr int64_t kBlock = int64_t{kAttnRowBlock} * kAttnHeadBlock;
-        const int64_t base = tid_ * s_.max_partials * kBlock;
-        const int row_blocks = static_cast<int>(ceil_div(block.end - block.begin, kAttnRowBlock));
-        const int head_blocks = static_cast<int>(ceil_div(heads_, kAttnHeadBlock));
-        pool_.deal(row_blocks * head_blocks, 1, [&](Range range) {
+        const MlaSums sums = s_.part.from(2 * tid_ * group_vectors(heads_)), part = sums.from(group_vectors(heads_));
+        pool_.deal(static_cast<int>(whole.size()), 1, [&](Range range) {
             for (int u = range.begin; u < range.end; ++u) {
-                const int i0 = block.begin + u / head_blocks * kAttnRowBlock, h0 = u % head_blocks * kAttnHeadBlock;
-                const Range rows{i0, std::min(i0 + kAttnRowBlock, block.end)};
-                const Range heads{h0, std::min(h0 + kAttnHeadBlock, heads_)};
-                for (int p = 0; p < partials(rows.end - 1); ++p)
-                    partial(args, block, rows, heads, p, p + 1, {base + p * kBlock, kAttnHeadBlock});
-                for (int i = i0; i < rows.end; ++i) {
-                    for (int h = h0; h < heads.end; ++h) {
-                        combine(w, (i - block.begin) * heads_ + h, partials(i),
-                                {base + (i - i0) * kAttnHeadBlock + (h - h0), kBlock});
-                    }
+                const Group& g = whole[static_cast<size_t>(u)];
+                for (int p = 0; p < g.n_partials; ++p) {
+                    partial(args, layer_idx, block, g, p, p + 1, p == 0 ? sums : part);
+                    if (p > 0) k_.mla_merge(sums, part, g.n_vectors(), c_.c_pad());
                 }
+                for (int v = 0; v < g.n_vectors(); ++v) finish(w, block, g, v, sums.from(v));
+            }
+        });
+        if (shared.empty()) return;
+        meet(Stage::kAttention);
+        share_out(w, layer_idx, block, shared, args);
+    }
+
+    std::vector<Group> groups_of(Range block) const {
+        std::vector<Group> groups;
+        for (int begin = block.begin, end = begin; begin < block.end; begin = end) {
+            while (end < block.end && row(end).segment == row(begin).segment) ++end;
+            const bool few = a_.segments[static_cast<size_t>(row(begin).segment)].n() <= kSplitRows;
+            const int n_rows = few ? kSplitRows : kAttnRowBlock, n_heads = few ? heads_ : kAttnHeadBlock;
+            for (int i = begin; i < end; i += n_rows) {
+                const Range rows{i, std::min(i + n_rows, end)};
+                const bool last = rows.end == n_ || row(rows.end).segment != row(i).segment;
+                const auto n_partials = static_cast<int>(ceil_div(row(rows.end - 1).pos + 1, kPartialLen));
+                for (int h = 0; h < heads_; h += n_heads)
+                    groups.push_back({rows, {h, std::min(h + n_heads, heads_)}, n_partials, last});
+            }
+        }
+        return groups;
+    }
+
+    // Groups partial by partial, in rounds whose sums fit into s_.part: a group that a round leaves unfinished is its last.
+    void share_out(const LayerWeights& w, int layer_idx, Range block, const std::vector<Group>& groups,
+                   MlaPartialArgs& args) {
+        std::vector<Unit> round;
+        int64_t used = 0;
+        int carried = 0;  // where the group lies that earlier rounds left unfinished
+        const auto end_round = [&](bool last) {
+            attend(layer_idx, block, groups, round, args);
+            meet(Stage::kAttention);
+            for (auto u = round.begin(); u < round.end();) {
+                const auto end = std::find_if(u, round.end(), [&](const Unit& x) { return x.group != u->group; });
+                carried = merge(w, block, groups[static_cast<size_t>(u->group)], std::span(u, end), carried);
+                u = end;
+            }
+            if (!last) meet(Stage::kAttention);
+            round.clear();
+            used = 0;
+        };
+        for (int g = 0; g < std::ssize(groups); ++g) {
+            const Group& group = groups[static_cast<size_t>(g)];
+            for (int p = 0; p < group.n_partials; ++p, used += group.n_vectors()) {
+                if (used + group.n_vectors() > s_.part_slots) end_round(false);
+                round.push_back({g, p, used});
+            }
+        }
+        end_round(true);
+    }
+    // The units of a round, dealt to all threads: as many as there are in full rounds of threads, then what is left by heads.
+    void attend(int layer_idx, Range block, const std::vector<Group>& groups, const std::vector<Unit>& round,
+                MlaPartialArgs& args) const {
+        const auto n = static_cast<int>(round.size()), parts = std::min(heads_, threads_);
+        const int whole = n / threads_ * threads_;
+        pool_.deal(whole + (n - whole) * parts, 1, [&](Range range) {
+            for (int u = range.begin; u < range.end; ++u) {
+                const int left = std::max(u - whole, 0);
+                const Unit& unit = round[static_cast<size_t>(u < whole ? u : whole + left / parts)];
+                const Group& g = groups[static_cast<size_t>(unit.group)];
+                Group mine = g;
+                if (u >= whole) {
+                    const Range h = split(g.n_heads(), left % parts, parts);
+                    mine.heads = {g.heads.begin + h.begin, g.heads.begin + h.end};
+                }
+                if (mine.n_heads() == 0) continue;
+                const int next = unit.partial + (u + 1 < range.end ? 1 : threads_);
+                partial(args, layer_idx, block, mine, unit.partial, next, s_.part.from(unit.slot), g.heads);
             }
         });
     }
-    // Results of attention over a partial in s_.part_*: where the first one is, and how far the next row's (partial's) are.
-    struct Slots {
-        int64_t first, step;
-    };
-    // Rows x heads of the pass against partial p. Meanwhile rows of partial `next` are prefetched, which this thread is likely
-    // to come to then. args: of this thread's call before, or of none.
-    void partial(MlaPartialArgs& args, Range block, Range rows, Range heads, int p, int next, Slots to) const {
-        const int n = rows.end - rows.begin;
+    // Merges a group's partials of a round, behind those of earlier rounds (s_.carried[carried]). What is not complete then
+    // goes on from where this returns: not where a group was that is, as others may still read there.
+    int merge(const LayerWeights& w, Range block, const Group& g, std::span<const Unit> units, int carried) const {
+        const bool first = units.front().partial == 0, complete = units.back().partial + 1 == g.n_partials;
+        const int c_pad = c_.c_pad(), next = first && !complete ? carried ^ 1 : carried;
+        each(g.n_vectors(), [&](int v) {
+            const MlaSums sum = s_.carried[next].from(v);
+            if (first && !complete) *sum.l = 0;
+            const MlaSums into = first && complete ? s_.part.from(units.front().slot + v) : sum;
+            for (const Unit& u : units.subspan(first && complete ? 1 : 0))
+                k_.mla_merge(into, s_.part.from(u.slot + v), 1, c_pad);
+            if (complete) finish(w, block, g, v, into);
+        });
+        return next;
+    }
+
+    // A group against partial p; to: a sum for each of its rows and of the heads `all` (its own, if they are not given).
+    // Meanwhile rows of partial `next` are prefetched, which this thread is likely to come to then. args: of this thread's call
+    // before, or of none.
+    void partial(MlaPartialArgs& args, int layer_idx, Range block, const Group& g, int p, int next, MlaSums to,
+                 std::optional<Range> all = {}) const {
+        const Range heads = all.value_or(g.heads);
+        const int n = g.rows.end - g.rows.begin, width = heads.end - heads.begin;
         int32_t ends[std::max(kSplitRows, kAttnRowBlock)];
-        for (int i = 0; i < n; ++i) ends[i] = std::min(s_.row_end[rows.begin + i], (p + 1) * kPartialLen);
-        const float* q = s_.q_full.row(int64_t{rows.begin - block.begin} * heads_ + heads.begin);
-        args.same_q = q == args.q.data && n == args.n_rows && heads.end - heads.begin == args.n_heads;
+        for (int i = 0; i < n; ++i) ends[i] = std::min(row(g.rows.begin + i).pos + 1, (p + 1) * kPartialLen);
+        const KvCache& cache = *row(g.rows.begin).cache;
+        const float* q = s_.q_full.row(int64_t{g.rows.begin - block.begin} * heads_ + g.heads.begin);
+        args.same_q = q == args.q.data && n == args.n_rows && g.n_heads() == args.n_heads && cache.type == args.type;
+        args.type = cache.type;
+        args.cache = {cache.layer(layer_idx), cache.row_bytes};
         args.n_rows = n;
-        args.n_heads = heads.end - heads.begin;
+        args.n_heads = g.n_heads();
         args.q = {q, heads_ * s_.q_full.stride};
         args.pos_begin = p * kPartialLen;
         args.row_end = ends;
         const int next_pos = next * kPartialLen;
-        args.next = next_pos + kChunkLen <= s_.row_end[rows.begin] ? args.cache.row(next_pos) : nullptr;
-        args.m = {s_.part_m + to.first, to.step};
-        args.l = {s_.part_l + to.first, to.step};
-        args.o = {s_.part_o.row(to.first), to.step * args.c_pad};
+        args.next = next_pos + kChunkLen <= row(g.rows.begin).pos + 1 ? args.cache.row(next_pos) : nullptr;
+        const MlaSums mine = to.from(g.heads.begin - heads.begin);
+        args.m = {mine.m, width};
+        args.l = {mine.l, width};
+        args.o = {mine.o.data, width * mine.o.stride};
         k_.mla_partial(args);
-        // A cache row counts once, where the last row of the pass meets the first heads: it sees all of them.
+        // A cache row counts once, where the last row of its sequence meets the first heads: it sees all of them.
         const int64_t seen = std::max(ends[n - 1] - args.pos_begin, 0);
-        if (heads.begin == 0 && rows.end == n_) clock_.bytes += seen * args.cache.stride;
+        if (g.heads.begin == 0 && g.last) clock_.bytes += seen * args.cache.stride;
     }
-    // The n_partials of vector u of the block.
-    void combine(const LayerWeights& w, int u, int n_partials, Slots from) const {
-        k_.mla_combine({s_.part_m + from.first, from.step}, {s_.part_l + from.first, from.step},
-                       {s_.part_o.row(from.first), from.step * s_.part_o.stride}, n_partials, c_.c_pad(),
-                       s_.attn_latent.row(u));
+    // Vector v of a group has met all its positions.
+    void finish(const LayerWeights& w, Range block, const Group& g, int v, const MlaSums& sum) const {
+        const int u = (g.rows.begin - block.begin + v / g.n_heads()) * heads_ + g.heads.begin + v % g.n_heads();
+        k_.mla_finish(sum, c_.c_pad(), s_.attn_latent.row(u));
         prepare(s_.attn_latent, u, {&w.w_uv});
     }
 
@@ -508,7 +604,7 @@ class Pass {
             add(s_.out, s_.x, tiles);
         };
         const int tiles = static_cast<int>(ceil_div(d_, kTileRows));
-        if (a_.trace.on()) {
+        if (traced_) {
             pool_.deal(tiles, kDealtTiles, routed);
             pool_.barrier();
             tap("routed_out", s_.out, d_);
@@ -541,7 +637,7 @@ class Pass {
             s_.slot_row[slot] = i / k;
             s_.slot_weight[slot] = s_.topk_weight.data[i];
         }
-        if (!a_.mtp() && n_ <= kMaxRound) {
+        if (!a_.mtp() && n_ <= kMaxRound && a_.segments.size() == 1) {
             for (int i = 0; i < n_ * k; ++i) s_.pass_experts.push_back(layer_idx_ * c_.n_routed_experts + idx[i]);
         }
         a_.stats.experts_touched += static_cast<int64_t>(s_.touched.size());
@@ -557,17 +653,18 @@ class Pass {
         tap("layer_out", s_.x, d_);
     }
 
-    // Final norm of every row (MTP reads all of them); logits for the last n_logits rows.
+    // Final norm of every row (MTP reads all of them); logits for the rows that want them.
     void head(const PackedTensor& w, const float* norm_w) {
-        const int first = n_ - a_.n_logits;
-        norm(Stage::kFinalNorm, "final_norm", norm_w, s_.final_h, {&w}, first);
-        if (a_.n_logits == 0) return;
+        const auto n_logits = static_cast<int>(s_.logit_rows.size());
+        norm(Stage::kFinalNorm, "final_norm", norm_w, s_.final_h, {&w}, true);
+        if (n_logits == 0) return;
         const View<float> y{a_.logits, c_.logits_stride()};
         pool_.deal(w.row_tiles(), kDealtTiles, [&](Range tiles) {
-            matmul(w, 0, tiles, operand(s_.final_h, w, first), a_.n_logits, y.columns(kTileRows * tiles.begin));
+            matmul(w, 0, tiles, operand(s_.final_h, w), n_logits, y.columns(kTileRows * tiles.begin),
+                   s_.logit_rows.data());
         });
         done(Stage::kHead);
-        if (a_.trace.on() && tid_ == 0) a_.trace.record(prefix_ + "logits", y, a_.n_logits, {c_.vocab_size});
+        if (traced_ && tid_ == 0) record("logits", y, {c_.vocab_size}, &Segment::n_logits);
     }
 
     const PassArgs& a_;
@@ -576,44 +673,73 @@ class Pass {
     const ModelWeights& w_;
     const CpuKernels& k_;
     const Rope& rope_;
-    const KvCache& cache_;
     const CpuPolicy& policy_;
     ThreadPool& pool_;
     StageClock& clock_;
     const int tid_, threads_, n_, d_, heads_;
+    const bool traced_;  // any of the sequences
     int layer_idx_ = 0;
     std::string prefix_;
     mutable std::vector<int> expert_first_;
     std::map<std::string, std::vector<float>> taps_;  // of the blocks so far
 };
 
+const CpuEngine& engine_of(const Segment& s) { return static_cast<const CpuEngine&>(*s.engine); }
+
+// The rows of a pass, and which of them want logits.
+void lay_rows(const PassArgs& args, Buffers& b) {
+    b.pass_experts.clear();
+    b.rows.clear();
+    b.logit_rows.clear();
+    const int64_t d = b.final_h.cols;
+    for (int segment = 0; const Segment& s : args.segments) {
+        const CpuEngine& e = engine_of(s);
+        for (int i = 0; i < s.n(); ++i) {
+            const bool logits = i >= s.n() - s.n_logits;
+            if (logits) b.logit_rows.push_back(static_cast<int32_t>(b.rows.size()));
+            b.rows.push_back({.id = s.ids[static_cast<size_t>(i)],
+                              .pos = s.pos + i,
+                              .segment = segment,
+                              .hidden = s.mtp() ? s.hidden + i * d : nullptr,
+                              .cache = s.mtp() ? &e.mtp_cache : &e.cache,
+                              .logits = logits});
+        }
+        ++segment;
+    }
+}
+
 }  // namespace
 
-Result<PassResult> CpuEngine::forward(const PassArgs& args) {
-    const BoundModel& model = backend.model;
+Result<PassResult> CpuBackend::forward(const PassArgs& args) {
     const int n = args.n();
-    // The buffers of a long pass, 0.4 MB a row in V2-Lite, are given back before decoding: nothing in them is read again.
-    if (n <= kSplitRows && touched_rows > kKeepRows) {
+    if (n > buffers.max_rows) {
+        return Error{ErrorCode::kSession,
+                     "a pass of " + std::to_string(n) + " tokens, at most " + std::to_string(buffers.max_rows)};
+    }
+    // The buffers of a long pass, 0.4 MB a row in V2-Lite, are given back when only short ones come: nothing in them is read
+    // again.
+    short_passes = n <= kKeepRows ? short_passes + 1 : 0;
+    if (touched_rows > kKeepRows && short_passes >= kKeepPasses) {
         buffers.memory.release();
         touched_rows = 0;
     }
     touched_rows = std::max(touched_rows, n);
-    buffers.pass_experts.clear();
+    lay_rows(args, buffers);
     std::vector<StageClock>& clocks = buffers.clocks;
-    ThreadPool& pool = *backend.pool;
     PassStats& stats = args.stats;
-    const int64_t work = n * model.active_bytes(args.pos + n, cache.row_bytes);
-    const bool little = work < kLittle * pool.size() * model.cfg.num_hidden_layers;
-    ThreadChoice& choice = backend.choice;
+    int64_t work = 0;
+    for (const Segment& s : args.segments)
+        work += s.n() * model.active_bytes(s.pos + s.n(), engine_of(s).cache.row_bytes);
+    const bool little = work < kLittle * pool->size() * model.cfg.num_hidden_layers;
     const int kind = std::min(n, ThreadChoice::kLong) + (args.mtp() ? ThreadChoice::kKinds / 2 : 0);
     const int64_t begin = now_ns(), experts_touched = stats.experts_touched;
-    Status ran = pool.run(
+    Status ran = pool->run(
         [&](int tid) {
             clocks[static_cast<size_t>(tid)] = {.mark = begin};
             Pass pass(*this, args, tid);
             args.mtp() ? pass.run_mtp() : pass.run_main();
         },
-        backend.adaptive && (little || choice.alone(kind)));
+        adaptive && (little || choice.alone(kind)));
     if (!ran.ok()) {
         stats.experts_touched = experts_touched;
         return Error{ran.error().code, "a pass of " + std::to_string(n) + " tokens: " + ran.error().message};
@@ -625,7 +751,7 @@ Result<PassResult> CpuEngine::forward(const PassArgs& args) {
     for (int i = 0; i < kNumStages; ++i) {
         StageStats& sum = stats.stages[args.mtp()][i];
         int64_t bytes = 0, wait_sum = 0, wait_max = 0;
-        for (const StageClock& clock : std::span(clocks).first(static_cast<size_t>(pool.active()))) {
+        for (const StageClock& clock : std::span(clocks).first(static_cast<size_t>(pool->active()))) {
             bytes += clock.stage[i].bytes;
             wait_sum += clock.stage[i].wait_ns;
             wait_max = std::max(wait_max, clock.stage[i].wait_ns);
@@ -639,13 +765,15 @@ Result<PassResult> CpuEngine::forward(const PassArgs& args) {
         waited += wait_sum;
         (static_cast<Stage>(i) == Stage::kAttention ? stats.cache_bytes : stats.weight_bytes) += bytes;
     }
-    if (backend.adaptive && !little && !args.trace.on()) {
+    const bool traced =
+        std::any_of(args.segments.begin(), args.segments.end(), [](const Segment& s) { return s.trace->on(); });
+    if (adaptive && !little && !traced) {
         const auto ns = static_cast<double>(end - begin);
         choice.ran(kind, ns / static_cast<double>(n < ThreadChoice::kLong ? read : n),
-                   static_cast<double>(waited) / (pool.active() * ns), [&] { return crowded(pool.size() - 1); });
+                   static_cast<double>(waited) / (pool->active() * ns), [&] { return crowded(pool->size() - 1); });
     }
     stats.seconds += 1e-9 * static_cast<double>(end - begin);
-    return PassResult{n, buffers.final_h.f32, buffers.pass_experts};
+    return PassResult{buffers.final_h.f32, buffers.pass_experts};
 }
 
 }  // namespace deepcalm

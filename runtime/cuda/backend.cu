@@ -82,11 +82,12 @@ struct DeviceBackend final : Backend {
     Memory memory;         // the packed file, byte for byte: a pointer there is the base + the offset in the file
     ModelWeights weights;  // pointers into `memory`
 
-    explicit DeviceBackend(const BoundModel& m) : model(m) {}
+    explicit DeviceBackend(const BoundModel& m) : model(m) { one_segment = true; }
     ~DeviceBackend() override {
         if (hangs) (void)memory.p.release();  // what may still be read is given up, not waited for
     }
     Result<std::unique_ptr<Engine>> make_engine(const EngineArgs& args) override;
+    Result<PassResult> forward(const PassArgs& args) override;
 
     std::byte* base() const { return memory.p.get(); }
 
@@ -362,29 +363,30 @@ struct OnDevice {
         std::map<std::string, ArrayView> views;  // of the names wanted: [rows of the pass, ...] in `kept`
     };
 
-    Result<PassResult> forward(const PassArgs& p) {
+    Result<PassResult> forward(const PassArgs& args) {
+        const Segment& p = args.segments[0];
         DC_RT(rt::set_device(m.index));
         const int64_t start = now_ns();
-        Taps taps{.feed = std::exchange(p.trace.feed, {}), .fed = {}, .views = {}};
-        taps.on = p.trace.on() || !taps.feed.empty();
+        Taps taps{.feed = std::exchange(p.trace->feed, {}), .fed = {}, .views = {}};
+        taps.on = p.trace->on() || !taps.feed.empty();
         if (taps.on) kept_taps[p.mtp()].clear();
         hidden.resize(static_cast<size_t>(p.n()) * static_cast<size_t>(m.cfg.hidden_size));
         topk.resize(static_cast<size_t>(moe_layers(p.mtp()) * p.n() * m.cfg.num_experts_per_tok));
         for (int at = 0; at < p.n(); at += pass_rows)  // parts: the same bits (law L1)
-            DC_TRY_STATUS(forward_part(p, at, std::min(pass_rows, p.n() - at), taps));
-        if (taps.on) DC_TRY_STATUS(record(p, taps));
+            DC_TRY_STATUS(forward_part(p, args.logits, at, std::min(pass_rows, p.n() - at), taps));
+        if (taps.on) DC_TRY_STATUS(record(p, args.logits, taps));
         for (const std::string& name : taps.fed) taps.feed.erase(name);
         if (!taps.feed.empty()) {
             return fail(ErrorCode::kSession, "feed: '%s' is no embed, gate_logits or layer_out of this pass",
                         taps.feed.begin()->first.c_str());
         }
-        return count(p, 1e-9 * static_cast<double>(now_ns() - start));
+        return count(p, args.stats, 1e-9 * static_cast<double>(now_ns() - start));
     }
     // Rows [first, first + n) of a pass.
-    Status forward_part(const PassArgs& p, int first, int n, Taps& taps) {
+    Status forward_part(const Segment& p, float* all_logits, int first, int n, Taps& taps) {
         const int64_t d = m.cfg.hidden_size, k = m.cfg.num_experts_per_tok, stride = m.cfg.logits_stride();
         const int first_logit = p.n() - p.n_logits, n_logits = std::clamp(first + n - first_logit, 0, n);
-        float* logits = p.logits + std::max(first - first_logit, 0) * stride;
+        float* logits = all_logits + std::max(first - first_logit, 0) * stride;
         std::vector<int32_t> pos(static_cast<size_t>(n));
         std::iota(pos.begin(), pos.end(), p.pos + first);
         const rt::Settled settled{stream};
@@ -428,7 +430,7 @@ struct OnDevice {
         return check(rt::synchronize(stream), "a pass");
     }
     // Counts what a pass that has ended read.
-    Result<PassResult> count(const PassArgs& p, double seconds) {
+    Result<PassResult> count(const Segment& p, PassStats& stats, double seconds) {
         const ModelConfig& c = m.cfg;
         const size_t per_layer = static_cast<size_t>(p.n()) * static_cast<size_t>(c.num_experts_per_tok);
         const int first = p.mtp() ? c.num_hidden_layers : c.first_k_dense_replace;
@@ -455,15 +457,15 @@ struct OnDevice {
         }
         s.weight_bytes += (p.mtp() ? b.mtp_fixed : b.fixed) + p.n() * b.embed_row;
         if (p.n_logits > 0) s.weight_bytes += p.mtp() ? b.mtp_head : b.head;
-        p.stats.experts_touched += s.experts_touched;
-        p.stats.weight_bytes += s.weight_bytes;
-        p.stats.cache_bytes += (p.pos + p.n()) * c.cache_row_bytes(args.kv) * (p.mtp() ? 1 : c.num_hidden_layers);
-        p.stats.seconds += seconds;  // stage by stage, a pass is timed by report("stages")
-        return PassResult{p.n(), {hidden.data(), c.hidden_size}, experts};
+        stats.experts_touched += s.experts_touched;
+        stats.weight_bytes += s.weight_bytes;
+        stats.cache_bytes += (p.pos + p.n()) * c.cache_row_bytes(args.kv) * (p.mtp() ? 1 : c.num_hidden_layers);
+        stats.seconds += seconds;  // stage by stage, a pass is timed by report("stages")
+        return PassResult{{hidden.data(), c.hidden_size}, experts};
     }
 
     // The same stages one by one; behind each its intermediates are copied to `kept`, or replaced by what the host feeds.
-    Status traced(const PassShape& s, const PassArgs& p, int first, Taps& taps) {
+    Status traced(const PassShape& s, const Segment& p, int first, Taps& taps) {
         if (tap_memory.p == nullptr) DC_RT(tap_memory.allocate(4 * b.rows * b.tap_stride));
         b.taps = reinterpret_cast<float*>(tap_memory.p.get());
         Program program;
@@ -474,7 +476,7 @@ struct OnDevice {
             std::map<std::string, int64_t> at;
             int64_t bytes = 0;
             for (const TapOut& t : program.taps) {
-                if (!p.trace.wants(t.name)) continue;
+                if (!p.trace->wants(t.name)) continue;
                 at[t.name] = bytes;
                 bytes += round_up(row_bytes(t) * p.n(), 256);
             }
@@ -510,7 +512,7 @@ struct OnDevice {
         return {};
     }
     // Hands the taps of all rows to the host.
-    Status record(const PassArgs& p, Taps& taps) {
+    Status record(const Segment& p, const float* logits, Taps& taps) {
         std::vector<float> host;
         const rt::Settled settled{stream};
         for (const auto& [name, v] : taps.views) {
@@ -520,15 +522,15 @@ struct OnDevice {
             DC_RT(rt::copy(host.data(), v.data, static_cast<int64_t>(host.size()) * 4, stream));
             DC_RT(rt::synchronize(stream));
             if (v.type[1] == 'i') {
-                p.trace.record(name, View<int32_t>{reinterpret_cast<int32_t*>(host.data()), per_row}, p.n(), dims);
+                p.trace->record(name, View<int32_t>{reinterpret_cast<int32_t*>(host.data()), per_row}, p.n(), dims);
             } else {
-                p.trace.record(name, View<float>{host.data(), per_row}, p.n(), dims);
+                p.trace->record(name, View<float>{host.data(), per_row}, p.n(), dims);
             }
         }
         kept_taps[p.mtp()] = std::move(taps.views);
         if (p.n_logits > 0) {
-            p.trace.record(p.mtp() ? "mtp.logits" : "logits", View<float>{p.logits, m.cfg.logits_stride()}, p.n_logits,
-                           {m.cfg.vocab_size});
+            p.trace->record(p.mtp() ? "mtp.logits" : "logits", View<const float>{logits, m.cfg.logits_stride()},
+                            p.n_logits, {m.cfg.vocab_size});
         }
         return {};
     }
@@ -735,7 +737,7 @@ class DeviceEngine final : public Engine {
         s_->m.hangs = true;
         (void)s_.release();
     }
-    Result<PassResult> forward(const PassArgs& p) override {
+    Result<PassResult> forward(const PassArgs& p) {
         return call([&] { return s_->forward(p); });
     }
     Status copy_rows(bool mtp, int layer, int n, std::byte* host, bool to_cache) override {
@@ -797,6 +799,10 @@ Result<std::unique_ptr<Engine>> DeviceBackend::make_engine(const EngineArgs& arg
         DC_TRY_STATUS(s->open());
         return std::unique_ptr<Engine>(std::make_unique<DeviceEngine>(std::move(s)));
     });
+}
+
+Result<PassResult> DeviceBackend::forward(const PassArgs& args) {
+    return static_cast<DeviceEngine*>(args.segments[0].engine)->forward(args);
 }
 
 }  // namespace deepcalm

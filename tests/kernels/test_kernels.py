@@ -319,7 +319,7 @@ def attention_f64(q: Array, cache: Array, c_pad: int, row_end: Array, scale: flo
 
 
 def attend(isa: str, kind: str, rows: Array, c_pad: int, r_pad: int, q: Array, row_end: Array, scale: float) -> Array:
-    """All partials of every row and head, combined: [n, heads, c_pad]."""
+    """All partials of every row and head, merged: [n, heads, c_pad]."""
     begins = range(0, int(row_end.max()), PARTIAL)
     parts = [
         T.mla_partial(isa, kind, rows, c_pad, r_pad, q, b, np.minimum(row_end, b + PARTIAL).astype(np.int32), scale)
@@ -329,7 +329,7 @@ def attend(isa: str, kind: str, rows: Array, c_pad: int, r_pad: int, q: Array, r
     for i in range(q.shape[0]):
         for h in range(q.shape[1]):
             m, l = (np.array([p[k][i, h] for p in parts], np.float32) for k in (0, 1))
-            out[i, h] = T.mla_combine(isa, m, l, np.stack([p[2][i, h] for p in parts]))
+            out[i, h] = T.mla_merge(isa, m, l, np.stack([p[2][i, h] for p in parts]))
     return out
 
 
@@ -427,8 +427,8 @@ def test_mla_rows_without_positions(isa: str, rng: np.random.Generator) -> None:
     assert (m[1:] == -np.inf).all()
     assert not l[1:].any()
     assert not o[1:].any()
-    assert not T.mla_combine(isa, m[1:, 0], l[1:, 0], o[1:, 0]).any()
-    first = T.mla_combine(isa, m[[1, 0], 0], l[[1, 0], 0], np.stack([np.full(c_pad, np.nan, np.float32), o[0, 0]]))
+    assert not T.mla_merge(isa, m[1:, 0], l[1:, 0], o[1:, 0]).any()
+    first = T.mla_merge(isa, m[[1, 0], 0], l[[1, 0], 0], np.stack([np.full(c_pad, np.nan, np.float32), o[0, 0]]))
     assert np.allclose(first, o[0, 0] / l[0, 0], rtol=1e-6)
 
 

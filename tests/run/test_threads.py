@@ -67,6 +67,7 @@ def waiting_calls(device: str) -> None:
     one.forward([5])
     saved = one.state()
     sessions, calls = {}, CALLS | {"load_state": lambda s: s.load_state(**saved)}
+    calls["fork"] = lambda s: s.fork(model.core, 2, 16)
     calls |= ON_A_DEVICE if device == "sim" else {}
     for name in calls:
         sessions[name] = s = session(model)
