@@ -19,6 +19,14 @@ import pytest  # noqa: E402
 from sim import build  # noqa: E402
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked exhaustive, unless -m names the mark."""
+    if "exhaustive" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Compiles the simulator beside the first tests, which leave a processor free."""
     if {"cli", "device"} <= {item.path.parent.name for item in session.items} and not session.config.option.collectonly:

@@ -12,15 +12,13 @@ import bisect
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
 
 from . import _core, limits
 from .arguments import integer, token_ids
 from .closing import Closing
+from .drafting import BatchController, CostModel, Drafts
 from .errors import Error, ResourceError, SessionError
 from .generation import check_draft
 from .sampling import Sampling, Scores
@@ -28,6 +26,9 @@ from .session import SessionLock, StageStats, Stats
 from .text import AnswerText
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from .model import Model
 
 MAX_SEQUENCES = 64  # rows of a pass that may have logits
@@ -72,7 +73,6 @@ class Request:
         self._batch = batch
         self.choices: list[Choice] = []
         self.prompt_tokens, self.cached_tokens = prompt_tokens, 0
-        self.cancelled = False
 
     @property
     def done(self) -> bool:
@@ -82,7 +82,7 @@ class Request:
     def cancel(self) -> None:
         """Ends what has not ended, before the next step; from any thread."""
         with self._batch.news:
-            self.cancelled = True
+            self._batch.cancelled.add(self)
             self._batch.news.notify_all()
 
 
@@ -93,7 +93,7 @@ class _Sequence:
     choice: Choice
     age: int  # of two, the one with the lower number came first
     ids: list[int]  # prompt and answer
-    reserved: int  # rows that it may take
+    reserved: int  # rows that it may take; once it has ended, those that it holds
     sampling: Sampling
     max_tokens: int
     eos_ids: frozenset[int]
@@ -103,6 +103,7 @@ class _Sequence:
     pos: int = 0  # ids in the cache
     skipped: int = 0  # passes in a row that left its prompt out
     source: tuple[_Sequence, int] | None = None  # whose row it waits for
+    drafts: Drafts = field(default_factory=Drafts)
 
     @property
     def missing(self) -> int:
@@ -148,16 +149,19 @@ class Batch(Closing):
         check_draft(draft)
         self.model, self.ctx, self.kv, self.draft = model, ctx, kv, draft
         self.max_sequences = integer("max_sequences", max_sequences, 1, MAX_SEQUENCES)
+        self._lazy = model.device == "cpu"  # caches take the memory that is touched, not all of it as on a device
         self._mtp = draft not in ("off", 0) and (draft != "auto" or bool(model.config["num_nextn_predict_layers"]))
-        self._drafts = 0 if draft in ("off", "auto") else int(draft)
-        self._row_bytes = -(-self._session().cache_bytes // ctx)
+        cost = CostModel.of(model.core.weight_bytes, model.config) if self._mtp else None
+        self._control = BatchController(cost, draft)
+        self._row_bytes = -(-self._session(ctx).cache_bytes // ctx)
         if cache_bytes is None:
-            available = limits.available_memory() if model.device == "cpu" else None
+            available = limits.available_memory() if self._lazy else None
             cache_bytes = max_sequences * ctx * self._row_bytes
             cache_bytes = cache_bytes if available is None else min(cache_bytes, available)
         self.cache_bytes = integer("cache_bytes", cache_bytes, 0)
         self._rows = cache_bytes // self._row_bytes  # that all caches may take together
-        self._passes: Turns | None = Turns()
+        self._passes: _core.Batch | None
+        self._passes = passes = _core.Batch(model.core, MAX_ROWS)
         self._waiting: list[_Sequence] = []  # by age
         self._running: list[_Sequence] = []
         self._idle: list[_Sequence] = []  # least recently used first
@@ -165,14 +169,17 @@ class Batch(Closing):
         self._in_pass: list[_Sequence] = []  # whose caches may be ahead of what is known
         self.news = threading.Condition()  # guards what other threads change
         self._submitted: list[_Sequence] = []
+        self.cancelled: set[Request] = set()
         self._age = 0
         self._sums: Counter[str] = Counter()
+        self._counted = passes.stats(), passes.stage_stats()
+        self._changed: dict[Choice, None] = {}  # since the last step that returned
 
     def __repr__(self) -> str:
         return f"Batch({self.model!r}, kv={self.kv!r}, running={self.running}, waiting={self.waiting})"
 
-    def _session(self) -> _core.Session:
-        return _core.Session(self.model.core, self.ctx, self.kv, min(MAX_ROWS, self.ctx), self._mtp)
+    def _session(self, ctx: int) -> _core.Session:
+        return _core.Session(self.model.core, ctx, self.kv, min(MAX_ROWS, ctx), self._mtp)
 
     # ---- requests
 
@@ -273,18 +280,15 @@ class Batch(Closing):
         with self._stepping:
             if self._passes is None:
                 raise SessionError("the batch is closed")
-            changed = self._begin()
+            self._begin()
             self._admit()
-            work = self._compose()
-            if work:
+            if work := self._compose():
                 self._in_pass = [s for s, _, _ in work]
                 for (s, n, _), r in zip(work, self._pass(work), strict=True):
-                    if r["tokens"] or r["error"]:
-                        changed.append(s.choice)
                     self._take(s, n, r)
-                    self._in_pass.remove(s)
-                self._sums["steps"] += 1
-            return changed
+                    del self._in_pass[0]
+            changed, self._changed = self._changed, {}
+            return list(changed)
 
     def close(self) -> None:
         """Ends all choices ("cancelled") and frees the caches; a pass that is running ends before."""
@@ -297,39 +301,34 @@ class Batch(Closing):
 
     @property
     def stats(self) -> BatchStats:
-        """What the batch has done so far."""
-        with self._stepping:
-            if self._passes is None:
-                raise SessionError("the batch is closed")
-            core = self._passes.stats()
-            counted = {k: v for k, v in core.items() if k in Stats.__dataclass_fields__}
-            stages = {row[0]: StageStats(*row[1:]) for row in self._passes.stage_stats()}
-            return BatchStats(**counted, **self._sums, pass_seconds=core["seconds"], stages=stages)
+        """What the batch has done by its last step."""
+        core, stages = self._counted
+        counted = {k: v for k, v in core.items() if k in Stats.__dataclass_fields__}
+        return BatchStats(**counted, **self._sums, pass_seconds=core["seconds"],
+                          stages={row[0]: StageStats(*row[1:]) for row in stages})  # fmt: skip
 
-    def _begin(self) -> list[Choice]:
-        """Takes what other threads did; the choices that ended by it."""
+    def _begin(self) -> None:
+        """Takes what other threads did."""
         for s in self._in_pass:  # of a step that was interrupted
             if s.core is not None and s.core.pos > s.pos:
                 s.core.truncate(s.pos)
         self._in_pass = []
         with self.news:
-            self._waiting += self._submitted
-            self._submitted = []
-        ended = []
-        for s in [*self._waiting, *self._running]:
-            full = len(s.ids) == self.ctx
-            if s.choice.request.cancelled or full:
-                self._end(s, "context" if full else "cancelled")
-                ended.append(s.choice)
-        return ended
+            new, cancelled = self._submitted, self.cancelled
+            self._waiting, self._submitted, self.cancelled = self._waiting + new, [], set()
+        for s in [*self._waiting, *self._running] if cancelled else new:
+            if s.choice.request in cancelled or len(s.ids) == self.ctx:
+                self._end(s, "cancelled" if s.choice.request in cancelled else "context")
 
     # ---- admission: places, memory, rows that are there already
 
     def _admit(self) -> None:
-        for s in [*self._waiting]:
+        for s in self._waiting[:MAX_SEQUENCES]:  # no more at a step, however many wait
             if len(self._running) >= self.max_sequences:
                 break
             if s.source and s.source[0] in self._running and s.source[0].pos < s.source[1]:
+                continue
+            if sum(o.reserved for o in self._running if o.age < s.age) + s.reserved > self._rows:
                 continue
             source, n, computed = self._source(s)
             if source is not None and n > computed:
@@ -358,21 +357,19 @@ class Batch(Closing):
 
     def _make_room(self, s: _Sequence, source: _Sequence | None, n: int) -> bool | None:
         """Frees rows for ``s``: True to take over its idle ``source``, False to leave it, None where there are none."""
-        idle = [o for o in self._idle if o is not source]
-        younger = sorted((o for o in self._running if o.age > s.age and o is not source), key=lambda o: -o.age)
-        free = self._rows - sum(o.reserved for o in self._running) - sum(o.pos for o in self._idle)
-        kept = source is not None and source in self._idle
-        take = source is not None and kept and n == source.pos
-        most = free + sum(o.pos for o in idle) + sum(o.reserved for o in younger)
-        if source is not None and kept and (take or most < s.reserved):
-            take, free, most = True, free + source.pos, most + source.pos
+        others = [o for o in self._idle if o is not source]
+        younger = (o for o in self._running if o.age > s.age and o is not source)
+        others += sorted(younger, key=lambda o: -o.age)
+        free = self._rows - sum(o.reserved for o in self._running + self._idle)
+        most = free + sum(o.reserved for o in others)
+        take = source is not None and source in self._idle and (n == source.pos or most < s.reserved)
+        if source is not None and take:
+            free, most = free + source.reserved, most + source.reserved
         if most < s.reserved:
             return None
-        for o in [*idle, *younger]:
-            if free >= s.reserved:
-                break
-            free += o.pos if o in self._idle else o.reserved
-            self._drop(o)
+        while free < s.reserved:
+            free += others[0].reserved
+            self._drop(others.pop(0))
         return take
 
     def _drop(self, o: _Sequence) -> None:
@@ -385,18 +382,18 @@ class Batch(Closing):
         o.core, o.pos = None, 0
 
     def _start(self, s: _Sequence, source: _Sequence | None, n: int, take: bool) -> None:
+        ctx = self.ctx if self._lazy else s.reserved
         if source is None or source.core is None:
-            s.core = self._session()
-        elif take:
+            s.core = self._session(ctx)
+        elif take and source.core.ctx >= ctx:
             s.core = source.core
-            self._idle.remove(source)
-            if source.pos > n:
-                s.core.truncate(n)
+            s.core.truncate(n)
         else:
-            s.core = fork(source.core, self._session(), n)
-            if source in self._idle:
-                self._idle.append(self._idle.pop(self._idle.index(source)))
-        s.pos = n
+            s.core = source.core.fork(self.model.core, n, ctx)
+        if source in self._idle:  # the most recently used
+            self._idle.remove(source)
+            self._idle += [] if take else [source]
+        s.pos, s.drafts.pending = n, 1
         cached = min(n, s.choice.request.prompt_tokens) if not s.choice.tokens else 0
         if s.choice.index == 0:
             s.choice.request.cached_tokens += cached
@@ -408,11 +405,19 @@ class Batch(Closing):
 
     def _compose(self) -> list[tuple[_Sequence, int, int]]:
         """The next pass: (sequence, ids, drafts behind them)."""
+        assert self._passes is not None
         answers = [s for s in self._running if s.missing == 1]
         prompts = [s for s in self._running if s.missing > 1]
-        most = MAX_SEQUENCES // max(len(self._running), 1) - 1
-        work = [(s, 1, min(self._drafts, most, s.reserved - len(s.ids) - 1)) for s in answers]
-        room = min(CHUNK if answers else MAX_ROWS, MAX_ROWS - sum(1 + k for _, _, k in work))
+        room = CHUNK if answers else MAX_ROWS
+        for s in answers:
+            s.drafts.left = s.reserved - len(s.ids)
+        ks = self._control.next_k(
+            [s.drafts for s in answers],
+            len(answers) + min(room, sum(s.missing for s in prompts)),
+            MAX_SEQUENCES - len(self._running),
+            self._passes.expert_union(),
+        )
+        work = [(s, 1, k) for s, k in zip(answers, ks, strict=True)]
         late = [s for s in prompts if s.skipped >= PATIENCE]
         share = max(room // len(late), 1) if late else 0
         for s in sorted(prompts, key=lambda s: (s.skipped < PATIENCE, s.missing)):
@@ -424,27 +429,24 @@ class Batch(Closing):
         return work
 
     def _pass(self, work: list[tuple[_Sequence, int, int]]) -> list[dict[str, Any]]:
-        """Results of ``work``. If the whole pass fails, each is tried alone, so that only those end that fail again."""
+        """Results of ``work``."""
         assert self._passes is not None
-        n_valid = self.model.n_valid
-        items = [
-            (s.core, s.ids[s.pos : s.pos + n], k, s.sampling if n == s.missing else None, n_valid, 0.0, s.n_top)
+        n_valid, sure = self.model.n_valid, self._control.min_confidence(sum(n + k for _, n, k in work))
+        items: list[Any] = [
+            (s.core, s.ids[s.pos : s.pos + n], k, s.sampling if n == s.missing else None, n_valid, sure, s.n_top)
             for s, n, k in work
         ]
-        try:
-            results, info = self._passes.step(items)
-        except (Error, MemoryError) as e:
-            if len(work) == 1:
-                return [{"tokens": [], "drafted": 0, "accepted": 0, "error": e}]
-            return [r for w in work for r in self._pass([w])]
-        prompt = sum(n for s, n, _ in work if n > 1)
+        results, info = self._passes.step(items)
+        self._counted = self._passes.stats(), self._passes.stage_stats()
+        prompt = sum(n for s, n, _ in work if s.missing > 1)
         share = prompt / max(info["rows"], 1)
         for kind, part in (("prefill", share), ("decode", 1 - share)):
             self._sums[f"{kind}_seconds"] += part * (info["draft_seconds"] + info["verify_seconds"])
             self._sums[f"{kind}_bytes"] += round(part * (info["draft_bytes"] + info["verify_bytes"]))
-        self._sums["prefill_tokens"] += prompt
-        made = [len(r["tokens"]) for (_, n, _), r in zip(work, results, strict=True) if n == 1]
-        self._sums["decode_tokens"] += sum(made)
+        self._sums.update(steps=1, prefill_tokens=prompt)
+        answers = [(s.drafts, r) for (s, _, _), r in zip(work, results, strict=True) if s.missing == 1]
+        self._sums["decode_tokens"] += sum(len(r["tokens"]) for _, r in answers)
+        self._control.observe(answers, info, prompt > 0, bool(self._waiting))
         return results
 
     def _take(self, s: _Sequence, n: int, r: dict[str, Any]) -> None:
@@ -456,6 +458,8 @@ class Batch(Closing):
         self._sums["drafts_offered"] += r["drafted"]
         self._sums["drafts_accepted"] += r["accepted"]
         c, reason = s.choice, None
+        if r["tokens"]:
+            self._changed[c] = None
         for i, token in enumerate(r["tokens"]):
             if token in s.eos_ids:
                 reason = "eos"
@@ -486,90 +490,10 @@ class Batch(Closing):
         for group in (self._running, self._waiting):
             if s in group:
                 group.remove(s)
-        if s.core is not None and reason != "failed" and s.pos and self._passes is not None:
-            if s.pos > len(s.ids):
-                s.pos = len(s.ids)
-                s.core.truncate(s.pos)
+        if s.core is not None and s.pos and reason != "failed" and self._passes is not None:
+            s.pos = min(s.pos, len(s.ids))
+            s.reserved = s.pos if self._lazy else s.reserved
+            s.core.truncate(s.pos)
             self._idle = [*self._idle, s][-MAX_IDLE:]
         c.error, c.reason = error, reason
-
-
-def fork(core: _core.Session, new: _core.Session, n: int) -> _core.Session:
-    """``new`` with the first ``n`` tokens of ``core`` and their rows."""
-    state = core.state()
-    m = min(state["mtp_cache"].shape[1], max(n - 1, 0))
-    pending = n - m if m == state["mtp_cache"].shape[1] else 0
-    new.load_state(
-        state["tokens"][:n],
-        np.ascontiguousarray(state["cache"][:, :n]),
-        np.ascontiguousarray(state["mtp_cache"][:, :m]),
-        state["hidden"][:pending],
-    )
-    return new
-
-
-class Turns:
-    """One pass after the other, where sequences cannot share one."""
-
-    def __init__(self) -> None:
-        self._sums: Counter[str] = Counter()
-        self._stages: dict[str, StageStats] = {}
-
-    def stats(self) -> dict[str, Any]:
-        """As ``_core.Session.stats``, of all sequences."""
-        return {"seconds": 0.0} | self._sums
-
-    def stage_stats(self) -> list[tuple[Any, ...]]:
-        """As ``_core.Session.stage_stats``, of all sequences."""
-        return [(name, s.calls, s.bytes, s.seconds, s.wait_sum, s.wait_max) for name, s in self._stages.items()]
-
-    def step(self, work: list[tuple[Any, ...]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Passes each item: (session, ids, drafts, sampling, n_valid, min_confidence, n_top)."""
-        results = []
-        info: Counter[str] = Counter()
-        for item in work:
-            core = item[0]
-            pos, before = core.pos, core.stats()
-            stages = {row[0]: StageStats(*row[1:]) for row in core.stage_stats()}
-            try:
-                results.append(self._one(*item))
-            except (Error, MemoryError) as e:
-                core.truncate(pos)
-                results.append({"tokens": [], "drafted": 0, "accepted": 0, "error": e})
-            done = {key: value - before[key] for key, value in core.stats().items()}
-            self._sums.update(done)
-            for row in core.stage_stats():
-                gained = StageStats(*row[1:]).plus(stages.get(row[0], StageStats()), -1)
-                self._stages[row[0]] = self._stages.get(row[0], StageStats()).plus(gained)
-            r = results[-1]
-            info.update(
-                rows=done["rows"] - done["mtp_rows"],
-                mtp_rows=done["mtp_rows"],
-                experts_verify=r.get("experts_verify", done["experts_touched"]),
-                draft_bytes=r.get("draft_bytes", 0),
-                verify_bytes=done["weight_bytes"] + done["cache_bytes"] - r.get("draft_bytes", 0),
-                draft_seconds=r.get("draft_seconds", 0.0),
-                verify_seconds=done["seconds"] - r.get("draft_seconds", 0.0),
-            )
-        return results, dict(info)
-
-    @staticmethod
-    def _one(
-        core: _core.Session,
-        ids: list[int],
-        k: int,
-        sampling: Sampling | None,
-        n_valid: int,
-        min_confidence: float,
-        n_top: int,
-    ) -> dict[str, Any]:
-        if len(ids) == 1 and sampling is not None:
-            r = core.draft_round(ids[0], k, sampling, n_valid, min_confidence, n_top >= 0) | {"error": None}
-        else:
-            logits = core.forward(np.array(ids, np.int32), "none" if sampling is None else "last")
-            tokens = [] if sampling is None else [_core.sample(logits[0], sampling, core.pos, n_valid)]
-            r = {"tokens": tokens, "drafted": 0, "accepted": 0, "logits": logits, "error": None}
-        if n_top >= 0:
-            pairs = zip(r["tokens"], r["logits"], strict=True)
-            r["scores"] = [tuple(Scores.of(token, row, n_valid, n_top)) for token, row in pairs]
-        return r
+        self._changed[c] = None

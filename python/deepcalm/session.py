@@ -34,7 +34,7 @@ from .generation import Generation
 from .names import KV_TYPES
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
     from .generation import Options
     from .model import Model
@@ -119,15 +119,15 @@ class Stats:
     pass_seconds: float = 0.0
     stages: dict[str, StageStats] = field(default_factory=dict)
 
-    def __sub__(self, before: Stats) -> Stats:
+    def __sub__(self, before: Self) -> Self:
         """What was done since ``before``."""
         return self._plus(before, -1)
 
-    def __add__(self, other: Stats) -> Stats:
+    def __add__(self, other: Self) -> Self:
         """Both together."""
         return self._plus(other, 1)
 
-    def _plus(self, other: Stats, sign: int) -> Stats:
+    def _plus(self, other: Self, sign: int) -> Self:
         none, sums = StageStats(), (f for f in self.__dataclass_fields__ if f != "stages")
         stages = {n: self.stages.get(n, none).plus(other.stages.get(n, none), sign) for n in self.stages | other.stages}
         return type(self)(**{f: getattr(self, f) + sign * getattr(other, f) for f in sums},

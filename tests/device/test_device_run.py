@@ -247,3 +247,21 @@ def test_what_a_device_does_not_use_is_named(device: str) -> None:
     assert deepcalm.Model(path, device=device, threads=2).notes == (
         f"threads and isa have no effect on device {device}",
     )
+
+
+def test_a_batch_on_a_device_takes_turns(device: str) -> None:
+    """Each answer is what a session alone gets there; a prompt that begins as another did starts from its rows."""
+    model = deepcalm.Model(models.packed("v3", dtype="q8"), device=device)
+    ids = tiny.token_ids(tiny.N_TOKENS, 80, 3).tolist()
+    prompts = [ids[:70], ids[:70] + ids[:3], ids[5:9]]
+    with model.batch(max_sequences=2, ctx=100, draft=1) as batch:
+        how = Sampling(temp=1.0, seed=4)
+        requests = [batch.submit(p, sampling=how, max_tokens=6, eos_ids=()) for p in prompts]
+        list(batch.run())
+        turn = prompts[0] + requests[0].choices[0].tokens
+        requests.append(batch.submit(turn, sampling=how, max_tokens=6, eos_ids=()))
+        list(batch.run())
+        assert [r.cached_tokens for r in requests] == [0, 70, 0, 75]
+    for request, prompt in zip(requests, [*prompts, turn], strict=True):
+        with model.session(100, mtp=False) as alone:
+            assert request.choices[0].tokens == list(alone.generate(prompt, temp=1.0, seed=4, max_tokens=6, eos_ids=()))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import pytest
 import deepcalm
 import models
 import tiny
-from deepcalm import ResourceError, SessionError
+from deepcalm import ResourceError, SessionError, _core, batch
 from deepcalm.batch import Batch, Choice, Request
 from deepcalm.generation import TextGeneration
 from deepcalm.sampling import Sampling
@@ -289,6 +293,35 @@ def test_answers_go_on_while_prompts_are_computed(model: deepcalm.Model) -> None
         assert steps == -(-sum(300 - i for i in range(1, 6)) // 64)
 
 
+def test_a_long_prompt_gets_rows_at_least_every_fourth_step(model: deepcalm.Model) -> None:
+    """Though a shorter one comes with every step."""
+    with model.batch(max_sequences=64, draft="off") as batch:
+        batch.submit(IDS[:10], max_tokens=200, eos_ids=())
+        batch.step()
+        batch.submit(IDS[:500], max_tokens=1)
+        batch.step()
+        (long,) = (s for s in batch._running if len(s.ids) == 500)
+        done = [long.pos]
+        while long.pos < 500:
+            batch.submit(IDS[len(done) : len(done) + 64], max_tokens=1)
+            batch.step()
+            done.append(long.pos)
+        assert all(b > a for a, b in zip(done, done[4:], strict=False)), done
+        assert any(b == a for a, b in itertools.pairwise(done)), "others did not come first"
+
+
+def test_prompts_take_whole_passes_where_no_answer_waits(model: deepcalm.Model) -> None:
+    with model.batch(draft="off") as batch:
+        for i in range(3):
+            batch.submit(IDS[i : i + 300], max_tokens=20, eos_ids=())
+        steps = []
+        while not batch.idle:
+            before = batch.stats.prefill_tokens
+            batch.step()
+            steps.append(batch.stats.prefill_tokens - before)
+        assert steps[:2] == [256, 256] and sum(steps) == 900 and max(steps[2:]) <= 64
+
+
 # ---- failures
 
 
@@ -317,24 +350,142 @@ def test_a_sequence_that_fails_ends_alone(tmp_path: Path) -> None:
             check(model, request, prompt, Sampling(), max_tokens=20, eos_ids=range(bad, bad + 1))
 
 
-def test_a_pass_that_fails_is_tried_sequence_by_sequence(
-    model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with model.batch() as batch:
-        requests = [batch.submit(IDS[n : n + 9], max_tokens=12) for n in range(3)]
-        passes, step = batch._passes, batch._passes.step
-        failing: Any = None
+def test_a_step_that_is_interrupted_is_as_if_it_had_not_been(model: deepcalm.Model) -> None:
+    """The pass has run, its results are lost."""
+    with model.batch(draft=2) as batch:
+        requests = [batch.submit(IDS[n : 80 * n + 9], max_tokens=12) for n in range(3)]
+        passes: Any = batch._passes
 
-        def failing_step(work: list[Any]) -> Any:
-            if any(item[0] is failing for item in work):
-                raise ResourceError("no memory")
-            return step(work)
+        class Interrupted:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(passes, name)
 
-        monkeypatch.setattr(passes, "step", failing_step)
-        batch.step()
-        failing = batch._running[1].core
-        assert requests[1].choices[0] in batch.step()
-        assert (requests[1].choices[0].reason, str(requests[1].choices[0].error)) == ("failed", "no memory")
+            def step(self, work: list[Any]) -> Any:
+                passes.step(work)
+                raise KeyboardInterrupt
+
+        for i in range(9):
+            batch._passes = passes if i % 3 else Interrupted()  # type: ignore[assignment]
+            with contextlib.suppress(KeyboardInterrupt):
+                batch.step()
+        batch._passes = passes
         list(batch.run())
-        for i in (0, 2):
-            check(model, requests[i], IDS[i : i + 9], Sampling(), max_tokens=12)
+        for i in range(3):
+            check(model, requests[i], IDS[i : 80 * i + 9], Sampling(), max_tokens=12)
+
+
+# ---- any schedule
+
+
+@functools.cache
+def opened(preset: str, dtype: str, threads: int, isa: str | None) -> deepcalm.Model:
+    return deepcalm.Model(models.packed(preset, dtype=dtype), threads=threads, isa=isa)
+
+
+class Schedule:
+    """Requests that arrive and are cancelled at random, in a batch of random limits; every one is what it is alone."""
+
+    def __init__(
+        self, rng: np.random.Generator, isa: str | None = None, kv: str | None = None, dtype: str = ""
+    ) -> None:
+        self.rng, self.seen = rng, Counter[str]()
+        preset = str(rng.choice(["v3", "v3", "glm4_moe_lite", "v2_lite"]))
+        dtype = dtype or str(rng.choice(["f32", "bf16", "q8", "q4"]))
+        self.kv = kv or str(rng.choice(models.CACHES))
+        self.model = opened(preset, dtype, int(rng.integers(1, 4)), isa)
+        self.ctx = int(rng.choice([60, 120, 200]))
+        drafts = ["auto", "off"] if preset == "v2_lite" else ["auto", "off", 1, 3]
+        self.draft = drafts[rng.integers(len(drafts))]
+        row = self.model.batch(ctx=self.ctx, kv=self.kv, draft=self.draft)._row_bytes
+        self.batch = self.model.batch(
+            max_sequences=int(rng.integers(1, 9)), ctx=self.ctx, kv=self.kv, draft=self.draft,
+            cache_bytes=int(row * self.ctx * rng.choice([1, 1, 1.5, 3, 20])),
+        )  # fmt: skip
+        self.made: list[tuple[Request, list[int], dict[str, Any]]] = []
+        self.texts = [tiny.token_ids(tiny.N_TOKENS, self.ctx, int(rng.integers(1 << 30))).tolist() for _ in range(3)]
+        self.what = f"{preset} {dtype} {isa} {self.kv} ctx {self.ctx} draft {self.draft}"
+
+    def submit(self) -> None:
+        """A prompt that begins as others do, or goes on from an answer."""
+        rng, room = self.rng, self.ctx - 1
+        ids = self.texts[rng.integers(3)][: rng.integers(1, room)]
+        ended = [(r, i) for r, i, _ in self.made if r.done and r.choices[0].tokens]
+        if ended and rng.random() < 0.3:
+            request, ids = ended[rng.integers(len(ended))]
+            ids = ids + request.choices[0].tokens
+        ids = (ids + tiny.token_ids(tiny.N_TOKENS, int(rng.integers(9)), len(self.made)).tolist())[:room]
+        temp = float(rng.choice([0, 0, 0.7, 1.5]))
+        how = Sampling(temp=temp, top_k=int(rng.choice([0, 40])), seed=int(rng.integers(1 << 40)))
+        options: dict[str, Any] = {"sampling": how, "max_tokens": int(rng.integers(1, 30)), "n": 1}
+        if rng.random() < 0.3:
+            options["logprobs"] = int(rng.integers(4))
+        if rng.random() < 0.3:
+            options["eos_ids"] = rng.integers(0, tiny.N_TOKENS, 8).tolist()
+        if rng.random() < 0.3:
+            options["stop"] = ["e", "th", "<|user|>"]
+        if rng.random() < 0.2:
+            options["n"] = int(rng.integers(2, 5))
+        self.made.append((self.batch.submit(ids, **options), ids, options))
+
+    def run(self) -> Counter[str]:
+        arrivals = int(self.rng.integers(4, 9))
+        while arrivals or not self.batch.idle:
+            if arrivals and (self.batch.idle or self.rng.random() < 0.3):
+                self.submit()
+                arrivals -= 1
+            if self.rng.random() < 0.02:
+                self.made[self.rng.integers(len(self.made))][0].cancel()
+            running = [s for s in self.batch._running if s.pos]
+            self.batch.step()
+            self.seen["dropped"] += sum(s in self.batch._waiting for s in running)
+        for request, ids, options in self.made:
+            for choice in request.choices:
+                self.check(choice, ids, options)
+        stats = self.batch.stats
+        self.seen["cached"] += stats.cached_tokens > 0
+        self.seen["accepted"] += stats.drafts_accepted
+        self.check_rows()
+        return self.seen
+
+    def check(self, choice: Choice, ids: list[int], options: dict[str, Any]) -> None:
+        own = {k: v for k, v in options.items() if k not in ("sampling", "n")}
+        how = dataclasses.replace(options["sampling"], seed=choice.seed)
+        if choice.reason == "cancelled":
+            own["max_tokens"] = len(choice.tokens) or 1
+        tokens, text, scores, reason = alone(self.model, ids, how, kv=self.kv, ctx=self.ctx, **own)
+        n = len(choice.tokens)
+        assert choice.tokens == tokens[:n] and choice.scores == scores[:n], self.what
+        assert choice.reason == "cancelled" or (choice.text, choice.reason, n) == (text, reason, len(tokens)), self.what
+        self.seen[str(choice.reason)] += 1
+
+    def check_rows(self) -> None:
+        """What is kept in the caches is what a session of its own computes, and so are the logits after it."""
+        for s in self.batch._idle:
+            fresh = _core.Session(self.model.core, self.ctx, self.kv, self.ctx)
+            fresh.forward(np.array(s.ids[: s.pos], np.int32), "none")
+            assert s.core is not None and s.core.pos == s.pos
+            models.assert_same_bits(self.what, s.core.read_cache(False), fresh.read_cache(False))
+            if s.pos < self.ctx:
+                rows = [c.forward(np.array([7], np.int32)) for c in (s.core, fresh)]
+                models.assert_same_bits(self.what, *rows)
+
+
+def test_any_schedule_gives_what_sequences_get_alone(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: Counter[str] = Counter()
+    wanted = ("dropped", "cached", "accepted", "eos", "stop", "length", "context", "cancelled")
+    for n in range(60):
+        if n >= 20 and all(seen[what] for what in wanted):
+            break
+        monkeypatch.setattr(batch, "CHUNK", int(rng.choice([1, 7, 64])))
+        monkeypatch.setattr(batch, "SHARED", int(rng.choice([1, 16, 64])))
+        seen += Schedule(rng).run()
+    assert all(seen[what] for what in wanted), seen
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16", "f8", "q8", "q4"])
+@pytest.mark.parametrize("kv", models.CACHES)
+@pytest.mark.parametrize("isa", models.ISAS)
+def test_any_schedule_on_every_instruction_set(isa: str, kv: str, dtype: str) -> None:
+    for seed in range(2):
+        Schedule(np.random.default_rng(seed), isa, kv, dtype).run()

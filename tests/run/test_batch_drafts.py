@@ -1,4 +1,4 @@
-"""Drafts in a batch: what the controller spends, in a model of passes."""
+"""Drafts in a batch: what the controller spends, in a model of passes and in passes themselves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import deepcalm
+import models
 from deepcalm.drafting import LIMIT, LIMIT_TOKENS, MAX_PENDING, BatchController, CostModel, Drafts
+from deepcalm.sampling import Sampling
 
 # DeepSeek-V3 and a shallow model whose MTP passes are dear, in millions of bytes
 DEEP = CostModel(plain=37000, expert=44, mtp_step=1610, mtp_expert=44, layers=58, top_k=8, n_experts=256)
@@ -92,3 +95,64 @@ def test_rows_that_take_time_are_drafted_for_less() -> None:
     fast.run(300)
     slow.run(300)
     assert slow.drafts < fast.drafts / 4
+
+
+# No two texts alike.
+WHO = (
+    "cat",
+    "dog",
+    "boy",
+    "girl",
+    "bird",
+    "frog",
+    "king",
+    "bear",
+    "fish",
+    "duck",
+    "tree",
+    "boat",
+    "star",
+    "lion",
+    "mouse",
+    "sun",
+)
+
+
+class ByBytes:
+    """``_core.Batch`` with a clock that goes by bytes, which does not depend on who else uses the machine."""
+
+    def __init__(self, passes: Any) -> None:
+        self.passes = passes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.passes, name)
+
+    def step(self, work: list[Any]) -> Any:
+        results, info = self.passes.step(work)
+        return results, info | {f"{part}_seconds": info[f"{part}_bytes"] / 1e9 for part in ("draft", "verify")}
+
+
+def read(model: deepcalm.Model, draft: str | int, n: int, temp: float) -> tuple[int, Any]:
+    """Bytes of the answers' steps, and the answers."""
+    with model.batch(max_sequences=n, draft=draft) as b:
+        b._passes = ByBytes(b._passes)  # type: ignore[assignment]
+        requests = [
+            b.submit(model.encode(f"A {who} was"), sampling=Sampling(temp=temp, seed=i), max_tokens=150, eos_ids=())
+            for i, who in enumerate(WHO[:n])
+        ]
+        list(b.run())
+        return b.stats.decode_bytes, [r.choices[0].tokens for r in requests]
+
+
+@pytest.mark.parametrize("name", ["v3", "glm4_moe_lite", "demo"])
+def test_auto_reads_at_most_two_per_cent_more(name: str) -> None:
+    """Bytes counted by the passes; random weights accept next to nothing, the demo model's drafts pay."""
+    path = deepcalm.demo_path() if name == "demo" else models.packed(name, dtype="q8")
+    model, shares = deepcalm.Model(path, threads=1), []
+    for n in (1, 4, 16):
+        for temp in (0.0, 1.0):
+            (off, texts), (auto, same) = (read(model, draft, n, temp) for draft in ("off", "auto"))
+            assert same == texts
+            assert auto <= (1 + LIMIT) * off, (n, temp)
+            shares.append(auto / off)
+    assert name != "demo" or (min(shares[:2]) < 0.9 and max(shares[-2:]) < 0.95), shares
