@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import bench_batch
 import bench_draft
 import bench_peers
 import bench_plot
@@ -18,7 +19,8 @@ import bench_rows
 import gguf_synthetic
 import jsonl
 import lab
-from deepcalm import drafting
+import models
+from deepcalm import _core, drafting
 
 SIZES = ("hidden_size=64", "num_attention_heads=2", "kv_lora_rank=32", "qk_nope_head_dim=32", "qk_rope_head_dim=32",
          "v_head_dim=32", "intermediate_size=96", "moe_intermediate_size=32", "n_routed_experts=4", "vocab_size=64",
@@ -183,3 +185,29 @@ def test_draft_page_says_which_controller_was_measured(monkeypatch: pytest.Monke
     monkeypatch.setattr(drafting, "PROBES", 9)
     text = bench_draft.markdown([head, *rows])
     assert "With an older controller" in text and "Then: PROBES 4. Now: PROBES 9. " in text
+
+
+def test_batch_rows_and_gaps_of_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script as it is run, its table, and that its prediction holds where routing is as good as random."""
+    out = tmp_path / "batch.jsonl"
+    sizes = {"prompt": 9, "tokens": 12, "long": 150, "repeats": 2, "threads": 1, "model": models.packed(), "out": out}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", ["bench_batch.py", *options, "--counts", "1", "4"])
+    monkeypatch.setattr(_core, "read_bandwidth", lambda _threads: 10.0)
+    assert bench_batch.main() == 0
+    head, *rows = jsonl.read(out)
+    assert [(r["n"], r["how"]) for r in rows] == [(1, "greedy"), (4, "greedy"), (1, "top_p 0.9"), (4, "top_p 0.9")]
+    for r in rows:
+        assert r["bytes_per_token"]["low"] == r["bytes_per_token"]["high"] and len(r["sha256"]) == 16
+        assert r["bytes_per_token"]["median"] == pytest.approx(r["predicted_bytes"], rel=0.12)
+        assert r["union"]["median"] == pytest.approx(r["predicted_union"], rel=0.25)
+    assert len({r["sha256"] for r in rows}) == 4 and head["gaps"]["steps"] == 3  # of 64 rows
+    text = out.with_suffix(".md").read_text()
+    assert text.count("\n| 4 |") == 2 and "Longest time between two tokens of 8 answers" in text
+
+
+def test_batch_rows_whose_texts_differ_are_no_result() -> None:
+    runs = [{"rate": 1.0, "texts": [[1, 2]]}, {"rate": 3.0, "texts": [[1, 3]]}]
+    with pytest.raises(SystemExit, match="different tokens"):
+        bench_batch.summary(runs)
+    assert bench_batch.summary([runs[0], runs[0]])["rate"] == {"median": 1.0, "low": 1.0, "high": 1.0}
