@@ -1,9 +1,9 @@
 """Does a packed model compute what the original checkpoint says? Configuration, bytes, arithmetic, exactness, effect.
 
-Every weight is compared with the checkpoint by a decoder of its own (reference.py), every stage of every layer with a
-numpy model fed the runtime's own input, the runtime with itself over threads, chunks and drafts, and its logits with
-those of the checkpoint: what packing costs. No fixed bar judges that: the file's weights, run by the reference, say how
-far the logits may be, and a model further from the checkpoint than one that ignores the text is none.
+Texts are compared with the checkpoint's, weights by a decoder of its own (reference.py), every stage of every layer
+with a numpy model fed the runtime's own input, the runtime with itself over threads, chunks and drafts, and its logits
+with those of the checkpoint: what packing costs. No fixed bar judges that: the file's weights, run by the reference,
+say how far the logits may be, and a model further from the checkpoint than one that ignores the text is none.
 """
 
 from __future__ import annotations

@@ -54,10 +54,10 @@ def verify(
 ) -> None:  # fmt: skip
     """Tell whether the packed FILE computes what its checkpoint says.
 
-    Compares the configuration, every weight, and every stage of every layer with a second implementation in numpy;
-    then the logits with themselves over threads, passes and drafts, to the bit, and with the checkpoint's: what
-    packing costs must be what the file's weights explain, and less than ignoring the text would cost. At the end
-    stand what was not compared, and the verdict.
+    Compares the configuration, tokenizer and chat template, every weight, and every stage of every layer with a second
+    implementation in numpy; then the logits with themselves over threads, passes and drafts, to the bit, and with the
+    checkpoint's: what packing costs must be what the file's weights explain, and less than ignoring the text would
+    cost. At the end stand what was not compared, and the verdict.
     """
     from ..check.verify import verify as compare
 
