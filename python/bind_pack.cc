@@ -62,7 +62,10 @@ constexpr std::array<const char*, 1> names_of(RopeLayout) { return {"half"}; }
 class ConfigReader {
   public:
     explicit ConfigReader(const py::dict& d) : d_(d.attr("copy")()) {
-        for (const char* key : {"mtp_draft_head", "llama_4_scaling_beta"}) d_.attr("setdefault")(key, 0);  // may lack
+        // what a file need not say
+        for (const char* key : {"mtp_draft_head", "llama_4_scaling_beta"}) d_.attr("setdefault")(key, 0);
+        for (const char* key : {"embed_scale", "residual_scale", "logit_scale"}) d_.attr("setdefault")(key, 1);
+        d_.attr("setdefault")("short_factor", py::list());
         d_.attr("setdefault")("rope_layout", "half");
     }
 
@@ -82,14 +85,20 @@ class ConfigReader {
         if (!PyBool_Check(v.ptr())) mistyped(key, v, "true or false");
         out = v.ptr() == Py_True;
     }
-    void get(const char* key, double& out) {
+    void get(const char* key, double& out) { out = number(key, take(key)); }
+    void get(const char* key, std::vector<double>& out) {
         const py::object v = take(key);
+        if (!PyList_Check(v.ptr())) mistyped(key, v, "a list");
+        for (const py::handle each : v) out.push_back(number(key, py::reinterpret_borrow<py::object>(each)));
+    }
+    static double number(const char* key, const py::object& v) {
         if (PyBool_Check(v.ptr()) || (!PyFloat_Check(v.ptr()) && !PyLong_Check(v.ptr()))) mistyped(key, v, "a number");
-        out = PyFloat_AsDouble(v.ptr());
+        const double out = PyFloat_AsDouble(v.ptr());
         if (PyErr_Occurred() != nullptr) {  // an integer beyond the range of double
             PyErr_Clear();
             bad_config(key, " is out of range");
         }
+        return out;
     }
     void get(const char* key, float& out) {
         double v = 0;

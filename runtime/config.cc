@@ -28,7 +28,9 @@ Values from(double least) { return {.least = least}; }
 Values above(double limit) { return {.least = limit, .above = true}; }
 
 template <class T> Status check(const char* key, const T& v, const Values& may) {
-    if constexpr (std::is_floating_point_v<T>) {
+    if constexpr (std::is_same_v<T, std::vector<double>>) {
+        for (const double each : v) DC_TRY_STATUS(check(key, each, may));
+    } else if constexpr (std::is_floating_point_v<T>) {
         if (std::isinf(may.least) || (std::isfinite(v) && (may.above ? v > may.least : v >= may.least))) return {};
         return bad(key, number(v), std::string("a finite number ") + (may.above ? "> " : ">= ") + number(may.least));
     } else if constexpr (std::is_integral_v<T>) {
@@ -74,6 +76,9 @@ Status validate(const ModelConfig& c) {
 #undef X
     if (c.qk_rope_head_dim % 2 != 0)
         return bad("qk_rope_head_dim", std::to_string(c.qk_rope_head_dim), "an even number");
+    const int factors = c.rope_type == RopeType::kLongrope ? c.qk_rope_head_dim / 2 : 0;
+    if (std::ssize(c.short_factor) != factors)
+        return bad("short_factor", std::to_string(c.short_factor.size()) + " numbers", std::to_string(factors));
     return c.n_routed_experts > 0 ? validate_moe(c) : Status();
 }
 

@@ -8,15 +8,16 @@
 
 #include <array>
 #include <string>
+#include <vector>
 
 namespace deepcalm {
 
-enum class RopeType : uint8_t { kDefault, kYarn };
+enum class RopeType : uint8_t { kDefault, kYarn, kLongrope };
 
 // The names of an enum's values in the configuration, in order.
 constexpr std::array<const char*, 3> names_of(TopkMethod) { return {"greedy", "group_limited_greedy", "noaux_tc"}; }
 constexpr std::array<const char*, 2> names_of(ScoringFunc) { return {"softmax", "sigmoid"}; }
-constexpr std::array<const char*, 2> names_of(RopeType) { return {"default", "yarn"}; }
+constexpr std::array<const char*, 3> names_of(RopeType) { return {"default", "yarn", "longrope"}; }
 
 // Published limits; a value outside is refused by name.
 inline constexpr int kMaxHiddenSize = 65536;
@@ -65,7 +66,11 @@ inline constexpr int kMaxPositions = 1 << 24;
     X(double, mscale_all_dim, from(0)) \
     X(double, attention_factor, from(0)) \
     X(bool, rope_truncate, any()) \
+    X(std::vector<double>, short_factor, above(0)) /* of each frequency (longrope), else empty */ \
     X(double, llama_4_scaling_beta, from(0)) /* queries grow with their position (Rope::query_scale); 0: absent */ \
+    X(float, embed_scale, above(0)) /* on the embedding, */ \
+    X(float, residual_scale, above(0)) /* on what joins the residual stream, */ \
+    X(float, logit_scale, above(0)) /* on logits */ \
     X(int, max_position_embeddings, in(1, kMaxPositions)) \
     X(int, vocab_size, in(1, kMaxVocab)) \
     X(int, num_nextn_predict_layers, in(0, 1)) /* an MTP layer is in the file */ \

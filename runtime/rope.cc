@@ -60,11 +60,14 @@ Rope make_rope(const ModelConfig& c) {
         if (c.mscale_all_dim != 0)
             scale *= yarn_mscale(factor, c.mscale_all_dim) * yarn_mscale(factor, c.mscale_all_dim);
     }
+    if (c.rope_type == RopeType::kLongrope && c.attention_factor != 0)
+        rope.magnitude = static_cast<float>(c.attention_factor);
     rope.softmax_scale = static_cast<float>(scale);
     for (int j = 0; j < half; ++j) {
         const double freq = exp_f64(-2.0 * j / c.qk_rope_head_dim * log_f64(c.rope_theta));
         const double ramp = yarn ? std::clamp((j - lo) / (hi - lo), 0.0, 1.0) : 0.0;
-        rope.inv_freq.push_back(static_cast<float>(freq * (1 - ramp) + freq / factor * ramp));
+        const double slower = c.short_factor.empty() ? 1 : c.short_factor[static_cast<size_t>(j)];
+        rope.inv_freq.push_back(static_cast<float>((freq * (1 - ramp) + freq / factor * ramp) / slower));
     }
     return rope;
 }

@@ -58,6 +58,8 @@ SIZES = {
     "kanana2":       (58,     4,     None,   30,      14,   10,   16,  70,    18,     128,     6,   2),
     "sarvam":        (66,     4,     None,   38,      18,   12,   20,  82,    26,     32,      8,   1),
     "mistral4":      (82,     3,     48,     40,      18,   18,   28,  94,    34,     14,      4,   1),
+    "youtu":         (80,     3,     40,     36,      22,   14,   26,  88,    0,      0,       0,   0),
+    "minicpm3":      (84,     3,     44,     34,      20,   12,   28,  92,    0,      0,       0,   0),
 }  # fmt: skip
 _SIZE_KEYS = (
     *("hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"),
@@ -269,6 +271,41 @@ PRESETS: dict[str, TinySpec] = {
         fp8_block=None,
         fused_experts=True,
     ),
+    # Youtu-LLM: dense, the head is the embedding.
+    "youtu": TinySpec(
+        _config(
+            "youtu",
+            "youtu",
+            first_k_dense_replace=3,
+            rope_theta=1600000.0,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            vocab_size=301,
+        ),
+        style="new",
+    ),
+    # MiniCPM3: dense and tied, half-split rope with a factor for each frequency, three factors of its own.
+    "minicpm3": TinySpec(
+        _config(
+            "minicpm3",
+            "minicpm3",
+            first_k_dense_replace=3,
+            rms_norm_eps=1e-5,
+            rope_scaling={
+                "type": "longrope",
+                "original_max_position_embeddings": 256,
+                "short_factor": [1.06, 1.12, 1.54, 4.9, 13.1, 16.9],
+                "long_factor": [1.06, 1.12, 1.54, 4.9, 13.1, 16.9],
+            },
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            eos_token_id=[266, 268],
+            vocab_size=306,
+            scale_emb=1.6,
+            scale_depth=1.4,
+            dim_model_base=21,
+        )
+    ),
 }
 OWN_NAMES = {"sarvam_mla": {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}}
 _ARCHITECTURES = {
@@ -278,6 +315,8 @@ _ARCHITECTURES = {
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
     "sarvam_mla": "SarvamMLAForCausalLM",
     "mistral4": "Mistral4ForCausalLM",
+    "youtu": "YoutuForCausalLM",
+    "minicpm3": "MiniCPM3ForCausalLM",
 }
 _TORCH_DTYPE = {"f32": "float32", "f16": "float16"}  # fp8 and int4 checkpoints keep the rest in bfloat16
 
@@ -500,7 +539,8 @@ def _values(cfg: Mapping[str, Any], seed: int, name: str, shape: tuple[int, ...]
         gain = 1.3
     fan_in = shape[-1]
     if name == "model.embed_tokens.weight":
-        gain, fan_in = (1.5, shape[-1]) if cfg["tie_word_embeddings"] else (0.1, 1)
+        logit_scale = (cfg.get("dim_model_base") or shape[-1]) / shape[-1]
+        gain, fan_in = (1.5 / logit_scale, shape[-1]) if cfg["tie_word_embeddings"] else (0.1, 1)
     w = normal(seed, name, n).reshape(shape) * (gain / float(fan_in) ** 0.5)
     # Small inputs to the norms of embedding and latents: there a wrong eps (1e-5 for 1e-6) shows in the logits.
     if name.endswith("q_a_proj.weight"):
@@ -552,6 +592,11 @@ def config_json(spec: TinySpec, cfg: Mapping[str, Any], dtype: str) -> dict[str,
     out: dict[str, Any] = {"architectures": [_ARCHITECTURES[cfg["model_type"]]], "hidden_act": "silu"}
     out |= {"num_key_value_heads": cfg["num_attention_heads"], "attention_bias": False, "use_cache": True, **cfg}
     out |= spec.extra_config
+    if not cfg["n_routed_experts"] and cfg["model_type"] in ("youtu", "minicpm3"):
+        for key in (*_SIZE_KEYS[8:], "first_k_dense_replace", "n_group", "topk_group", "num_nextn_predict_layers"):
+            del out[key]
+    if cfg["model_type"] == "minicpm3" and spec.style == "old":
+        del out["v_head_dim"], out["rope_theta"]  # hidden_size / num_attention_heads, 10000
     torch_dtype = _TORCH_DTYPE.get(dtype, "bfloat16")
     if spec.style == "old":
         out["torch_dtype"] = torch_dtype
@@ -564,17 +609,21 @@ def config_json(spec: TinySpec, cfg: Mapping[str, Any], dtype: str) -> dict[str,
         scaling = dict(out.pop("rope_scaling") or {})
         kind = scaling.pop("type", "default")
         out["rope_parameters"] = {"rope_type": kind, "rope_theta": out.pop("rope_theta"), **scaling}
-        out |= {"dtype": torch_dtype, "head_dim": cfg["qk_rope_head_dim"], "rope_interleave": True}
+        out |= {
+            "dtype": torch_dtype,
+            "head_dim": cfg["qk_rope_head_dim"],
+            "rope_interleave": cfg["model_type"] != "minicpm3",
+        }
         if cfg["model_type"] == "mistral4":
             out["head_dim"] += cfg["qk_nope_head_dim"]
             partial = cfg["qk_rope_head_dim"] / out["head_dim"]
             more = {"max_position_embeddings": cfg["max_position_embeddings"], "partial_rotary_factor": partial}
             out["rope_parameters"] |= {"type": kind, **more}
-        del out["scoring_func"]  # transformers writes neither: the default comes from model_type
+        out.pop("scoring_func", None)  # transformers writes neither: the default comes from model_type
         if cfg["model_type"] == "deepseek_v2":
             out |= {"n_group": cfg["n_group"] if cfg["n_group"] > 1 else None, "mlp_bias": False}
         else:
-            del out["topk_method"]
+            out.pop("topk_method", None)
         if cfg["model_type"] == "glm4_moe_lite":
             dense = out.pop("first_k_dense_replace")
             out["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (cfg["num_hidden_layers"] - dense)

@@ -86,6 +86,8 @@ def tensors(c: Config, dtype: str) -> Iterator[Tensor]:
         name, parts, spread = spec["name"], spec["parts"] or [spec["rows"]], synthetic.spread(spec, cfg)
         if name.endswith("w_uv"):  # kv_b_proj holds the rows of both, as w_uk
             continue
+        if name == "embed" and cfg["tie_word_embeddings"]:  # it comes as the head
+            continue
         sources = list(dict.fromkeys(source_names(name, spec["n_slices"], names)))
         for i, source in enumerate(sources):
             shape = (parts[i % len(parts)], *([spec["cols"]] if spec["cols"] else []))

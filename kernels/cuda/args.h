@@ -121,12 +121,13 @@ struct EmbedArgs {
     int vocab = 0, d = 0;
     View<float> x;             // [n, d], or [n, 2d] with hidden
     View<const float> hidden;  // [n, d] or null
+    float scale = 1;           // on the embedding
 
     constexpr int units() const { return rows.n; }
     constexpr int64_t smem(const Fit&, int) const { return 0; }
 };
 
-// y[i, o] = sum_c w[o, c] * norm(x)[i, c], o < w.rows; `add`: added to what y holds (the residual), y[i, o] + sum.
+// y[i, o] = sum_c w[o, c] * norm(x)[i, c], o < w.rows; `add`: added to what y holds (the residual), y[i, o] + add * sum.
 // qkv_a, q_b, o_proj, eh_proj.
 struct ProductArgs {
     static constexpr StageInfo kStage{"product", true};
@@ -135,7 +136,7 @@ struct ProductArgs {
     View<const float> x;  // [n, w.cols]
     Norm norm;
     View<float> y;  // [n, w.rows]; not x
-    bool add = false;
+    float add = 0;
     View<float> tap = {};  // [n, w.rows] or null: the sum without the residual
 
     constexpr int units() const { return w.row_tiles; }
@@ -322,6 +323,7 @@ struct DownArgs {
     View<float> x;                // [n, d]
     float* routed = nullptr;      // [n, x.stride] the routed sum: needed when n > kBlockRows, else null or a tap
     float* shared_tap = nullptr;  // [n, x.stride] or null: output of the shared experts (dense layer: of the FFN)
+    float scale = 1;              // on what is added to x
 
     constexpr int units() const { return shared.rows > 0 ? shared.row_tiles : experts.row_tiles; }
     constexpr int64_t smem(const Fit& f, int threads) const {
@@ -346,6 +348,7 @@ struct HeadArgs {
     float* best_value = nullptr;
     int32_t* best_id = nullptr;
     unsigned* arrived = nullptr;
+    float scale = 1;  // on logits
 
     constexpr int units() const { return first_row < rows.n ? w.row_tiles : rows.n; }
     constexpr int64_t smem(const Fit& f, int threads) const { return product_smem(f, threads); }

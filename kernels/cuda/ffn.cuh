@@ -246,7 +246,7 @@ DC_DEVICE void fold(DownPlan& plan, const Group& g, int unit, int r, int j, cons
         if (a.shared_tap) a.shared_tap[at] = y;
         out = plan.n_routed > 0 ? out + y : y;
     }
-    a.x.data[at] += out;
+    a.x.data[at] += a.scale * out;
 }
 
 // Longer passes: expert after expert over the block's own output tiles, summed in a.routed.
@@ -318,7 +318,7 @@ template <int NB> DC_DEVICE void down_long(const DownArgs& a, const Units& u, co
         rt::sync_block();
         run<NB>(plan, {0, u.end > u.begin ? *plan.lists.n_touched * units : 0}, s, false);
         if (a.shared.rows == 0) {
-            each([&](int64_t at) { a.x.data[at] += a.routed[at]; });
+            each([&](int64_t at) { a.x.data[at] += a.scale * a.routed[at]; });
             return;
         }
     }
@@ -326,7 +326,7 @@ template <int NB> DC_DEVICE void down_long(const DownArgs& a, const Units& u, co
         rows_plan<NB>(a.rows, a.shared, a.shared_h, nullptr, a.shared.rows, [&](int o, int row, float v, float) {
             const int64_t at = row * a.x.stride + o;
             if (a.shared_tap) a.shared_tap[at] = v;
-            a.x.data[at] += a.experts.rows > 0 ? a.routed[at] + v : v;
+            a.x.data[at] += a.scale * (a.experts.rows > 0 ? a.routed[at] + v : v);
         });
     run<NB>(plan, u, s, a.experts.rows == 0);
 }

@@ -25,7 +25,7 @@ template <int NB> DC_DEVICE void stage(const EmbedArgs& a, const Fit&) {
                     v = a.format == Format::kBF16 ? bf16_value(h) : rt::f16_value(h);
                 }
             }
-            a.x.row(i)[c] = v;
+            a.x.row(i)[c] = v * a.scale;
             if (a.hidden.data) a.x.row(i)[a.d + c] = a.hidden.row(i)[c];
         }
     }
@@ -38,7 +38,7 @@ template <int NB> DC_DEVICE void stage(const ProductArgs& a, const Fit& fit) {
     auto plan = rows_plan<NB>(a.rows, a.w, a.x, &a.norm, a.w.rows, [&](int o, int row, float v, float) {
         if (a.tap.data) a.tap.row(row)[o] = v;
         float* y = a.y.row(row) + o;
-        *y = a.add ? *y + v : v;
+        *y = a.add != 0 ? *y + a.add * v : v;
     });
     run<NB>(plan, own_units(a.w.row_tiles), s);
     write_normed(a.norm, a.x, a.w.cols, live_rows(a.rows), s);
@@ -71,7 +71,7 @@ template <int NB> DC_DEVICE void stage(const HeadArgs& a, const Fit& fit) {
         return;
     }
     auto plan = rows_plan<NB>(a.rows, a.w, a.x.from(a.first_row), &a.norm, a.w.rows,
-                              [&](int o, int row, float v, float) { a.logits.row(row)[o] = v; });
+                              [&](int o, int row, float v, float) { a.logits.row(row)[o] = v * a.scale; });
     plan.pass.n = n_out;
     plan.skip = a.first_row;
     const Units u = own_units(a.w.row_tiles);

@@ -207,14 +207,18 @@ class Pass {
         });
         if (block.begin > 0) clock_.bytes = 0;
     }
-    // to += from, all rows of the pass, in the columns of row tiles.
-    void add(View<float> from, View<float> to, Range tiles) const {
+    // to += scale * from, all rows of the pass, in the columns of row tiles.
+    void add(View<float> from, View<float> to, Range tiles, float scale = 1) const {
         const int64_t j = kTileRows * tiles.begin;
-        for (int i = 0; i < n_; ++i) k_.axpy(1, from.row(i) + j, to.row(i) + j, kTileRows * (tiles.end - tiles.begin));
+        for (int i = 0; i < n_; ++i)
+            k_.axpy(scale, from.row(i) + j, to.row(i) + j, kTileRows * (tiles.end - tiles.begin));
+    }
+    static void scale(float by, float* v, int n) {
+        for (int i = 0; i < n && by != 1; ++i) v[i] *= by;
     }
     // A block's last product, and the residual.
     void product_onto_x(const PackedTensor& t, const ActSite& site) const {
-        product(t, site, s_.out, [&](Range tiles) { add(s_.out, s_.x, tiles); });
+        product(t, site, s_.out, [&](Range tiles) { add(s_.out, s_.x, tiles, c_.residual_scale); });
     }
 
     void embed(int32_t id, float* out) const {
@@ -223,13 +227,13 @@ class Pass {
         clock_.bytes += t.row_bytes();
         if (t.format == Format::kF32) {
             std::memcpy(out, row, static_cast<size_t>(d_) * 4);
-            return;
         }
-        for (int j = 0; j < d_; ++j) {
+        for (int j = 0; j < d_ && t.format != Format::kF32; ++j) {
             uint16_t v;
             std::memcpy(&v, row + 2 * int64_t{j}, 2);
             out[j] = t.format == Format::kBF16 ? bf16_to_f32(v) : f16_to_f32(v);
         }
+        scale(c_.embed_scale, out, d_);
     }
 
     // Cosines, then sines of row i's position: for the keys and queries of every layer.
@@ -291,8 +295,7 @@ class Pass {
             const int i = block.begin + u / heads_;
             float* q = s_.q.row(i) + int64_t{u % heads_} * dqk;
             rotate(q + dn, i);
-            const float scale = rope_.query_scale(row(i).pos);
-            if (scale != 1) std::for_each_n(q, dqk, [&](float& v) { v *= scale; });
+            scale(rope_.query_scale(row(i).pos), q, dqk);
             prepare(q, s_.q_nope, u, {&w.w_uk});
             std::copy(q + dn, q + dqk, s_.q_full.row(u) + c_.c_pad());
         });
@@ -601,7 +604,7 @@ class Pass {
                 matmul(w.shared_down, 0, tiles, operand(s_.shared_h, w.shared_down), n_, y);
                 add(s_.expert_out, s_.out, tiles);
             }
-            add(s_.out, s_.x, tiles);
+            add(s_.out, s_.x, tiles, c_.residual_scale);
         };
         const int tiles = static_cast<int>(ceil_div(d_, kTileRows));
         if (traced_) {
@@ -660,8 +663,10 @@ class Pass {
         if (n_logits == 0) return;
         const View<float> y{a_.logits, c_.logits_stride()};
         pool_.deal(w.row_tiles(), kDealtTiles, [&](Range tiles) {
-            matmul(w, 0, tiles, operand(s_.final_h, w), n_logits, y.columns(kTileRows * tiles.begin),
-                   s_.logit_rows.data());
+            const View<float> part = y.columns(kTileRows * tiles.begin);
+            matmul(w, 0, tiles, operand(s_.final_h, w), n_logits, part, s_.logit_rows.data());
+            for (int i = 0; i < n_logits; ++i)
+                scale(c_.logit_scale, part.row(i), kTileRows * (tiles.end - tiles.begin));
         });
         done(Stage::kHead);
         if (traced_ && tid_ == 0) record("logits", y, {c_.vocab_size}, &Segment::n_logits);

@@ -176,9 +176,9 @@ class PassWriter {
     }
 
     void product(const PackedTensor& w, const View<float>& x, const Norm& norm, const View<float>& y,
-                 bool residual = false, const View<float>& tap = {}) {
+                 float add_scaled = 0, const View<float>& tap = {}) {
         reads(w);
-        add(ProductArgs{.rows = t_.rows, .w = w, .x = x, .norm = norm, .y = y, .add = residual, .tap = tap});
+        add(ProductArgs{.rows = t_.rows, .w = w, .x = x, .norm = norm, .y = y, .add = add_scaled, .tap = tap});
     }
 
     void embed(const View<float>& x) {
@@ -190,7 +190,8 @@ class PassWriter {
                       .vocab = c_.vocab_size,
                       .d = c_.hidden_size,
                       .x = x,
-                      .hidden = t_.hidden});
+                      .hidden = t_.hidden,
+                      .scale = c_.embed_scale});
     }
 
     // ---- attention -------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ class PassWriter {
         absorb(w, cache);
         latent_attention(w, cache);
         const View<float> out_tap = room(d);
-        product(w.wo, b_.v, {}, b_.x, true, out_tap);
+        product(w.wo, b_.v, {}, b_.x, c_.residual_scale, out_tap);
         tap("attn_out", out_tap, {d});
     }
 
@@ -324,7 +325,8 @@ class PassWriter {
                      .shared_h = b_.ffn_h,
                      .x = b_.x,
                      .routed = routed.data,
-                     .shared_tap = shared_tap.data});
+                     .shared_tap = shared_tap.data,
+                     .scale = c_.residual_scale});
         if (w.moe) tap("routed_out", routed, {d});
         if (shared.rows > 0) tap(w.moe ? "shared_out" : "ffn_out", shared_tap, {d});
     }
@@ -362,7 +364,8 @@ class PassWriter {
                      .choice = t_.choice,
                      .best_value = b_.best_value,
                      .best_id = b_.best_id,
-                     .arrived = b_.arrived});
+                     .arrived = b_.arrived,
+                     .scale = c_.logit_scale});
     }
 
     const ModelConfig& c_;

@@ -191,9 +191,11 @@ def test_embed_reads_rows_and_puts_hidden_beside_them(stages: cs.Stages, fmt: st
     want = {"f32": lambda v: v, "bf16": formats.bf16_value, "f16": formats.f16_value}[fmt](bits)
     table, ids = cs.to_aligned(bits), np.array([6, 0, 7, -1, 3], np.int32)
     hidden, x = rows_of(rng, 5, 40), cs.aligned((5, 96))
-    args = cs.ARGS["embed"](cs.rows(5), cs.ptr(ids), cs.ptr(table), cs.FORMAT[fmt], 7, 40, cs.view(x), cs.view(hidden))
+    args = cs.ARGS["embed"](
+        cs.rows(5), cs.ptr(ids), cs.ptr(table), cs.FORMAT[fmt], 7, 40, cs.view(x), cs.view(hidden), 3
+    )
     stages("embed", args)
-    assert np.array_equal(x[[0, 1, 4], :40], want[[6, 0, 3]]) and not x[2:4, :40].any()
+    assert np.array_equal(x[[0, 1, 4], :40], 3 * want[[6, 0, 3]]) and not x[2:4, :40].any()
     assert np.array_equal(x[:, 40:80], hidden[:, :40]) and np.isnan(x[:, 80:]).all()
 
 
@@ -549,6 +551,7 @@ class Moe:
                 cs.view(o["x"]),
                 cs.ptr(o["routed"]),
                 cs.ptr(o["shared"]),
+                scale=1,
             ),
             dependent=True,
             **kw,
@@ -643,12 +646,17 @@ def test_down_of_a_dense_layer(stages: cs.Stages) -> None:
         h, x = rows_of(rng, n, 1100), rows_of(rng, n, 40)
         before, tap = x.copy(), cs.aligned(x.shape)
         args = cs.ARGS["down"](
-            rows=cs.rows(n), shared=cs.matrix(p, keep), shared_h=cs.view(h), x=cs.view(x), shared_tap=cs.ptr(tap)
+            rows=cs.rows(n),
+            shared=cs.matrix(p, keep),
+            shared_h=cs.view(h),
+            x=cs.view(x),
+            shared_tap=cs.ptr(tap),
+            scale=0.5,
         )
         stages("down", args, nb=1 if n <= 8 else cs.PREFILL_BLOCKS)
         hr = cs.rounded("q8", h[:, :1100])
         close(tap[:, :40], hr @ p.values[0].T, np.abs(hr) @ np.abs(p.values[0].T), 1e-6)
-        assert np.array_equal(x[:, :40], before[:, :40] + tap[:, :40])
+        assert np.array_equal(x[:, :40], before[:, :40] + np.float32(0.5) * tap[:, :40])
 
 
 # --- head -----------------------------------------------------------------------------------------------------------
@@ -680,13 +688,14 @@ def test_head_norms_multiplies_and_chooses(stages: cs.Stages, order: str) -> Non
         cs.ptr(value),
         cs.ptr(ids),
         cs.ptr(arrived),
+        scale=0.5,
     )
     with cs.thread_order(order):
         for _ in range(2):  # the counter is ready for the next launch
             choice[...] = -7
             stages("head", args, grid=5)
             close(hidden[:3], xn[:3], np.abs(xn[:3]) + 1e-3, 1e-6)
-            close(logits[:2, :vocab], xn[1:3] @ p.values[0].T, np.abs(xn[1:3]) @ np.abs(p.values[0].T), 1e-6)
+            close(2 * logits[:2, :vocab], xn[1:3] @ p.values[0].T, np.abs(xn[1:3]) @ np.abs(p.values[0].T), 1e-6)
             assert choice.tolist() == [17, int(logits[1, :valid].argmax()), -1]
             assert np.isnan(logits[:, vocab:]).all() and arrived[0] == 0
     hidden[...] = np.nan
@@ -714,13 +723,20 @@ def test_stages_read_live_rows_after_their_wait(stages: cs.Stages) -> None:
         best_value=cs.ptr(value),
         best_id=cs.ptr(ids),
         arrived=cs.ptr(arrived),
+        scale=1,
     )
     p = formats.random_packed("bf16", rng, 16, 32)
     x, y = rows_of(rng, 4, 32), cs.aligned((4, 16))
     product_args = cs.ARGS["product"](rows=cs.rows(4, live=choice), w=cs.matrix(p, keep), x=cs.view(x), y=cs.view(y))
     table, embedded, zeros = cs.aligned((3, 32), fill=5), cs.aligned((3, 32)), np.zeros(3, np.int32)
     embed_args = cs.ARGS["embed"](
-        rows=cs.rows(3, live=choice), ids=cs.ptr(zeros), table=cs.ptr(table), vocab=3, d=32, x=cs.view(embedded)
+        rows=cs.rows(3, live=choice),
+        ids=cs.ptr(zeros),
+        table=cs.ptr(table),
+        vocab=3,
+        d=32,
+        x=cs.view(embedded),
+        scale=1,
     )
     stages.launch("head", args)
     stages.launch("product", product_args, dependent=True)

@@ -69,7 +69,7 @@ def test_normalised_config_is_the_preset(preset: str, base: dict[str, Path]) -> 
         got = c.config
     rope = spec.config["rope_scaling"] or {}
     for key, value in spec.config.items():
-        if key not in ("rope_scaling", "eos_token_id", "q_lora_rank"):
+        if key not in ("rope_scaling", "eos_token_id", "q_lora_rank", "scale_emb", "scale_depth", "dim_model_base"):
             assert got[key] == value, key
     assert got["q_lora_rank"] == (spec.config["q_lora_rank"] or 0)
     eos = spec.config["eos_token_id"]
@@ -83,7 +83,7 @@ def test_normalised_config_is_the_preset(preset: str, base: dict[str, Path]) -> 
         "mscale": "",
     }
     for key, name in names.items():
-        if rope:
+        if got["rope_type"] == "yarn":
             assert got[key] == rope[name or key]
     # the reference reads the same file with code of its own
     assert meaning(settings_of(got)) == meaning(Settings.of(ref_checkpoint.config(base[preset])))
@@ -182,7 +182,7 @@ def yarn(**keys: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama', expected one of deepseek_v2, .*, mistral4, kimi_k25"),
+        ({"model_type": "llama"}, "model_type is 'llama', expected one of deepseek_v2, .*, minicpm3, kimi_k25"),
         ({"model_type": "kimi_vl"}, "model_type is 'kimi_vl', a wrapper whose tensor names are not known for certain: save its"),
         ({"model_type": "deepseek_vl_v2"}, "'deepseek_vl_v2', a wrapper whose"),
         ({"use_mla": False}, r"use_mla is False, expected True \(a model with other attention\)"),
@@ -240,9 +240,9 @@ def yarn(**keys: Any) -> dict[str, Any]:
         ({"rope_interleave": "no"}, "rope_interleave is 'no', expected True or False"),
         ({"rope_theta": ...}, "rope_theta is missing, expected a number"),
         ({"rope_theta": 1.0}, "rope_theta is 1, expected a finite number > 1"),
-        ({"rope_scaling": {}}, "rope_scaling: type is missing, expected default or yarn"),
+        ({"rope_scaling": {}}, "rope_scaling: type is missing, expected default, yarn or longrope"),
         ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected an object or null"),
-        ({"rope_scaling": yarn(type="longrope")}, "rope_scaling: type is 'longrope', expected one of default, yarn"),
+        ({"rope_scaling": yarn(type="dynamic")}, "rope_scaling: type is 'dynamic', expected one of default, yarn"),
         ({"rope_scaling": yarn(rope_type="default")}, "rope_type is 'default', expected the same as type 'yarn'"),
         ({"rope_scaling": yarn(factor=...)}, "rope_scaling: factor is missing"),
         ({"rope_scaling": yarn(factor=0.5)}, "rope_factor is 0.5, expected a finite number >= 1"),
@@ -298,6 +298,66 @@ def test_mistral4_refusals(changes: dict[str, Any], message: str, copy: Callable
             config[key] = {k: v for k, v in both.items() if v is not ...} if isinstance(both, dict) else both
 
     refused(edit_config(copy("mistral4"), change), message, ConfigError)
+
+
+LONGROPE = tiny.PRESETS["minicpm3"].config["rope_scaling"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"scale_emb": ...}, "scale_emb is missing, expected a number"),
+        ({"scale_emb": 0}, "embed_scale is 0, expected a finite number > 0"),
+        ({"scale_depth": -1}, "residual_scale is -0.5773.*, expected a finite number > 0"),
+        ({"dim_model_base": "x"}, "dim_model_base is 'x', expected a number"),
+        ({"rope_interleave": True}, r"rope_interleave is True, expected False \(its rope rows are half-split\)"),
+        ({"rope_scaling": LONGROPE | {"short_factor": [1.0]}}, r"short_factor is \[1.0\], expected 6 numbers"),
+        ({"rope_scaling": LONGROPE | {k: [1, 1, 1, 1, 1, "6"] for k in ("short_factor", "long_factor")}}, "short_factor is '6', expected a n"),
+        ({"rope_scaling": LONGROPE | {k: [10**400] * 6 for k in ("short_factor", "long_factor")}}, "expected a finite number"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [2.0] * 6}}, r"long_factor is \[2.0, .* not implemented"),
+        ({"rope_scaling": LONGROPE | {k: [1, 1, 1, 1, 1, 0] for k in ("short_factor", "long_factor")}}, "short_factor is 0, expected"),
+        ({"rope_scaling": LONGROPE | {"mscale_all_dim": 1.0}}, "mscale_all_dim is 1.0, expected 0 or 0.0"),
+        ({"rope_scaling": LONGROPE | {"original_max_position_embeddings": 1}}, "original_max_.* is 1, expected 2 or more"),
+    ],
+)  # fmt: skip
+def test_minicpm3_refusals(keys: dict[str, Any], message: str, copy: Callable[[str], Path]) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config |= {key: value for key, value in keys.items() if value is not ...}
+        for key in [key for key, value in keys.items() if value is ...]:
+            del config[key]
+
+    refused(edit_config(copy("minicpm3"), change), r"config.json: .*" + message, ConfigError)
+
+
+def test_what_a_dense_model_s_config_need_not_say(copy: Callable[[str], Path]) -> None:
+    """The head is tied, rope_theta is 10000, null is no factor; the model's earlier name is as good."""
+    folder = copy("minicpm3")
+    with Checkpoint(folder) as c:
+        want = c.config
+    edit_config(folder, lambda config: config.pop("tie_word_embeddings"), rope_theta=10000, v_head_dim=28)
+    with Checkpoint(folder) as c:
+        assert c.config == want and want["tie_word_embeddings"]
+    edit_config(folder, scale_depth=None, dim_model_base=None)
+    with Checkpoint(folder) as c:
+        assert (c.config["residual_scale"], c.config["logit_scale"], c.config["embed_scale"]) == (1, 1, 1.6)
+    folder = copy("youtu")
+    with Checkpoint(folder) as c:
+        want = c.config
+    with Checkpoint(edit_config(folder, model_type="youtu_llm")) as c:
+        assert c.config == want | {"model_type": "youtu_llm"}
+
+
+def test_keys_that_files_need_not_have(base: dict[str, Path]) -> None:
+    """They say nothing where they are absent, and are written where they say something."""
+    with Checkpoint(base["v3"]) as c:
+        plain = c.config
+    silent = {"llama_4_scaling_beta": 0, "embed_scale": 1, "residual_scale": 1.0, "logit_scale": 1, "short_factor": []}
+    assert not set(silent) & set(plain)
+    _core.validate_config(plain | silent)
+    for key in silent:
+        for bad in (None, "x", -1.0, [1.0], [None]):
+            with pytest.raises(ConfigError, match=f"config: {key} "):
+                _core.validate_config(plain | {key: bad})
 
 
 def test_norm_topk_prob_with_softmax_is_refused(copy: Callable[[str], Path]) -> None:

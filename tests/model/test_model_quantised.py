@@ -19,6 +19,7 @@ CASES = [
     ("glm4_moe_lite", "bf16", {"dtype": "f8"}),
     ("kimi_k2", "int4", {"dtype": "source"}),
     ("mistral4", "fp8", {"dtype": "source"}),
+    ("minicpm3", "bf16", {"dtype": "q4"}),
 ]
 IDS = ["-".join([p, s, *o.values()]) for p, s, o in CASES]
 

@@ -94,6 +94,11 @@ MISTAKES: list[tuple[str, str, Callable[[Settings], Settings]]] = [
     ("weights not normalised", "kimi_k2", _replace(normed=False)),
     ("softmax weights not normalised", "mistral4", _replace(normed=False)),
     ("sigmoid instead of softmax", "mistral4", _replace(softmax=False)),
+    ("rope rows taken for pairs", "minicpm3", _replace(pairs=True)),
+    ("frequencies not divided by their factors", "minicpm3", _replace(factors=())),
+    ("embedding not scaled", "minicpm3", _replace(on_embedding=1.0)),
+    ("residual not scaled", "minicpm3", _replace(on_residual=1.0)),
+    ("logits not scaled", "minicpm3", _replace(on_logits=1.0)),
     ("queries not scaled by their position", "mistral4", _replace(beta=0.0)),
     ("queries scaled from the first position on", "mistral4", _replace(original=1)),
 ]
@@ -104,7 +109,8 @@ def test_golden_detects_mistake(
     loaded: Callable[[str], Loaded], what: str, name: str, change: Callable[[Settings], Settings]
 ) -> None:
     golden, s, weights = loaded(name)
-    logits, _ = model.Model(change(s), weights).forward(golden.ids)
+    wrong = change(s)
+    logits, _ = model.Model(wrong, model.SourceWeights(wrong, weights.tensors)).forward(golden.ids)
     assert np.abs(logits - golden.logits).max() > 0.3, what
 
 
@@ -199,10 +205,17 @@ def test_other_array_modules(name: str, module: str, tmp_path: Path) -> None:
 YARN_KEYS = {"rope_scaling": {**tiny.PRESETS["v3"].config["rope_scaling"], "truncate": False, "attention_factor": 1.3}}
 
 
+MORE: list[tuple[str, dict[str, Any]]] = [
+    ("minicpm3", {"max_position_embeddings": 2048}),  # an amplitude
+    ("minicpm3", {"scale_depth": None, "dim_model_base": None}),
+    ("mistral4", {"rope_scaling": tiny.PRESETS["mistral4"].config["rope_scaling"] | {"llama_4_scaling_beta": 0.1}}),
+]
+
+
 @pytest.mark.reference
 @pytest.mark.parametrize(
     ("preset", "changes"),
-    [*((preset, {}) for preset in tiny.PRESETS), ("glm4_moe_lite", {"rms_norm_eps": 0.05}), ("v3", YARN_KEYS)],
+    [*((preset, {}) for preset in tiny.PRESETS), ("glm4_moe_lite", {"rms_norm_eps": 0.05}), ("v3", YARN_KEYS), *MORE],
 )
 def test_logits_equal_live_transformers(preset: str, changes: dict[str, Any], tmp_path: Path) -> None:
     """A seed and a length that no golden file has (and whose router decisions are no near-ties)."""

@@ -37,6 +37,7 @@ CASES = [
     ("gigachat3", "fp8", {"dtype": "source"}, "f32"),
     ("kimi_k2", "int4", {"dtype": "source"}, "f16"),
     ("mistral4", "fp8", {"dtype": "source"}, "f16"),
+    ("minicpm3", "bf16", {"dtype": "q8"}, "f16"),
 ]
 
 

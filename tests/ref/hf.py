@@ -54,7 +54,7 @@ def logits(folder: Path, ids: Array) -> tuple[Array, Array, Array | None]:
         model = its_own.from_pretrained(tmp, dtype=torch.float32, **eager)
         tokens = torch.tensor(ids, dtype=torch.int64)[None]
         hidden = model.model(tokens).last_hidden_state
-        out = model.lm_head(hidden)
+        out = model(tokens).logits
         mtp_logits = None
         if has_mtp:
             # transformers looks for the real models' layer numbers (61, 47); and GLM's config class has no MTP fields

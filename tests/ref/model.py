@@ -48,6 +48,11 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
         pairs=True,
         beta=config.get("llama_4_scaling_beta", 0.0),
         original=config["original_max_position_embeddings"] or 1,
+        factors=tuple(config.get("short_factor", ())),
+        stretch=config["attention_factor"] if config["rope_type"] == "longrope" else 1.0,
+        on_embedding=config.get("embed_scale", 1.0),
+        on_residual=config.get("residual_scale", 1.0),
+        on_logits=config.get("logit_scale", 1.0),
     )
 
 

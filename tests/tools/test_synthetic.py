@@ -42,6 +42,8 @@ def write_tiny(out: Path, name: str, dtype: str = "bf16", extra: tuple[str, ...]
         ("moonlight", 15.96, 0),
         ("glm-4.7-flash", 29.94, 0.644),
         ("mistral-small-4", 118.97, 0),
+        ("youtu-2b", 1.96156, 0),
+        ("minicpm3-4b", 4.07, 0),
     ],
 )
 def test_synthetic_parameter_count_is_the_published_one(name: str, main: float, mtp: float) -> None:

@@ -563,6 +563,11 @@ _NEAR = {"rope_scaling": tiny.PRESETS["mistral4"].config["rope_scaling"] | {"ori
 OF_MODELS: dict[str, tuple[str, dict[str, Any], Callable[[pytest.MonkeyPatch], None], str]] = {
     "queries not scaled": ("mistral4", _NEAR, settings(beta=0.0), "layers.0.q"),
     "queries scaled from the start": ("mistral4", _NEAR, settings(original=1), "layers.0.q"),
+    "embedding not scaled": ("minicpm3", {}, settings(on_embedding=1.0), "embed"),
+    "residual not scaled": ("minicpm3", {}, settings(on_residual=1.0), "layers.0.ffn_norm"),
+    "logits not scaled": ("minicpm3", {}, settings(on_logits=1.0), "logits"),
+    "frequencies without factors": ("minicpm3", {}, settings(factors=()), "layers.0.q"),
+    "rope rows taken for pairs": ("minicpm3", {}, replaced("rotate", pairs_in_place), "layers.0.q"),
     "weights not normed": ("mistral4", _NEAR, settings(normed=False), "layers.0.topk_weight"),
 }
 

@@ -138,6 +138,11 @@ class Settings:
     vocab: int
     beta: float = 0.0  # queries at p are multiplied by 1 + beta ln(1 + floor(p / original))
     original: int = 1
+    factors: tuple[float, ...] = ()  # longrope: of the frequencies, and A
+    stretch: float = 1.0
+    on_embedding: float = 1.0
+    on_residual: float = 1.0
+    on_logits: float = 1.0
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Settings:
@@ -150,17 +155,34 @@ class Settings:
         dense = types.count("dense") if types else raw.get("first_k_dense_replace", 0)
         return cls(
             raw["hidden_size"], raw["num_hidden_layers"], raw["num_attention_heads"], raw.get("q_lora_rank") or 0,
-            raw["kv_lora_rank"], raw["qk_nope_head_dim"], raw["qk_rope_head_dim"], raw["v_head_dim"],
+            raw["kv_lora_rank"], raw["qk_nope_head_dim"], raw["qk_rope_head_dim"],
+            raw.get("v_head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
             dense if experts else 1 << 30, raw["intermediate_size"], raw.get("moe_intermediate_size") or 0, experts,
             raw.get("num_experts_per_tok") or 0, raw.get("n_shared_experts") or 0, raw.get("n_group") or 1,
             raw.get("topk_group") or 1,
             {"greedy": "", "group_limited_greedy": "max", "noaux_tc": "top2"}[method],
             (raw.get("scoring_func") or ("softmax" if v2 else "sigmoid")) == "softmax", method == "noaux_tc",
             bool(raw.get("norm_topk_prob")), raw.get("routed_scaling_factor") or 1.0,
-            raw["rms_norm_eps"], rope.get("rope_theta") or raw["rope_theta"], rope if kind == "yarn" else None,
-            raw.get("rope_interleave") is not False, bool(raw.get("tie_word_embeddings")), raw["vocab_size"],
-            rope.get("llama_4_scaling_beta") or 0.0, rope.get("original_max_position_embeddings") or 1,
+            raw["rms_norm_eps"], rope.get("rope_theta") or raw.get("rope_theta", 1e4), rope if kind == "yarn" else None,
+            raw.get("rope_interleave") is not False and raw["model_type"] != "minicpm3",
+            bool(raw.get("tie_word_embeddings", raw["model_type"] in ("youtu", "youtu_llm", "minicpm3"))),
+            raw["vocab_size"], **_of_some(raw, rope, kind),
         )  # fmt: skip
+
+
+def _of_some(raw: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What only some models have."""
+    original = rope.get("original_max_position_embeddings") or 1
+    out: dict[str, Any] = {"beta": rope.get("llama_4_scaling_beta") or 0.0, "original": original}
+    if kind == "longrope":
+        longer = rope.get("factor") or raw["max_position_embeddings"] / original
+        stretch = float(np.sqrt(1 + np.log(longer) / np.log(original))) if longer > 1 else 1.0
+        out |= {"factors": tuple(rope["short_factor"]), "stretch": rope.get("attention_factor") or stretch}
+    if raw["model_type"] == "minicpm3":
+        d, depth = raw["hidden_size"], raw["num_hidden_layers"] ** 0.5
+        out |= {"on_embedding": raw["scale_emb"], "on_residual": (raw["scale_depth"] or depth) / depth}
+        out |= {"on_logits": (raw["dim_model_base"] or d) / d}
+    return out
 
 
 def _magnitude(s: Settings, key: str) -> float:
@@ -171,7 +193,7 @@ def _magnitude(s: Settings, key: str) -> float:
 
 def inv_freq(s: Settings) -> Array:
     """[dr/2] radians per position."""
-    f = s.theta ** (-np.arange(0, s.dr, 2) / s.dr)
+    f = s.theta ** (-np.arange(0, s.dr, 2) / s.dr) / np.array(s.factors or 1.0)
     if s.yarn is None:
         return f
     turns = np.array([s.yarn.get("beta_fast") or 32.0, s.yarn.get("beta_slow") or 1.0]) * 2 * np.pi
@@ -186,7 +208,7 @@ def inv_freq(s: Settings) -> Array:
 def amplitude(s: Settings) -> float:
     """A, on cos and sin."""
     if s.yarn is None:
-        return 1.0
+        return s.stretch
     if s.yarn.get("attention_factor"):
         return float(s.yarn["attention_factor"])
     a, b = _magnitude(s, "mscale"), _magnitude(s, "mscale_all_dim")
@@ -589,7 +611,7 @@ class Reference:
 
     def embedding(self, ids: Array) -> Taps:
         """What enters the first layer, for ids [n]."""
-        return {"embed": (self.w.plain("embed", ids), 0.0)}
+        return {"embed": (self.w.plain("embed", ids) * self.s.on_embedding, 0.0)}
 
     def layer(self, p: str, x: Array, forced: Mapping[str, Array]) -> Taps:
         """All taps of a layer (prefix ``p``) on the residual stream x [n, d]."""
@@ -600,15 +622,15 @@ class Reference:
             return given(out, p + name, forced)
 
         a = tap("attn_norm", rmsnorm(x, plain(p + "attn_norm"), s.eps))
-        x = x + tap("attn_out", *self.attention(p, a, tap))
+        x = x + s.on_residual * tap("attn_out", *self.attention(p, a, tap))
         b = tap("ffn_norm", rmsnorm(x, plain(p + "ffn_norm"), s.eps))
         if (s.layers if p == "mtp." else int(p.split(".")[1])) < s.dense:
-            x = x + tap("ffn_out", *self.mlp(b, p, s.width))
+            y = tap("ffn_out", *self.mlp(b, p, s.width))
         else:
-            x = x + tap("routed_out", *self.routed(p, b, tap))
+            y = tap("routed_out", *self.routed(p, b, tap))
             if s.shared:
-                x = x + tap("shared_out", *self.mlp(b, p + "shared.", s.shared * s.expert_width))
-        tap("layer_out", x)
+                y = y + tap("shared_out", *self.mlp(b, p + "shared.", s.shared * s.expert_width))
+        tap("layer_out", x + s.on_residual * y)
         return out
 
     def attention(self, p: str, a: Array, tap: Tap) -> tuple[Array, Array | float]:
@@ -660,11 +682,11 @@ class Reference:
         """final_norm and logits of the main model (p "") or of the MTP layer."""
         out: Taps = {p + "final_norm": (rmsnorm(x, self.w.plain(p + "final_norm"), self.s.eps), 0.0)}
         logits = self.product(given(out, p + "final_norm", forced), self.w.head(p))[0][:, : self.s.vocab]
-        return out | {p + "logits": (logits, 0.0)}
+        return out | {p + "logits": (logits * self.s.on_logits, 0.0)}
 
     def mtp_input(self, next_ids: Array, hidden: Array) -> Taps:
         """What enters the MTP layer: next_ids [n] beside the main model's hidden [n, d] after its final norm."""
-        e = rmsnorm(self.w.plain("embed", next_ids), self.w.plain("mtp.enorm"), self.s.eps)
+        e = rmsnorm(self.embedding(next_ids)["embed"][0], self.w.plain("mtp.enorm"), self.s.eps)
         h = rmsnorm(hidden.astype(np.float64), self.w.plain("mtp.hnorm"), self.s.eps)
         y, spread = self.product(np.concatenate([e, h], axis=1), "mtp.eh_proj", unseen=True)
         return {"mtp.embed": (y[:, : self.s.d], spread)}

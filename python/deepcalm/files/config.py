@@ -13,6 +13,7 @@ from typing import Any
 from .. import _core
 from ..errors import ConfigError, show
 
+DENSE = ("youtu", "youtu_llm", "minicpm3")  # no experts; the head is the embedding where config.json says nothing
 # model_type -> (scoring_func, topk_method) where config.json does not say (transformers' exports drop both)
 SUPPORTED = {
     "deepseek_v2": ("softmax", "greedy"),
@@ -21,9 +22,10 @@ SUPPORTED = {
     "glm4_moe_lite": ("sigmoid", "noaux_tc"),
     "sarvam_mla": ("sigmoid", "noaux_tc"),
     "mistral4": ("softmax", "greedy"),
+    **dict.fromkeys(DENSE, ("sigmoid", "noaux_tc")),
 }
 OWN_NAMES = {"sarvam_mla": {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}}
-NOT_YET = ("deepseek_v32", "deepseek_v4", "youtu", "minicpm3", "longcat_flash", "axk1")
+NOT_YET = ("deepseek_v32", "deepseek_v4", "longcat_flash", "axk1")
 # Names of a text model's tensors: what stands before "layers." and "embed_tokens.", and the head's. A multimodal
 # wrapper's are the authors', or those of transformers' save_pretrained(save_original_format=False).
 Layout = tuple[str, str]
@@ -107,8 +109,9 @@ class _Keys:
 
 _ROPE_KEYS = {
     "type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
-    "mscale_all_dim", "attention_factor", "truncate", "partial_rotary_factor",
+    "mscale_all_dim", "attention_factor", "truncate", "partial_rotary_factor", "short_factor", "long_factor",
 }  # fmt: skip
+_ROPE_TYPES = ("default", "yarn", "deepseek_yarn", "longrope")
 _QUERY_SCALE_KEYS = {"llama_4_scaling_beta", "max_position_embeddings"}
 
 
@@ -119,7 +122,8 @@ def _rope(k: _Keys, model_type: str) -> dict[str, Any]:
     r = new or old or _Keys({}, k.where)
     if "rope_theta" in k.raw and "rope_theta" in r.raw and k.real("rope_theta") != r.real("rope_theta"):
         raise r.refuse("rope_theta", f"the top level's {show(k.raw['rope_theta'])}")
-    theta = (r if "rope_theta" in r.raw else k).real("rope_theta")
+    default = 10000.0 if model_type == "minicpm3" else _REQUIRED
+    theta = (r if "rope_theta" in r.raw else k).real("rope_theta", default)
     scaled = model_type == "mistral4"  # queries by their position
     for key in r.raw:
         if key not in _ROPE_KEYS and not (scaled and key in _QUERY_SCALE_KEYS):
@@ -132,8 +136,8 @@ def _rope(k: _Keys, model_type: str) -> dict[str, Any]:
         raise r.refuse("rope_type", f"the same as type {show(r.raw['type'])}")
     kind_key = "rope_type" if r.raw.get("rope_type") is not None else "type"
     if old is not None and kind_key not in old.raw:
-        raise old.refuse("type", "default or yarn")
-    kind = r.choice(kind_key, "default", ("default", "yarn", "deepseek_yarn")).removeprefix("deepseek_")
+        raise old.refuse("type", "default, yarn or longrope")
+    kind = r.choice(kind_key, "default", _ROPE_TYPES).removeprefix("deepseek_")
     rope: dict[str, Any] = {"rope_theta": theta, "rope_type": kind, "rope_factor": 1.0}
     rope |= {"original_max_position_embeddings": 0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0}
     rope |= {"mscale_all_dim": 0.0, "attention_factor": 0.0, "rope_truncate": True}
@@ -144,11 +148,48 @@ def _rope(k: _Keys, model_type: str) -> dict[str, Any]:
             rope[key] = r.real(key, default, null=default)
         rope["attention_factor"] = r.real("attention_factor", 0.0, null=0.0)
         rope["rope_truncate"] = r.boolean("truncate", True, null=True)
+    elif kind == "longrope":
+        rope |= _longrope(k, r, dr // 2)
     if scaled:
         rope["llama_4_scaling_beta"] = r.real("llama_4_scaling_beta")
         rope["original_max_position_embeddings"] = r.integer("original_max_position_embeddings")
         r.must_be("max_position_embeddings", (k.integer("max_position_embeddings"),), "as at the top level")
     return rope
+
+
+def _longrope(k: _Keys, r: _Keys, n: int) -> dict[str, Any]:
+    """A factor of each of the n frequencies, the same at every length; A is derived from the lengths."""
+    factors = r.raw.get("short_factor")
+    if not isinstance(factors, list) or len(factors) != n:
+        raise r.refuse("short_factor", f"{n} numbers, half of qk_rope_head_dim")
+    if r.raw.get("long_factor") != factors:
+        raise r.refuse("long_factor", "short_factor's values (frequencies that follow the length are not implemented)")
+    for key in ("mscale", "mscale_all_dim"):
+        r.must_be(key, (0, 0.0), "not a key of longrope")
+    original, longest = r.integer("original_max_position_embeddings"), k.integer("max_position_embeddings")
+    if original < 2:
+        raise r.refuse("original_max_position_embeddings", "2 or more")
+    factor = r.real("factor", longest / original, null=longest / original)
+    derived = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return {
+        "short_factor": [_Keys({"short_factor": f}, r.where).real("short_factor") for f in factors],
+        "original_max_position_embeddings": original,
+        "attention_factor": r.real("attention_factor", derived, null=derived),
+    }
+
+
+def rope_pairs(raw: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint's rope rows are pairs (2j, 2j + 1); else they are half-split already."""
+    return raw.get("rope_interleave") is not False and raw["model_type"] != "minicpm3"
+
+
+def _scales(k: _Keys, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """MiniCPM3's three factors, of its own keys; null is transformers' way to say none."""
+    d, depth = cfg["hidden_size"], math.sqrt(cfg["num_hidden_layers"])
+    return {
+        "embed_scale": k.real("scale_emb"), "residual_scale": k.real("scale_depth", null=depth) / depth,
+        "logit_scale": k.real("dim_model_base", null=float(d)) / max(d, 1),
+    }  # fmt: skip
 
 
 def _dense_layers(k: _Keys, n_layers: int) -> int:
@@ -167,7 +208,9 @@ def _dense_layers(k: _Keys, n_layers: int) -> int:
 
 def _moe(k: _Keys, model_type: str, n_layers: int) -> dict[str, Any]:
     scoring, method = SUPPORTED[model_type]
-    moe: dict[str, Any] = {"n_routed_experts": k.integer("n_routed_experts", null=0)}
+    moe: dict[str, Any] = {
+        "n_routed_experts": k.integer("n_routed_experts", 0 if model_type in DENSE else _REQUIRED, null=0)
+    }
     if moe["n_routed_experts"] == 0:
         moe |= dict.fromkeys(("moe_intermediate_size", "num_experts_per_tok", "n_shared_experts"), 0)
         moe |= {"first_k_dense_replace": n_layers, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
@@ -240,16 +283,21 @@ def normalise(raw: dict[str, Any], generation: dict[str, Any], n_mtp: int, where
     cfg: dict[str, Any] = {"model_type": model_type}
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim"):
         cfg[key] = k.integer(key)
-    for key in ("qk_rope_head_dim", "v_head_dim", "intermediate_size", "max_position_embeddings", "vocab_size"):
+    for key in ("qk_rope_head_dim", "intermediate_size", "max_position_embeddings", "vocab_size"):
         cfg[key] = k.integer(key)
+    per_head = cfg["hidden_size"] // max(cfg["num_attention_heads"], 1) if model_type == "minicpm3" else None
+    cfg["v_head_dim"] = k.integer("v_head_dim", _REQUIRED if per_head is None else per_head, null=per_head)
     cfg["q_lora_rank"] = k.integer("q_lora_rank", 0, null=0)
     if not 1 <= cfg["num_hidden_layers"] <= 1024:
         raise k.refuse("num_hidden_layers", "1..1024")
     cfg |= _moe(k, model_type, cfg["num_hidden_layers"])
     cfg["rms_norm_eps"] = k.real("rms_norm_eps")
     cfg |= _rope(k, model_type)
+    if model_type == "minicpm3":
+        cfg |= _scales(k, cfg)
+        k.must_be("rope_interleave", (False,), "its rope rows are half-split")
     cfg["num_nextn_predict_layers"] = n_mtp
-    cfg["tie_word_embeddings"] = k.boolean("tie_word_embeddings", False)
+    cfg["tie_word_embeddings"] = k.boolean("tie_word_embeddings", model_type in DENSE)
     cfg["rope_layout"] = "half"
     k.must_be("hidden_act", ("silu",), "no other activation is implemented")
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):

@@ -13,6 +13,7 @@ from .. import _core
 from ..errors import UnsupportedError
 from ..names import DTYPES
 from .checkpoint import SOURCE_DTYPES, Checkpoint, Weight, source_names
+from .config import rope_pairs
 from .packed import SCALE_OF, TILE_COLS, TILE_ROWS, Tensor
 
 Index = npt.NDArray[np.int32]
@@ -153,7 +154,7 @@ def _slices(spec: dict[str, Any], ckpt: Checkpoint) -> list[list[Part]]:
     names = list(source_names(name, spec["n_slices"], ckpt))
     heads, dn, dr = cfg["num_attention_heads"], cfg["qk_nope_head_dim"], cfg["qk_rope_head_dim"]
     r, dv = cfg["kv_lora_rank"], cfg["v_head_dim"]
-    pairs = ckpt.raw_config.get("rope_interleave") is not False  # false: the checkpoint is half-split already
+    pairs = rope_pairs(ckpt.raw_config)
 
     if not cols:
         return [[Part(ckpt.weight(names[0], (rows,)), RowMap(0, 1), 1, rows)]]

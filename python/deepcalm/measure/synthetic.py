@@ -50,6 +50,12 @@ _COMMON: Config = {
 _V3_ROUTER: Config = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
 _YARN: Config = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
                  "beta_slow": 1}  # fmt: skip
+_MINICPM3_FACTORS = [
+    1.0591234137867171, 1.1241891283591912, 1.2596935748670968, 1.5380380402321725, 2.093982484148734,
+    3.1446935121267696, 4.937952647693647, 7.524541999994549, 10.475458000005451, 13.062047352306353,
+    14.85530648787323, 15.906017515851266, 16.461961959767827, 16.740306425132907, 16.87581087164081,
+    16.940876586213285,
+]  # fmt: skip
 
 # name -> (config.json, number of tokenizer entries; the rows above it are padding)
 PRESETS: dict[str, tuple[Config, int]] = {
@@ -104,6 +110,23 @@ PRESETS: dict[str, tuple[Config, int]] = {
             "llama_4_scaling_beta": 0.1},
         "max_position_embeddings": 1048576, "vocab_size": 131072, "bos_token_id": 1, "eos_token_id": 2,
     }, 131072),
+    "youtu-2b": ({
+        **_COMMON, "model_type": "youtu", "architectures": ["YoutuForCausalLM"], "tie_word_embeddings": True,
+        "hidden_size": 2048, "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "intermediate_size": 6144, "rms_norm_eps": 1e-6, "rope_theta": 1600000, "rope_scaling": None,
+        "max_position_embeddings": 131072, "vocab_size": 128256, "bos_token_id": 128000, "eos_token_id": 128001,
+    }, 128256),
+    "minicpm3-4b": ({
+        **_COMMON, "model_type": "minicpm3", "architectures": ["MiniCPM3ForCausalLM"], "tie_word_embeddings": True,
+        "hidden_size": 2560, "num_hidden_layers": 62, "num_attention_heads": 40, "num_key_value_heads": 40,
+        "q_lora_rank": 768, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32,
+        "intermediate_size": 6400, "rms_norm_eps": 1e-5, "rope_scaling": {
+            "type": "longrope", "original_max_position_embeddings": 32768,
+            "short_factor": _MINICPM3_FACTORS, "long_factor": _MINICPM3_FACTORS},
+        "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256,
+        "max_position_embeddings": 32768, "vocab_size": 73448, "bos_token_id": 1, "eos_token_id": [2, 73440],
+    }, 73448),
 }  # fmt: skip
 
 
