@@ -63,7 +63,8 @@ class ConfigReader {
   public:
     explicit ConfigReader(const py::dict& d) : d_(d.attr("copy")()) {
         // what a file need not say
-        for (const char* key : {"mtp_draft_head", "llama_4_scaling_beta"}) d_.attr("setdefault")(key, 0);
+        for (const char* key : {"mtp_draft_head", "llama_4_scaling_beta", "post_moe_norm"})
+            d_.attr("setdefault")(key, 0);
         for (const char* key : {"embed_scale", "residual_scale", "logit_scale"}) d_.attr("setdefault")(key, 1);
         d_.attr("setdefault")("short_factor", py::list());
         d_.attr("setdefault")("rope_layout", "half");

@@ -56,6 +56,7 @@ inline constexpr int kMaxPositions = 1 << 24;
     X(bool, norm_topk_prob, any()) \
     X(float, routed_scaling_factor, if_moe(above(0))) \
     X(float, rms_norm_eps, above(0)) /* layer norms; the latent norms use kLatentNormEps (docs/model.md 3.1) */ \
+    X(int, post_moe_norm, in(0, 1)) /* experts' outputs are normed before they join the residual stream */ \
     X(double, rope_theta, above(1)) \
     X(RopeType, rope_type, any()) \
     X(double, rope_factor, from(1)) \

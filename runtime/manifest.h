@@ -69,6 +69,7 @@ struct LayerWeights {
     const float* router_bias = nullptr;  // [n_routed_experts], null unless noaux_tc
     PackedTensor experts_gate_up, experts_down;  // [n_routed_experts] slices as of a dense layer, moe_intermediate_size
     PackedTensor shared_gate_up, shared_down;    // width n_shared_experts * moe_intermediate_size; rows == 0: none
+    const float* post_moe_norm = nullptr;        // [hidden_size], null without
 
     // Of one routed expert; 0 for a dense layer.
     int64_t expert_bytes() const { return experts_gate_up.read_bytes() + experts_down.read_bytes(); }
@@ -127,9 +128,11 @@ template <class Layer, class Fn> void visit_layer(Layer& w, const ModelConfig& c
     if (c.topk_method == TopkMethod::kNoauxTc) on("router_bias", Spec::vector(Role::kBias, n_experts), w.router_bias);
     on("experts.w_gate_up", Spec::stack(n_experts, Spec::gate_up(Role::kExpert, expert, d)), w.experts_gate_up);
     on("experts.w_down", Spec::stack(n_experts, Spec::matrix(Role::kExpert, d, expert)), w.experts_down);
-    if (shared == 0) return;
-    on("shared.w_gate_up", Spec::gate_up(Role::kShared, shared, d), w.shared_gate_up);
-    on("shared.w_down", Spec::matrix(Role::kShared, d, shared), w.shared_down);
+    if (shared > 0) {
+        on("shared.w_gate_up", Spec::gate_up(Role::kShared, shared, d), w.shared_gate_up);
+        on("shared.w_down", Spec::matrix(Role::kShared, d, shared), w.shared_down);
+    }
+    if (c.post_moe_norm > 0) on("post_moe_norm", Spec::vector(Role::kNorm, d), w.post_moe_norm);
 }
 
 // The same for every tensor of a model of layers as ModelWeights(c) makes them, PlainTensor& too; MTP's begin with "mtp.".

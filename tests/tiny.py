@@ -37,7 +37,7 @@ class TinySpec:
     n_shards: int = 1  # > 1: model-0000i-of-0000n.safetensors and an index
     mtp_copies: bool = False  # layer L repeats embedding and head, as DeepSeek's files do
     rotary_buffers: bool = False  # stale *.rotary_emb.inv_freq tensors that a loader must skip
-    bias_dtype: str = "f32"  # of e_score_correction_bias ("" = the checkpoint's)
+    bias_dtype: str = "f32"  # of e_score_correction_bias ("" = the checkpoint's; "none": the files have none)
     fp8_block: tuple[int, int] | None = (128, 128)  # None: one scale for a tensor
     fused_experts: bool = False  # stored as `fuse_experts` makes them
     generation_eos: tuple[int, ...] = ()  # eos ids that only generation_config.json knows
@@ -58,6 +58,7 @@ SIZES = {
     "kanana2":       (58,     4,     None,   30,      14,   10,   16,  70,    18,     128,     6,   2),
     "sarvam":        (66,     4,     None,   38,      18,   12,   20,  82,    26,     32,      8,   1),
     "mistral4":      (82,     3,     48,     40,      18,   18,   28,  94,    34,     14,      4,   1),
+    "axk1":          (74,     4,     42,     38,      20,   12,   24,  96,    30,     16,      4,   1),
     "youtu":         (80,     3,     40,     36,      22,   14,   26,  88,    0,      0,       0,   0),
     "minicpm3":      (84,     3,     44,     34,      20,   12,   28,  92,    0,      0,       0,   0),
 }  # fmt: skip
@@ -271,6 +272,24 @@ PRESETS: dict[str, TinySpec] = {
         fp8_block=None,
         fused_experts=True,
     ),
+    # A.X-K1: V3 with a norm behind the experts, whose weight dense layers have too; no bias in the files.
+    "axk1": TinySpec(
+        _config(
+            "axk1",
+            "axk1",
+            n_group=8,
+            topk_group=4,
+            routed_scaling_factor=2.5,
+            rope_theta=10000.0,
+            rope_scaling=_yarn(32, 32, 32, 1, 1.0, 1.0),
+            max_position_embeddings=1024,
+            eos_token_id=265,
+            vocab_size=304,
+            **_NOAUX,
+        ),
+        style="new",
+        bias_dtype="none",
+    ),
     # Youtu-LLM: dense, the head is the embedding.
     "youtu": TinySpec(
         _config(
@@ -315,6 +334,7 @@ _ARCHITECTURES = {
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
     "sarvam_mla": "SarvamMLAForCausalLM",
     "mistral4": "Mistral4ForCausalLM",
+    "axk1": "AXK1ForCausalLM",
     "youtu": "YoutuForCausalLM",
     "minicpm3": "MiniCPM3ForCausalLM",
 }
@@ -501,6 +521,8 @@ def tensor_shapes(cfg: Mapping[str, Any], mtp_copies: bool = False) -> Iterator[
         yield f"{p}.self_attn.kv_b_proj.weight", (heads * (dn + dv), r)
         yield f"{p}.self_attn.o_proj.weight", (d, heads * dv)
         yield f"{p}.post_attention_layernorm.weight", (d,)
+        if cfg["model_type"] == "axk1":
+            yield f"{p}.post_mlp_layernorm.weight", (d,)
         if layer < cfg["first_k_dense_replace"] or not cfg["n_routed_experts"]:
             yield from mlp(f"{p}.mlp", cfg["intermediate_size"])
             continue
@@ -568,6 +590,8 @@ def checkpoint_tensors(spec: TinySpec, cfg: Mapping[str, Any], dtype: str, seed:
             out[base + ".weight_packed"] = ("I32", packed.shape, packed.astype("<i4").tobytes())
             out[base + ".weight_scale"] = ("BF16", scale.shape, scale.astype("<u2").tobytes())
             out[base + ".weight_shape"] = ("I64", (2,), np.array(shape, "<i8").tobytes())
+        elif name.endswith("e_score_correction_bias") and spec.bias_dtype == "none":
+            continue
         elif name.endswith("e_score_correction_bias"):
             out[name] = _store(w, spec.bias_dtype or plain)
         else:
@@ -624,7 +648,7 @@ def config_json(spec: TinySpec, cfg: Mapping[str, Any], dtype: str) -> dict[str,
             out |= {"n_group": cfg["n_group"] if cfg["n_group"] > 1 else None, "mlp_bias": False}
         else:
             out.pop("topk_method", None)
-        if cfg["model_type"] == "glm4_moe_lite":
+        if cfg["model_type"] in ("glm4_moe_lite", "axk1"):
             dense = out.pop("first_k_dense_replace")
             out["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (cfg["num_hidden_layers"] - dense)
     if dtype == "fp8":

@@ -298,12 +298,15 @@ def make_bases(folder: Path) -> dict[str, list[str]]:
         "kimi_k2": tiny.write(folder / "kimi_k2", "kimi_k2", **small),
         "moonlight": tiny.write(folder / "moonlight", "moonlight", tokenizer="tiktoken", **small),
         "sarvam": tiny.write(folder / "sarvam", "sarvam", **small),
+        "mistral4": tiny.write(folder / "mistral4", "mistral4", **small),
+        "minicpm3": tiny.write(folder / "minicpm3", "minicpm3", **small),
     }
     for scheme in ("fp8 channel", "int8 channel", "int8 group 128", "mxfp4", "nvfp4", "modelopt nvfp4"):
         name = scheme.replace(" ", "-")
         checkpoints[name] = compressed.write(folder / name, scheme)
     packed = []
-    for name, dtype in (("v2_lite", "bf16"), ("v3", "q8"), ("gigachat3", "source"), ("kimi_k2", "q4"), ("v3", "f32")):
+    for name, dtype in (("v2_lite", "bf16"), ("v3", "q8"), ("gigachat3", "source"), ("kimi_k2", "q4"), ("v3", "f32"),
+                        ("mistral4", "source"), ("minicpm3", "q8")):  # fmt: skip
         packed.append(f"{name}-{dtype}.dcalm")
         deepcalm.pack(checkpoints[name], folder / packed[-1], dtype=dtype)
     for name in packed[:2]:

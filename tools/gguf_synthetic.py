@@ -163,6 +163,8 @@ class Values(synthetic.Values):
 def write(path: Path, spec: str, kind: str, overrides: tuple[str, ...] = (), seed: int = 0) -> int:
     """Writes ``path`` for NAME[:layers]; returns its size in bytes. The file appears complete or not at all."""
     config, _ = synthetic.make_config(spec, overrides, mtp=False)
+    if config["model_type"] not in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"):
+        raise ValueError(f"{spec}: {config['model_type']} is no deepseek2 model of llama.cpp's")
     plan = list(tensors(config, kind))
     values, temporary = Values(seed), path.with_name(f".{path.name}.tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

@@ -40,6 +40,7 @@ CASES = {  # preset -> dtype of the checkpoint; every source dtype occurs
     "kanana2": "bf16",
     "sarvam": "bf16",
     "mistral4": "fp8",
+    "axk1": "bf16",
     "youtu": "bf16",
     "minicpm3": "bf16",
 }

@@ -47,7 +47,7 @@ MAX_ROWS = 256  # rows of one pass; Ctrl-C works between passes
 SESSION_VERSION = "1"
 STAGES = (
     *("embed", "attn_norm", "q_a", "q", "c_kv", "k_rope", "q_absorbed", "attn_latent", "attn_out", "ffn_norm"),
-    *("gate_logits", "topk_idx", "topk_weight", "routed_out", "shared_out", "ffn_out", "layer_out"),
+    *("gate_logits", "topk_idx", "topk_weight", "routed_out", "shared_out", "moe_out", "ffn_out", "layer_out"),
     *("final_norm", "logits"),
 )
 

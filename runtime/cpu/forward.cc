@@ -604,7 +604,7 @@ class Pass {
                 matmul(w.shared_down, 0, tiles, operand(s_.shared_h, w.shared_down), n_, y);
                 add(s_.expert_out, s_.out, tiles);
             }
-            add(s_.out, s_.x, tiles, c_.residual_scale);
+            if (w.post_moe_norm == nullptr) add(s_.out, s_.x, tiles, c_.residual_scale);
         };
         const int tiles = static_cast<int>(ceil_div(d_, kTileRows));
         if (traced_) {
@@ -618,8 +618,17 @@ class Pass {
                 shared(t);
             });
         }
+        if (w.post_moe_norm != nullptr) {
+            meet(Stage::kExpertsDown);
+            each_row([&](int i) {
+                k_.rmsnorm(s_.out.row(i), w.post_moe_norm, s_.out.row(i), d_, c_.rms_norm_eps);
+                k_.axpy(c_.residual_scale, s_.out.row(i), s_.x.row(i), d_);
+            });
+            read_floats(d_);
+        }
         done(Stage::kExpertsDown);
         if (has_shared) tap("shared_out", s_.expert_out, d_);
+        if (w.post_moe_norm != nullptr) tap("moe_out", s_.out, d_);
     }
 
     // Counting sort of the pass's (row, expert) pairs by expert; rows stay in order inside an expert. Thread 0 only.

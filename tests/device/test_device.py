@@ -92,6 +92,11 @@ def test_device_library_exports_its_entries_alone(device: str) -> None:
     assert "libstdc++" in libraries, "its types and exceptions are those of the extension module"
 
 
+def test_device_refuses_a_norm_behind_the_experts() -> None:
+    with pytest.raises(UnsupportedError, match="a norm behind the experts is not computed on a GPU: use --device cpu"):
+        device_cases.open_core(models.pack(models.checkpoint("axk1")), "sim")
+
+
 def test_device_core_holds_no_cuda_symbol() -> None:
     names = subprocess.run(["nm", "-D", _core.__file__], capture_output=True, text=True, check=True).stdout
     assert not re.findall(r"\bcu(?:da)?[A-Z]\w+", names)

@@ -228,6 +228,21 @@ def test_fp8_with_one_scale_for_a_tensor(shared: bool, tmp_path: Path) -> None:
     np.testing.assert_array_equal(of_tiles[:, :2], np.broadcast_to(raw[gate_up][:, :, 0], (14, 2)))
 
 
+def test_axk1_without_a_router_bias(tmp_path: Path) -> None:
+    """It is zeros, and said to be; dense layers have a norm that nothing reads."""
+    d = tiny.write(tmp_path / "hf", "axk1")
+    p = pack(d, tmp_path / "x")
+    assert "the files hold no e_score_correction_bias: zeros, as in transformers" in p.notes
+    assert {x.name: x.why for x in p.dropped} == {
+        "model.layers.0.post_mlp_layernorm.weight": "only layers with experts use it"
+    }
+    file, raw = ref_packed.PackedFile(tmp_path / "x"), ref_checkpoint.raw_tensors(d)
+    assert file.config["post_moe_norm"] == 1 and not file.plain("layers.2.router_bias").any()
+    np.testing.assert_array_equal(file.plain("layers.2.post_moe_norm"), raw["model.layers.2.post_mlp_layernorm.weight"])
+    p = plan(tiny.write(tmp_path / "biased", "axk1", bias_dtype="f32"))
+    assert not any("correction_bias" in note for note in p.notes)
+
+
 def test_int4_experts_keep_codes_and_scales(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     p = pack(checkpoints["kimi_k2"], tmp_path / "x")
     experts = [t for t in p.tensors if t.role == "expert"]

@@ -95,6 +95,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "an eps that every norm feels": ("glm4_moe_lite", {"rms_norm_eps": 0.05}),
     "yarn range not truncated": ("v3", {"rope_scaling": {**_YARN, "truncate": False}}),
     "yarn with attention_factor": ("v3", {"rope_scaling": {**_YARN, "attention_factor": 1.3}}),
+    "norm behind routed experts alone": ("axk1", {"n_shared_experts": 0}),
+    "norm behind the experts, and a bias": ("axk1", {"bias_dtype": "f32", "n_group": 1, "topk_group": 1}),
     "longrope with an amplitude": ("minicpm3", {"max_position_embeddings": 2048}),
     "longrope with attention_factor": ("minicpm3", {"rope_scaling": {**_LONGROPE, "attention_factor": 0.9}}),
     "dense model with factors of one": ("minicpm3", {"scale_emb": 1, "scale_depth": None, "dim_model_base": None}),

@@ -20,6 +20,7 @@ CASES = [
     ("kimi_k2", "int4", {"dtype": "source"}),
     ("mistral4", "fp8", {"dtype": "source"}),
     ("minicpm3", "bf16", {"dtype": "q4"}),
+    ("axk1", "bf16", {"dtype": "bf16"}),
 ]
 IDS = ["-".join([p, s, *o.values()]) for p, s, o in CASES]
 

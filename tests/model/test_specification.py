@@ -94,6 +94,8 @@ MISTAKES: list[tuple[str, str, Callable[[Settings], Settings]]] = [
     ("weights not normalised", "kimi_k2", _replace(normed=False)),
     ("softmax weights not normalised", "mistral4", _replace(normed=False)),
     ("sigmoid instead of softmax", "mistral4", _replace(softmax=False)),
+    ("no norm behind the experts", "axk1", _replace(post_norm=False)),
+    ("no group limit", "axk1", _replace(groups=1, top_groups=1)),
     ("rope rows taken for pairs", "minicpm3", _replace(pairs=True)),
     ("frequencies not divided by their factors", "minicpm3", _replace(factors=())),
     ("embedding not scaled", "minicpm3", _replace(on_embedding=1.0)),
@@ -207,6 +209,7 @@ YARN_KEYS = {"rope_scaling": {**tiny.PRESETS["v3"].config["rope_scaling"], "trun
 
 MORE: list[tuple[str, dict[str, Any]]] = [
     ("minicpm3", {"max_position_embeddings": 2048}),  # an amplitude
+    ("axk1", {"bias_dtype": "f32"}),
     ("minicpm3", {"scale_depth": None, "dim_model_base": None}),
     ("mistral4", {"rope_scaling": tiny.PRESETS["mistral4"].config["rope_scaling"] | {"llama_4_scaling_beta": 0.1}}),
 ]

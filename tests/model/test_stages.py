@@ -25,7 +25,7 @@ READERS = {
     "router": ("router",),
     "route": ("router_bias",),
     "experts_up": ("shared.w_gate_up",),
-    "experts_down": ("shared.w_down",),
+    "experts_down": ("shared.w_down", "post_moe_norm"),
     "ffn_up": ("w_gate_up",),
     "ffn_down": ("w_down",),
 }
@@ -38,6 +38,7 @@ CASES = [
     ("kimi_k2", "int4", {"dtype": "source"}, "f16"),
     ("mistral4", "fp8", {"dtype": "source"}, "f16"),
     ("minicpm3", "bf16", {"dtype": "q8"}, "f16"),
+    ("axk1", "bf16", {"dtype": "bf16"}, "f16"),
 ]
 
 

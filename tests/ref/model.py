@@ -53,6 +53,7 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
         on_embedding=config.get("embed_scale", 1.0),
         on_residual=config.get("residual_scale", 1.0),
         on_logits=config.get("logit_scale", 1.0),
+        post_norm=bool(config.get("post_moe_norm", 0)),
     )
 
 
@@ -76,7 +77,7 @@ class SourceWeights(reference.SourceWeights):
         return name in self.tensors
 
     def read(self, name: str, shape: tuple[int, ...], begin: int, end: int) -> Array:
-        w = self.tensors[name]
+        w = self.tensors.get(name, np.zeros(shape)) if name.endswith("correction_bias") else self.tensors[name]
         assert w.shape == shape, name
         return w.reshape(-1, shape[-1])[begin:end].astype(np.float64)
 

@@ -42,6 +42,7 @@ def write_tiny(out: Path, name: str, dtype: str = "bf16", extra: tuple[str, ...]
         ("moonlight", 15.96, 0),
         ("glm-4.7-flash", 29.94, 0.644),
         ("mistral-small-4", 118.97, 0),
+        ("a.x-k1", 518.98, 0),
         ("youtu-2b", 1.96156, 0),
         ("minicpm3-4b", 4.07, 0),
     ],

@@ -498,6 +498,15 @@ def replaced(name: str, make: Callable[[Any], Any]) -> Callable[[pytest.MonkeyPa
     return lambda m: m.setattr(reference, name, make(getattr(reference, name)))
 
 
+def weightless(norm: str) -> Callable[[pytest.MonkeyPatch], None]:
+    right = reference.PackedWeights.plain
+
+    def plain(self: Any, name: str, rows: Any = None) -> Array:
+        return np.ones_like(right(self, name)) if name.endswith(norm) else right(self, name, rows)
+
+    return lambda m: m.setattr(reference.PackedWeights, "plain", plain)
+
+
 def pairs_in_place(right: Any) -> Any:
     def rotate(s: Any, v: Array) -> Array:
         order = [*range(0, s.dr, 2), *range(1, s.dr, 2)]
@@ -563,6 +572,7 @@ _NEAR = {"rope_scaling": tiny.PRESETS["mistral4"].config["rope_scaling"] | {"ori
 OF_MODELS: dict[str, tuple[str, dict[str, Any], Callable[[pytest.MonkeyPatch], None], str]] = {
     "queries not scaled": ("mistral4", _NEAR, settings(beta=0.0), "layers.0.q"),
     "queries scaled from the start": ("mistral4", _NEAR, settings(original=1), "layers.0.q"),
+    "norm behind the experts without weights": ("axk1", {}, weightless("post_moe_norm"), "layers.1.moe_out"),
     "embedding not scaled": ("minicpm3", {}, settings(on_embedding=1.0), "embed"),
     "residual not scaled": ("minicpm3", {}, settings(on_residual=1.0), "layers.0.ffn_norm"),
     "logits not scaled": ("minicpm3", {}, settings(on_logits=1.0), "logits"),

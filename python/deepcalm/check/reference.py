@@ -143,6 +143,7 @@ class Settings:
     on_embedding: float = 1.0
     on_residual: float = 1.0
     on_logits: float = 1.0
+    post_norm: bool = False  # on what the experts give
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Settings:
@@ -178,6 +179,7 @@ def _of_some(raw: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -> dict
         longer = rope.get("factor") or raw["max_position_embeddings"] / original
         stretch = float(np.sqrt(1 + np.log(longer) / np.log(original))) if longer > 1 else 1.0
         out |= {"factors": tuple(rope["short_factor"]), "stretch": rope.get("attention_factor") or stretch}
+    out["post_norm"] = raw["model_type"] == "axk1"
     if raw["model_type"] == "minicpm3":
         d, depth = raw["hidden_size"], raw["num_hidden_layers"] ** 0.5
         out |= {"on_embedding": raw["scale_emb"], "on_residual": (raw["scale_depth"] or depth) / depth}
@@ -383,6 +385,7 @@ class SourceWeights:
         q_rows, kv_rows = s.heads * (s.dn + s.dr), s.r + s.dr
         vectors = {
             "attn_norm": ("input_layernorm", s.d), "ffn_norm": ("post_attention_layernorm", s.d),
+            "post_moe_norm": ("post_mlp_layernorm", s.d),
             "q_a_norm": ("self_attn.q_a_layernorm", s.rq), "kv_a_norm": ("self_attn.kv_a_layernorm", s.r),
             "enorm": ("enorm", s.d), "hnorm": ("hnorm", s.d), "final_norm": ("shared_head.norm", s.d),
         }  # fmt: skip
@@ -630,6 +633,8 @@ class Reference:
             y = tap("routed_out", *self.routed(p, b, tap))
             if s.shared:
                 y = y + tap("shared_out", *self.mlp(b, p + "shared.", s.shared * s.expert_width))
+            if s.post_norm:
+                y = tap("moe_out", rmsnorm(y, plain(p + "post_moe_norm"), s.eps))
         tap("layer_out", x + s.on_residual * y)
         return out
 

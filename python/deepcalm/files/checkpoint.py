@@ -166,6 +166,8 @@ class Checkpoint(Closing):
         if self.untied:
             self.notes.append(f"{head} differs from {embed} although config.json ties them; each is used")
             self.config = self._normalised(0)
+        if self.config["model_type"] == "axk1" and not any(n.endswith("e_score_correction_bias") for n in self.tensors):
+            self.notes.append("the files hold no e_score_correction_bias: zeros, as in transformers")
         self.mtp_prefix = f"{self.prefix}layers.{self.config['num_hidden_layers']}."
         eh_proj = self.mtp_prefix + "eh_proj.weight"
         self.has_mtp = self.has_weight(eh_proj) or eh_proj in self._listed
@@ -283,7 +285,11 @@ class Checkpoint(Closing):
             if len(shape) != 2 or name in self.tensors:
                 raise CheckpointError(f"{self.where(packed.name)}: expected a plain tensor {list(shape)} and no other")
             return self._fp4(name, packed, shape) if packed.dtype == "U8" else self._integer(name, packed, shape)
-        if (info := self._find(name)) is None:
+        info = self._find(name)
+        if info is None and name.endswith("e_score_correction_bias") and self.config["model_type"] == "axk1":
+            zeros = TensorInfo(name, "F32", shape, 0, 4 * shape[0])  # of no file; as transformers has it
+            return Weight(name, "f32", 1, shape[0], zeros)
+        if info is None:
             found = f"tensor {name} is missing{self._lists(name)}"
             mlx = ": experts stored as mlx does are not read" if any(".switch_mlp." in n for n in self.tensors) else ""
             raise CheckpointError(f"{self.path}: {found}, expected shape {list(shape)}{mlx}")
@@ -406,6 +412,9 @@ class Checkpoint(Closing):
         """Stored bytes of rows begin..end-1: uint8 [end - begin, w.row_bytes], in the front of ``out`` if given."""
         n = (end - begin) * w.row_bytes
         buffer = np.empty(n, np.uint8) if out is None else out[:n]
+        if w.data.name not in self._file_of:
+            buffer[:] = 0
+            return buffer.reshape(end - begin, w.row_bytes)
         self._files[self._file_of[w.data.name]].read_into(buffer.data, w.data.offset + begin * w.row_bytes)
         return buffer.reshape(end - begin, w.row_bytes)
 
@@ -559,6 +568,7 @@ _LAYER = {
     "experts.w_down": ["mlp.experts.{}.down_proj"],
     "shared.w_gate_up": ["mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"],
     "shared.w_down": ["mlp.shared_experts.down_proj"],
+    "post_moe_norm": ["post_mlp_layernorm"],
     "enorm": ["enorm"],
     "hnorm": ["hnorm"],
     "eh_proj": ["eh_proj"],

@@ -22,10 +22,11 @@ SUPPORTED = {
     "glm4_moe_lite": ("sigmoid", "noaux_tc"),
     "sarvam_mla": ("sigmoid", "noaux_tc"),
     "mistral4": ("softmax", "greedy"),
+    "axk1": ("sigmoid", "noaux_tc"),
     **dict.fromkeys(DENSE, ("sigmoid", "noaux_tc")),
 }
 OWN_NAMES = {"sarvam_mla": {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}}
-NOT_YET = ("deepseek_v32", "deepseek_v4", "longcat_flash", "axk1")
+NOT_YET = ("deepseek_v32", "deepseek_v4", "longcat_flash")
 # Names of a text model's tensors: what stands before "layers." and "embed_tokens.", and the head's. A multimodal
 # wrapper's are the authors', or those of transformers' save_pretrained(save_original_format=False).
 Layout = tuple[str, str]
@@ -291,6 +292,8 @@ def normalise(raw: dict[str, Any], generation: dict[str, Any], n_mtp: int, where
     if not 1 <= cfg["num_hidden_layers"] <= 1024:
         raise k.refuse("num_hidden_layers", "1..1024")
     cfg |= _moe(k, model_type, cfg["num_hidden_layers"])
+    if model_type == "axk1":
+        cfg["post_moe_norm"] = 1
     cfg["rms_norm_eps"] = k.real("rms_norm_eps")
     cfg |= _rope(k, model_type)
     if model_type == "minicpm3":

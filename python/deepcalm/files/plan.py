@@ -275,6 +275,8 @@ def _dropped(ckpt: Checkpoint, used: set[str], notes: list[str]) -> list[Dropped
             if not ckpt.same_bytes(name, copies[name]):
                 why = f"differs from {copies[name]}, which is used instead"
                 notes.append(f"{name} {why}" + ("; drafts may be accepted less often" if name.startswith(mtp) else ""))
+        elif name.endswith(".post_mlp_layernorm.weight"):
+            why = "only layers with experts use it"
         elif name.endswith(("input_scale", "input_global_scale", "activation_scale", "k_scale", "v_scale")):
             why = "activation scale: the runtime rounds activations by itself"
         else:

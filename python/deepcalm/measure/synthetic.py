@@ -110,6 +110,15 @@ PRESETS: dict[str, tuple[Config, int]] = {
             "llama_4_scaling_beta": 0.1},
         "max_position_embeddings": 1048576, "vocab_size": 131072, "bos_token_id": 1, "eos_token_id": 2,
     }, 131072),
+    "a.x-k1": ({
+        **_COMMON, **_V3_ROUTER, "model_type": "axk1", "architectures": ["AXK1ForCausalLM"],
+        "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 64, "num_key_value_heads": 64,
+        "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 192, "num_experts_per_tok": 8,
+        "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000, "rope_scaling": None, "max_position_embeddings": 32768,
+        "vocab_size": 163840, "bos_token_id": 163691, "eos_token_id": 163691,
+    }, 163840),
     "youtu-2b": ({
         **_COMMON, "model_type": "youtu", "architectures": ["YoutuForCausalLM"], "tie_word_embeddings": True,
         "hidden_size": 2048, "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 16,
