@@ -59,7 +59,8 @@ Examples:
 @click.option("--draft", type=click.IntRange(1, 7), metavar="K", help="K drafts a round against plain decoding.")
 @click.option("--accept", type=click.FloatRange(0, 1), metavar="A", help="Make drafts right with this probability.")
 @click.option("--synthetic", metavar="NAME[:LAYERS]",
-              help="Random weights in the geometry of v2-lite, v3, moonlight or glm-4.7-flash.")  # fmt: skip
+              help="Random weights in the geometry of v2-lite, v3, moonlight, glm-4.7-flash, mistral-small-4, a.x-k1, "
+                   "youtu-2b or minicpm3-4b.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(DTYPES), help="Format of synthetic weights, as for pack (default: q8).")
 @click.option("--attn-dtype", type=click.Choice(DTYPES), help="Another format for attention.")
 @click.option("--head-dtype", type=click.Choice(DTYPES), help="Another format for the head.")

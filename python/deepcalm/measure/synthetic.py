@@ -201,7 +201,9 @@ def _stored(spec: dict[str, Any], dtypes: dict[str, str]) -> Tensor:
         fmt = "bf16" if "bf16" in spec["formats"] else "f32"
     block = (128, 128) if fmt == "f8" else None
     if spec["tiled"] and (spec["cols"] % TILE_COLS or any(n % TILE_ROWS for n in (spec["rows"], *spec["parts"]))):
-        raise UnsupportedError(f"tensor {spec['name']}: {spec['rows']} x {spec['cols']}, expected multiples of 16 x 32")
+        hint = f": --set vocab_size={-(-spec['rows'] // TILE_ROWS) * TILE_ROWS}" if spec["name"] == "head" else ""
+        found = f"tensor {spec['name']}: {spec['rows']} x {spec['cols']}"
+        raise UnsupportedError(f"{found}, expected multiples of 16 x 32{hint}")
     return Tensor.of(spec, fmt, SCALE_OF.get(fmt, "") if spec["tiled"] else "", block, "random")
 
 
