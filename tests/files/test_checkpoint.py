@@ -344,7 +344,12 @@ def test_what_a_dense_model_s_config_need_not_say(copy: Callable[[str], Path]) -
     with Checkpoint(folder) as c:
         want = c.config
     with Checkpoint(edit_config(folder, model_type="youtu_llm")) as c:
-        assert c.config == want | {"model_type": "youtu_llm"}
+        assert c.config == want
+    folder = copy("axk1")
+    with Checkpoint(folder) as c:
+        want = c.config
+    with Checkpoint(edit_config(folder, model_type="AXK1", topk_method="none")) as c:
+        assert c.config == want and c.config["topk_method"] == "noaux_tc"
 
 
 def test_keys_that_files_need_not_have(base: dict[str, Path]) -> None:

@@ -95,6 +95,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "an eps that every norm feels": ("glm4_moe_lite", {"rms_norm_eps": 0.05}),
     "yarn range not truncated": ("v3", {"rope_scaling": {**_YARN, "truncate": False}}),
     "yarn with attention_factor": ("v3", {"rope_scaling": {**_YARN, "attention_factor": 1.3}}),
+    "norm behind the experts of the MTP layer": ("axk1", {"num_nextn_predict_layers": 1}),
     "norm behind routed experts alone": ("axk1", {"n_shared_experts": 0}),
     "norm behind the experts, and a bias": ("axk1", {"bias_dtype": "f32", "n_group": 1, "topk_group": 1}),
     "longrope with an amplitude": ("minicpm3", {"max_position_embeddings": 2048}),

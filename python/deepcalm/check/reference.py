@@ -151,7 +151,7 @@ class Settings:
         v2 = raw["model_type"] in ("deepseek_v2", "mistral4")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = (rope.get("rope_type") or rope.get("type") or "default").removeprefix("deepseek_")
-        method = raw.get("topk_method") or ("greedy" if v2 else "noaux_tc")
+        method = (raw["model_type"] != "axk1" and raw.get("topk_method")) or ("greedy" if v2 else "noaux_tc")
         types, experts = raw.get("mlp_layer_types"), raw.get("n_routed_experts") or 0
         dense = types.count("dense") if types else raw.get("first_k_dense_replace", 0)
         return cls(
@@ -166,7 +166,7 @@ class Settings:
             bool(raw.get("norm_topk_prob")), raw.get("routed_scaling_factor") or 1.0,
             raw["rms_norm_eps"], rope.get("rope_theta") or raw.get("rope_theta", 1e4), rope if kind == "yarn" else None,
             raw.get("rope_interleave") is not False and raw["model_type"] != "minicpm3",
-            bool(raw.get("tie_word_embeddings", raw["model_type"] in ("youtu", "youtu_llm", "minicpm3"))),
+            bool(raw.get("tie_word_embeddings", raw["model_type"] in ("youtu", "minicpm3"))),
             raw["vocab_size"], **_of_some(raw, rope, kind),
         )  # fmt: skip
 

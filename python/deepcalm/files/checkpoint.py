@@ -234,7 +234,7 @@ class Checkpoint(Closing):
         for spec in _core.expected_tensors(self._normalised(1)):
             if spec["name"].startswith("mtp."):
                 for name in source_names(spec["name"], spec["n_slices"], self):
-                    if not self.has_weight(name):
+                    if not self.has_weight(name) and not self._zero_bias(name):
                         return f"{name} is missing{self._lists(name)}"
         return ""
 
@@ -249,6 +249,10 @@ class Checkpoint(Closing):
         base = name.removesuffix("weight")
         forms = (name, base + "weight_packed", base + "qweight", base + "weight_blocks")
         return any(n in self.tensors for n in forms) or self._find(name) is not None
+
+    def _zero_bias(self, name: str) -> bool:
+        """Whether a router's bias that no file holds is zeros, as in transformers."""
+        return name.endswith("e_score_correction_bias") and self.config["model_type"] == "axk1"
 
     def _find(self, name: str) -> TensorInfo | None:
         """Where a tensor lies; an expert's may be a share of one of all experts, as transformers 5 can save them.
@@ -286,9 +290,8 @@ class Checkpoint(Closing):
                 raise CheckpointError(f"{self.where(packed.name)}: expected a plain tensor {list(shape)} and no other")
             return self._fp4(name, packed, shape) if packed.dtype == "U8" else self._integer(name, packed, shape)
         info = self._find(name)
-        if info is None and name.endswith("e_score_correction_bias") and self.config["model_type"] == "axk1":
-            zeros = TensorInfo(name, "F32", shape, 0, 4 * shape[0])  # of no file; as transformers has it
-            return Weight(name, "f32", 1, shape[0], zeros)
+        if info is None and self._zero_bias(name):
+            return Weight(name, "f32", 1, shape[0], TensorInfo(name, "F32", shape, 0, 4 * shape[0]))  # of no file
         if info is None:
             found = f"tensor {name} is missing{self._lists(name)}"
             mlx = ": experts stored as mlx does are not read" if any(".switch_mlp." in n for n in self.tensors) else ""

@@ -13,7 +13,7 @@ from typing import Any
 from .. import _core
 from ..errors import ConfigError, show
 
-DENSE = ("youtu", "youtu_llm", "minicpm3")  # no experts; the head is the embedding where config.json says nothing
+DENSE = ("youtu", "minicpm3")  # no experts; the head is the embedding where config.json says nothing
 # model_type -> (scoring_func, topk_method) where config.json does not say (transformers' exports drop both)
 SUPPORTED = {
     "deepseek_v2": ("softmax", "greedy"),
@@ -26,6 +26,7 @@ SUPPORTED = {
     **dict.fromkeys(DENSE, ("sigmoid", "noaux_tc")),
 }
 OWN_NAMES = {"sarvam_mla": {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}}
+ALIASES = {"AXK1": "axk1", "youtu_llm": "youtu"}  # what its authors' own code calls a model_type
 NOT_YET = ("deepseek_v32", "deepseek_v4", "longcat_flash")
 # Names of a text model's tensors: what stands before "layers." and "embed_tokens.", and the head's. A multimodal
 # wrapper's are the authors', or those of transformers' save_pretrained(save_original_format=False).
@@ -220,7 +221,9 @@ def _moe(k: _Keys, model_type: str, n_layers: int) -> dict[str, Any]:
     moe["num_experts_per_tok"] = k.integer("num_experts_per_tok")
     moe["n_shared_experts"] = k.integer("n_shared_experts", null=0)
     moe["first_k_dense_replace"] = _dense_layers(k, n_layers)
-    moe["topk_method"] = k.choice("topk_method", method, ("greedy", "group_limited_greedy", "noaux_tc"))
+    moe["topk_method"] = method  # axk1: whatever the file says, which no released code reads but for the bias
+    if model_type != "axk1":
+        moe["topk_method"] = k.choice("topk_method", method, ("greedy", "group_limited_greedy", "noaux_tc"))
     moe["scoring_func"] = k.choice("scoring_func", scoring, ("softmax", "sigmoid"))
     grouped = moe["topk_method"] != "greedy"
     for key in ("n_group", "topk_group"):  # greedy routing has no groups, whatever the file says
@@ -261,6 +264,8 @@ def unwrap(raw: object, where: str) -> tuple[dict[str, Any], tuple[Layout, ...]]
         shared = ("quantization", "quantization_config", "bos_token_id", "eos_token_id")
         raw = {key: raw[key] for key in shared if key in raw} | inner
         model_type = raw.get("model_type")
+    if isinstance(model_type, str) and model_type in ALIASES:
+        raw, model_type = raw | {"model_type": ALIASES[model_type]}, ALIASES[model_type]
     if not isinstance(model_type, str) or model_type not in SUPPORTED:
         why = " (planned, not supported yet)" if model_type in NOT_YET else ""
         if model_type in UNCERTAIN:
