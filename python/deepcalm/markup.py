@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,11 @@ KEY, END_KEY, VALUE, END_VALUE = "<arg_key>", "</arg_key>", "<arg_value>", "</ar
 
 
 class MarkupError(Error):
-    """What a client sent cannot be put into the model's prompt; ``param`` names the field."""
+    """What a client sent cannot be put into the model's prompt: ``param`` names the field, ``fault`` says why."""
 
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(f"{param}: {message}")
-        self.param = param
+    def __init__(self, param: str, fault: str) -> None:
+        super().__init__(f"{param}: {fault}")
+        self.param, self.fault = param, fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,10 +348,9 @@ class Answer:
         self._steps = self._run(thinks is False)
         next(self._steps)
 
-    @property
-    def called(self) -> bool:
-        """Whether a call was read."""
-        return bool(self._calls)
+    def finish_reason(self, reason: str | None) -> str | None:
+        """``reason``, OpenAI's; behind a call "tool_calls" for "stop"."""
+        return "tool_calls" if self._calls and reason == "stop" else reason
 
     @property
     def message(self) -> Json:
@@ -415,12 +415,10 @@ class Answer:
         yield
         try:
             if may_think:
-                try:
+                with suppress(_NoCall):
                     yield from self._one_of(THINK)
                     self._kind = REASONING
                     self._drop()
-                except _NoCall:
-                    self._at = self._out
             while True:
                 yield from self._next()
         except _End:

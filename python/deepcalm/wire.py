@@ -8,6 +8,7 @@ from any thread.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from . import _core
 from .arguments import integer, token_ids
 from .errors import Error, ResourceError, SessionError, one_line
 from .files.safetensors import parse_json
+from .markup import MarkupError
 from .sampling import Sampling, Scores
 from .session import MAX_ROWS
 
@@ -104,7 +106,7 @@ class Fields:
     """The checked fields of a request; None where the body has none.
 
     ``chat``: of a chat completion, with ``messages`` (content a string, or None), ``tools`` (None too when tool_choice
-    is none) and ``template`` (options for the chat template, tools among them); else of a completion with ``prompts``,
+    is none) and ``template`` (options for the chat template); else of a completion with ``prompts``,
     texts or lists of ids. ``given``: those of Sampling's temp, top_p, top_k, min_p that the body has. ``logprobs``: how
     many most probable tokens are wanted beside each.
     """
@@ -161,7 +163,7 @@ def parse_fields(body: Mapping[str, Any], chat: bool, streams: bool = False) -> 
         model=read.instance("model", str, "a string"),
         prompts=prompts,
         messages=_messages(body["messages"]) if chat else [],
-        template=read.template() | ({"tools": tools} if tools else {}),
+        template=read.template(),
         tools=tools,
         given=read.sampling(),
         seed=None if seed is None else seed % 2**64,
@@ -311,7 +313,9 @@ def encode(fields: Fields, model: Model, ctx: int, kv: str) -> list[Prompt]:
         ResourceError: no memory, no process for the template.
     """
     name = "messages" if fields.chat else "prompt"
-    texts = [m["content"] or "" for m in fields.messages] if fields.chat else []
+    texts = [m["content"] or "" for m in fields.messages]
+    called = [m["tool_calls"] for m in fields.messages if "tool_calls" in m]
+    texts += [json.dumps(x, ensure_ascii=False) for x in (fields.tools or [], *called)]
     for text in ("".join(texts), *(p for p in fields.prompts if isinstance(p, str))):
         if len(text.encode()) > ctx * model.vocabulary.longest_token:
             raise _too_long(name, f"{len(text)} characters, more than {ctx} tokens can hold", ctx)
@@ -321,13 +325,15 @@ def encode(fields: Fields, model: Model, ctx: int, kv: str) -> list[Prompt]:
     for prompt in fields.prompts or ("",):
         try:
             if fields.chat:
-                ids = model.encode_chat(fields.messages, **fields.template)
+                ids = model.markup.encode(fields.messages, fields.tools, **fields.template)
             elif isinstance(prompt, str):
                 ids = model.encode(prompt)
             else:
                 ids = token_ids(prompt, int(model.config["vocab_size"])).tolist()
         except ResourceError:
             raise
+        except MarkupError as e:
+            raise RequestError(e.fault, e.param) from None
         except (Error, TypeError, ValueError, OverflowError) as e:
             raise RequestError(e, name, "template_failed" if fields.chat else "invalid_value") from None
         if len(ids) >= ctx:
@@ -363,6 +369,7 @@ def submit(
     stop = stop if fields.stop is None else fields.stop
     limit = max_tokens if fields.max_tokens is None else fields.max_tokens
     requests: list[Request] = []
+    shown = batch.model.markup.shown(fields.tools) if fields.chat else ()
     try:
         for prompt in prompts:
             if limit == 0:
@@ -370,9 +377,10 @@ def submit(
             else:
                 requests.append(
                     batch.submit(
-                        prompt.ids, sampling=how, stop=stop, max_tokens=limit, logprobs=fields.logprobs, n=fields.n
+                        prompt.ids, sampling=how, stop=stop, max_tokens=limit, logprobs=fields.logprobs, n=fields.n,
+                        shown=shown,
                     )
-                )
+                )  # fmt: skip
     except (SessionError, ValueError) as e:
         raise RequestError(e) from None
     finally:
@@ -465,17 +473,21 @@ def prompt_scores(model: Model, ids: Sequence[int], n_top: int, kv: str) -> list
     return scores
 
 
-def choice_body(fields: Fields, prompt: Prompt, choice: Choice, index: int, vocabulary: Vocabulary) -> dict[str, Any]:
-    """One of ``choices`` in a whole answer."""
-    logprobs, out = None, dict[str, Any](index=index)
+def choice_body(
+    fields: Fields, prompt: Prompt, choice: Choice, index: int, model: Model, answer_id: str
+) -> dict[str, Any]:
+    """One of ``choices`` in a whole answer. answer_id: what the ids of its tool calls are made from."""
+    logprobs, out, reason = None, dict[str, Any](index=index), finish_reason(choice.reason)
     if fields.logprobs is not None:
         scores = prompt.scores + choice.scores
-        logprobs = chat_logprobs(vocabulary, scores) if fields.chat else text_logprobs(vocabulary, scores)
+        logprobs = (chat_logprobs if fields.chat else text_logprobs)(model.vocabulary, scores)
     if fields.chat:
-        out["message"] = {"role": "assistant", "content": choice.text}
+        reader = model.markup.answer(prompt.ids, f"{answer_id}-{index}", fields.tools)
+        reader.take(choice)
+        out["message"], reason = reader.message, reader.finish_reason(reason)
     else:
         out["text"] = prompt.text + choice.text
-    return out | {"logprobs": logprobs, "finish_reason": finish_reason(choice.reason)}
+    return out | {"logprobs": logprobs, "finish_reason": reason}
 
 
 def answer(
@@ -490,7 +502,7 @@ def answer(
     return {
         **head,
         "object": "chat.completion" if fields.chat else "text_completion",
-        "choices": [choice_body(fields, p, c, i, model.vocabulary) for i, (p, c) in enumerate(choices)],
+        "choices": [choice_body(fields, p, c, i, model, head.get("id", "")) for i, (p, c) in enumerate(choices)],
         "usage": usage(requests, cached),
         "seed": choices[0][1].seed,
     }

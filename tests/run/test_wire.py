@@ -17,8 +17,10 @@ import commands
 import deepcalm
 import models
 from deepcalm import wire
+from deepcalm.markup import Markup
 from deepcalm.sampling import Sampling, Scores
 from deepcalm.session import MAX_ROWS
+from deepcalm.template import ChatTemplate
 from deepcalm.wire import RequestError, parse_fields, parse_object
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -122,7 +124,7 @@ def test_fields_of_a_chat_completion() -> None:
         {"role": "assistant", "content": None, "tool_calls": []},
         {"role": "user", "content": ""},
     ]
-    assert f.template == {"thinking": True, "tools": [tool]} and f.tools == [tool]
+    assert f.template == {"thinking": True} and f.tools == [tool]
     assert (f.max_tokens, f.logprobs, f.stop) == (5, 2, ("x", "y"))
     without = parse_fields(body | {"tool_choice": "none", "top_logprobs": None}, chat=True)
     assert without.tools is None and without.template == {"thinking": True} and without.logprobs == 0
@@ -247,9 +249,16 @@ def test_prompts_that_cannot_be(model: deepcalm.Model, monkeypatch: pytest.Monke
             encoded(model, body)
         assert (e.value.param, e.value.code) == ("prompt", "context_length_exceeded")
     monkeypatch.setattr(type(model), "encode", lambda *_: pytest.fail("tokenised"))
-    monkeypatch.setattr(type(model), "encode_chat", lambda *_, **__: pytest.fail("rendered"))
+    monkeypatch.setattr(Markup, "encode", lambda *_, **__: pytest.fail("rendered"))
     long = "é" * (50 * model.vocabulary.longest_token + 1)
-    for chat, body in ((False, {"prompt": long}), (True, {"messages": [{"role": "user", "content": long}]})):
+    said = {"role": "user", "content": "x"}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": long}}
+    for chat, body in (
+        (False, {"prompt": long}),
+        (True, {"messages": [said | {"content": long}]}),
+        (True, {"messages": [said], "tools": [{"type": "function", "function": {"name": "f", "description": long}}]}),
+        (True, {"messages": [{"role": "assistant", "tool_calls": [call]}]}),
+    ):
         with pytest.raises(RequestError, match="more than 100 tokens can hold") as e:
             encoded(model, body, chat)
         assert e.value.code == "context_length_exceeded"
@@ -261,7 +270,7 @@ def test_a_template_that_refuses_is_the_requests_fault_and_a_killed_one_is_not(
     def fail(*_: object, **__: object) -> list[int]:
         raise error
 
-    monkeypatch.setattr(type(model), "encode_chat", fail)
+    monkeypatch.setattr(Markup, "encode", fail)
     error: Exception = deepcalm.Error("chat template: roles must alternate")
     with pytest.raises(RequestError, match="roles must alternate") as e:
         encoded(model, CHAT, True)
@@ -323,6 +332,33 @@ def test_answer_of_a_chat(model: deepcalm.Model) -> None:
     data = b"".join(bytes(t["bytes"]) for t in content)
     assert data.decode("utf-8", "replace") == choice["message"]["content"]
     assert all(len(t["top_logprobs"]) == 2 and t["logprob"] <= t["top_logprobs"][0]["logprob"] for t in content)
+
+
+def test_answer_with_a_tool_call(model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model writes is planted; its markers are no special tokens."""
+    template = (
+        "{%- for t in tools or [] %}<tool_call><arg_key>{{ t }}{% endfor %}{% for m in messages %}{{ m }}{% endfor %}"
+    )
+    monkeypatch.setitem(model.__dict__, "markup", Markup(ChatTemplate(template, {}), model.vocabulary))
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"n": {"type": "integer"}}}}}]
+    fields = parse_fields(CHAT | {"n": 2, "tools": tools, "temperature": 1.0}, True)
+    with model.batch(ctx=900) as batch:
+        prompts = wire.encode(fields, model, batch.ctx, batch.kv)
+        assert "integer" in model.decode(prompts[0].ids)
+        requests = wire.submit(fields, prompts, batch, Sampling(), max_tokens=1)
+        list(batch.run())
+    written = "So. <tool_call>f<arg_key>n</arg_key><arg_value>5</arg_value></tool_call>"
+    first, second = requests[0].choices
+    first.text, first.reason, second.text, second.reason = written, "eos", written[:-1], "eos"
+    called, text = wire.answer({"id": "x"}, fields, prompts, requests, model, cached=False)["choices"]
+    call = {"id": "call_x-0_0", "type": "function", "function": {"name": "f", "arguments": '{"n": 5}'}}
+    assert called["message"] == {"role": "assistant", "content": "So. ", "tool_calls": [call]}
+    assert called["finish_reason"] == "tool_calls"
+    assert text["message"] == {"role": "assistant", "content": written[:-1]} and text["finish_reason"] == "stop"
+    with pytest.raises(RequestError, match=r"tool_calls\[0\].function.arguments: expected") as e:
+        wrong = {"role": "assistant", "tool_calls": [call | {"function": {"name": "f", "arguments": "{"}}]}
+        wire.encode(parse_fields({"messages": [wrong]}, True), model, 900, "f16")
+    assert e.value.param == "messages[0].tool_calls[0].function.arguments"
 
 
 def test_echo_has_the_prompts_own_scores(model: deepcalm.Model) -> None:

@@ -264,7 +264,9 @@ CALLS = [("weather", {"city": 'Köln "x"\n', "days": 2}), ("now", {})]
 def test_calls_are_read(family: Family) -> None:
     reader = answer(family)
     message = read(reader, "Let me see.\n" + calls_of(family, *CALLS) + "\n")
-    assert functions(message) == CALLS and message["content"] == "Let me see.\n" and reader.called
+    assert functions(message) == CALLS and message["content"] == "Let me see.\n"
+    assert [reader.finish_reason(r) for r in (None, "stop", "length")] == [None, "tool_calls", "length"]
+    assert answer(family).finish_reason("stop") == "stop"
     assert functions(read(answer(family), calls_of(family, *CALLS[1:]))) == CALLS[1:]
     assert read(answer(family), " \n" + calls_of(family, *CALLS))["content"] is None
 

@@ -25,7 +25,7 @@ FLOORS = (
         "text",
     ),
     ("files",),
-    ("batch", "batch_file", "batch_lines", "device", "drafting", "generation", "model", "session", "wire"),
+    ("batch", "batch_file", "batch_lines", "device", "drafting", "generation", "markup", "model", "session", "wire"),
     ("check", "measure"),
     ("cli",),
     ("__main__",),
