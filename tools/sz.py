@@ -32,6 +32,7 @@ class Area:
 BATCH = tuple(f"python/deepcalm/{name}.py" for name in ("batch", "batch_lines", "batch_file", "cli/batch"))
 WIRE = ("python/deepcalm/wire.py",)
 MARKUP = ("python/deepcalm/markup.py",)
+SERVE = ("python/deepcalm/serve/*.py", "python/deepcalm/cli/serve.py")
 AREAS = (
     Area(
         "C++",
@@ -53,6 +54,7 @@ AREAS = (
     Area("Python batch", BATCH, 1022),
     Area("Python requests", WIRE, 514),
     Area("Python markup", MARKUP, 529),
+    Area("Python serve", SERVE, 36),
     Area("Python check", ("python/deepcalm/check/*.py", "python/deepcalm/cli/check.py"), 1690),
     Area("Python measure", ("python/deepcalm/measure/*.py", "python/deepcalm/cli/bench.py"), 1383),
     Area("tools", ("tools/**/*.py",), None),
