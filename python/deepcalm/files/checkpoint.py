@@ -39,7 +39,8 @@ KINDS = {dtype: kind for kind, dtype in SOURCE_DTYPES.items() if kind not in ("i
 SCALES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F8_E8M0": np.uint8}
 FP4_GROUPS = {"F8_E4M3": 16, "U8": 32, "F8_E8M0": 32}  # dtype of fp4 group scales -> columns of a group: NVFP4, MXFP4
 E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int8)  # twice the values of codes 0..7; 8..15 are the negative ones
-_PAIRS = np.append(E2M1, -E2M1)[np.arange(256)[:, None] >> [0, 4] & 15]  # [256, 2] of every byte, low nibble first
+# [256] both values of a byte, the low nibble's first, as the two bytes of one number
+_PAIRS = np.append(E2M1, -E2M1)[np.arange(256)[:, None] >> [0, 4] & 15].view(np.uint16)[:, 0]
 Bytes = npt.NDArray[np.uint8]
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.)([0-9]{1,6})\.(gate|up|down)_proj\.weight(_scale_inv)?")
 # Tensors that only other quantisations have, and whose they are. One of these beside a weight refuses it.
@@ -100,7 +101,7 @@ class Weight:
         kind = self.kind
         if kind == "fp4":
             assert scale is not None
-            kind, data, scale = "i8", _PAIRS[data].reshape(len(data), -1).view(np.uint8), scale / np.float32(2)
+            kind, data, scale = "i8", _PAIRS[data].view(np.uint8), scale / np.float32(2)
         elif kind == "i8" and self.data.dtype == "I32":  # code + 128
             data = data ^ np.uint8(128)
         return _core.Source(kind, data, cols or self.cols, first_row, scale, self.block, self.scale_dtype)
