@@ -65,8 +65,9 @@ class Spelling:
         names = " ".join(s["type"] for s in steps)
         strip: dict[str, Any] = steps[-1] if names.endswith("Strip") else {"content": " ", "start": 0, "stop": 0}
         replace = [(s["pattern"].get("String"), s["content"]) for s in steps if s["type"] == "Replace"]
-        known = re.fullmatch(r"(Replace )+(ByteFallback )?Fuse( Strip)?", names) and all(old for old, _ in replace)
-        if not known or (strip["content"], strip["stop"]) != (" ", 0):
+        known = re.fullmatch(r"(Replace )+(ByteFallback )?Fuse( Strip)?", names)
+        longer = any(not old or len(new.encode()) > len(old.encode()) for old, new in replace)  # a token never grows
+        if not known or longer or (strip["content"], strip["stop"]) != (" ", 0):
             expected = "expected 'ByteLevel', 'Metaspace' or Replace, ByteFallback, Fuse and Strip"
             raise UnsupportedError(f"tokenizer.json: decoder {names or kind!r} is not supported, {expected}")
         return cls(tuple(replace), "ByteFallback" in names, strip["start"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import tiny
 from deepcalm.errors import CheckpointError, UnsupportedError
@@ -174,6 +174,10 @@ def test_names_show_marks_as_spaces_and_bytes_as_bytes() -> None:
         decoders.WordPiece(),
         decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]),
         decoders.Sequence([decoders.Replace(MARK, " "), decoders.Strip(" ", 1, 0)]),
+        decoders.Sequence([decoders.Replace(MARK, "long"), decoders.Fuse()]),
+        decoders.Sequence([decoders.Replace("", ""), decoders.Fuse()]),
+        decoders.Sequence([decoders.Replace(Regex(MARK), " "), decoders.Fuse()]),
+        decoders.Sequence([decoders.Sequence([decoders.ByteLevel()])]),
         decoders.Sequence([decoders.Replace(MARK, " "), decoders.Fuse(), decoders.Strip(" ", 1, 1)]),
         decoders.Sequence([decoders.Replace(MARK, " "), decoders.Fuse(), decoders.Strip("_", 1, 0)]),
     ],
