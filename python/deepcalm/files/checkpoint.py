@@ -309,18 +309,17 @@ class Checkpoint(Closing):
         if scale is None:
             found = f"{info.name}_scale_inv or weight_scale, found none{self._lists(name + '_scale_inv')}"
             raise CheckpointError(f"{self.where(info.name)}: F8_E4M3 needs {found}")
-        block = self.quantisation.get("fp8_block")
-        if math.prod(scale.shape) == 1:
-            return Weight(
-                name, "f8", rows, cols, info, self._check(scale, tuple(SCALES), scale.shape, ""), (rows, cols)
-            )
-        if scale.shape in ((rows,), (rows, 1)) and (block is None or block[1] < cols):
-            return Weight(name, "f8", rows, cols, info, self._check(scale, tuple(SCALES), scale.shape, ""), (1, cols))
-        if block is None:
-            found = f"{list(scale.shape)} scales, but config.json has no weight_block_size or block_structure"
+        block, grid, why = self.quantisation.get("fp8_block"), scale.shape, ""
+        if math.prod(grid) == 1:
+            block = (rows, cols)
+        elif grid in ((rows,), (rows, 1)) and (block is None or block[1] < cols):
+            block = (1, cols)
+        elif block is None:
+            found = f"{list(grid)} scales, but config.json has no weight_block_size or block_structure"
             raise CheckpointError(f"{self.where(info.name)}: F8_E4M3 with {found}")
-        grid = (-(-rows // block[0]), -(-cols // block[1]))
-        why = f" for {list(shape)} in blocks of {list(block)}"
+        else:
+            grid = (-(-rows // block[0]), -(-cols // block[1]))
+            why = f" for {list(shape)} in blocks of {list(block)}"
         return Weight(name, "f8", rows, cols, info, self._check(scale, tuple(SCALES), grid, why), block)
 
     def _beside(self, data: TensorInfo, name: str) -> TensorInfo:
