@@ -48,7 +48,7 @@ AREAS = (
             *("python/deepcalm/*.py", "python/deepcalm/files/*.py"),
             *(f"python/deepcalm/cli/{name}.py" for name in ("__init__", "common", "run", "chat", "files")),
         ),
-        7317,
+        7322,
         without=(*BATCH, *WIRE, *MARKUP),
     ),
     Area("Python batch", BATCH, 1022),

@@ -131,7 +131,7 @@ class ChatTemplate:
         pieces = re.split(f"{start}({any_of(control).pattern}){end}|[{start}{end}]", text)
         ids: list[int] = []
         for i, piece in enumerate(pieces):
-            ids += vocabulary.encode(piece or "", plain=i % 2 == 1)
+            ids += vocabulary.encode(piece or "", plain=i % 2 == 1, inside=i > 0)
         return ids
 
     def _values(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -171,8 +171,10 @@ class Vocabulary:
                 raise SessionError(f"stop {s!r}: {inside!r} is a special token, which shows as no text: name it alone")
         return frozenset(special[s] for s in stops if s in special)
 
-    def encode(self, text: str, plain: bool = False) -> list[int]:
+    def encode(self, text: str, plain: bool = False, inside: bool = False) -> list[int]:
         """``text`` as token ids; special tokens written out in it count (not if ``plain``), none is added.
+
+        ``inside``: it goes on from a ``plain`` text, and no space is put in front of it.
 
         Raises:
             SessionError: the text holds lone surrogates, or the tokenizer gives an id that the model has no row for.
@@ -183,6 +185,10 @@ class Vocabulary:
             text.encode("utf-8")
         except UnicodeEncodeError as e:
             raise SessionError(f"the text is not valid Unicode: {one_line(e)}") from None
+        if inside and not plain and self._spelling is not None:
+            starts = (i for t in self._added.values() if t and (i := text.find(t)) >= 0)
+            first = min(starts, default=len(text))  # from an added token on the tokenizer has the right text before it
+            return self.encode(text[:first], plain=True) + self.encode(text[first:])
         tokenizer = self._plain_tokenizer if plain else self._tokenizer
         ids: list[int] = _guarded("tokenizer.json", lambda: tokenizer.encode(text, add_special_tokens=False).ids)
         if ids and max(ids) >= self._vocab_size:

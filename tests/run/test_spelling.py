@@ -207,7 +207,9 @@ def test_a_packed_model_talks_with_it(tmp_path: Path) -> None:
     t = tokenizer("MiniCPM3")
     assert model.encode_chat([{"role": "user", "content": "the cat"}]) == t.encode("<s>a the cat</s>").ids
     ids = model.encode_chat([{"role": "user", "content": "the</s>cat"}])
-    assert ids.count(2) == 1 and model.decode(ids) == "a the</s> cat"
+    assert ids.count(2) == 1 and model.decode(ids) == "a the</s>cat"
+    rest = t.encode("<s>a the</s>").ids[:-1] + model.vocabulary.encode("</s>cat", plain=True)
+    assert ids == [*rest, 2]
     ids = model.encode("the cat")
     session = model.session(ctx=64)
     session.prefill(ids)
