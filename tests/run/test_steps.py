@@ -92,6 +92,17 @@ def run(batch: Any, sequences: Sequence[Sequence_], rng: np.random.Generator, an
             s.take(r)
 
 
+@pytest.mark.parametrize("preset", ["mistral4", "minicpm3", "axk1"])
+def test_what_one_model_has_follows_the_sequence(preset: str) -> None:
+    """Queries that grow by position, scaled embeddings and logits, a norm behind the experts: row by row."""
+    core = models.open_model(models.pack(models.checkpoint(preset, "bf16"), dtype="q8"), models.ISAS[0], 2)
+    ids = [tiny.token_ids(N_VALID, n, n).tolist() for n in (3, 40, 90)]
+    sequences = [Sequence_(core, s, how, mtp=False, ctx=128) for s, how in zip(ids, HOW, strict=True)]
+    run(_core.Batch(core, 256), sequences, np.random.default_rng(1), 9)
+    for s in sequences:
+        s.check()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("lengths", [(1, 63, 64, 511, 512, 513), (4000, 1, 5, 70)], ids=["borders", "one long"])
 def test_sequences_have_the_bits_that_they_have_alone(threads: int, lengths: tuple[int, ...]) -> None:
