@@ -468,6 +468,21 @@ def test_it_is_the_same_in_one_go_with_many_sequences(
     assert (tmp_path / "out.jsonl").read_bytes() == want
 
 
+def test_lines_dealt_to_several_batches_get_the_same_bytes(whole: tuple[Path, bytes]) -> None:
+    """As a driver of several machines deals them: it sees bytes and line numbers only."""
+    source, want = whole
+    with source.open("rb") as file:
+        lines = [*unique(Line.parse(data, number) for number, data in read_lines(file))]
+    results: dict[int, bytes] = {}
+    for part in range(3):
+        model = deepcalm.Model(models.packed(), threads=1)
+        settings = Settings(model.path.stem, "2026-02-03T04:05:06")
+        with model.batch(max_sequences=6, ctx=200) as batch:
+            for started, result in Lines(batch, settings).run(iter(lines[part::3]), ahead=24):
+                results[started.line.number] = result
+    assert b"".join(results[line.number] for line in lines) == want
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_keeps_whole_lines(
     batching: Batching, whole: tuple[Path, bytes], tmp_path: Path, number: int
@@ -722,10 +737,10 @@ def test_templates_are_told_the_date_of_the_first_start(
 
 
 def test_a_bar_shows_lines_speed_and_the_time_left(path: Path, tmp_path: Path) -> None:
-    (tmp_path / "in").write_text('{"prompt": "a"}\n' * 300)
+    (tmp_path / "in").write_text('{"prompt": "a"}\n' * 120)
     terminal = Terminal("batch", "-m", path, tmp_path / "in", tmp_path / "out", "-n", "20", width=120)
     shown = terminal.until(r"lines, \d+ of them in error, complete")
-    assert re.search(r"lines .*\d+/300 +[1-9]\d* tok/s +\d+:\d\d:\d\d", shown), shown
+    assert re.search(r"lines .*\d+/120 +[1-9]\d* tok/s +\d+:\d\d:\d\d", shown), shown
     assert terminal.ends() == 0
 
 
@@ -767,5 +782,5 @@ def test_examples_of_the_page_run(tmp_path: Path) -> None:
             ["bash", "-c", script], cwd=tmp_path, env=commands.environment(), capture_output=True, check=False
         )
         assert done.returncode == 0, done.stderr
-    assert [line["id"] for line in lines_of(tmp_path / "answers.jsonl")] == ["cat", "dog", 3]
+    assert [line["id"] for line in lines_of(tmp_path / "answers.jsonl")] == ["cat", "dog", 3, "chat"]
     assert b"2 lines (1 were there), 0 of them in error, complete" in done.stderr
