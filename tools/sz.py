@@ -53,7 +53,7 @@ AREAS = (
     ),
     Area("Python batch", BATCH, 1022),
     Area("Python requests", WIRE, 514),
-    Area("Python markup", MARKUP, 529),
+    Area("Python markup", MARKUP, 535),
     Area("Python serve", SERVE, 36),
     Area("Python check", ("python/deepcalm/check/*.py", "python/deepcalm/cli/check.py"), 1690),
     Area("Python measure", ("python/deepcalm/measure/*.py", "python/deepcalm/cli/bench.py"), 1383),

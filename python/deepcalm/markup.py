@@ -50,10 +50,10 @@ class Family:
     middle: str = ""
 
     @property
-    def markers(self) -> tuple[str, ...]:
-        """All of them."""
-        own = (*self.call, *self.section, self.middle) if self.middle else (*self.call, KEY, END_KEY, VALUE, END_VALUE)
-        return (THINK, END_THINK, *own)
+    def markers(self) -> list[str]:
+        """What may be a token of its own."""
+        arguments = self.middle or KEY + END_KEY + VALUE + END_VALUE
+        return re.findall("<.*?>", "".join((THINK, END_THINK, *self.section, *self.call, arguments)))
 
 
 DEEPSEEK = Family(
@@ -61,6 +61,12 @@ DEEPSEEK = Family(
     ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"),
     ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
     "<｜tool▁sep｜>",
+)
+DEEPSEEK_V3 = Family(  # R1 too
+    "deepseek-v3",
+    ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "```<｜tool▁call▁end｜>"),
+    DEEPSEEK.section,
+    "```json",
 )
 KIMI = Family(
     "kimi-k2",
@@ -93,8 +99,8 @@ DEEPSEEK_TOOLS = r"""
 
 def family_of(literals: str) -> Family | None:
     """The family whose markers are in a template's text."""
-    if DEEPSEEK.middle in literals and "```json" not in literals:  # V3 and R1 fence the arguments
-        return DEEPSEEK
+    if DEEPSEEK.middle in literals:
+        return DEEPSEEK_V3 if DEEPSEEK_V3.middle in literals else DEEPSEEK
     return next((f for f in (KIMI, GLM) if (f.middle or KEY) in literals), None)
 
 
@@ -183,7 +189,7 @@ class Markup:
 
     def shown(self, tools: Sequence[Json] | None) -> frozenset[int]:
         """The special tokens that ``Answer`` reads, to be decoded as text."""
-        markers: tuple[str, ...] = (THINK, END_THINK) if self._thinks else ()
+        markers = [THINK, END_THINK] if self._thinks else []
         if tools and self._family is not None:
             markers = self._family.markers
         return self._vocabulary.special_ids(markers)
@@ -313,7 +319,7 @@ class _End(Exception):
 
 Steps = Generator[None, None, Any]
 MAX_NAME = 256
-_NAME = re.compile(rf"[^\s<]{{0,{MAX_NAME}}}")
+_NAME = re.compile(rf"[^\s<`]{{0,{MAX_NAME}}}")
 
 
 class Answer:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import tiny
 from chat_templates import FAMILIES, GLM_TOOLS, KIMI_TOOLS, QWEN3, R1, TOKENS
-from deepcalm.markup import DEEPSEEK, GLM, KIMI, Answer, Delta, Family, Markup, MarkupError, typed
+from deepcalm.markup import DEEPSEEK, DEEPSEEK_V3, GLM, KIMI, Answer, Delta, Family, Markup, MarkupError, typed
 from deepcalm.template import ChatTemplate
 from deepcalm.text import Vocabulary
 
@@ -37,8 +37,14 @@ DEEPSEEK_CALLS = """{{ bos_token }}{%- set ns = namespace(system='', user=false,
 {%- if add_generation_prompt and ns.user %}{{ '<｜Assistant｜>' }}{{ '<think>' if thinking else '</think>' }}{%
     endif %}"""
 KIMI_CALLS = "{%- set thoughts = '<think></think>' %}" + KIMI_TOOLS  # as K2-Thinking's, which knows of them
-TEMPLATES = {"deepseek-v3.1": DEEPSEEK_CALLS, "kimi-k2": KIMI_CALLS, "glm-4": GLM_TOOLS}
-ADDED = tuple(dict.fromkeys(m for f in (DEEPSEEK, KIMI, GLM) for m in f.markers))
+V3_CALLS = "{% if tools %}{{ tools }}{% endif %}" + (  # as those that vLLM brings for V3 and R1
+    DEEPSEEK_CALLS.replace("'<｜tool▁call▁begin｜>'", "'<｜tool▁call▁begin｜>function<｜tool▁sep｜>'")
+    .replace("+ '<｜tool▁sep｜>' +", "+ '\n```json\n' +")
+    .replace("'<｜tool▁call▁end｜>'", "'\n```<｜tool▁call▁end｜>'")
+)
+TEMPLATES = {"deepseek-v3.1": DEEPSEEK_CALLS, "deepseek-v3": V3_CALLS, "kimi-k2": KIMI_CALLS, "glm-4": GLM_TOOLS}
+FAMILY = (DEEPSEEK, DEEPSEEK_V3, KIMI, GLM)
+ADDED = tuple(dict.fromkeys(m for f in FAMILY for m in f.markers))
 
 
 def vocabulary(special: bool) -> Vocabulary:
@@ -102,7 +108,7 @@ def rendered(markup: Markup, messages: list[dict[str, Any]], tools: Any = None, 
         (FAMILIES["v2"][0], None, False),
         (FAMILIES["v3"][0], None, False),
         (QWEN3, None, True),
-        (DEEPSEEK_CALLS.replace("'<｜tool▁sep｜>'", "'<｜tool▁sep｜>\n```json'"), None, False),
+        (V3_CALLS.replace("tools", "documents"), "deepseek-v3", False),
     ],
 )
 def test_family_is_that_of_the_template(source: str, family: str | None, renders: bool) -> None:
@@ -213,7 +219,8 @@ def calls_of(family: Family, *calls: tuple[str, dict[str, Any]], number: int = 0
     for i, (name, arguments) in enumerate(calls):
         written = f"functions.{name}:{number + i}" if family is KIMI else name
         if family.middle:
-            body = written + family.middle + json.dumps(arguments, ensure_ascii=False)
+            line = "\n" if family is DEEPSEEK_V3 else ""
+            body = line.join((written, family.middle, json.dumps(arguments, ensure_ascii=False), ""))
         else:
             body = written + "".join(
                 f"<arg_key>{k}</arg_key><arg_value>{v if isinstance(v, str) else json.dumps(v)}</arg_value>"
@@ -256,7 +263,7 @@ def functions(message: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in calls]
 
 
-ALL = pytest.mark.parametrize("family", [DEEPSEEK, KIMI, GLM], ids=lambda f: f.name)
+ALL = pytest.mark.parametrize("family", FAMILY, ids=lambda f: f.name)
 CALLS = [("weather", {"city": 'Köln "x"\n', "days": 2}), ("now", {})]
 
 
@@ -375,7 +382,7 @@ TEXTS = ["Hm. ", "\n", " ", "é", "<", "<think>", "</think>", "</", '{"a": "', '
 PIECES = {
     f.name: st.lists(st.sampled_from([*TEXTS, *f.markers, *broken_calls(f).values(), calls_of(f, *CALLS),
                                       calls_of(f, CALLS[1])]) | st.text(max_size=5), max_size=12).map("".join)
-    for f in (DEEPSEEK, KIMI, GLM)
+    for f in FAMILY
 }  # fmt: skip
 
 
