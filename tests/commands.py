@@ -43,6 +43,15 @@ def run(
     return done.returncode, done.stdout or b"", (done.stderr or b"").decode()
 
 
+def ended_servers(patch: pytest.MonkeyPatch) -> None:
+    """Servers listen at a free port of this machine, and end when they have begun."""
+    from deepcalm.serve import server  # which most tests need not load
+
+    listen, run = server.listen, server.run
+    patch.setattr(server, "listen", lambda *_: listen("127.0.0.1", 0))
+    patch.setattr(server, "run", lambda api, *rest: (api.stopping.set(), run(api, *rest))[1])
+
+
 def cheap_probes(patch: pytest.MonkeyPatch) -> None:
     """Probes of the machine are tested where they are defined; elsewhere they would only cost time."""
     patch.setattr(_core, "read_bandwidth", lambda threads, *_: 10.0 * threads)

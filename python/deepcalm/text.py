@@ -290,6 +290,11 @@ class Decoder:
         """The characters that ``token`` completes; possibly none."""
         return self._shown(self._utf8.decode(self._token_bytes(token)))
 
+    @property
+    def complete(self) -> bool:
+        """Whether no character is half there."""
+        return not self._utf8.getstate()[0]
+
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an incomplete character, else nothing."""
         return self._shown(self._utf8.decode(b"", final=True))

@@ -367,6 +367,10 @@ def submit(
         ResourceError: for want of memory.
     """
     stop = stop if fields.stop is None else fields.stop
+    try:
+        batch.model.vocabulary.stop_ids(stop)
+    except SessionError as e:
+        raise RequestError(str(e).removeprefix("stop "), "stop") from None
     limit = max_tokens if fields.max_tokens is None else fields.max_tokens
     requests: list[Request] = []
     shown = batch.model.markup.shown(fields.tools) if fields.chat else ()

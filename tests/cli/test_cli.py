@@ -282,7 +282,8 @@ def test_every_command_that_has_defaults_runs_without_arguments(run: Run, monkey
 
     monkeypatch.setattr(measure_bench, "bench", quick)
     monkeypatch.setattr(measure_bench, "PROBE_MIB", 1)
-    needs_arguments = {"generate", "pack", "verify", "perplexity"}
+    commands.ended_servers(monkeypatch)
+    needs_arguments = {"batch", "generate", "pack", "verify", "perplexity"}
     assert {name for name in cli.cli.commands if run(name, stdin=b"")[0] != 0} == needs_arguments
 
 

@@ -46,6 +46,7 @@ NOT_TYPED = {
     "tools/bench_peers.py --build": "downloads and compiles llama.cpp, and measures for hours",
     "tools/bench_rows.py --repeats": "measures for an hour",
     "tools/bench_draft.py": "measures for an hour",
+    "tools/bench_serve.py": "measures for minutes; tests/serve calls its parts",
     "tools/gpu_check.py": "needs a GPU",
 }
 # What no document and no --help has.
@@ -62,6 +63,8 @@ deepcalm bench -m FILE --prompt 8 --context 4 --tokens 3 --isa scalar --json-fil
 deepcalm bench --synthetic v3:2 --attn-dtype bf16 --head-dtype f16 --keep new.dcalm --contexts 0
 deepcalm batch IN.jsonl out.jsonl --overwrite --cache-bytes 9999999 -c 64 --kv q8 --top-p 0.9 --top-k 9 --min-p 0.1 -s 3
 deepcalm batch IN.jsonl out.jsonl --stop END --draft 1 --device cpu -t 1 --isa scalar --lock -q
+deepcalm serve --max-waiting 9 --cache-bytes 99999999 --grace 1 --draft 1 -t 1 --isa scalar -c 64 --kv q8 --lock -q
+deepcalm serve --device cpu
 deepcalm perplexity -m v3.dcalm book.txt --device cpu -t 1 --isa scalar -c 64 --kv q8 -q
 """
 # Values of config.json that make a synthetic model small, whatever geometry is asked for.
@@ -118,6 +121,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "FILE").symlink_to(models.pack(base, dtype="q8").path)
     for name in ("IN", "in", "prompts", "questions"):
         (here / f"{name}.jsonl").write_text('{"prompt": "the", "max_tokens": 2}\n' * 3)
+    (here / "key.txt").write_text("secret\n")
     for name in ("book.txt", "question.txt"):
         (here / name).write_text("the other thing in the air and the hour " * 20)
     return here
@@ -134,6 +138,7 @@ def here(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.snapshot_download = lambda *_, **__: str(models.checkpoint("v2_lite", "f32"))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     commands.cheap_probes(monkeypatch)
+    commands.ended_servers(monkeypatch)
     measure = bench.bench
     monkeypatch.setattr(bench, "bench", lambda *a, **b: measure(*a[:4], 1, *a[5:], **b))  # one repeat of each
 

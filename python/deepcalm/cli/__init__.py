@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from . import batch, bench, chat, check, files, run
+from . import batch, bench, chat, check, files, run, serve
 from .common import FAILED, INTERRUPTED, Cli, abandon_stdout, check_streams, on_terminate, say
 
 
@@ -41,7 +41,7 @@ def cli() -> None:
     """Run DeepSeek-type models (MLA, mixture of experts) on this machine, exactly."""
 
 
-for _module in (run, chat, batch, files, check, bench):
+for _module in (run, chat, serve, batch, files, check, bench):
     for _command in _module.COMMANDS:
         cli.add_command(_command)
 

@@ -1,0 +1,79 @@
+"""uvicorn on a socket that is open already, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from ..errors import Error
+from .app import Api
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises Error: no such address here, or another program has the port."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as e:
+        raise Error(f"cannot listen at {host}:{port}: {e.strerror or e}; --host and --port choose another") from None
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are ``serve``'s."""
+        yield
+
+
+def run(api: Api, sock: socket.socket, grace: float, say: Callable[[str], None]) -> int:
+    """Serves until SIGTERM, SIGHUP or Ctrl-C, or ``api.stopping`` is set; then waits ``grace`` seconds for answers.
+
+    Requests are refused from then on. Answers that have not ended by then, or at a second signal, are cut off.
+
+    Returns:
+        The exit code: 130 after Ctrl-C.
+
+    Raises:
+        BaseException: what a step of the batch raised.
+    """
+    return asyncio.run(_serve(api, sock, grace, say))
+
+
+async def _serve(api: Api, sock: socket.socket, grace: float, say: Callable[[str], None]) -> int:
+    loop, codes = asyncio.get_running_loop(), list[int]()
+
+    def stop(code: int) -> None:
+        codes.append(code)
+        api.stopping.set()
+
+    main = threading.current_thread() is threading.main_thread()  # others get no signals
+    for number, code in ((signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)) if main else ():
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+            loop.add_signal_handler(number, stop, code)
+    server = _Server(uvicorn.Config(api, log_level="warning", access_log=False, lifespan="off", http="h11",
+                                    ws="none", proxy_headers=False, timeout_graceful_shutdown=5))  # fmt: skip
+    api.connections = server.server_state.connections
+    running = asyncio.create_task(server.serve([sock]))
+    running.add_done_callback(lambda _: api.stopping.set())
+    api.engine.start()
+    try:
+        await api.stopping.wait()
+        if api.engine.busy:
+            say(f"shutting down: answers have {grace:g} s to end; a second signal ends them at once")
+        end = loop.time() + grace
+        while api.engine.busy and len(codes) < 2 and loop.time() < end:
+            await asyncio.sleep(0.05)
+        api.engine.stop()
+    finally:
+        server.should_exit = True
+        await running
+        await asyncio.to_thread(api.close)
+    if api.failure is not None:
+        raise api.failure
+    return codes[0] if codes else 0

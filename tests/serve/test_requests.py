@@ -1,0 +1,260 @@
+"""What is refused, and how: every fault is the client's own, in one form, with the field's name."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import commands
+import deepcalm
+from bench_serve import Reply, Server, ask, call, metrics
+from deepcalm import wire
+from deepcalm.serve import app
+from deepcalm.wire import MAX_BYTES
+from serving import Inside
+
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+GOOD: dict[str, dict[str, Any]] = {
+    TEXT: {"model": "demo", "prompt": "Once", "max_tokens": 2},
+    CHAT: {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
+}
+# fmt: off
+WRONG: dict[str, dict[str, list[Any]]] = {
+    "both": {
+        "model": [7, ["demo"]], "max_tokens": [0, -1, 1.5, "4", True, 2**40],
+        "temperature": [-1, "hot", True, [], 1e308],
+        "top_p": [0, 1.5, -1, "x"], "top_k": [-2, 0.5, 2**31], "min_p": [-0.1, 2], "seed": [0.5, 2**64, "7"],
+        "stop": ["", [""], "<|endoftext|>x", ["x"] * 17, "x" * 257, [1], 3], "n": [0, 129, "2"], "stream": ["yes", 1],
+        "stream_options": [{"include_usage": True}, 3, {"other": 1}], "presence_penalty": [0.5],
+        "logit_bias": [{"5": 1}],
+        "max_completion_tokens": [3, "x"], "unknown": [1, {}], "grammar": ["x"],
+    },
+    TEXT: {
+        "prompt": [7, {}, [], [[]], ["a", 1], [-1], [10**30], [0.5], "word " * 100_000, [5] * 600, [5] * 512],
+        "logprobs": [21, -1, "5"], "echo": ["x"], "best_of": [2], "messages": [[]], "suffix": ["x"],
+    },
+    CHAT: {
+        "messages": ["Hi", [], [7], [{}], [{"role": "king", "content": "x"}], [{"role": "user"}],
+                     [{"role": "user", "content": 5}], [{"role": "user", "content": [{"type": "image_url"}]}],
+                     [{"role": "user", "content": "word " * 100_000}]],
+        "logprobs": [3], "top_logprobs": [2, 21], "tools": [{}, [{}]], "tool_choice": ["required", {}],
+        "response_format": [{"type": "json_object"}], "prompt": ["x"], "chat_template_kwargs": [[], {"messages": []}],
+    },
+}
+# fmt: on
+
+
+def mutations(seed: int, count: int) -> list[tuple[str, bytes, str | None]]:
+    """(path, body, field's name): valid requests with one thing wrong."""
+    rng, out = random.Random(seed), list[tuple[str, bytes, str | None]]()
+    fields = [(path, name, value) for path in (TEXT, CHAT) for kind in ("both", path)
+              for name, values in WRONG[kind].items() for value in values]  # fmt: skip
+    out += [(path, json.dumps(GOOD[path] | {name: value}).encode(), name) for path, name, value in fields]
+    while len(out) < count:
+        path = rng.choice((TEXT, CHAT))
+        data = json.dumps(GOOD[path] | {"seed": rng.randrange(100), "user": "é"}, ensure_ascii=False).encode()
+        i = rng.randrange(1, len(data) - 1)
+        broken = rng.choice((
+            data[:i],
+            data + data,
+            data.replace(b'"seed": ', b'"seed": ' + rng.choice((b"NaN", b"-Infinity", b"1e999", b"0x", b"--"))),
+            data.replace(b"\xc3\xa9", rng.choice((rb"\ud800", b"\xff", rb"\udc00\ud8", b"\xed\xa0\x80", b"\n", b"\0"))),
+            data[:-1] + b', "seed": 5}',
+            data[:-1] + b', "user": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+            b"[" + data + b"]",
+            bytes(rng.randrange(256) for _ in range(50)),
+            b"",
+        ))  # fmt: skip
+        out.append((path, broken, None))
+    rng.shuffle(out)
+    return out
+
+
+def checked(reply: Reply) -> dict[str, Any]:
+    """The error of a response, whatever it was."""
+    assert 400 <= reply.status < 500 and reply.headers["content-type"] == "application/json", reply
+    assert reply.json.keys() == {"error"}
+    error: dict[str, Any] = reply.json["error"]
+    assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert error["message"] and "\n" not in error["message"] and isinstance(error["code"], str)
+    return error
+
+
+def test_300_bad_bodies_are_the_clients_fault(server: Server) -> None:
+    cases = mutations(1, 300)
+    numbers = iter(range(len(cases)))
+    assert len(cases) == 300
+
+    async def client() -> None:
+        for i in numbers:
+            path, data, name = cases[i]
+            reply = await ask(server, "POST", path, data)
+            error = checked(reply)
+            if name is not None:
+                assert (error["param"] or "").startswith(name), (data[:200], error)
+            else:
+                assert (reply.status, error["code"]) == (400, "invalid_json"), (data[:200], error)
+
+    async def clients() -> None:
+        await asyncio.gather(*(client() for _ in range(8)))
+
+    asyncio.run(clients())
+    assert call(server, "POST", TEXT, json.dumps(GOOD[TEXT]).encode()).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/nothing", 404), ("GET", TEXT, 405), ("POST", "/health", 405),
+     ("OPTIONS", CHAT, 405), ("DELETE", "/v1/models", 405), ("GET", "/docs", 404), ("GET", "/v1/models/gpt", 404)],
+)  # fmt: skip
+def test_wrong_addresses(server: Server, method: str, path: str, status: int) -> None:
+    reply = call(server, method, path)
+    assert (reply.status, checked(reply)["code"]) == (
+        status, {404: "not_found", 405: "method_not_allowed"}[status] if "gpt" not in path else "model_not_found"
+    )  # fmt: skip
+
+
+def test_another_model_is_not_found(server: Server) -> None:
+    reply = call(server, "POST", TEXT, json.dumps(GOOD[TEXT] | {"model": "gpt-4"}).encode())
+    assert reply.status == 404 and checked(reply)["code"] == "model_not_found" and checked(reply)["param"] == "model"
+
+
+@pytest.mark.parametrize("prompt", [[5] * 512, "word " * 600, [5] * 5000])
+def test_a_prompt_that_is_too_long_has_its_own_code(server: Server, prompt: Any) -> None:
+    error = checked(call(server, "POST", TEXT, json.dumps({"prompt": prompt}).encode()))
+    assert error["code"] == "context_length_exceeded" and "512" in error["message"]
+
+
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+def test_only_json_is_read(server: Server, kind: str) -> None:
+    reply = call(server, "POST", TEXT, json.dumps(GOOD[TEXT]).encode(), {"Content-Type": kind})
+    assert reply.status == 415 and "application/json" in checked(reply)["message"]
+    assert call(server, "POST", TEXT, json.dumps(GOOD[TEXT]).encode(),
+                {"Content-Type": "Application/JSON; charset=utf-8"}).status == 200  # fmt: skip
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_30_megabytes_are_refused_before_they_are_held(server: Server, chunked: bool) -> None:
+    before = server.memory
+    with socket.create_connection(server.address) as sock:
+        size = 30_000_000
+        length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}"
+        head = ("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", length, "", "")
+        sock.sendall("\r\n".join(head).encode())
+        piece = b" " * 1_000_000
+        for _ in range(size // len(piece)):
+            sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        answer = sock.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 413 ") and b'"param":null' in answer.replace(b" ", b"") + sock_rest(answer)
+    assert server.memory - before < 2 * MAX_BYTES
+
+
+def sock_rest(answer: bytes) -> bytes:
+    return b'"param":null' if answer.endswith(b"\r\n\r\n") else b""
+
+
+def test_a_body_that_does_not_come(model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.2)
+    with Inside(model) as server, socket.create_connection(server.address) as sock:
+        head = ("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json",
+                "Content-Length: 100", "Connection: close", "", "{")  # fmt: skip
+        sock.sendall("\r\n".join(head).encode())
+        assert sock.recv(65536).startswith(b"HTTP/1.1 408 ")
+        for _ in range(3):  # and those that leave in the middle of theirs
+            with socket.create_connection(server.address) as other:
+                other.sendall("\r\n".join(head).encode())
+
+
+def test_what_never_fits_is_said_with_numbers(model: deepcalm.Model) -> None:
+    with Inside(model, cache_bytes=100_000) as server:
+        error = checked(call(server, "POST", TEXT, b'{"prompt": "A", "max_tokens": 500}'))
+        assert error["param"] == "max_tokens" and "100000" in error["message"]
+        error = checked(call(server, "POST", TEXT, b'{"prompt": "A", "n": 30}'))
+        assert error["param"] == "n" and "16" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [("localhost", True), ("LOCALHOST:8080", True), ("127.0.0.1:1", True), ("[::1]:80", True), ("evil.example", False),
+     ("localhost.evil.example", False), ("127.0.0.1.evil.example:8080", False), ("", False), ("[::1", False)],
+)  # fmt: skip
+def test_only_names_of_this_machine_are_answered(server: Server, host: str, allowed: bool) -> None:
+    reply = call(server, "GET", "/v1/models", headers={"Host": host})
+    assert reply.status == 200 if allowed else checked(reply)["code"] == "host_not_allowed" and reply.status == 403
+
+
+def test_no_other_site_may_read(server: Server) -> None:
+    reply = call(server, "POST", TEXT, json.dumps(GOOD[TEXT]).encode(), {"Origin": "https://evil.example"})
+    assert not [name for name in reply.headers if name.startswith("access-control")]
+
+
+def test_a_key_is_asked_for_everywhere_but(model: deepcalm.Model) -> None:
+    with Inside(model, key="sécret") as server:
+        paths = ("/v1/models", "/metrics", "/openapi.json", "/nothing")
+        for wrong in ("", "Bearer", "Bearer secret", "Basic sécret", "Bearer sécret2"):
+            for path in paths:
+                reply = call(server, "GET", path, headers={"Authorization": wrong})
+                assert reply.status == 401 and checked(reply)["code"] == "invalid_api_key"
+                assert reply.headers["www-authenticate"] == "bearer"
+        assert [call(server, "GET", path, headers={"Authorization": "bearer sécret"}).status for path in paths] == [
+            200,
+            200,
+            200,
+            404,
+        ]
+        assert call(server, "GET", "/health").status == 200
+
+
+def test_the_page_allows_nothing_from_elsewhere(server: Server) -> None:
+    reply = call(server, "GET", "/")
+    assert reply.status == 200 and reply.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in reply.headers["content-security-policy"] and b"<script>" in reply.body
+
+
+def test_models_and_metrics_and_schema(server: Server) -> None:
+    models = call(server, "GET", "/v1/models").json
+    assert models["object"] == "list" and [m["id"] for m in models["data"]] == ["demo"]
+    assert call(server, "GET", "/v1/models/demo").json == models["data"][0]
+    before = metrics(call(server, "GET", "/metrics"))
+    assert before.keys() == {
+        f"deepcalm_{name}"
+        for name in ("sequences_running", "sequences_waiting", "tokens_total", "read_gigabytes_per_second",
+                     "read_share", "drafts_offered_total", "drafts_accepted_total")
+    }  # fmt: skip
+    schema = call(server, "GET", "/openapi.json").json
+    assert {TEXT, CHAT, "/v1/models", "/health", "/metrics"} <= schema["paths"].keys()
+    body = schema["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["required"] == ["messages"] and {"stream", "tools", "top_k"} <= body["properties"].keys()
+
+
+def test_start_that_fails_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        message = commands.error(commands.run("serve", "--port", str(taken.getsockname()[1])))
+    assert "Address already in use" in message and "--port" in message
+    assert "no.such.host.invalid" in commands.error(commands.run("serve", "--host", "no.such.host.invalid"))
+    (tmp_path / "key").write_text("\n")
+    assert "expected one key" in commands.error(
+        commands.run("serve", "--api-key-file", tmp_path / "key", "--port", "0")
+    )
+
+
+def test_another_address_without_a_key_is_said_loudly() -> None:
+    with Server("--host", "0.0.0.0", "--alias", "mine", "--allow-host", "box.example") as server:
+        assert "WARNING" in server.errors().decode()
+
+
+def test_want_of_memory_is_not_the_clients_fault(model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise deepcalm.ResourceError("no memory for this")
+
+    monkeypatch.setattr(wire, "encode", refuse)
+    with Inside(model) as server:
+        reply = call(server, "POST", TEXT, b'{"prompt": "A"}')
+        assert reply.status == 503 and reply.json["error"]["type"] == "server_error"
+        assert reply.json["error"]["message"] == "no memory for this"
