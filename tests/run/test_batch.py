@@ -350,6 +350,25 @@ def test_a_sequence_that_fails_ends_alone(tmp_path: Path) -> None:
             check(model, request, prompt, Sampling(), max_tokens=20, eos_ids=range(bad, bad + 1))
 
 
+def test_a_sequence_that_finds_no_memory_ends_alone(model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with model.batch() as batch:
+        first = batch.submit(IDS[:8], max_tokens=12)
+        batch.step()
+        make = batch._session
+
+        def refused(_ctx: int) -> Any:
+            monkeypatch.setattr(batch, "_session", make)
+            raise ResourceError("cache: cannot reserve")
+
+        monkeypatch.setattr(batch, "_session", refused)
+        second, third = (batch.submit(IDS[n : n + 8], max_tokens=12) for n in (20, 30))
+        assert second.choices[0] in batch.step()
+        assert (second.choices[0].reason, str(second.choices[0].error)) == ("failed", "cache: cannot reserve")
+        list(batch.run())
+        check(model, first, IDS[:8], Sampling(), max_tokens=12)
+        check(model, third, IDS[30:38], Sampling(), max_tokens=12)
+
+
 def test_a_step_that_is_interrupted_is_as_if_it_had_not_been(model: deepcalm.Model) -> None:
     """The pass has run, its results are lost."""
     with model.batch(draft=2) as batch:
