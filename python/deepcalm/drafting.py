@@ -345,7 +345,7 @@ class BatchController:
         self._union: list[float] = []  # [rows] distinct (layer, expert) pairs of a pass
         self._plain = [0.0]  # [answers] bytes of a step without drafts
         self._steps = 0
-        self._pause, self._next_pause = PLAIN_FIRST, PAUSE  # steps without drafts
+        self._pause, self._next_pause = PLAIN_FIRST, PAUSE // 4  # steps without drafts
         self._lost_before = 0.0  # when the last pause began
         self._tried = 0  # drafts since the last pause
         self._fit = [0.0] * 5  # of seconds to bytes and rows of a step: sums of products, lately
@@ -426,9 +426,9 @@ class BatchController:
 
     def _rest(self, answers: Sequence[Drafts]) -> None:
         """No drafts for a while; what was accepted says little about what comes after it."""
-        shortest = max(PAUSE // len(answers), PAUSE // 4)
-        self._pause = shortest if self._lost < self._lost_before else self._next_pause
-        self._next_pause, self._lost_before = min(2 * self._pause, 4 * shortest), self._lost
+        won, longest = self._lost < self._lost_before, max(4 * PAUSE // len(answers), PAUSE)
+        self._pause = PLAIN_EVERY if won else self._next_pause
+        self._next_pause, self._lost_before = min(2 * self._pause, longest), self._lost
         self._tried = 0
         for a in (self._all, *answers):
             a.fade()
