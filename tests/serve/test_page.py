@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from bench_serve import Addressed
 from deepcalm.serve import page
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -153,11 +154,13 @@ def browser() -> Iterator[Any]:
 class Page:
     """What a user does and sees."""
 
-    def __init__(self, browser: Any, server: Server) -> None:
-        self.browser, self.server = browser, server
+    server: Server
+
+    def __init__(self, browser: Any, address: tuple[Any, ...]) -> None:
+        self.browser = browser
         browser.set_window_size(1000, 800)
         browser.get_log("browser")  # of the page before
-        browser.get(f"http://127.0.0.1:{server.server_address[1]}/")
+        browser.get(f"http://127.0.0.1:{address[1]}/")
 
     def __call__(self, id: str) -> Any:
         return self.browser.find_element("id", id)
@@ -192,7 +195,8 @@ class Page:
 def opened(browser: Any) -> Iterator[Page]:
     server = Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    view = Page(browser, server)
+    view = Page(browser, server.server_address)
+    view.server = server
     yield view
     browser.get("about:blank")
     server.shutdown()
@@ -359,3 +363,24 @@ def test_page_fits(opened: Page, width: int) -> None:
         opened.picture(f"width{width}")
     finally:
         opened.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_page_with_the_server_itself(browser: Any, server: Addressed) -> None:
+    opened = Page(browser, server.address)
+    opened.until(lambda: opened("model").text == "demo")
+    opened.type("Tell me about a dog!", ENTER)
+    opened.until(lambda: opened.texts("article footer"))
+    assert re.fullmatch(r"\d+ tokens, [\d.]+ tok/s, ended by stop", opened.texts("article footer")[0])
+    assert len(opened.texts("article > div")[0]) > 100
+    opened.until(lambda: opened("running").text == "0" and opened("share").text.endswith(" %"))
+    slow = {"offline": False, "latency": 0, "downloadThroughput": 3000, "uploadThroughput": -1}  # bytes per second
+    browser.execute_cdp_cmd("Network.enable", {})
+    browser.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
+    opened("text").send_keys("And a cat?", ENTER)
+    opened.until(lambda: len(opened.texts("article > div")) == 2)
+    opened.type(ESCAPE)
+    opened.until(lambda: opened.texts("article footer")[1:] == ["ended by you"])
+    browser.execute_cdp_cmd("Network.emulateNetworkConditions", slow | {"downloadThroughput": -1})
+    opened("reset").click()
+    assert opened.texts("article") == []
+    assert opened.complaints() == []
