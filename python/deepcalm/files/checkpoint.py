@@ -82,8 +82,8 @@ class Weight:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """Names of all checkpoint tensors that make up this weight."""
-        return (self.data.name, *([self.scale.name] if self.scale else []), *self.extra)
+        """Names of all checkpoint tensors that make up this weight: none where it is zeros."""
+        return (*([self.data.name] if self.data.name else []), *([self.scale.name] if self.scale else []), *self.extra)
 
     @property
     def scale_dtype(self) -> str:
@@ -292,7 +292,7 @@ class Checkpoint(Closing):
             return self._fp4(name, packed, shape) if packed.dtype == "U8" else self._integer(name, packed, shape)
         info = self._find(name)
         if info is None and self._zero_bias(name):
-            return Weight(name, "f32", 1, shape[0], TensorInfo(name, "F32", shape, 0, 4 * shape[0]))  # of no file
+            return Weight(name, "f32", 1, shape[0], TensorInfo("", "F32", shape, 0, 4 * shape[0]))
         if info is None:
             found = f"tensor {name} is missing{self._lists(name)}"
             mlx = ": experts stored as mlx does are not read" if any(".switch_mlp." in n for n in self.tensors) else ""
@@ -415,7 +415,7 @@ class Checkpoint(Closing):
         """Stored bytes of rows begin..end-1: uint8 [end - begin, w.row_bytes], in the front of ``out`` if given."""
         n = (end - begin) * w.row_bytes
         buffer = np.empty(n, np.uint8) if out is None else out[:n]
-        if w.data.name not in self._file_of:
+        if not w.data.name:
             buffer[:] = 0
             return buffer.reshape(end - begin, w.row_bytes)
         self._files[self._file_of[w.data.name]].read_into(buffer.data, w.data.offset + begin * w.row_bytes)
