@@ -279,6 +279,15 @@ def test_messages_without_a_template(answer: Answer) -> None:
     assert code == 0 and (line["id"], line["line"], line["error"]["code"]) == (1, 1, "no_chat_template")
 
 
+def test_an_echo_needs_no_answer(answer: Answer) -> None:
+    """As lm-eval scores a text; an answer to it would be behind it."""
+    text = '{"prompt": "Hello", "echo": true, "max_tokens": 0, "logprobs": 1}\n{"prompt": "Hello", "echo": true}\n'
+    _, (echo, more), _ = answer(text)
+    assert (echo["text"], echo["finish_reason"], echo["usage"]["completion_tokens"]) == ("Hello", "length", 0)
+    assert echo["logprobs"]["token_logprobs"][0] is None and len(echo["logprobs"]["tokens"]) > 1
+    assert more["text"].startswith("Hello") and more["usage"]["completion_tokens"] == 4
+
+
 def test_options_are_what_lines_do_not_say(answer: Answer) -> None:
     text = '{"prompt": "a"}\n{"prompt": "a", "temperature": 0, "max_tokens": 1}\n'
     _, (a, b), _ = answer(text, "--temp", "1.5", "--stop", "\\n", "-n", "6", "-s", "3")
