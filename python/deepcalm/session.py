@@ -52,6 +52,12 @@ STAGES = (
 )
 
 
+def check_kv(kv: str) -> None:
+    """Raises ValueError unless ``kv`` names a cache type."""
+    if kv not in KV_TYPES:
+        raise ValueError(f"kv: {kv!r}, expected one of {', '.join(KV_TYPES)}")
+
+
 class SessionLock:
     """A reentrant lock that knows ``os.fork()``: held by another thread then, it would stay locked in the child.
 
@@ -167,8 +173,7 @@ class Session(Closing):
     """
 
     def __init__(self, model: Model, ctx: int, kv: str, max_rows: int, mtp: bool) -> None:
-        if kv not in KV_TYPES:
-            raise ValueError(f"kv: {kv!r}, expected one of {', '.join(KV_TYPES)}")
+        check_kv(kv)
         self.model = model
         self.kv = kv
         self._core: _core.Session | None = _core.Session(model.core, ctx, kv, max_rows, mtp)
