@@ -48,7 +48,7 @@ class Parameters:
 
 def parameters(config: Mapping[str, Any]) -> Parameters:
     """Counts the weights that a packed file of this configuration holds. Raises ConfigError."""
-    k, d = config["num_experts_per_tok"], config["hidden_size"]
+    k, d, tied = config["num_experts_per_tok"], config["hidden_size"], config.get("tie_word_embeddings")
     total = active = routed = mtp = mtp_active = 0
     for spec in _core.expected_tensors(config):
         name, role = spec["name"], spec["role"]
@@ -60,7 +60,7 @@ def parameters(config: Mapping[str, Any]) -> Parameters:
         if name.startswith("mtp."):
             mtp, mtp_active = mtp + n, mtp_active + read
             continue
-        active += read
+        active += 0 if name == "embed" and tied else read  # its row is one of the head's
         routed += read if role == "expert" else 0
-        total += 0 if name == "head" and config.get("tie_word_embeddings") else n
+        total += 0 if name == "head" and tied else n
     return Parameters(total, active, routed, mtp, mtp_active)

@@ -104,6 +104,11 @@ def test_docs_api_has_every_public_name_and_member() -> None:
         assert not [n for n in hidden if not re.search(rf"def {n}\(|self\.{n}\b", source)]
 
 
+def test_docs_parameters_of_a_dense_tied_model_are_all_read() -> None:
+    p = geometry.parameters(make_docs.config_of("youtu-2b"))
+    assert p.total == p.active == 1_961_560_064
+
+
 def test_docs_parameters_are_the_published_ones() -> None:
     """In billions, of the model cards; the script's figures must come from the same shapes."""
     for name, total, active in (("v2-lite", 15.7, 2.4), ("v3", 671, 37), ("moonlight", 16, 3)):
