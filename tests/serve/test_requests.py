@@ -6,6 +6,8 @@ import asyncio
 import json
 import random
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +244,13 @@ def test_start_that_fails_is_one_line(tmp_path: Path) -> None:
     assert "expected one key" in commands.error(
         commands.run("serve", "--api-key-file", tmp_path / "key", "--port", "0")
     )
+
+
+def test_what_the_extra_lacks_is_named() -> None:
+    code = "import sys; sys.modules['fastapi'] = None\nfrom deepcalm import cli; sys.exit(cli.main(['serve']))"
+    done = subprocess.run([sys.executable, "-c", code], env=commands.environment(), capture_output=True, check=False)
+    want = "deepcalm: error: serve needs fastapi: pip install 'deepcalm[serve]'\n"
+    assert (done.returncode, done.stderr.decode()) == (1, want)
 
 
 def test_another_address_without_a_key_is_said_loudly() -> None:

@@ -119,6 +119,22 @@ def test_a_stream_has_the_log_probabilities_of_the_whole(server: Server, path: s
         assert [x for p in parts for x in p[key]] == whole[key] and len(whole[key]) == 20
 
 
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_an_echo_is_the_same_in_pieces(server: Server, tokens: int) -> None:
+    """With max_tokens 0 nothing runs: lm-eval asks so."""
+    body = {"prompt": ["Ä dog", "One day"], "echo": True, "logprobs": 1, "max_tokens": tokens, "temperature": 0}
+    whole = call(server, "POST", "/v1/completions", json.dumps(body).encode()).json
+    events = call(server, "POST", "/v1/completions", json.dumps(body | {"stream": True}).encode()).events
+    assert events[-1] == "[DONE]" and len(whole["choices"]) == 2
+    for choice in whole["choices"]:
+        pieces = [c for e in events[:-1] for c in json.loads(e)["choices"] if c["index"] == choice["index"]]
+        assert "".join(c["text"] for c in pieces) == choice["text"]
+        assert choice["text"].startswith(body["prompt"][choice["index"]])  # type: ignore[index]
+        for key, values in choice["logprobs"].items():
+            assert [x for c in pieces if c["logprobs"] for x in c["logprobs"][key]] == values
+        assert [c["finish_reason"] for c in pieces if c["finish_reason"]] == [choice["finish_reason"]] == ["length"]
+
+
 def test_a_drawn_seed_is_returned_and_gives_the_same_again(server: Server) -> None:
     body = {"prompt": "The", "temperature": 1.5, "max_tokens": 8}
     first, other = (call(server, "POST", "/v1/completions", json.dumps(body).encode()) for _ in range(2))

@@ -24,6 +24,9 @@ def listen(host: str, port: int) -> socket.socket:
         raise Error(f"cannot listen at {host}:{port}: {e.strerror or e}; --host and --port choose another") from None
 
 
+LAST = 5.0  # seconds for what has ended to be read
+
+
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -57,7 +60,7 @@ async def _serve(api: Api, sock: socket.socket, grace: float, say: Callable[[str
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
             loop.add_signal_handler(number, stop, code)
     server = _Server(uvicorn.Config(api, log_level="warning", access_log=False, lifespan="off", http="h11",
-                                    ws="none", proxy_headers=False, timeout_graceful_shutdown=5))  # fmt: skip
+                                    ws="none", proxy_headers=False, timeout_graceful_shutdown=1))  # fmt: skip
     api.connections = server.server_state.connections
     running = asyncio.create_task(server.serve([sock]))
     running.add_done_callback(lambda _: api.stopping.set())
@@ -70,7 +73,14 @@ async def _serve(api: Api, sock: socket.socket, grace: float, say: Callable[[str
         while api.engine.busy and len(codes) < 2 and loop.time() < end:
             await asyncio.sleep(0.05)
         api.engine.stop()
+        for connection in [*api.connections]:
+            connection.shutdown()  # once its response is sent
+        end = loop.time() + LAST
+        while api.connections and loop.time() < end:
+            await asyncio.sleep(0.05)
     finally:
+        for connection in [*api.connections]:
+            connection.transport.abort()
         server.should_exit = True
         await running
         await asyncio.to_thread(api.close)
