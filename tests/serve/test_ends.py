@@ -32,7 +32,7 @@ def post(body: dict[str, Any]) -> bytes:
 
 def begun(server: Any, body: dict[str, Any]) -> socket.socket:
     """A connection on which ``body`` was sent, and if it is a stream something has come."""
-    sock = socket.create_connection(server.address)
+    sock = socket.create_connection(server.address, timeout=60)
     sock.sendall(post(body))
     if body.get("stream"):
         data = b""
@@ -50,6 +50,7 @@ def rest(sock: socket.socket) -> bytes:
 def stuck(server: Inside) -> socket.socket:
     """A client that has asked for more than fits into buffers, and does not read."""
     sock = socket.socket()
+    sock.settimeout(60)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     server.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # also of the connection it accepts
     sock.connect(server.address)

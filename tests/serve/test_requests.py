@@ -144,7 +144,7 @@ def test_only_json_is_read(server: Server, kind: str) -> None:
 @pytest.mark.parametrize("chunked", [False, True])
 def test_30_megabytes_are_refused_before_they_are_held(server: Server, chunked: bool) -> None:
     before = server.memory
-    with socket.create_connection(server.address) as sock:
+    with socket.create_connection(server.address, timeout=60) as sock:
         size = 30_000_000
         length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}"
         head = ("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", length, "", "")
@@ -163,13 +163,13 @@ def sock_rest(answer: bytes) -> bytes:
 
 def test_a_body_that_does_not_come(model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "BODY_SECONDS", 0.2)
-    with Inside(model) as server, socket.create_connection(server.address) as sock:
+    with Inside(model) as server, socket.create_connection(server.address, timeout=60) as sock:
         head = ("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json",
                 "Content-Length: 100", "Connection: close", "", "{")  # fmt: skip
         sock.sendall("\r\n".join(head).encode())
         assert sock.recv(65536).startswith(b"HTTP/1.1 408 ")
         for _ in range(3):  # and those that leave in the middle of theirs
-            with socket.create_connection(server.address) as other:
+            with socket.create_connection(server.address, timeout=60) as other:
                 other.sendall("\r\n".join(head).encode())
 
 
