@@ -293,8 +293,12 @@ StepCost Step::run(Model& model, std::span<Work> work, PassStats& stats) {
     }
     for (Work* w : able) {  // alone, or one after the other
         w->error.reset();
-        Status ran = step.run(std::span(&w, 1));
-        if (!ran.ok()) w->error = std::move(ran.error());
+        try {
+            Status ran = step.run(std::span(&w, 1));
+            if (!ran.ok()) w->error = std::move(ran.error());
+        } catch (const std::bad_alloc&) {  // those before it have their tokens, those after it may get theirs
+            w->error = Error{ErrorCode::kResource, "out of memory"};  // allocates nothing
+        }
     }
     return step.cost_;
 }

@@ -143,8 +143,79 @@ def fail_public(saved: Path) -> None:
                 break
 
 
+def fail_steps(more: int) -> int:
+    """A step of four sequences in which ``more`` + 1 allocations in a row fail, at every place; how many sequences that
+    ended. The others have their tokens, and those that ended have them when they are tried again."""
+    library = ctypes.CDLL(os.environ["LD_PRELOAD"])
+    core = models.model().core
+    batch = _core.Batch(core, 64)
+    # what it has done, ids of the step, drafts behind them, how the next token is chosen
+    kinds: list[tuple[Callable[[Any], object], list[int], int, Sampling | None]] = [
+        (plain(5), [7], 3, Sampling(temp=0.9, top_p=0.95)),
+        (plain(3), IDS[3:12].tolist(), 0, None),
+        (without_hidden, [7], 2, Sampling()),
+        (plain(9), [8], 2, Sampling()),
+    ]
+    states = []
+    for prepare, *_ in kinds:
+        s = _core.Session(core, 300, "f16", 16, True)
+        prepare(s)
+        states.append(s.state())
+
+    def again() -> list[Any]:
+        sessions = [_core.Session(core, 300, "f16", 16, True) for _ in kinds]
+        for s, state in zip(sessions, states, strict=True):
+            s.load_state(**state)
+        return sessions
+
+    def work(sessions: list[Any]) -> list[Any]:
+        rest = zip(sessions, kinds, strict=True)
+        return [(s, ids, k, how, tiny.N_TOKENS, 0.0, 2 if how else -1) for s, (_, ids, k, how) in rest]
+
+    sessions = again()
+    right, _ = batch.step(work(sessions))
+    after = [s.state() for s in sessions]
+    ended = 0
+    for n in itertools.count():
+        sessions = again()
+        items = work(sessions)
+        library.fail_more(more)
+        library.fail_allocation(n)
+        try:
+            results, _ = batch.step(items)
+        except MemoryError:  # before the passes, or where their results are told
+            results = [{"error": "told to nobody"} for _ in kinds]
+            for s, state in zip(sessions, states, strict=True):
+                s.truncate(min(s.pos, len(state["tokens"])))
+        else:
+            n_ended = sum(r["error"] is not None for r in results)
+            assert n_ended <= more
+            ended += n_ended
+        library.fail_allocation(-1)
+        none_failed = library.fail_more(0) == more
+        for i, s in enumerate(sessions):
+            got = results[i]
+            if got["error"] is not None:
+                assert_same(rows(s.state()), rows(states[i]))
+                ((got,), _) = batch.step(items[i : i + 1])
+                assert got["error"] is None
+            n_tokens = len(got["tokens"])  # fewer drafts where a hidden state was lost
+            assert got["tokens"] == right[i]["tokens"][:n_tokens] and bool(n_tokens) == bool(kinds[i][3])
+            assert got["scores"] == right[i]["scores"][:n_tokens] and got["accepted"] == max(n_tokens - 1, 0)
+            state = s.state()
+            assert_same(state["tokens"], after[i]["tokens"][: s.pos])
+            assert_same(state["cache"], after[i]["cache"][:, : s.pos])
+        if none_failed:
+            assert n > 50
+            return ended
+    raise AssertionError
+
+
 def fail_all(folder: Path) -> None:
     fail_public(folder / "saved")
+    for more, least in ((0, 0), (1, 30), (2, 60)):
+        print(f"a step, {more + 1} failures", file=sys.stderr)
+        assert fail_steps(more) >= least
     for name in CASES:
         print(name, "*", file=sys.stderr)  # the last one is the one that fails
         assert fail_everywhere(name) > 3
