@@ -363,8 +363,9 @@ class PyBatch {
             throw_error(session_error("step: " + std::to_string(work.size()) + " sequences with " +
                                       std::to_string(rows) + " rows, at most " + std::to_string(kMaxSequences) +
                                       " with " + std::to_string(max_rows_)));
+        const int64_t before = stats_.passes - stats_.mtp_passes;
         const StepCost cost = without_gil([&] { return Step::run(model_, work, stats_); });
-        if (cost.rows > 0 && cost.rows <= kMaxSequences) {
+        if (stats_.passes - stats_.mtp_passes == before + 1 && cost.rows <= kMaxSequences) {
             union_[cost.rows].first += 1;
             union_[cost.rows].second += cost.experts_verify;
         }

@@ -70,8 +70,10 @@ struct Step::Lane {
     std::vector<float> g;  // [hidden_size] the MTP layer's last output
 };
 
-Status Step::check(const Work& w) {
+Status Step::check(const Work& w, std::span<Work* const> others) const {
     const Session& s = *w.session;
+    const bool twice = std::ranges::count(others, w.session, &Work::session) > 0;
+    if (twice || &s.model_ != &model_) return Error{ErrorCode::kSession, "step: a session twice, or of another model"};
     const char* what = w.sample ? "draft round" : "forward";
     DC_TRY_STATUS(s.check(s.cache_, w.ids, what));
     const auto fail = [](const std::string& text) { return Error{ErrorCode::kSession, "draft: " + text}; };
@@ -156,12 +158,12 @@ Status Step::verify(std::span<Lane> lanes) {
             s.tokens_.insert(s.tokens_.end(), l.rows.begin() + l.again, l.rows.end());
             for (int64_t row = 0; s.keep_mtp_ && row < std::ssize(l.rows); ++row)
                 s.pending_.insert(s.pending_.end(), hidden.row(row), hidden.row(row) + d);
-            if (!l.w.sample) {
+            if (l.w.keep_hidden) {
                 s.hidden_.clear();
                 for (int64_t row = l.again; row < std::ssize(l.rows); ++row)
                     s.hidden_.insert(s.hidden_.end(), hidden.row(row), hidden.row(row) + d);
             }
-            experts_ = used;
+            experts_ = lanes.size() == 1 ? used : std::span<const int32_t>();
         }));
     cost_.experts_verify += stats_.experts_touched - experts;
     return {};
@@ -174,7 +176,7 @@ void Step::choose(Lane& l) const {
         auto next = sample(row, n_vocab, l.n_valid(), *l.w.sample, l.n + std::ssize(l.w.ids) + j);
         if (!next.ok()) {  // plain decoding reports a row without a token when it gets there, not earlier
             if (j == 0) l.w.error = std::move(next.error());
-            --l.w.n_accepted;  // the draft accepted last is the token that the next round passes
+            l.w.n_accepted = std::max(j - 1, 0);  // the draft accepted last is the token that the next round passes
             break;
         }
         l.w.tokens.push_back(next.value());
@@ -266,6 +268,7 @@ Status Step::run(std::span<Work* const> work) {
     }
     const Meter meter(stats_, cost_.draft_bytes, cost_.draft_seconds);
     DC_TRY_STATUS(catch_up(late, false));
+    for (const Lane* l : late) std::vector<float>(l->s.pending_).swap(l->s.pending_);  // not the memory of a chunk
     for (Lane& l : lanes) {
         if (!l.w.error) l.undo.keep();
     }
@@ -277,7 +280,7 @@ StepCost Step::run(Model& model, std::span<Work> work, PassStats& stats) {
     Step step(model, stats);
     std::vector<Work*> able;
     for (Work& w : work) {
-        Status ok = check(w);
+        Status ok = step.check(w, able);
         if (ok.ok()) {
             able.push_back(&w);
         } else {
@@ -285,20 +288,19 @@ StepCost Step::run(Model& model, std::span<Work> work, PassStats& stats) {
         }
     }
     if (able.empty()) return step.cost_;
-    if (able.size() > 1) {
+    const auto attempt = [&](std::span<Work* const> some) -> Status {
         try {
-            if (step.run(able).ok()) return step.cost_;
-        } catch (const std::bad_alloc&) {  // perhaps it suffices for some
+            return step.run(some);
+        } catch (const std::bad_alloc&) {
+            return Error{ErrorCode::kResource, "out of memory"};  // allocates nothing
         }
-    }
-    for (Work* w : able) {  // alone, or one after the other
+    };
+    if (able.size() > 1 && attempt(able).ok()) return step.cost_;
+    step.cost_.rows = step.cost_.mtp_rows = 0;  // those of the step, not of what it took
+    for (Work* w : able) {                      // alone, or one after the other: perhaps memory suffices for some
         w->error.reset();
-        try {
-            Status ran = step.run(std::span(&w, 1));
-            if (!ran.ok()) w->error = std::move(ran.error());
-        } catch (const std::bad_alloc&) {  // those before it have their tokens, those after it may get theirs
-            w->error = Error{ErrorCode::kResource, "out of memory"};  // allocates nothing
-        }
+        Status ran = attempt(std::span(&w, 1));
+        if (!ran.ok()) w->error = std::move(ran.error());
     }
     return step.cost_;
 }

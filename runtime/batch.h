@@ -24,6 +24,7 @@ struct Work {
     float min_confidence = 0;  // stop the chain before a draft whose probability under its own distribution is lower
     int n_top = -1;            // how many of the most probable ids `scores` names; -1: no scores
     std::vector<int32_t> forced = {};  // [k] measurement only: replace the drafts after the MTP layer has run; or none
+    bool keep_hidden = false;          // in Session::hidden()
     float* logits = nullptr;  // out: [rows, vocab_size] as wanted; with `sample` those that `tokens` were chosen from
 
     std::vector<int32_t> tokens = {};  // out: accepted drafts, in the cache now, and the next token, which is not
@@ -52,7 +53,7 @@ class Step {
   private:
     struct Lane;
     Step(Model& model, PassStats& stats) : model_(model), stats_(stats) {}
-    static Status check(const Work& work);
+    Status check(const Work& work, std::span<Work* const> others) const;
     Status run(std::span<Work* const> work);
     Status draft(std::span<Lane> lanes);
     Status verify(std::span<Lane> lanes);
@@ -66,7 +67,7 @@ class Step {
     Model& model_;
     PassStats& stats_;
     StepCost cost_;
-    std::span<const int32_t> experts_;  // PassResult::experts of the main pass
+    std::span<const int32_t> experts_;  // PassResult::experts of a main pass for one sequence
 };
 
 }  // namespace deepcalm

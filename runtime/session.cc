@@ -41,7 +41,7 @@ Result<std::unique_ptr<Session>> Session::fork(int n, int ctx) const {
                                               std::to_string(std::min(cache_.len, ctx))};
     }
     std::vector<std::byte> rows(static_cast<size_t>(n * cache_.row_bytes));
-    for (int i = 0; i < cache_.n_layers + mtp_cache_.n_layers; ++i) {
+    for (int i = 0; n > 0 && i < cache_.n_layers + mtp_cache_.n_layers; ++i) {
         const bool mtp = i == cache_.n_layers;
         const int layer = mtp ? 0 : i, n_rows = mtp ? std::min(n, mtp_cache_.len) : n;
         DC_TRY_STATUS(engine_->copy_rows(mtp, layer, n_rows, rows.data(), false));
@@ -50,7 +50,7 @@ Result<std::unique_ptr<Session>> Session::fork(int n, int ctx) const {
     other->tokens_ = tokens_;
     other->pending_ = pending_;
     other->cache_.len = cache_.len;
-    other->mtp_cache_.len = mtp_cache_.len;
+    other->mtp_cache_.len = std::min(n, mtp_cache_.len);
     other->forget(n);
     return other;
 }
@@ -157,7 +157,7 @@ void Session::count_union(std::span<const int32_t> experts, size_t n, size_t kep
 }
 
 Status Session::forward(std::span<const int32_t> ids, WantLogits want, float* logits) {
-    Work work{.session = this, .ids = {ids.begin(), ids.end()}, .want = want, .logits = logits};
+    Work work{.session = this, .ids = {ids.begin(), ids.end()}, .want = want, .keep_hidden = true, .logits = logits};
     step(work);
     return work.error ? Status(*std::move(work.error)) : Status();
 }

@@ -55,7 +55,7 @@ struct Cache {
     int64_t row_bytes = 0;
     int len = 0;  // valid rows; truncation is an assignment, later rows are overwritten before they are read
 
-    int64_t n_bytes() const { return n_layers * ctx * row_bytes; }
+    int64_t n_bytes() const { return int64_t{n_layers} * ctx * row_bytes; }
 };
 
 class Session {

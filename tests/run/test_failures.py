@@ -182,14 +182,14 @@ def fail_steps(more: int) -> int:
         library.fail_more(more)
         library.fail_allocation(n)
         try:
-            results, _ = batch.step(items)
+            results, cost = batch.step(items)
         except MemoryError:  # before the passes, or where their results are told
             results = [{"error": "told to nobody"} for _ in kinds]
             for s, state in zip(sessions, states, strict=True):
                 s.truncate(min(s.pos, len(state["tokens"])))
         else:
             n_ended = sum(r["error"] is not None for r in results)
-            assert n_ended <= more
+            assert n_ended <= more and cost["rows"] <= 18 + len(kinds)  # a row each computed again
             ended += n_ended
         library.fail_allocation(-1)
         none_failed = library.fail_more(0) == more
@@ -207,6 +207,9 @@ def fail_steps(more: int) -> int:
             assert_same(state["cache"], after[i]["cache"][:, : s.pos])
         if none_failed:
             assert n > 50
+            assert not any(passes for passes, _ in batch.expert_union()[18:]), (
+                "a step of 18 rows counted with its failures"
+            )
             return ended
     raise AssertionError
 

@@ -122,6 +122,58 @@ def test_sequences_have_the_bits_that_they_have_alone(threads: int, lengths: tup
     assert all(pairs <= n * small().config["n_routed_experts"] for n, pairs in union), "more than its layer has"
 
 
+# Positions in the cache and its type: 64 heads x 8 rows x 9 partials are more sums than a round of attention holds, as
+# many as two rounds hold and more with 2 threads; the others cross the borders of partials.
+WIDE = [(4100, "f16"), (505, "f32"), (4095, "bf16"), (1020, "q8"), (600, "f16")]
+
+
+def wide(core: Any, pos: int, kv: str, damage: float | None = None) -> Any:
+    """A session whose cache holds rows of other positions; damage: a value of one of them."""
+    short, s = (_core.Session(core, CTX, kv, 64) for _ in range(2))
+    short.forward(tiny.token_ids(N_VALID, 64, pos))
+    state = short.state()
+    rng = np.random.default_rng(pos)
+    rows = np.ascontiguousarray(state["cache"][:, rng.integers(0, 64, pos)])
+    if damage is not None:
+        rows[1, pos // 3].view(np.float16 if kv == "f16" else np.float32)[5] = damage
+    s.load_state(tiny.token_ids(N_VALID, pos, 1), rows, state["mtp_cache"], state["hidden"])
+    return s
+
+
+@pytest.mark.parametrize("damage", [{}, {0: np.inf, 1: np.nan}], ids=["", "not finite"])
+def test_rounds_of_attention(damage: dict[int, float]) -> None:
+    """Groups that several rounds share, side by side with whole ones: each sequence's bits, and every cache row counted
+    once, for any number of threads."""
+    file = models.pack(
+        models.checkpoint(
+            "v3", "bf16", num_hidden_layers=2, first_k_dense_replace=1, max_position_embeddings=CTX,
+            num_attention_heads=64,
+        ),
+        dtype="q8",
+    )  # fmt: skip
+    ids = [tiny.token_ids(N_VALID, 8, 100 + i).tolist() for i in range(len(WIDE))]
+    core = models.open_model(file, models.ISAS[0], 1)
+    alone = [wide(core, *how, damage.get(i)) for i, how in enumerate(WIDE)]
+    logits = [[s.forward(np.array([t], np.int32))[0] for t in ids[i]][-1] for i, s in enumerate(alone)]
+    for threads in (1, 2, 3, 5):
+        core = models.open_model(file, models.ISAS[0], threads)
+        batch = _core.Batch(core, 64)
+        sessions = [wide(core, *how, damage.get(i)) for i, how in enumerate(WIDE)]
+        results, _ = batch.step(
+            [(s, part, 0, Sampling(), N_VALID, 0.0, 3) for s, part in zip(sessions, ids, strict=True)]
+        )
+        for i, (s, r) in enumerate(zip(sessions, results, strict=True)):
+            if i in damage:
+                assert "not finite" in str(r["error"]) and s.pos == WIDE[i][0]
+                continue
+            (token,) = r["tokens"]
+            assert tuple(r["scores"][0]) == _core.scores(logits[i], N_VALID, token, 3)
+            models.assert_same_bits("cache", s.read_cache(False), alone[i].read_cache(False))
+        row_bytes = [s.read_cache(False).shape[2] for s in sessions]
+        read = sum(2 * (pos + 8) * n for (pos, _), n in zip(WIDE, row_bytes, strict=True))
+        assert batch.stats()["cache_bytes"] == read, threads
+
+
 @pytest.mark.parametrize("isa", models.ISAS)
 @pytest.mark.parametrize("preset", ["v2_lite", "v3", "kimi_k2", "glm4_moe_lite"])
 def test_every_instruction_set(isa: str, preset: str) -> None:
@@ -173,6 +225,12 @@ def test_bad_work_ends_alone() -> None:
     (first, second), _ = batch.step([a.work(8, 0), bad])
     a.take(first)
     assert "token id" in str(second["error"])
+    other = _core.Session(models.open_model(models.small(), models.ISAS[0], 1), 64, "f16", 64)
+    for session in (a.session, other):
+        (first, second), _ = batch.step([a.work(8, 0), (session, [1], 0, HOW[0], N_VALID, 0.0, -1)])
+        a.take(first)
+        assert "a session twice, or of another model" in str(second["error"])
+    a.check()
     with pytest.raises(SessionError, match="65 rows, at most 64"):
         batch.step([(b.session, [1] * 65, 0, None, N_VALID, 0.0, -1)])
 
@@ -192,6 +250,11 @@ def test_a_fork_goes_on_as_its_source_would(mtp: bool) -> None:
         run(batch, [fork], np.random.default_rng(n), 5)
         fork.check()
     source.check()
+    assert source.session.hidden().size == 0, "hidden rows that nobody asked for"
+    raw = _core.Session(core, 64, "f16", 8)
+    raw.forward(ids[:2])
+    raw.mtp_forward(ids[1:6], np.zeros((5, small().config["hidden_size"]), np.float32))
+    assert raw.fork(core, 1, 2).mtp_pos == 1, "more MTP rows than the new session holds"
     with pytest.raises(SessionError, match=r"fork: 900 positions, expected 0\.\."):
         source.session.fork(core, 900, 1000)
 
