@@ -41,6 +41,11 @@ def one_line(message: object, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def utf8(text: str) -> str:
+    """``text`` of a file name, a command line or the environment, which need not be UTF-8: other bytes as \\udcNN."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def show(value: object, limit: int = 80) -> str:
     """A stranger's value for a one-line message: escaped and cut."""
     text = repr(value)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import _core, limits
 from .arguments import integer, token_ids
 from .closing import Closing
-from .errors import Error, PackedFileError, ResourceError, SessionError, UnsupportedError, one_line
+from .errors import Error, PackedFileError, ResourceError, SessionError, UnsupportedError, one_line, utf8
 from .files import packed
 from .files.text_files import FILES, LEGACY, TextFiles
 from .generation import Options, TextGeneration, check_draft
@@ -87,7 +87,7 @@ class Model(Closing):
             raise ValueError(f"device: {device!r}, expected one of {', '.join(DEVICES)}")
         #: What was turned off or replaced, one line each.
         self.notes: tuple[str, ...] = ()
-        isa = (isa or os.environ.get("DEEPCALM_ISA") or "").encode("utf-8", "backslashreplace").decode() or None
+        isa = utf8(isa or os.environ.get("DEEPCALM_ISA") or "") or None
         if threads is None:
             text = os.environ.get("DEEPCALM_THREADS", "")
             if text and not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_THREADS):

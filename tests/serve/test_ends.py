@@ -158,6 +158,18 @@ def test_sigterm_ends_streams_with_their_reason() -> None:
         assert "Traceback" not in server.errors().decode()
 
 
+def test_a_body_that_ends_after_the_server_is_refused(model: deepcalm.Model) -> None:
+    with Inside(model) as server, socket.create_connection(server.address) as sock:
+        data = post({"prompt": "A"})
+        sock.sendall(data[:-1])
+        until(lambda: any(c.cycle for c in server.api.connections))
+        server.stop()
+        until(lambda: server.api.engine._stopping)
+        sock.sendall(data[-1:])
+        head, _, body = rest(sock).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 ") and json.loads(body)["error"]["code"] == "shutdown"
+
+
 def test_sigterm_waits_for_answers() -> None:
     with Server("--threads", "1", "--grace", "30") as server:
         sock = begun(server, {"prompt": "A", "max_tokens": 300, "stream": True})

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
+import resource
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +243,8 @@ def test_start_that_fails_is_one_line(tmp_path: Path) -> None:
         message = commands.error(commands.run("serve", "--port", str(taken.getsockname()[1])))
     assert "Address already in use" in message and "--port" in message
     assert "no.such.host.invalid" in commands.error(commands.run("serve", "--host", "no.such.host.invalid"))
+    for name in ("a" * 70, "h\udcff"):
+        assert "cannot listen at" in commands.error(commands.run("serve", "--host", name))
     (tmp_path / "key").write_text("\n")
     assert "expected one key" in commands.error(
         commands.run("serve", "--api-key-file", tmp_path / "key", "--port", "0")
@@ -254,8 +259,43 @@ def test_what_the_extra_lacks_is_named() -> None:
 
 
 def test_another_address_without_a_key_is_said_loudly() -> None:
-    with Server("--host", "0.0.0.0", "--alias", "mine", "--allow-host", "box.example") as server:
+    with Server("--host", "0.0.0.0", "--alias", "mine", "--allow-host", "Box.example") as server:
         assert "WARNING" in server.errors().decode()
+        assert call(server, "GET", "/health", headers={"Host": "bOX.Example:80"}).status == 200
+
+
+def test_names_and_keys_need_not_be_utf8(tmp_path: Path) -> None:
+    path, key = tmp_path / "\udcff.dcalm", tmp_path / "key"
+    path.symlink_to(deepcalm.demo_path())
+    key.write_bytes(b"k\xff\n")
+    ask = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\xff\r\nConnection: close\r\n\r\n"
+    for options, environment in (
+        (("--api-key-file", key), {}),
+        (("--alias", "\udcff"), {"DEEPCALM_API_KEY": "k\udcff"}),
+    ):
+        with Server("-m", path, *options, **environment) as server, socket.create_connection(server.address) as sock:
+            sock.sendall(ask)
+            assert b'"id":"\\\\udcff"' in b"".join(iter(lambda: sock.recv(4096), b""))
+
+
+def test_strangers_do_not_fill_the_log() -> None:
+    """Neither with what is no HTTP nor with more connections than there are descriptors."""
+    with Server("--threads", "1") as server, contextlib.ExitStack() as stack:
+        before = server.errors()
+        upgrade = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        for data in (b"\x16\x03\x01\r\n\r\n", upgrade):
+            with socket.create_connection(server.address) as sock:
+                sock.sendall(data)
+                assert sock.recv(65536).startswith(b"HTTP/1.1 ")
+        assert server.errors() == before
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (server.held[1] + 4,) * 2)
+        for _ in range(16):
+            stack.enter_context(socket.create_connection(server.address))
+        while server.errors() == before:
+            time.sleep(0.01)
+        stack.close()
+        assert call(server, "GET", "/health").status == 200
+        assert server.errors() == before + b"connections wait: Too many open files\n"
 
 
 def test_want_of_memory_is_not_the_clients_fault(model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from ..errors import Error, ResourceError
+from ..errors import Error, ResourceError, utf8
 from .common import INTERRUPTED, SAMPLING, note_memory, open_model, options, progress, say
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def batch(source: str, target: str, overwrite: bool, quiet: bool, path: Path | N
         sampling = {k: given[k] for k in ("temp", "top_p", "top_k", "min_p") if given[k] is not None}
         date = datetime.now().isoformat(timespec="seconds")
         values = (given["seed"], given["max_tokens"] or 256, given["stop"], sampling)
-        name = model.path.stem.encode("utf-8", "backslashreplace").decode()  # which need not be UTF-8
-        settings = Settings(name, date, *values)
+        settings = Settings(utf8(model.path.stem), date, *values)
         shape = {k: given[k] for k in ("max_sequences", "ctx", "kv", "cache_bytes", "draft")}
         with model.batch(**shape) as work:
             note_memory(model, work.cache_bytes, quiet)

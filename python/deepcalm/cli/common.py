@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import CheckpointError, Error, one_line
+from ..errors import CheckpointError, Error, one_line, utf8
 from ..names import DEVICES, ISAS, KV_TYPES
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def options(*names: str) -> Callable[[F], F]:
 def say(message: str, quiet: bool = False) -> None:
     """A line on stderr, unless ``quiet``."""
     if not quiet:
-        click.echo(message.encode("utf-8", "backslashreplace").decode(), err=True)
+        click.echo(utf8(message), err=True)
 
 
 def write(text: str) -> None:

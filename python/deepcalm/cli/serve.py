@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..errors import Error
+from ..errors import Error, utf8
 from .common import FILE, RUNTIME, open_model, options, say
 
 
@@ -54,7 +54,7 @@ def serve_command(path: Path | None, host: str, port: int, grace: float, quiet: 
         batch = model.batch(given["max_sequences"], given["ctx"], given["kv"], given["cache_bytes"], given["draft"])
         api = Api(
             batch,
-            given["alias"] or model.path.stem,
+            utf8(given["alias"] or model.path.stem),
             max_waiting=given["max_waiting"],
             key=key,
             hosts=(host, *given["hosts"]),
@@ -68,12 +68,13 @@ def serve_command(path: Path | None, host: str, port: int, grace: float, quiet: 
 
 
 def read_key(file: Path | None) -> str:
-    """The key that clients must send; "" for none. Raises Error for a file that does not hold one word."""
-    if file is None:
-        return os.environ.get("DEEPCALM_API_KEY", "")
-    words = file.read_text("utf-8", "replace").split()
+    """The key that clients must send; "" for none. Raises Error for what is not one word."""
+    text = os.environ.get("DEEPCALM_API_KEY", "") if file is None else file.read_text("utf-8", "surrogateescape")
+    words = text.split()
+    if file is None and not text:
+        return ""
     if len(words) != 1:
-        raise Error(f"{file}: {len(words)} words, expected one key")
+        raise Error(f"{file or 'DEEPCALM_API_KEY'}: {len(words)} words, expected one key")
     return words[0]
 
 

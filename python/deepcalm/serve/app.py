@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import os
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -27,7 +28,7 @@ from ..batch import Batch
 from ..errors import ResourceError, one_line
 from ..wire import RequestError
 from . import page
-from .engine import Answer, Engine
+from .engine import Answer, Engine, shutdown
 from .replies import Stream, Whole
 
 T = TypeVar("T")
@@ -59,8 +60,8 @@ class Api(Collector):
         self.stopping = asyncio.Event()
         self.connections: set[Any] = set()  # the server's
         self._workers = ThreadPoolExecutor(WORKERS, "deepcalm-work")
-        self._key = hashlib.sha256(key.encode()).digest() if key else None
-        self._hosts, self._bandwidth = {*LOOPBACK, *hosts}, bandwidth
+        self._key = hashlib.sha256(os.fsencode(key)).digest() if key else None
+        self._hosts, self._bandwidth = {*LOOPBACK, *map(str.lower, hosts)}, bandwidth
         self._page, self._page_headers = page.read()
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -131,7 +132,7 @@ class Api(Collector):
             if not hmac.compare_digest(given, self._key) or scheme.lower() != "bearer":
                 raise RequestError("no valid key, expected Bearer KEY", "Authorization", "invalid_api_key", 401)
         if self.stopping.is_set():
-            raise RequestError("this server is shutting down", code="shutdown", status=503)
+            raise shutdown()
 
     # ---- endpoints
 

@@ -20,6 +20,11 @@ COMPLETION_TOKENS = 16  # of a completion that does not say how many; a chat goe
 WINDOW = 0.5  # seconds over which the speed of reading is taken
 
 
+def shutdown() -> RequestError:
+    """What those hear who ask, or still wait, when the server ends."""
+    return RequestError("this server is shutting down", code="shutdown", status=503)
+
+
 class Seen(NamedTuple):
     """A ``Choice`` as it was between two steps."""
 
@@ -111,8 +116,10 @@ class Engine:
         return bool(self.preparing or self._places)
 
     def check_room(self, choices: int = 1) -> None:
-        """Raises RequestError (429) unless so many more may run or wait."""
-        if self._stopping or max(self.preparing, len(self._places) + choices) > self.limit:
+        """Raises RequestError (429; 503 after ``stop``) unless so many more may run or wait."""
+        if self._stopping:
+            raise shutdown()
+        if max(self.preparing, len(self._places) + choices) > self.limit:
             message = f"{len(self._places)} answers run or wait, this server takes {self.limit} at a time"
             raise RequestError(message, code="server_full", status=429)
 

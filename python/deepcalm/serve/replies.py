@@ -17,7 +17,7 @@ from ..errors import ResourceError
 from ..markup import Accepted
 from ..sampling import Scores
 from ..wire import RequestError
-from .engine import Answer, Seen
+from .engine import Answer, Seen, shutdown
 
 if TYPE_CHECKING:
     from .app import Api
@@ -70,7 +70,7 @@ class Reply(Response):
                 memory = isinstance(seen.error, (ResourceError, MemoryError))
                 return RequestError(seen.error, code="failed", status=503 if memory else 500)
             if seen.reason == "cancelled":
-                return RequestError("this server is shutting down", code="shutdown", status=503)
+                return shutdown()
         return None
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 
@@ -20,8 +22,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
-    except OSError as e:
-        raise Error(f"cannot listen at {host}:{port}: {e.strerror or e}; --host and --port choose another") from None
+    except (OSError, UnicodeError) as e:  # UnicodeError: a name that cannot be one
+        why = getattr(e, "strerror", None) or e
+        raise Error(f"cannot listen at {host}:{port}: {why}; --host and --port choose another") from None
 
 
 LAST = 5.0  # seconds for what has ended to be read
@@ -32,6 +35,21 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Signals are ``serve``'s."""
         yield
+
+
+class _Faults:
+    """What asyncio says of callbacks that fail; once, not a thousand times a second, that no descriptor is left."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say: Callable[[str], None] | None = say
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        e = context.get("exception")
+        if not (isinstance(e, OSError) and e.errno in (errno.EMFILE, errno.ENFILE)):
+            loop.default_exception_handler(context)
+        elif self._say is not None:
+            self._say(f"connections wait: {e.strerror}")
+            self._say = None
 
 
 def run(api: Api, sock: socket.socket, grace: float, say: Callable[[str], None]) -> int:
@@ -59,7 +77,8 @@ async def _serve(api: Api, sock: socket.socket, grace: float, say: Callable[[str
     for number, code in ((signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)) if main else ():
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
             loop.add_signal_handler(number, stop, code)
-    server = _Server(uvicorn.Config(api, log_level="warning", access_log=False, lifespan="off", http="h11",
+    loop.set_exception_handler(_Faults(say))
+    server = _Server(uvicorn.Config(api, log_level="error", access_log=False, lifespan="off", http="h11",
                                     ws="none", proxy_headers=False, timeout_graceful_shutdown=1))  # fmt: skip
     api.connections = server.server_state.connections
     running = asyncio.create_task(server.serve([sock]))
