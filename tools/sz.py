@@ -51,7 +51,7 @@ AREAS = (
         7337,
         without=(*BATCH, *WIRE, *MARKUP),
     ),
-    Area("Python batch", BATCH, 1023),
+    Area("Python batch", BATCH, 1024),
     Area("Python requests", WIRE, 518),
     Area("Python markup", MARKUP, 535),
     Area("Python serve", SERVE, 860),

@@ -58,10 +58,12 @@ class Output(Closing):
         if not begun and path.stat().st_size:
             raise Error(f"{path}: exists and is left as it is, as no {file.name} says that deepcalm batch wrote it; "
                         "name another OUT")  # fmt: skip
+        found = parse_json(file.read_bytes(), str(file), Error) if begun else {}
+        if begun and (not isinstance(found, dict) or "deepcalm" not in found):  # another's, or IN itself
+            raise Error(f"{file}: is there, and no record of deepcalm batch; name another OUT")
         if begun and not overwrite:
-            found = parse_json(file.read_bytes(), str(file), Error)
             for key, now in run.items():
-                before = found.get(key) if isinstance(found, dict) else None
+                before = found.get(key)
                 stream = key == "input_sha256" and now is None
                 if key != "date" and (before != now or stream):
                     what = f"was begun with {key} {_show(before)}, this is {_show(now)}"

@@ -611,6 +611,10 @@ def test_an_output_without_a_record_is_never_touched(run: Run, path: Path, tmp_p
         assert "exists and is left as it is, as no out.run says that deepcalm batch wrote it" in line
     assert out.read_text() == "mine" and not Path(f"{out}.run").exists()
     assert "left as it is" in error(run("batch", "-m", path, source, source))
+    record = Path(f"{source}.run")
+    record.write_text(source.read_text())
+    assert "in.run: is there, and no record" in error(run("batch", "-m", path, record, source, "--overwrite"))
+    assert record.read_text() == source.read_text() == '{"prompt": "a"}\n'
     out.write_text("")  # as mktemp makes it: there is nothing to lose
     assert run("batch", "-m", path, source, out, "-n", "2")[0] == 0
 
