@@ -33,6 +33,10 @@ _PROCESS = Path(__file__).with_name("template_process.py")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's thoughts, the templates' first
 
 
+class TooLong(Error):
+    """A rendered conversation has more characters than are wanted."""
+
+
 class ChatTemplate:
     """A checkpoint's chat template, compiled. Rendering is thread-safe.
 
@@ -96,7 +100,14 @@ class ChatTemplate:
         name, values = self._values(messages, options)
         return self._render(name, values, "")
 
-    def encode(self, vocabulary: Vocabulary, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+    def encode(
+        self,
+        vocabulary: Vocabulary,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_chars: int | None = None,
+        **options: Any,
+    ) -> list[int]:
         """The token ids of the rendered conversation, in which only the template writes control tokens.
 
         Control tokens are the special tokens, and the added tokens that are part of the template's own text. Where a
@@ -106,6 +117,9 @@ class ChatTemplate:
 
         The occurrences are found by two private-use characters around each, chosen among those that the conversation
         and the template do not hold, which are taken out of the rendered text again.
+
+        Raises:
+            Error: as ``render``; TooLong before anything is tokenised, if the text has more than ``max_chars``.
         """
         name, values = self._values(messages, options)
         special, control = vocabulary.control_tokens(self._literals[name])
@@ -127,6 +141,8 @@ class ChatTemplate:
             if m.get("role") == "assistant":
                 marked["messages"][i] = mark(m, special)
         text = self._render(name, marked, start + end)
+        if max_chars is not None and len(text) > max_chars:
+            raise TooLong(f"{len(text)} characters, more than {max_chars}")
         # Odd pieces are marked tokens; a template that splits text can leave single marks, which only divide.
         pieces = re.split(f"{start}({any_of(control).pattern}){end}|[{start}{end}]", text)
         ids: list[int] = []

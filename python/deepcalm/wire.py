@@ -19,8 +19,10 @@ from .arguments import integer, token_ids
 from .errors import Error, ResourceError, SessionError, one_line
 from .files.safetensors import parse_json
 from .markup import MarkupError
+from .names import TEMPLATE_PARAMETERS
 from .sampling import Sampling, Scores
 from .session import MAX_ROWS
+from .template import TooLong
 
 if TYPE_CHECKING:
     from .batch import Batch, Choice, Request
@@ -235,7 +237,7 @@ class _Reader:
 
     def template(self) -> dict[str, Any]:
         options = self.instance("chat_template_kwargs", dict, "an object") or {}
-        if taken := [name for name in ("messages", "vocabulary", "self", "tools") if name in options]:
+        if taken := [name for name in (*TEMPLATE_PARAMETERS, "tools") if name in options]:
             raise RequestError(f"{taken[0]} is no option of a template", "chat_template_kwargs")
         return options
 
@@ -316,8 +318,9 @@ def encode(fields: Fields, model: Model, ctx: int, kv: str) -> list[Prompt]:
     texts = [m["content"] or "" for m in fields.messages]
     called = [m["tool_calls"] for m in fields.messages if "tool_calls" in m]
     texts += [json.dumps(x, ensure_ascii=False) for x in (fields.tools or [], *called)]
+    most = ctx * model.vocabulary.longest_token  # bytes that ctx tokens can hold
     for text in ("".join(texts), *(p for p in fields.prompts if isinstance(p, str))):
-        if len(text.encode()) > ctx * model.vocabulary.longest_token:
+        if len(text.encode()) > most:
             raise _too_long(name, f"{len(text)} characters, more than {ctx} tokens can hold", ctx)
     if fields.chat and model.chat_template is None:
         raise RequestError("the model has no chat template, give a prompt", name, "no_chat_template")
@@ -325,13 +328,15 @@ def encode(fields: Fields, model: Model, ctx: int, kv: str) -> list[Prompt]:
     for prompt in fields.prompts or ("",):
         try:
             if fields.chat:
-                ids = model.markup.encode(fields.messages, fields.tools, **fields.template)
+                ids = model.markup.encode(fields.messages, fields.tools, max_chars=most, **fields.template)
             elif isinstance(prompt, str):
                 ids = model.encode(prompt)
             else:
                 ids = token_ids(prompt, int(model.config["vocab_size"])).tolist()
         except ResourceError:
             raise
+        except TooLong as e:  # of what the pieces did not show: options, thoughts, what the template repeats
+            raise _too_long(name, str(e), ctx) from None
         except MarkupError as e:
             raise RequestError(e.fault, e.param) from None
         except (Error, TypeError, ValueError, OverflowError) as e:

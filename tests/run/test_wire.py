@@ -21,6 +21,7 @@ from deepcalm.markup import Markup
 from deepcalm.sampling import Sampling, Scores
 from deepcalm.session import MAX_ROWS
 from deepcalm.template import ChatTemplate
+from deepcalm.text import Vocabulary
 from deepcalm.wire import RequestError, parse_fields, parse_object
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -262,6 +263,20 @@ def test_prompts_that_cannot_be(model: deepcalm.Model, monkeypatch: pytest.Monke
         with pytest.raises(RequestError, match="more than 100 tokens can hold") as e:
             encoded(model, body, chat)
         assert e.value.code == "context_length_exceeded"
+
+
+def test_what_the_template_makes_too_long_is_not_tokenised(
+    model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    encode = Vocabulary.encode
+    monkeypatch.setattr(Vocabulary, "encode", lambda *a, **k: (seen.append(len(a[1])), encode(*a, **k))[1])
+    short = [{"role": "user", "content": "x"}]
+    for options in ({"bos_token": "ab " * 10_000}, {"bos_token": "<|end_of_text|>" * 2000}):
+        with pytest.raises(RequestError, match=r"messages: \d+ characters, more than") as e:
+            encoded(model, {"messages": short, "chat_template_kwargs": options}, True)
+        assert e.value.code == "context_length_exceeded" and not seen
+    assert encoded(model, {"messages": short, "chat_template_kwargs": {"bos_token": "ab"}}, True) and seen
 
 
 def test_a_template_that_refuses_is_the_requests_fault_and_a_killed_one_is_not(

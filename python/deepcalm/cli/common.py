@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import CheckpointError, Error, one_line, utf8
-from ..names import DEVICES, ISAS, KV_TYPES
+from ..names import DEVICES, ISAS, KV_TYPES, TEMPLATE_PARAMETERS
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -46,7 +46,7 @@ def _json_object(_ctx: click.Context, _param: click.Parameter, value: str | None
         found = json.loads(value or "{}")
     except (ValueError, RecursionError) as e:
         raise click.BadParameter(f"not JSON: {e}") from None
-    if not isinstance(found, dict) or not found.keys().isdisjoint(("messages", "vocabulary", "self")):
+    if not isinstance(found, dict) or not found.keys().isdisjoint(TEMPLATE_PARAMETERS):
         raise click.BadParameter('expected a JSON object without "messages", as in {"enable_thinking": false}')
     return found
 
