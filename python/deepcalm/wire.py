@@ -307,8 +307,12 @@ class Prompt:
     scores: list[Scores] = field(default_factory=list)
 
 
-def encode(fields: Fields, model: Model, ctx: int, kv: str) -> list[Prompt]:
+def encode(
+    fields: Fields, model: Model, ctx: int, kv: str, check: Callable[[], None] = lambda: None
+) -> list[Prompt]:  # fmt: skip
     """The prompts of a request, each shorter than ``ctx`` tokens. Slow: templates, tokenising, the scores of an echo.
+
+    check: called again and again meanwhile; ends it by raising.
 
     Raises:
         RequestError: too long, no chat template, a template that refuses, ids that are none.
@@ -326,6 +330,7 @@ def encode(fields: Fields, model: Model, ctx: int, kv: str) -> list[Prompt]:
         raise RequestError("the model has no chat template, give a prompt", name, "no_chat_template")
     out = []
     for prompt in fields.prompts or ("",):
+        check()
         try:
             if fields.chat:
                 ids = model.markup.encode(fields.messages, fields.tools, max_chars=most, **fields.template)
@@ -347,7 +352,7 @@ def encode(fields: Fields, model: Model, ctx: int, kv: str) -> list[Prompt]:
         if fields.echo:
             out[-1].text = prompt if isinstance(prompt, str) else model.decode(ids)
             if fields.logprobs is not None:
-                out[-1].scores = prompt_scores(model, ids, fields.logprobs, kv)
+                out[-1].scores = prompt_scores(model, ids, fields.logprobs, kv, check)
     return out
 
 
@@ -468,7 +473,9 @@ def text_logprobs(vocabulary: Vocabulary, scores: Sequence[Scores], offset: int 
     }
 
 
-def prompt_scores(model: Model, ids: Sequence[int], n_top: int, kv: str) -> list[Scores]:
+def prompt_scores(
+    model: Model, ids: Sequence[int], n_top: int, kv: str, check: Callable[[], None]
+) -> list[Scores]:  # fmt: skip
     """The scores of a prompt's own tokens, from a session of its own; the first has none (NaN).
 
     Raises:
@@ -477,6 +484,7 @@ def prompt_scores(model: Model, ids: Sequence[int], n_top: int, kv: str) -> list
     scores = [Scores(ids[0], math.nan, [])]
     with model.session(len(ids), kv, mtp=False) as session:
         for i in range(1, len(ids), MAX_ROWS):
+            check()
             logits = session.prefill(ids[i - 1 : i - 1 + MAX_ROWS], all_logits=True)
             scores += [Scores.of(t, x, model.n_valid, n_top) for t, x in zip(ids[i : i + MAX_ROWS], logits)]  # noqa: B905
     return scores

@@ -15,6 +15,7 @@ import pytest
 import deepcalm
 import models
 from bench_serve import Server, call, metrics
+from deepcalm import wire
 from deepcalm.serve import replies
 from deepcalm.serve.engine import Answer
 from serving import Inside
@@ -168,6 +169,23 @@ def test_a_body_that_ends_after_the_server_is_refused(model: deepcalm.Model) -> 
         sock.sendall(data[-1:])
         head, _, body = rest(sock).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 503 ") and json.loads(body)["error"]["code"] == "shutdown"
+
+
+def test_scores_of_prompts_end_with_their_client_and_with_the_server(
+    model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored, scores = list[int](), wire.prompt_scores
+    monkeypatch.setattr(wire, "prompt_scores", lambda *args: (scored.append(0), scores(*args))[1])
+    body = {"prompt": [[5] * 511] * 16, "echo": True, "logprobs": 0, "max_tokens": 1}
+    with Inside(model, max_sequences=8) as server:
+        with begun(server, body):
+            until(lambda: scored)
+        until(lambda: not server.api.engine.preparing, 60)
+        with begun(server, body) as sock:
+            until(lambda: server.api.engine.preparing)
+            server.stop()
+            assert rest(sock).startswith(b"HTTP/1.1 503 ")
+    assert len(scored) < 16  # of 32
 
 
 def test_sigterm_waits_for_answers() -> None:

@@ -29,7 +29,7 @@ from ..errors import ResourceError, one_line
 from ..wire import RequestError
 from . import page
 from .engine import Answer, Engine, shutdown
-from .replies import Stream, Whole
+from .replies import Stream, Whole, gone
 
 T = TypeVar("T")
 BODY_SECONDS = 60.0  # for a body to arrive
@@ -194,22 +194,31 @@ class Api(Collector):
         except asyncio.TimeoutError:
             message = f"the body did not arrive within {BODY_SECONDS:.0f} s"
             raise RequestError(message, code="request_timeout", status=408) from None
+        left = asyncio.create_task(gone(request.receive))
         self.engine.preparing += 1
         try:
             self.engine.check_room()
-            answer = await self.work(self._prepare, data, chat)
+            answer = await self.work(self._prepare, data, chat, left.done)
+        except ClientDisconnect:
+            return Response()
         finally:
             self.engine.preparing -= 1
+            left.cancel()
         return (Stream if answer.fields.stream else Whole)(self, answer)
 
-    def _prepare(self, data: bytes, chat: bool) -> Answer:
+    def _prepare(self, data: bytes, chat: bool, left: Callable[[], bool]) -> Answer:
+        def check() -> None:
+            engine.check_running()
+            if left():
+                raise ClientDisconnect
+
         fields, engine = wire.parse_fields(wire.parse_object(data), chat, streams=True), self.engine
         self._named(fields.model)
         if (n := fields.n * max(len(fields.prompts), 1)) > engine.limit:
             message = f"{n} answers, this server takes {engine.limit} at a time"
             raise RequestError(message, "n" if fields.n > 1 else "prompt")
         try:
-            prompts = wire.encode(fields, self.model, engine.batch.ctx, engine.batch.kv)
+            prompts = wire.encode(fields, self.model, engine.batch.ctx, engine.batch.kv, check)
         except (ResourceError, MemoryError) as e:  # now, or for this echo's scores
             raise RequestError(e, code="no_memory", status=503) from None
         how = wire.sampling(fields, self.model, secrets.randbelow(2**53))  # a number that JavaScript can hold

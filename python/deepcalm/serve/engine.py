@@ -115,10 +115,14 @@ class Engine:
         """Whether somebody waits for an answer."""
         return bool(self.preparing or self._places)
 
-    def check_room(self, choices: int = 1) -> None:
-        """Raises RequestError (429; 503 after ``stop``) unless so many more may run or wait."""
+    def check_running(self) -> None:
+        """Raises RequestError after ``stop``."""
         if self._stopping:
             raise shutdown()
+
+    def check_room(self, choices: int = 1) -> None:
+        """Raises RequestError (429; 503 after ``stop``) unless so many more may run or wait."""
+        self.check_running()
         if max(self.preparing, len(self._places) + choices) > self.limit:
             message = f"{len(self._places)} answers run or wait, this server takes {self.limit} at a time"
             raise RequestError(message, code="server_full", status=429)

@@ -42,7 +42,7 @@ class Reply(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
-        sending, late, _ = tasks = [*map(asyncio.create_task, (self.send(send), self._late(), _left(receive)))]
+        sending, late, _ = tasks = [*map(asyncio.create_task, (self.send(send), self._late(), gone(receive)))]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if late.done() and not sending.done():
@@ -74,7 +74,8 @@ class Reply(Response):
         return None
 
 
-async def _left(receive: Receive) -> None:
+async def gone(receive: Receive) -> None:
+    """Returns when the client has closed its connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
