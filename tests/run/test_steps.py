@@ -140,6 +140,7 @@ def wide(core: Any, pos: int, kv: str, damage: float | None = None) -> Any:
     return s
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("damage", [{}, {0: np.inf, 1: np.nan}], ids=["", "not finite"])
 def test_rounds_of_attention(damage: dict[int, float]) -> None:
     """Groups that several rounds share, side by side with whole ones: each sequence's bits, and every cache row counted
@@ -191,6 +192,7 @@ def test_every_instruction_set(isa: str, preset: str) -> None:
         s.check()
 
 
+@pytest.mark.sanitize
 def test_a_nan_ends_its_own_sequence(tmp_path: Path) -> None:
     source = models.pack(models.checkpoint("v3", "f32"))
     path = shutil.copy(source.path, tmp_path / "nan.dcalm")
@@ -235,6 +237,7 @@ def test_bad_work_ends_alone() -> None:
         batch.step([(b.session, [1] * 65, 0, None, N_VALID, 0.0, -1)])
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("mtp", [False, True])
 def test_a_fork_goes_on_as_its_source_would(mtp: bool) -> None:
     core = models.open_model(small(), models.ISAS[0], 2)
