@@ -145,6 +145,7 @@ Status Step::verify(std::span<Lane> lanes) {
     int n_logits = 0;
     for (Lane& l : lanes) {
         l.row = n_logits;
+        DC_TRY_STATUS(l.s.reserve_hidden(l.w.keep_hidden ? std::ssize(l.w.ids) : 0));
         parts.push_back({.session = &l.s, .ids = l.rows, .hidden = nullptr, .n_logits = l.n_logits()});
         n_logits += l.n_logits();
         cost_.rows += static_cast<int>(l.rows.size());
@@ -158,11 +159,8 @@ Status Step::verify(std::span<Lane> lanes) {
             s.tokens_.insert(s.tokens_.end(), l.rows.begin() + l.again, l.rows.end());
             for (int64_t row = 0; s.keep_mtp_ && row < std::ssize(l.rows); ++row)
                 s.pending_.insert(s.pending_.end(), hidden.row(row), hidden.row(row) + d);
-            if (l.w.keep_hidden) {
-                s.hidden_.clear();
-                for (int64_t row = l.again; row < std::ssize(l.rows); ++row)
-                    s.hidden_.insert(s.hidden_.end(), hidden.row(row), hidden.row(row) + d);
-            }
+            for (int64_t row = 0; row < s.hidden_.size() / (4 * d); ++row)
+                std::memcpy(s.hidden_.data() + 4 * row * d, hidden.row(l.again + row), static_cast<size_t>(4 * d));
             experts_ = lanes.size() == 1 ? used : std::span<const int32_t>();
         }));
     cost_.experts_verify += stats_.experts_touched - experts;

@@ -130,6 +130,21 @@ Status Session::pass(Model& model, std::span<const Part> parts, int64_t first_lo
     return {};
 }
 
+Status Session::reserve_hidden(int64_t n) {
+    const int64_t bytes = 4 * n * model_.cfg().hidden_size;
+    if (hidden_.size() != bytes) {
+        DC_TRY(hidden_, ZeroedBuffer::make(bytes, "hidden rows"));
+    }
+    return {};
+}
+
+std::vector<float> Session::hidden() const {
+    const auto held = model_.hold_passes();
+    std::vector<float> rows(static_cast<size_t>(hidden_.size()) / 4);
+    if (!rows.empty()) std::memcpy(rows.data(), hidden_.data(), static_cast<size_t>(hidden_.size()));
+    return rows;
+}
+
 void Session::count_union(std::span<const int32_t> experts, size_t n, size_t kept) {
     if (experts.empty()) {
         recent_.clear();  // no window reaches across a long pass
@@ -179,7 +194,7 @@ void Session::forget(int n) noexcept {
     cache_.len = n;
     tokens_.resize(static_cast<size_t>(n));
     recent_.clear();
-    hidden_.clear();
+    hidden_ = ZeroedBuffer();
     if (keep_mtp_) {
         const int m = mtp_cache_.len;
         mtp_cache_.len = std::min(m, std::max(n - 1, 0));
@@ -298,7 +313,7 @@ Status Session::mtp_forward(std::span<const int32_t> ids, const float* hidden, W
         for (int i = 0; g != nullptr && i < n; ++i) std::copy_n(rows.row(i), d, g + i * d);
     }));
     for (int i = 0; i < n_logits; ++i) std::copy_n(model_.logits_row(i), vocab, logits + i * vocab);
-    hidden_.clear();
+    hidden_ = ZeroedBuffer();
     return {};
 }
 
@@ -323,7 +338,7 @@ Status Session::decode_start(int32_t token, const SampleParams& sample, int n_va
                                          .eos = eos}));
     decoding_ = true;
     recent_.clear();
-    hidden_.clear();
+    hidden_ = ZeroedBuffer();
     return {};
 }
 

@@ -82,7 +82,7 @@ class Session {
 
     int pos(bool mtp) const { return copy(cache(mtp).len); }       // tokens in the main cache, rows in the MTP cache
     std::vector<int32_t> tokens() const { return copy(tokens_); }  // [pos(false)]
-    std::vector<float> hidden() const { return copy(hidden_); }    // [rows of the last forward(), hidden_size]
+    std::vector<float> hidden() const;                             // [rows of the last forward(), hidden_size]
     PassStats stats() const { return copy(stats_); }
     ExpertUnion expert_union() const { return copy(union_); }
     Result<CacheRows> read_cache(bool mtp) const;
@@ -153,6 +153,7 @@ class Session {
     // truncate() without checks or locks; n <= pos. The token after position n-1 becomes unknown again. Allocates nothing:
     // right after whatever a pass or a round left half done, as tokens_ and pending_ grow behind the rows they belong to.
     void forget(int n) noexcept;
+    Status reserve_hidden(int64_t n);
     // Of n rows of a pass with these experts the first `kept` stay in the sequence.
     void count_union(std::span<const int32_t> experts, size_t n, size_t kept);
     int n_pending() const { return static_cast<int>(static_cast<int64_t>(pending_.size()) / model_.cfg().hidden_size); }
@@ -165,7 +166,7 @@ class Session {
     bool keep_mtp_ = false;
     Trace trace_;
     PassStats stats_;
-    std::vector<float> hidden_;  // of the last forward()
+    ZeroedBuffer hidden_;  // [rows of the last forward(), hidden_size] f32; not of malloc, which keeps what is freed
     std::vector<int32_t> tokens_;
     std::vector<float> pending_;
     ExpertUnion union_;

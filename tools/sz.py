@@ -37,7 +37,7 @@ AREAS = (
     Area(
         "C++",
         tuple(f"{d}/*.{e}" for d in ("kernels", "kernels/cpu", "runtime", "runtime/cpu") for e in ("h", "cc")),
-        6999,
+        7014,
     ),
     Area("bindings", ("python/*.cc", "python/*.h"), 1469),
     Area("CUDA", ("kernels/cuda/*.*", "runtime/cuda/*.*"), 4441),

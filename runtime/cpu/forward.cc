@@ -730,9 +730,10 @@ Result<PassResult> CpuBackend::forward(const PassArgs& args) {
         return Error{ErrorCode::kSession,
                      "a pass of " + std::to_string(n) + " tokens, at most " + std::to_string(buffers.max_rows)};
     }
-    // The buffers of a long pass, 0.4 MB a row in V2-Lite, are given back when only short ones come: nothing in them is read
-    // again.
-    short_passes = n <= kKeepRows ? short_passes + 1 : 0;
+    // The buffers of a long pass, 0.4 MB a row in V2-Lite, are given back when short ones follow, beside others' prompts not
+    // at once: nothing in them is read again.
+    const bool decodes = n <= kSplitRows && args.segments.size() == 1;
+    short_passes = n > kKeepRows ? 0 : decodes ? kKeepPasses : short_passes + 1;
     if (touched_rows > kKeepRows && short_passes >= kKeepPasses) {
         buffers.memory.release();
         touched_rows = 0;
