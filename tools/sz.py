@@ -32,6 +32,7 @@ class Area:
 BATCH = tuple(f"python/deepcalm/{name}.py" for name in ("batch", "batch_lines", "batch_file", "cli/batch"))
 WIRE = ("python/deepcalm/wire.py",)
 MARKUP = ("python/deepcalm/markup.py",)
+CLUSTER = ("python/deepcalm/cluster.py",)
 SERVE = ("python/deepcalm/serve/*.py", "python/deepcalm/cli/serve.py")
 AREAS = (
     Area(
@@ -49,9 +50,10 @@ AREAS = (
             *(f"python/deepcalm/cli/{name}.py" for name in ("__init__", "common", "run", "chat", "files")),
         ),
         7354,
-        without=(*BATCH, *WIRE, *MARKUP),
+        without=(*BATCH, *CLUSTER, *WIRE, *MARKUP),
     ),
-    Area("Python batch", BATCH, 1024),
+    Area("Python batch", BATCH, 1076),
+    Area("Python cluster", CLUSTER, 381),
     Area("Python requests", WIRE, 531),
     Area("Python markup", MARKUP, 535),
     Area("Python serve", SERVE, 874),

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.metadata
 import json
+import platform
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from . import _core
 from .batch_lines import Line
 from .closing import Closing
 from .errors import Error, ResourceError, one_line
 from .files.safetensors import check_output, parse_json, whole_file
+
+if TYPE_CHECKING:
+    from .batch import Batch
+
+
+def record(batch: Batch) -> dict[str, Any]:
+    """All that the bytes of results depend on but lines and ``Settings``."""
+    model = batch.model
+    others = {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2")}
+    return {
+        "deepcalm": _core.__version__, "python": ".".join(platform.python_version_tuple()[:2]), **others,
+        "model_sha256": model.header_sha256, "device": model.device, "isa": model.isa, "kv": batch.kv,
+        "ctx": batch.ctx,
+    }  # fmt: skip
 
 
 class Output(Closing):

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from . import wire
 from .errors import ResourceError
@@ -133,6 +133,14 @@ class Settings:
     sampling: Mapping[str, float] = field(default_factory=dict)
 
 
+class Result(NamedTuple):
+    """The result line, LF at its end; whether the line is in error; how many tokens its answers have."""
+
+    data: bytes
+    error: bool
+    tokens: int
+
+
 class Lines:
     """Lines as requests of one batch, and finished requests as result lines."""
 
@@ -162,12 +170,17 @@ class Lines:
         digest = hashlib.sha256(self.settings.seed.to_bytes(8, "little") + name.encode()).digest()
         return int.from_bytes(digest[:8], "little")
 
-    def result(self, started: Started) -> bytes:
-        """The result line, LF at its end, of a line whose requests are done.
+    def result(self, started: Started) -> Result:
+        """Of a line whose requests are done.
 
         Raises:
             ResourceError: a request ended for want of memory.
         """
+        data = self._result(started)
+        tokens = sum(wire.completion_tokens(c) for r in started.requests for c in r.choices)
+        return Result(data, started.line.error is not None, tokens)
+
+    def _result(self, started: Started) -> bytes:
         line, fields = started.line, started.line.fields
         failed = next((c.error for r in started.requests for c in r.choices if c.error is not None), None)
         if isinstance(failed, (ResourceError, MemoryError)):
@@ -188,17 +201,16 @@ class Lines:
                "usage": {name: counts[name] for name in ("prompt_tokens", "completion_tokens")}}  # fmt: skip
         return _dump(out if fields.logprobs is None else out | {"logprobs": choice["logprobs"]})
 
-    def run(self, lines: Iterator[Line], ahead: int) -> Iterator[tuple[Started, bytes]]:
-        """Lines with their results, in their order; at most ``ahead`` are read before the first is done."""
+    def run(self, lines: Iterator[Line], ahead: int) -> Iterator[Result]:
+        """Results of lines, in their order; at most ``ahead`` are read before the first is done."""
         window: deque[Started] = deque()
         while True:
             while len(window) < ahead and (line := next(lines, None)) is not None:
                 window.append(self.start(line))
             if not window:
                 return
-            if all(r.done for r in window[0].requests):
-                started = window.popleft()
-                yield started, self.result(started)
+            if window[0].done:
+                yield self.result(window.popleft())
             else:
                 self.batch.step()
 
@@ -212,9 +224,9 @@ class Started:
     prompts: list[wire.Prompt] = field(default_factory=list)
 
     @property
-    def tokens(self) -> int:
-        """Tokens of its answers so far."""
-        return sum(wire.completion_tokens(c) for r in self.requests for c in r.choices)
+    def done(self) -> bool:
+        """Whether all of its answers are."""
+        return all(r.done for r in self.requests)
 
 
 def error_line(line: Line) -> bytes:

@@ -334,10 +334,10 @@ def test_results_are_in_order_and_few_lines_are_read_ahead(seed: int) -> None:
             read, most = i, max(most, i - written)
             yield Line.parse(b"{" if i % 7 == 0 else b'{"prompt": [%d]}' % i, i)
 
-    for started, result in Lines(fake, Settings("m", "2026-02-03")).run(lines(), ahead=12):
+    for result in Lines(fake, Settings("m", "2026-02-03")).run(lines(), ahead=12):
         written += 1
-        value = json.loads(result)
-        assert started.line.number == written
+        value = json.loads(result.data)
+        assert result.error == (written % 7 == 0)
         assert value["line"] == written if written % 7 == 0 else value["text"] == f"[{written}]"
     assert (read, written, most) == (100, 100, 12)
 
@@ -352,10 +352,18 @@ def test_a_sequence_that_fails_is_an_error_line_and_want_of_memory_ends_the_run(
         started.requests[0].choices[0].error = failure
         if raised is None:
             want = {"id": 3, "line": 3, "error": {"code": "failed", "message": "token 5 is NaN"}}
-            assert json.loads(work.result(started)) == want
+            assert json.loads(work.result(started).data) == want
         else:
             with pytest.raises(raised):
                 work.result(started)
+
+
+def test_without_ray_the_option_says_what_to_install(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, out, err = answer('{"prompt": "the"}\n', "--ray", "127.0.0.1:1")
+    assert (code, out) == (1, []) and err == "deepcalm: error: Ray is not installed: pip install 'deepcalm[ray]'\n"
+    code, _, err = answer('{"prompt": "the"}\n', "--device", "auto", "--ray")
+    assert code == 1 and "not with --device auto" in err
 
 
 # ---- the same bytes however it was cut
@@ -487,8 +495,9 @@ def test_lines_dealt_to_several_batches_get_the_same_bytes(whole: tuple[Path, by
         model = deepcalm.Model(models.packed(), threads=1)
         settings = Settings(model.path.stem, "2026-02-03T04:05:06")
         with model.batch(max_sequences=6, ctx=200) as batch:
-            for started, result in Lines(batch, settings).run(iter(lines[part::3]), ahead=24):
-                results[started.line.number] = result
+            answers = Lines(batch, settings).run(iter(lines[part::3]), ahead=24)
+            for line, result in zip(lines[part::3], answers, strict=True):
+                results[line.number] = result.data
     assert b"".join(results[line.number] for line in lines) == want
 
 

@@ -50,6 +50,7 @@ NOT_TYPED = {
     "tools/bench_serve.py": "measures for minutes; tests/serve calls its parts",
     "tools/gpu_check.py": "needs a GPU",
 }
+ON_RAY = "needs Ray; tests/cluster"
 # What no document and no --help has.
 MORE = """
 deepcalm generate -p Once -q -s 3 --temp 1 --top-k 9 --min-p 0.1 --raw --device auto -t 1 --isa scalar -c 64 --kv f32
@@ -94,6 +95,8 @@ def parts(line: str) -> list[str]:
 
 def reason(part: str) -> str | None:
     """Why a command is not typed; None: it is."""
+    if "--ray" in part.split():
+        return ON_RAY
     return next((why for start, why in NOT_TYPED.items() if part == start or part.startswith(start + " ")), None)
 
 
@@ -173,11 +176,12 @@ def test_what_is_not_typed_has_a_reason_and_exists() -> None:
 def test_every_option_is_in_a_line_that_runs(name: str) -> None:
     """And every name that an option has, in a line of some command."""
     command, given = cli.cli.commands[name], set[str]()
-    for program, *args in map(shlex.split, TYPED):
+    left = {p for line in lines() for p in parts(line)}
+    for program, *args in map(shlex.split, [*TYPED, *(p for p in left if reason(p) == ON_RAY)]):
         if (program, *args[:1]) == ("deepcalm", name):
             context = command.make_context(name, args[1:])
             given |= {k for k in context.params if context.get_parameter_source(k) is ParameterSource.COMMANDLINE}
     known = [p for p in command.params if isinstance(p, click.Option)]
     assert not [p.opts for p in known if p.name not in given]
-    typed = {w for part in TYPED for w in shlex.split(part)}
+    typed = {w for part in left for w in shlex.split(part)}
     assert not [o for p in known for o in (*p.opts, *p.secondary_opts) if o not in typed]

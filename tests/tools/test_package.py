@@ -26,7 +26,7 @@ FLOORS = (
     ),
     ("files",),
     ("batch", "batch_file", "batch_lines", "device", "drafting", "generation", "markup", "model", "session", "wire"),
-    ("check", "measure", "serve"),
+    ("check", "cluster", "measure", "serve"),
     ("cli",),
     ("__main__",),
 )

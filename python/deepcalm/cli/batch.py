@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
-import platform
 import signal
 import sys
 import time
@@ -17,15 +15,26 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from ..errors import Error, ResourceError, utf8
+from ..errors import Error, ResourceError, UnsupportedError, utf8
 from .common import INTERRUPTED, SAMPLING, note_memory, open_model, options, progress, say
 
 if TYPE_CHECKING:
-    from ..batch import Batch
+    from collections.abc import Callable
+
     from ..batch_file import Output
-    from ..batch_lines import Line, Settings
+    from ..batch_lines import Line, Result, Settings
+
+    Answer = Callable[[Settings, Iterator[Line]], Iterator[Result]]  # results in the order of the lines
+    Work = tuple[dict[str, Any], Answer]  # all that results depend on but lines and settings; who makes them
 
 AHEAD = 4  # lines read before the first one is done, for each of --max-sequences
+HERE = "here"  # --ray without an address
+
+
+def _address(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and Path(value).is_file():
+        raise click.BadParameter(f"{value} is a file, not HOST:PORT of a cluster; --ray without one goes to the end")
+    return value
 
 
 @click.command(
@@ -34,6 +43,7 @@ Examples:
   deepcalm batch -m v2-lite.dcalm prompts.jsonl answers.jsonl
   deepcalm batch -m v2-lite.dcalm --max-sequences 32 --temp 0.7 -n 500 prompts.jsonl answers.jsonl
   echo '{"prompt": "Once upon a time"}' | deepcalm batch - -
+  deepcalm batch -m /models/v3.dcalm prompts.jsonl answers.jsonl --ray 10.0.0.1:6379
 A line of IN: {"id": "a", "prompt": "Once"}, or "messages" in its place, with temperature, top_p, top_k, min_p, seed,
 stop, max_tokens, logprobs as the line likes; or a line of OpenAI's batches (custom_id, body)."""
 )
@@ -46,6 +56,10 @@ stop, max_tokens, logprobs as the line likes; or a line of OpenAI's batches (cus
     "-s", "--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, metavar="S",
     help="From it and its id each line gets a seed of its own, unless it has one.",
 )  # fmt: skip
+@click.option(
+    "--ray", is_flag=False, flag_value=HERE, metavar="[ADDRESS]", callback=_address,
+    help="Work on every node of the Ray cluster whose head is at HOST:PORT (default: the one that runs here).",
+)  # fmt: skip
 @options("--device", "--threads", "--isa", "--ctx", "--kv", "--lock", "--quiet")
 def batch(source: str, target: str, overwrite: bool, quiet: bool, path: Path | None, **given: Any) -> int:
     """Answer every line of IN.jsonl in OUT.jsonl, in the order of the lines.
@@ -55,27 +69,51 @@ def batch(source: str, target: str, overwrite: bool, quiet: bool, path: Path | N
     which cannot be gone on with. OUT.jsonl.run has what OUT was made from.
     """
     from ..batch_lines import Settings
+    from ..model import demo_path
 
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is written stays, as with Ctrl-C
     try:
-        model = open_model(path, given["device"], given["threads"], given["isa"], quiet, given["lock"])
         sampling = {k: given[k] for k in ("temp", "top_p", "top_k", "min_p") if given[k] is not None}
         date = datetime.now().isoformat(timespec="seconds")
         values = (given["seed"], given["max_tokens"] or 256, given["stop"], sampling)
-        settings = Settings(utf8(model.path.stem), date, *values)
+        settings = Settings(utf8((path or demo_path()).stem), date, *values)
         shape = {k: given[k] for k in ("max_sequences", "ctx", "kv", "cache_bytes", "draft")}
-        with model.batch(**shape) as work:
-            note_memory(model, work.cache_bytes, quiet)
-            return _Run(work, settings, quiet).files(source, target, overwrite)
+        with (_here if given["ray"] is None else _on_cluster)(path, shape, given, quiet) as (record, answer):
+            return _Run(record, answer, settings, quiet).files(source, target, overwrite)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _here(path: Path | None, shape: dict[str, Any], given: dict[str, Any], quiet: bool) -> Iterator[Work]:
+    """One model of this process."""
+    from ..batch_file import record
+    from ..batch_lines import Lines
+
+    model = open_model(path, given["device"], given["threads"], given["isa"], quiet, given["lock"])
+    with model.batch(**shape) as work:
+        note_memory(model, work.cache_bytes, quiet)
+        yield record(work), lambda settings, lines: Lines(work, settings).run(lines, AHEAD * work.max_sequences)
+
+
+@contextlib.contextmanager
+def _on_cluster(path: Path | None, shape: dict[str, Any], given: dict[str, Any], quiet: bool) -> Iterator[Work]:
+    """A model on every node of a Ray cluster."""
+    from ..cluster import Crew, Setup
+
+    if given["device"] != "cpu":
+        raise UnsupportedError(f"--ray works on processors so far, not with --device {given['device']}")
+    setup = Setup(None if path is None else str(path.absolute()), {"threads": given["threads"]}, shape, given["lock"])
+    address = None if given["ray"] == HERE else given["ray"]
+    with Crew(address, setup, given["isa"], lambda text: say(text, quiet)) as crew:
+        yield crew.record, crew.run
 
 
 class _Run:
     """One start of the command: what was done so far, and the bar that shows it."""
 
-    def __init__(self, batch: Batch, settings: Settings, quiet: bool) -> None:
-        self.batch, self.settings, self.quiet = batch, settings, quiet
+    def __init__(self, record: dict[str, Any], answer: Answer, settings: Settings, quiet: bool) -> None:
+        self.record, self.answer, self.settings, self.quiet = record, answer, settings, quiet
         self.total: int | None = None  # lines of the input
         self.done = self.kept = self.errors = self.tokens = 0
         self.start = time.monotonic()
@@ -89,7 +127,7 @@ class _Run:
             whole = source != "-" and Path(source).is_file()
             file: BinaryIO = sys.stdin.buffer if source == "-" else stack.enter_context(Path(source).open("rb"))
             size, sha256 = self._survey(file, source) if whole else (None, None)
-            run = self._record() | {"input_bytes": size, "input_sha256": sha256}
+            run = self.record | asdict(self.settings) | {"input_bytes": size, "input_sha256": sha256}
             output = stack.enter_context(Output(target, run, overwrite))
             for name in (source,) * (not whole) + (target,) * output.stream:
                 say(f"note: {name} is a stream: this run cannot be gone on with", self.quiet)
@@ -119,22 +157,8 @@ class _Run:
         file.seek(0)
         return size, digest.hexdigest()
 
-    def _record(self) -> dict[str, Any]:
-        """All that OUT's bytes depend on but the input."""
-        from .. import _core
-
-        model = self.batch.model
-        others = {name: importlib.metadata.version(name) for name in ("tokenizers", "jinja2")}
-        return {
-            "deepcalm": _core.__version__, "python": ".".join(platform.python_version_tuple()[:2]), **others,
-            "model_sha256": model.header_sha256, "device": model.device, "isa": model.isa, "kv": self.batch.kv,
-            "ctx": self.batch.ctx, **asdict(self.settings),
-        }  # fmt: skip
-
     def _answer(self, lines: Iterator[Line], output: Output, again: str) -> int:
         """Writes the results of ``lines`` that OUT does not have; exit code. again: what is said of starting anew."""
-        from ..batch_lines import Lines
-
         try:
             with progress(f"{self.settings.model} lines", self.quiet, "tok/s") as update:
                 for error in output.keep(lines):
@@ -143,12 +167,11 @@ class _Run:
                     if update is not None and self.kept % 1024 == 0:
                         update(self.kept, self.total)
                 self.start = time.monotonic()
-                work = Lines(self.batch, replace(self.settings, date=output.run["date"]))
-                for started, result in work.run(lines, AHEAD * self.batch.max_sequences):
-                    output.append(result)
+                for result in self.answer(replace(self.settings, date=output.run["date"]), lines):
+                    output.append(result.data)
                     self.done += 1
-                    self.errors += started.line.error is not None
-                    self.tokens += started.tokens
+                    self.errors += result.error
+                    self.tokens += result.tokens
                     if update is not None:
                         update(self.kept + self.done, self.total, self._rate())
         except KeyboardInterrupt:
