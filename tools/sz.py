@@ -53,7 +53,7 @@ AREAS = (
         without=(*BATCH, *CLUSTER, *WIRE, *MARKUP),
     ),
     Area("Python batch", BATCH, 1076),
-    Area("Python cluster", CLUSTER, 381),
+    Area("Python cluster", CLUSTER, 478),
     Area("Python requests", WIRE, 531),
     Area("Python markup", MARKUP, 535),
     Area("Python serve", SERVE, 874),

@@ -22,6 +22,7 @@ from .wire import MAX_BYTES, RequestError
 if TYPE_CHECKING:
     from .batch import Batch, Request
 
+AHEAD = 4  # lines at work or read before, for each of a batch's max_sequences
 URLS = {"/v1/chat/completions": True, "/v1/completions": False}  # whether it is a chat
 
 

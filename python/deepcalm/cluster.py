@@ -1,4 +1,4 @@
-"""Lines over the machines of a Ray cluster, for ``deepcalm batch --ray``.
+"""Lines over the machines of a Ray cluster, for ``deepcalm batch --ray``; ``generate`` for datasets of Ray.
 
 One worker a node, an actor with a model and a ``Batch``, answers blocks of lines; what it returns are result lines of
 ``deepcalm batch``. Law L1 makes a block's bytes the same wherever it is computed, so that those of a worker that died
@@ -11,6 +11,7 @@ cannot start is tried for ever or ends the job with a page of traceback, and nob
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import signal
@@ -20,20 +21,23 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from . import _core
+from .arguments import integer
 from .batch_file import record
-from .batch_lines import Line, Lines, Result, Settings
+from .batch_lines import AHEAD, Line, Lines, Result, Settings, unique
 from .closing import Closing
 from .errors import Error, ResourceError, UnsupportedError, one_line
 from .model import Model, demo_path
 from .names import ISAS
+from .sampling import Sampling
 
 BLOCK = 8  # lines that go to a worker, and come back, together
-AHEAD = 4  # lines that a worker has, for each of its max_sequences
 WINDOW = 4  # blocks that are read and not written, for each that the workers may have
 DEATHS = 3  # of workers in a row that a node, or the block that they had, may see
 BEAT = 5.0  # seconds between two questions whether a worker lives
@@ -88,7 +92,7 @@ class Worker:
             self._batch.wait()
             try:
                 self._batch.step()
-            except (Error, OSError, MemoryError, RuntimeError) as e:
+            except Exception as e:  # else whoever waits would wait on
                 self._failure = _reason(e)
             with self._news:
                 self._steps += 1
@@ -273,6 +277,8 @@ class Crew(Closing):
                 raise Error(f"{m.name} has {key} {one_line(value, 40)}, the run {one_line(known, 40)}: every node "
                             "needs the same packed file, deepcalm and libraries")  # fmt: skip
         m.ready = True
+        if self._settings is not None:
+            self._say(f"note: {m.name} works, too")
 
     def _dismiss(self, m: _Member) -> None:
         self._members.remove(m)
@@ -379,3 +385,94 @@ def _connect(address: str | None) -> tuple[Any, bool]:
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, before)
     return ray, True
+
+
+ADDED = ("generated_text", "finish_reason", "seed", "prompt_tokens", "completion_tokens", "__inference_error__")
+MODEL, BATCH = ("threads",), ("max_sequences", "ctx", "kv", "cache_bytes", "draft")
+SAMPLING = ("temp", "top_p", "top_k", "min_p")
+
+
+def generate(
+    dataset: Any, model: str | os.PathLike[str] | None = None, *, id_column: str, column: str = "prompt", **options: Any
+) -> Any:
+    """Answers to the rows of a dataset, on every node of the cluster that it is on.
+
+    Rows are computed at once, not when the result is read. A row's answer is that of ``deepcalm batch`` to a line with
+    its id: it depends on nothing else in the dataset.
+
+    Args:
+        dataset: ray.data.Dataset; its rows pass through this process, 1024 at a time.
+        model: packed file, under the same path on every node; None: the demo model.
+        id_column: of strings or integers, each once; seeds are made from them.
+        column: of prompts: texts, lists of token ids, or lists of messages.
+        options: threads, isa of ``Model``; max_sequences, ctx, kv, cache_bytes, draft of ``Model.batch``; max_tokens
+            (256), stop, seed (0), and temp, top_p, top_k, min_p (the checkpoint's) for all rows; say, a function that
+            is told what is remarkable.
+
+    Returns:
+        A materialised dataset: the rows in their order, with columns generated_text (of a message its content),
+        finish_reason, seed, prompt_tokens, completion_tokens, and __inference_error__, null unless the row is in error:
+        then they are null.
+
+    Raises:
+        Error: as ``Crew``; a column that is not there, or one that would be there twice.
+        TypeError: an option that is not known.
+    """
+    known = {"isa", "say", "max_tokens", "stop", "seed", *MODEL, *BATCH, *SAMPLING}
+    if unknown := options.keys() - known:
+        raise TypeError(f"unknown option {min(unknown)}; expected one of {', '.join(sorted(known))}")
+    import ray
+
+    columns = dataset.columns() or []
+    for name in (id_column, column):
+        if name not in columns:
+            raise Error(f"the dataset has no column {name}, but {one_line(', '.join(columns), 200)}")
+    if twice := set(columns) & set(ADDED):
+        raise Error(f"the dataset has a column {min(twice)} already; rename it, for the answers get it")
+    batch = {"max_sequences": 8, **{k: options[k] for k in BATCH if k in options}}
+    setup = Setup(None if model is None else str(Path(model).absolute()), {k: options.get(k) for k in MODEL}, batch)
+    stop, limit = options.get("stop", ()), options.get("max_tokens", 256)
+    sampling = {k: options[k] for k in SAMPLING if k in options}
+    Sampling(seed=options.get("seed", 0), **sampling), integer("max_tokens", limit, 1)  # or what is wrong with them
+    date = datetime.now().isoformat(timespec="seconds")
+    settings = Settings(
+        "", date, options.get("seed", 0), limit, (stop,) if isinstance(stop, str) else tuple(stop), sampling
+    )
+    tables, blocks, done = deque[Any](), list[Any](), list[Result]()
+    with Crew(None, setup, options.get("isa"), options.get("say", lambda _: None)) as crew:
+        for result in crew.run(settings, unique(_rows(dataset, id_column, column, tables))):
+            done.append(result)
+            if len(done) == tables[0].num_rows:
+                blocks.append(ray.put(_answered(tables.popleft(), done)))
+                done = []
+    return ray.data.from_arrow_refs(blocks) if blocks else dataset.materialize()
+
+
+def _rows(dataset: Any, id_column: str, column: str, tables: deque[Any]) -> Iterator[Line]:
+    """A line for every row; ``tables`` gets what they come from."""
+    number = 0
+    for table in dataset.iter_batches(batch_size=1024, batch_format="pyarrow"):
+        tables.append(table)
+        for name, prompt in zip(table[id_column].to_pylist(), table[column].to_pylist(), strict=True):
+            chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+            if chat:  # a struct has every field of any message of the column
+                prompt = [{k: v for k, v in message.items() if v is not None} for message in prompt]  # noqa: PLW2901
+            number += 1
+            value = {"id": name, "messages" if chat else "prompt": prompt}
+            yield Line.parse(json.dumps(value, default=str).encode(), number)
+
+
+def _answered(table: Any, results: list[Result]) -> Any:
+    """A table with its answers."""
+    import pyarrow as pa
+
+    rows = []
+    for result in results:
+        value = json.loads(result.data)
+        text = value.get("text", value.get("message", {}).get("content"))
+        counts, error = value.get("usage", {}), value.get("error", {}).get("message")
+        rows.append((text, value.get("finish_reason"), value.get("seed"), *map(counts.get, ADDED[3:5]), error))
+    types = (pa.string(), pa.string(), pa.uint64(), pa.int64(), pa.int64(), pa.string())
+    for name, kind, values in zip(ADDED, types, zip(*rows, strict=True), strict=True):
+        table = table.append_column(name, pa.array(values, kind))
+    return table

@@ -252,6 +252,20 @@ def test_silence_has_an_end(cluster: Any, lines: Path, tmp_path: Path) -> None:
     assert stopped and "nothing was heard of it for 4 s" in err
 
 
+def test_a_node_that_joins_works_too(cluster: Any, lines: Path, want: bytes, tmp_path: Path) -> None:
+    code = "import sys; from deepcalm import cluster, cli; cluster.RECRUIT = 0.5; sys.exit(cli.main())"
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-c", code, "batch", lines, out, "--max-sequences", "1", "--ray", cluster.address]
+    with subprocess.Popen(command, env=commands.environment(), stderr=subprocess.PIPE) as process:
+        assert grown(out, 0, process)
+        odd = odd_node(cluster, tmp_path, "")
+        with odd:
+            assert process.stderr is not None
+            err = process.stderr.read().decode()
+            assert process.wait(60) == 0, err
+    assert "works, too" in err and out.read_bytes() == want
+
+
 def test_addresses_and_files_that_are_not_there_are_said(cluster: Any, lines: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     assert "Ray cluster 127.0.0.1:1: " in commands.error(commands.run("batch", lines, out, "--ray", "127.0.0.1:1"))
@@ -262,3 +276,52 @@ def test_addresses_and_files_that_are_not_there_are_said(cluster: Any, lines: Pa
     assert code == 2 and "goes to the end" in err
     code, data, err = answer(lines, out, "--cache-bytes", "1000", "--ray", cluster.address)
     assert (code, data) == (1, b"") and "cache_bytes is 1000" in err and "goes on from there" in err
+
+
+def test_a_dataset_of_parquet_gets_the_answers_that_batch_gives(cluster: Any, tmp_path: Path) -> None:
+    with_nodes(cluster, 2)
+    code = """if True:
+    import sys, pyarrow as pa, pyarrow.parquet as pq, ray
+    from deepcalm import cluster, errors
+    ray.init(sys.argv[1], log_to_driver=False, include_dashboard=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    ids = [f"row {i}" for i in range(40)]
+    table = pa.table({"name": ids[:-1] + ids[:1], "prompt": ["Once", "The cat", "One day", ""] * 10, "more": range(40)})
+    pq.write_table(table, sys.argv[2])
+    dataset = ray.data.read_parquet(sys.argv[2])
+    for columns in ({"id_column": "id"}, {"id_column": "name", "column": "text"}):
+        try:
+            cluster.generate(dataset, **columns)
+            sys.exit(2)
+        except errors.Error as e:
+            assert "no column" in str(e)
+    for wrong in ({"tmep": 1}, {"temp": -1}, {"max_tokens": 0}):
+        try:
+            cluster.generate(dataset, id_column="name", **wrong)
+            sys.exit(2)
+        except (TypeError, ValueError):
+            pass
+    out = cluster.generate(dataset, id_column="name", max_tokens=12, seed=3, temp=0.9)
+    pq.write_table(pa.concat_tables(ray.get(out.to_arrow_refs())), "out.parquet")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, cluster.address, tmp_path / "in.parquet"], cwd=tmp_path,
+        env=commands.environment(), capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    pq = pytest.importorskip("pyarrow.parquet")
+    given, rows = (pq.read_table(tmp_path / f"{n}.parquet").to_pylist() for n in ("in", "out"))
+    assert [{k: r[k] for k in given[0]} for r in rows] == given
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps({"id": r["name"], "prompt": r["prompt"]}) + "\n" for r in given)
+    )
+    _, data, _ = answer(tmp_path / "in.jsonl", tmp_path / "o.jsonl", "-n", "12", "-s", "3", "--temp", "0.9")
+    for row, line in zip(rows, map(json.loads, data.splitlines()), strict=True):
+        if error := line.get("error"):
+            assert row["__inference_error__"] == error["message"] and row["generated_text"] is None
+        else:
+            assert (row["generated_text"], row["seed"], row["finish_reason"], row["__inference_error__"]) == (
+                line["text"], line["seed"], line["finish_reason"], None
+            )  # fmt: skip
+            assert {k: row[k] for k in line["usage"]} == line["usage"]
+    assert sum(r["__inference_error__"] is not None for r in rows) == 1

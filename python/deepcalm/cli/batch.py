@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     Answer = Callable[[Settings, Iterator[Line]], Iterator[Result]]  # results in the order of the lines
     Work = tuple[dict[str, Any], Answer]  # all that results depend on but lines and settings; who makes them
 
-AHEAD = 4  # lines read before the first one is done, for each of --max-sequences
 HERE = "here"  # --ray without an address
 
 
@@ -88,7 +87,7 @@ def batch(source: str, target: str, overwrite: bool, quiet: bool, path: Path | N
 def _here(path: Path | None, shape: dict[str, Any], given: dict[str, Any], quiet: bool) -> Iterator[Work]:
     """One model of this process."""
     from ..batch_file import record
-    from ..batch_lines import Lines
+    from ..batch_lines import AHEAD, Lines
 
     model = open_model(path, given["device"], given["threads"], given["isa"], quiet, given["lock"])
     with model.batch(**shape) as work:
