@@ -17,7 +17,7 @@ class PassMutex {
   public:
     void lock() {
         enter_process();
-        const uint32_t ticket = next_.fetch_add(1, std::memory_order_relaxed);
+        const uint32_t ticket = next_.fetch_add(1, std::memory_order_acq_rel);
         for (uint32_t now = 0; (now = serving_.load(std::memory_order_acquire)) != ticket;)
             serving_.wait(now, std::memory_order_relaxed);
     }
@@ -31,7 +31,7 @@ class PassMutex {
         const pid_t self = getpid();
         pid_t known = process_.load(std::memory_order_acquire);
         if (known == self) return;
-        if (next_.load(std::memory_order_relaxed) == serving_.load(std::memory_order_relaxed)) {
+        if (next_.load(std::memory_order_acquire) == serving_.load(std::memory_order_relaxed)) {
             process_.compare_exchange_strong(known, self, std::memory_order_acq_rel);
             return;
         }
