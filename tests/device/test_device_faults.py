@@ -18,6 +18,7 @@ from deepcalm import _core
 from deepcalm.errors import Error, SessionError, UnsupportedError
 from deepcalm.sampling import Sampling
 
+pytestmark = pytest.mark.exhaustive
 KB = 1024
 
 

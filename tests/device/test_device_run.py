@@ -23,6 +23,7 @@ from deepcalm.sampling import Sampling
 from stage_oracle import check_stages
 
 # (preset, dtype of the checkpoint, options of the packer, cache type): every format, cache type and router
+pytestmark = pytest.mark.exhaustive
 CASES = [
     ("v3", "bf16", {"dtype": "bf16"}, "bf16"),
     ("v3", "bf16", {"dtype": "q4", "attn_dtype": "q8"}, "q8"),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.exhaustive  # compiles every instruction set twice
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "kernels" / "cpu" / "isa.cc"
 # rows of CMakeLists.txt: a name and the flags that it adds to those of the rows above
