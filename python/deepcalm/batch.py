@@ -22,7 +22,7 @@ from .drafting import BatchController, CostModel, Drafts
 from .errors import Error, ResourceError, SessionError
 from .generation import check_draft
 from .sampling import Sampling, Scores
-from .session import SessionLock, StageStats, Stats, check_kv
+from .session import SessionLock, StageStats, Stats, cache_type
 from .text import AnswerText
 
 if TYPE_CHECKING:
@@ -147,8 +147,7 @@ class Batch(Closing):
         self, model: Model, max_sequences: int, ctx: int, kv: str, cache_bytes: int | None, draft: str | int
     ) -> None:
         check_draft(draft)
-        check_kv(kv)
-        self.model, self.ctx, self.kv, self.draft = model, ctx, kv, draft
+        self.model, self.ctx, self.kv, self.draft = model, ctx, cache_type(kv, model.isa), draft
         self.max_sequences = integer("max_sequences", max_sequences, 1, MAX_SEQUENCES)
         self._lazy = model.device == "cpu"  # caches take the memory that is touched, not all of it as on a device
         self._mtp = draft not in ("off", 0) and (draft != "auto" or bool(model.config["num_nextn_predict_layers"]))

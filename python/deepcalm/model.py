@@ -17,7 +17,7 @@ from .files import packed
 from .files.text_files import FILES, LEGACY, TextFiles
 from .generation import Options, TextGeneration, check_draft
 from .names import DEVICES
-from .session import MAX_ROWS, Session
+from .session import MAX_ROWS, Session, cache_type
 from .text import Vocabulary
 
 if TYPE_CHECKING:
@@ -173,9 +173,9 @@ class Model(Closing):
                 return 0.0
         return cold / n
 
-    def active_bytes_per_token(self, pos: int, kv: str = "f16") -> int:
+    def active_bytes_per_token(self, pos: int, kv: str = "auto") -> int:
         """Bytes that decoding one token after ``pos`` others reads: weights in use and cache rows."""
-        return self.core.active_bytes_per_token(integer("pos", pos, 0, 2**31 - 1), kv)
+        return self.core.active_bytes_per_token(integer("pos", pos, 0, 2**31 - 1), cache_type(kv, self.isa))
 
     # ---- text
 
@@ -284,13 +284,13 @@ class Model(Closing):
     # ---- sessions
 
     def session(
-        self, ctx: int | None = None, kv: str = "f16", max_rows: int | None = None, mtp: bool | None = None
+        self, ctx: int | None = None, kv: str = "auto", max_rows: int | None = None, mtp: bool | None = None
     ) -> Session:
         """A new sequence with its own cache.
 
         Args:
             ctx: positions; None: the model's maximum, at most 4096.
-            kv: cache type, "f16" | "bf16" | "f32" | "q8".
+            kv: cache type, "f16" | "bf16" | "f32" | "q8"; "auto": bf16 with the instruction set amx, else f16.
             max_rows: tokens per pass; None: 256, or ctx where that is less.
             mtp: keep the MTP layer's state up to date, which drafting needs and costs an MTP row per token of a prompt;
                 None: where the model has such a layer, so that ``generate`` drafts as the command line does.
@@ -310,7 +310,7 @@ class Model(Closing):
         self,
         max_sequences: int = 8,
         ctx: int | None = None,
-        kv: str = "f16",
+        kv: str = "auto",
         cache_bytes: int | None = None,
         draft: str | int = "auto",
     ) -> Batch:
@@ -319,7 +319,7 @@ class Model(Closing):
         Args:
             max_sequences: that run at a time, 1..64; more wait.
             ctx: positions of each; None: the model's maximum, at most 4096.
-            kv: cache type, "f16" | "bf16" | "f32" | "q8".
+            kv: cache type, "f16" | "bf16" | "f32" | "q8"; "auto": bf16 with the instruction set amx, else f16.
             cache_bytes: for the rows of all caches together, of finished sequences too; None: as many as
                 ``max_sequences`` of ``ctx`` take, or the available memory where that is less.
             draft: MTP drafts of a sequence and pass, "off", or "auto": as many as pay.
@@ -367,7 +367,7 @@ def stream(
     *,
     stop: str | Sequence[str] = (),
     ctx: int | None = None,
-    kv: str = "f16",
+    kv: str = "auto",
     **options: Unpack[Options],
 ) -> TextGeneration:
     """The text that a model writes after a raw prompt (without the prompt), as an iterator over its pieces.
@@ -397,7 +397,7 @@ def generate(
     *,
     stop: str | Sequence[str] = (),
     ctx: int | None = None,
-    kv: str = "f16",
+    kv: str = "auto",
     **options: Unpack[Options],
 ) -> str:
     """The whole text of ``stream``, which has the same arguments and errors."""

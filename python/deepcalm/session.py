@@ -52,10 +52,15 @@ STAGES = (
 )
 
 
-def check_kv(kv: str) -> None:
-    """Raises ValueError unless ``kv`` names a cache type."""
+def cache_type(kv: str, isa: str) -> str:
+    """The type that ``kv`` asks for; "auto": what attention of this instruction set multiplies fastest.
+
+    Raises:
+        ValueError: it names none.
+    """
     if kv not in KV_TYPES:
         raise ValueError(f"kv: {kv!r}, expected one of {', '.join(KV_TYPES)}")
+    return kv if kv != "auto" else "bf16" if isa == "amx" else "f16"
 
 
 class SessionLock:
@@ -173,9 +178,8 @@ class Session(Closing):
     """
 
     def __init__(self, model: Model, ctx: int, kv: str, max_rows: int, mtp: bool) -> None:
-        check_kv(kv)
         self.model = model
-        self.kv = kv
+        self.kv = kv = cache_type(kv, model.isa)
         self._core: _core.Session | None = _core.Session(model.core, ctx, kv, max_rows, mtp)
         available = limits.available_memory() if model.device == "cpu" else None  # a device has refused by itself
         if available is not None and self.core.cache_bytes > available:  # reserved, not touched yet

@@ -43,7 +43,7 @@ SUMMARY = (
     r"\d+ tokens, ended by (eos|stop|length|context|interrupted); prefill \d+ tokens, [\d.]+ tok/s"
     r"(; decode [\d.]+ tok/s, [\d.]+ GB/s(, \d+ % of a plain read)?)?"
     r"(; \d+ of \d+ drafts accepted, [\d.]+ tokens and [\d.]+ experts a pass)?(; drafting turned off, it did not pay)?"
-    r"; (greedy|temp [\d.]+.*; seed \d+)"
+    r"; cache (f32|f16|bf16|q8); (greedy|temp [\d.]+.*; seed \d+)"
 )
 
 

@@ -471,6 +471,24 @@ def test_module_generate(model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch)
 # ---- saving
 
 
+@pytest.mark.parametrize("isa", ["avx512x", "amx"])
+def test_auto_is_the_cache_type_that_fits_the_instruction_set(
+    isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any and where there is one: what was chosen is named, and saved as if it had been asked for."""
+    monkeypatch.setattr(deepcalm.Model, "isa", isa)
+    m, kv = models.model(), ("bf16", "f16") if isa == "amx" else ("f16", "bf16")
+    for s in (m.session(), m.session(kv="auto"), m.session(kv=kv[0])):
+        assert s.kv == kv[0] and f"kv='{kv[0]}'" in repr(s)
+        s.prefill(IDS[:3])
+        s.save(tmp_path / s.kv)
+    m.session().restore(tmp_path / kv[0])
+    with pytest.raises(SessionError, match=f"kv is '{kv[0]}', this session has '{kv[1]}'"):
+        m.session(kv=kv[1]).restore(tmp_path / kv[0])
+    assert m.batch().kv == m.batch(kv="auto").kv == kv[0]
+    assert m.active_bytes_per_token(9) == m.active_bytes_per_token(9, kv[0])
+
+
 @pytest.mark.parametrize("kv", names.KV_TYPES)
 @pytest.mark.parametrize("mtp", [False, True])
 def test_restored_session_goes_on_with_the_same_bits(tmp_path: Path, kv: str, mtp: bool) -> None:

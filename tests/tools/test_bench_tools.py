@@ -20,7 +20,10 @@ import gguf_synthetic
 import jsonl
 import lab
 import models
+import quality
+import tiny
 from deepcalm import _core, drafting
+from deepcalm.check.perplexity import log_softmax
 
 SIZES = ("hidden_size=64", "num_attention_heads=2", "kv_lora_rank=32", "qk_nope_head_dim=32", "qk_rope_head_dim=32",
          "v_head_dim=32", "intermediate_size=96", "moe_intermediate_size=32", "n_routed_experts=4", "vocab_size=64",
@@ -211,3 +214,17 @@ def test_batch_rows_whose_texts_differ_are_no_result() -> None:
     with pytest.raises(SystemExit, match="different tokens"):
         bench_batch.summary(runs)
     assert bench_batch.summary([runs[0], runs[0]])["rate"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_quality_tells_cache_types_apart() -> None:
+    model, ids = models.model("moonlight"), tiny.token_ids(tiny.N_TOKENS, 100).tolist()
+    cells = [c.strip() for c in quality.caches(model, ids, 64).split("|")]
+    kl = {kv: float(cell.split()[0]) for kv, cell in zip(quality.CACHES, cells[::2], strict=False)}
+    assert 0 < kl["f16"] < kl["bf16"] / 30 and kl["f16"] < kl["q8"] / 30
+    rounds = [model.session(kv=kv, mtp=False).prefill(ids[:64], all_logits=True) for kv in ("f32", "bf16")]
+    p, q = (log_softmax(x) for x in rounds)
+    monolith = (np.exp(p) * (p - q)).sum(axis=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "ROWS", 7)
+        cells = [c.strip() for c in quality.caches(model, ids[:64], 64).split("|")]
+    assert float(cells[2].split()[0]) == pytest.approx(monolith.mean(), rel=0.01)

@@ -65,7 +65,7 @@ def perplexity(
     model: Model,
     text: str,
     ctx: int | None = None,
-    kv: str = "f16",
+    kv: str = "auto",
     against: Model | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
@@ -86,7 +86,7 @@ def perplexity(
     if against is not None:
         if against.tokenizer.to_str() != model.tokenizer.to_str():
             raise Error(f"{against.path} has another tokenizer than {model.path}: their logits cannot be compared")
-        sessions.append(against.session(sessions[0].ctx, kv, mtp=False))
+        sessions.append(against.session(sessions[0].ctx, sessions[0].kv, mtp=False))
     width = sessions[0].ctx - len(start)
     windows = [start + ids[i : i + width] for i in range(0, len(ids), max(width, 1))] if width > 0 else []
     windows = [w for w in windows if len(w) > 1]

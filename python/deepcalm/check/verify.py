@@ -27,7 +27,7 @@ from ..files.safetensors import read_file
 from ..files.text_files import LEGACY
 from ..model import Model
 from ..sampling import Sampling
-from ..session import STAGES
+from ..session import STAGES, cache_type
 from . import reference
 from .perplexity import log_softmax
 from .reference import Array
@@ -145,7 +145,7 @@ def verify(
     prompt: str | None = None,
     tokens: int = TOKENS,
     isa: str | None = None,
-    kv: str = "f16",
+    kv: str = "auto",
     legs: str | Sequence[str] = LEGS,
     progress: Callable[[int, int], object] | None = None,
     threads: int | None = None,
@@ -229,6 +229,7 @@ class _Verifier:
             self.packed = reference.PackedWeights(self.file)
             self.source = reference.SourceWeights(self.ckpt, self.settings)
             self.model = Model(self.file, threads=self.threads, isa=self.isa)
+            self.kv = cache_type(self.kv, self.model.isa)
             for leg in (leg for leg in LEGS[:3] if leg in self.legs):
                 getattr(self, leg)()
             self.ids = self.tokens(prompt, tokens)

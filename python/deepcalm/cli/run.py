@@ -120,7 +120,7 @@ def generate(
     if as_json:
         write_json(report(answer, session.stats, seed) | {
             "prompt_tokens": len(ids), "model": str(model.path), "isa": model.isa, "threads": model.threads,
-            "ctx": session.ctx, "kv": kv, "read_bandwidth": read, "cached_tokens": kept,
+            "ctx": session.ctx, "kv": session.kv, "read_bandwidth": read, "cached_tokens": kept,
         })  # fmt: skip
     elif logprobs is not None:
         say(scores_table(answer), quiet)
@@ -263,6 +263,7 @@ def summary(answer: TextGeneration, stats: Stats, seed: int | None, read: float 
     if drafts.switches and not drafts.drafting:
         line += "; drafting turned off, it did not pay"
     how = answer.generation.sampling
+    line += f"; cache {answer.generation.session.kv}"
     line += f"; {sampling_text({k: getattr(how, k) for k in NO_SAMPLING}, answer.generation.session.model)}"
     return line if seed is None else f"{line}; seed {seed}"
 

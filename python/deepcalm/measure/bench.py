@@ -234,7 +234,7 @@ def bench(
     contexts: Sequence[int] | None = None,
     decode_tokens: int = 32,
     repeats: int = 5,
-    kv: str = "f16",
+    kv: str = "auto",
     random_weights: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchResult:
@@ -267,8 +267,9 @@ def bench(
             f"a prompt of {prompt_tokens} and {decode_tokens + 1} tokens after {contexts[-1]} need {ctx} positions, "
             f"the model has {limit}; choose smaller ones"
         )
-    others, rates = Others(), _Rates(model, kv, operations(model, prompt_tokens, 0))
-    runs = _Runs(model.session(ctx, kv, mtp=False), prompt_tokens, decode_tokens)
+    session = model.session(ctx, kv, mtp=False)
+    others, rates = Others(), _Rates(model, session.kv, operations(model, prompt_tokens, 0))
+    runs = _Runs(session, prompt_tokens, decode_tokens)
     memory = runs.memory()
     points = [_Point(c) for c in (None, *contexts)]
     single: list[float] = []
@@ -286,7 +287,7 @@ def bench(
         machine=machine(),
         isa=model.isa,
         threads=model.threads,
-        kv=kv,
+        kv=session.kv,
         repeats=repeats,
         other_cores=other_cores,
         stolen_cores=stolen_cores,

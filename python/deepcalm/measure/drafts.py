@@ -58,7 +58,7 @@ def bench_draft(
     prompt: Sequence[int] | int | None = None,
     decode_tokens: int = 64,
     repeats: int = 5,
-    kv: str = "f16",
+    kv: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> DraftBench:
     """Measures ``k`` drafts a round against plain decoding of the same greedy text, in interleaved repeats.
@@ -109,7 +109,7 @@ def bench_draft(
         file=str(model.path),
         isa=model.isa,
         threads=model.threads,
-        kv=kv,
+        kv=text.session.kv,
         k=k,
         accept=accept,
         context=n,
