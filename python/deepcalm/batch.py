@@ -11,8 +11,9 @@ from __future__ import annotations
 import bisect
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import _core, limits
@@ -98,12 +99,16 @@ class _Sequence:
     max_tokens: int
     eos_ids: frozenset[int]
     n_top: int  # of log probabilities; -1: none
-    text: AnswerText | None
+    new_text: Callable[[], AnswerText] | None
     core: _core.Session | None = None
     pos: int = 0  # ids in the cache
     skipped: int = 0  # passes in a row that left its prompt out
     source: tuple[_Sequence, int] | None = None  # whose row it waits for
     drafts: Drafts = field(default_factory=Drafts)
+    text: AnswerText | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.text = self.new_text() if self.new_text else None
 
     @property
     def missing(self) -> int:
@@ -114,6 +119,25 @@ class _Sequence:
         """How many first ids both have, leaving one for a pass."""
         pairs = zip(self.ids[:-1], other.ids, strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.ids) - 1, len(other.ids)))
+
+    def over(self, ctx: int) -> str | None:
+        """Why no token may follow those that it has."""
+        if self.text and self.text.stopped:
+            return "stop"
+        if len(self.choice.tokens) == self.max_tokens:
+            return "length"
+        return "context" if len(self.ids) == ctx else None
+
+    def settle(self) -> None:
+        """Goes back to the tokens that the choice has: a step may have been interrupted at any line."""
+        c, n = self.choice, len(self.choice.tokens)
+        del self.ids[c.request.prompt_tokens + n :], c.accepted[n:], c.scores[n:]
+        self.__post_init__()
+        if self.text:
+            c.text = "".join(map(self.text.feed, c.tokens))
+        self.pos = min(self.pos, len(self.ids) - 1)
+        if self.core is not None and self.core.pos > self.pos:
+            self.core.truncate(self.pos)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +190,7 @@ class Batch(Closing):
         self._running: list[_Sequence] = []
         self._idle: list[_Sequence] = []  # least recently used first
         self._stepping = SessionLock()
-        self._in_pass: list[_Sequence] = []  # whose caches may be ahead of what is known
+        self._at_work: list[_Sequence] = []  # what ran or waited when the step began that has not ended yet
         self.news = threading.Condition()  # guards what other threads change
         self._submitted: list[_Sequence] = []
         self.cancelled: set[Request] = set()
@@ -221,13 +245,13 @@ class Batch(Closing):
         ends = model.eos_ids if eos_ids is None else frozenset(token_ids(eos_ids, vocab).tolist())
         reserved = min(self.ctx, len(prompt) + longest)
         request = Request(self, len(prompt))
+        new_text = partial(AnswerText, model.vocabulary, stop, shown) if model.has_tokenizer else None
         sequences = []
         for i in range(n):
             how = replace(sampling, seed=(sampling.seed + i) % 2**64)
-            text = AnswerText(model.vocabulary, stop, shown) if model.has_tokenizer else None
             request.choices.append(Choice(request, i, how.seed))
             sequences.append(
-                _Sequence(request.choices[i], 0, [*prompt], reserved, how, longest, frozenset(ends), n_top, text)
+                _Sequence(request.choices[i], 0, [*prompt], reserved, how, longest, frozenset(ends), n_top, new_text)
             )
         if reserved > self._rows:
             raise ResourceError(
@@ -280,23 +304,25 @@ class Batch(Closing):
         with self._stepping:
             if self._passes is None:
                 raise SessionError("the batch is closed")
-            self._begin()
-            self._admit()
-            if work := self._compose():
-                self._in_pass = [s for s, _, _ in work]
-                for (s, n, _), r in zip(work, self._pass(work), strict=True):
-                    self._take(s, n, r)
-                    del self._in_pass[0]
-            changed, self._changed = self._changed, {}
-            return list(changed)
+            try:
+                self._begin()
+                self._admit()
+                if work := self._compose():
+                    for (s, n, _), r in zip(work, self._pass(work), strict=True):
+                        self._take(s, n, r)
+                changed, self._changed, self._at_work = self._changed, {}, []
+                return list(changed)
+            finally:
+                self._settle()
 
     def close(self) -> None:
         """Ends all choices ("cancelled") and frees the caches; a pass that is running ends before."""
         with self._stepping, self.news:
+            self._begin()
             self._passes = None
-            for s in [*self._running, *self._waiting, *self._submitted]:
+            for s in [*self._running, *self._waiting]:
                 self._end(s, "cancelled")
-            self._submitted, self._idle = [], []
+            self._idle = []
             self.news.notify_all()
 
     @property
@@ -309,16 +335,31 @@ class Batch(Closing):
 
     def _begin(self) -> None:
         """Takes what other threads did."""
-        for s in self._in_pass:  # of a step that was interrupted
-            if s.core is not None and s.core.pos > s.pos:
-                s.core.truncate(s.pos)
-        self._in_pass = []
+        self._settle()
         with self.news:
-            new, cancelled = self._submitted, self.cancelled
-            self._waiting, self._submitted, self.cancelled = self._waiting + new, [], set()
-        for s in [*self._waiting, *self._running] if cancelled else new:
-            if s.choice.request in cancelled or len(s.ids) == self.ctx:
-                self._end(s, "cancelled" if s.choice.request in cancelled else "context")
+            new, cancelled = self._submitted, {*self.cancelled}
+            known = [*self._waiting, *new, *self._running]
+            self._waiting, self._submitted, self._at_work = self._waiting + new, [], known
+        for s in known if cancelled else new:
+            if reason := "cancelled" if s.choice.request in cancelled else s.over(self.ctx):
+                self._end(s, reason)
+        with self.news:
+            self.cancelled -= cancelled
+
+    def _settle(self) -> None:
+        """Where a step was interrupted, at any line: goes back to what the choices had got."""
+        if not self._at_work:
+            return
+        known = sorted((s for s in self._at_work if s.choice.reason is None), key=lambda s: s.age)
+        for s in known:
+            s.settle()
+        self._waiting = [s for s in known if s.core is None]
+        self._running = [s for s in known if s.core is not None]
+        self._idle = [s for s in self._idle if s.choice.reason]
+        for s in known:
+            if reason := s.over(self.ctx):
+                self._end(s, reason)
+        self._at_work = []
 
     # ---- admission: places, memory, rows that are there already
 
@@ -383,6 +424,9 @@ class Batch(Closing):
 
     def _start(self, s: _Sequence, source: _Sequence | None, n: int, take: bool) -> None:
         ctx = self.ctx if self._lazy else s.reserved
+        if source in self._idle:  # the most recently used
+            self._idle.remove(source)
+            self._idle += [] if take else [source]
         if source is None or source.core is None:
             s.core = self._session(ctx)
         elif take and source.core.ctx >= ctx:
@@ -390,9 +434,6 @@ class Batch(Closing):
             s.core.truncate(n)
         else:
             s.core = source.core.fork(self.model.core, n, ctx)
-        if source in self._idle:  # the most recently used
-            self._idle.remove(source)
-            self._idle += [] if take else [source]
         s.pos, s.drafts.pending = n, 1
         cached = min(n, s.choice.request.prompt_tokens) if not s.choice.tokens else 0
         if s.choice.index == 0:
@@ -457,29 +498,22 @@ class Batch(Closing):
         s.pos += n + r["accepted"]
         self._sums["drafts_offered"] += r["drafted"]
         self._sums["drafts_accepted"] += r["accepted"]
-        c, reason = s.choice, None
+        c = s.choice
         if r["tokens"]:
             self._changed[c] = None
         for i, token in enumerate(r["tokens"]):
             if token in s.eos_ids:
-                reason = "eos"
+                self._end(s, "eos")
                 break
             s.ids.append(token)
-            c.tokens.append(token)
             c.accepted.append(i < r["accepted"])
             if s.n_top >= 0:
                 c.scores.append(Scores(*r["scores"][i]))
             c.text += s.text.feed(token) if s.text else ""
-            if s.text and s.text.stopped:
-                reason = "stop"
-            elif len(c.tokens) == s.max_tokens:
-                reason = "length"
-            elif len(s.ids) == self.ctx:
-                reason = "context"
-            if reason:
+            c.tokens.append(token)  # last: all else follows from it, should this be interrupted
+            if reason := s.over(self.ctx):
+                self._end(s, reason)
                 break
-        if reason:
-            self._end(s, reason)
 
     def _end(self, s: _Sequence, reason: str, error: Exception | None = None) -> None:
         """Ends a choice; its rows are kept for prompts that begin like it."""
@@ -487,6 +521,8 @@ class Batch(Closing):
         if s.text and not s.text.stopped:
             c.text += s.text.flush()
             reason = "stop" if s.text.stopped else reason
+        self._changed[c], c.error = None, error
+        c.reason = reason  # from here on it has ended, should this be interrupted
         for group in (self._running, self._waiting):
             if s in group:
                 group.remove(s)
@@ -495,5 +531,3 @@ class Batch(Closing):
             s.reserved = s.pos if self._lazy else s.reserved
             s.core.truncate(s.pos)
             self._idle = [*self._idle, s][-MAX_IDLE:]
-        c.error, c.reason = error, reason
-        self._changed[c] = None

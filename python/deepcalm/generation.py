@@ -6,6 +6,7 @@ import numbers
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from .arguments import integer, token_ids
@@ -265,9 +266,9 @@ class TextGeneration(Iterator[str]):
     """A ``Generation`` as pieces of text: complete characters, ended by stop strings too.
 
     ``reason`` is as there, or "stop" (a stop string was completed; only the text before it is returned), or
-    "interrupted" after ``interrupt``. ``text`` is all text returned so far. A special token shows as no text: a stop
-    string that is the text of one ends at that token. The tokens of a stop string belong to the session's sequence as
-    all others do.
+    "interrupted" after ``interrupt``, which Ctrl-C calls. ``text`` is all text returned so far. A special token shows
+    as no text: a stop string that is the text of one ends at that token. The tokens of a stop string belong to the
+    session's sequence as all others do.
 
     Args:
         stop: a string, or several.
@@ -281,28 +282,34 @@ class TextGeneration(Iterator[str]):
         self.generation = generation
         self.reason: str | None = None
         self.text = ""
-        self._answer = AnswerText(generation.session.model.vocabulary, stop)
+        self._new_answer = partial(AnswerText, generation.session.model.vocabulary, stop)
+        self._answer = self._new_answer()
 
     def __next__(self) -> str:
-        while self.reason is None:
-            token = next(self.generation, None)
-            if token is None:
-                self.reason = self.generation.reason
-                piece = self._answer.flush()
-            else:
-                piece = self._answer.feed(token)
-            if self._answer.stopped:
-                self.reason = "stop"
-                self.generation.close()
-            if piece:
-                self.text += piece
-                return piece
+        try:
+            while self.reason is None:
+                token = next(self.generation, None)
+                if token is None:
+                    self.reason = self.generation.reason
+                    piece = self._answer.flush()
+                else:
+                    piece = self._answer.feed(token)
+                if self._answer.stopped:
+                    self.reason = "stop"
+                    self.generation.close()
+                if piece:
+                    self.text += piece
+                    return piece
+        except KeyboardInterrupt:
+            self.interrupt()
+            raise
         raise StopIteration
 
     def interrupt(self) -> str:
         """Ends it from outside; returns the text that was still held back."""
-        self.reason = "interrupted"
         self.generation.close()
-        piece = self._answer.flush()
-        self.text += piece
-        return piece
+        shown, self._answer = len(self.text), self._new_answer()
+        text = "".join(map(self._answer.feed, self.generation.tokens))  # of all: one may have been on its way
+        self.reason = "stop" if self._answer.stopped else "interrupted"
+        self.text = text if self._answer.stopped else text + self._answer.flush()
+        return self.text[shown:]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -391,6 +393,45 @@ def test_a_step_that_is_interrupted_is_as_if_it_had_not_been(model: deepcalm.Mod
         list(batch.run())
         for i in range(3):
             check(model, requests[i], IDS[i : 80 * i + 9], Sampling(), max_tokens=12)
+
+
+def test_an_interrupt_at_any_line_of_a_step_changes_no_answer(model: deepcalm.Model) -> None:
+    """Ctrl-C at every line, where it is reached for the n-th time; for an even n a second one before all is settled."""
+    files = {str(inspect.getsourcefile(m)) for m in (batch, deepcalm.text)}
+    with model.batch(ctx=240, draft=2) as b:
+        row = b._row_bytes
+    stop = alone(model, IDS[:12], SAMPLED, max_tokens=20)[1][-2:]
+    asked: list[tuple[list[int], dict[str, Any]]] = [
+        (IDS[:150], {"max_tokens": 9, "logprobs": 1, "eos_ids": ()}),
+        ([*IDS[:140], 5], {"max_tokens": 30, "eos_ids": range(0, 270, 9)}),  # waits for rows of the first
+        (IDS[:12], {"max_tokens": 70, "eos_ids": (), "stop": stop}),  # overtakes it, and has to give way
+        (IDS[:140], {"max_tokens": 5}),
+    ]
+    expected = [alone(model, ids, SAMPLED, ctx=240, **options) for ids, options in asked]
+    for n in range(1, 4):
+        reached: Counter[tuple[str, int]] = Counter()
+
+        def trace(frame: Any, event: str, _: object, reached: Counter[Any] = reached, n: int = n) -> Any:
+            if event == "line":
+                reached[line := (frame.f_code.co_filename, frame.f_lineno)] += 1
+                if reached[line] == n:
+                    raise KeyboardInterrupt
+            return trace if frame.f_code.co_filename in files else None
+
+        with model.batch(max_sequences=3, draft=2, cache_bytes=245 * row, ctx=240) as b:
+            settle = b._settle
+            if n % 2 == 0:
+                b._settle = lambda settle=settle: settle() if sys.gettrace() else None  # type: ignore[method-assign]
+            requests = [b.submit(ids, sampling=SAMPLED, **options) for ids, options in 4 * asked]
+            for _ in range(999):
+                sys.settrace(trace)
+                with contextlib.suppress(KeyboardInterrupt):
+                    b.step()
+                sys.settrace(None)
+                if all(r.done for r in requests):
+                    break
+            assert [made(c) for r in requests for c in r.choices] == 4 * expected
+            assert len(reached) > 180, reached
 
 
 # ---- any schedule

@@ -177,7 +177,7 @@ def test_a_full_context_ends_with_its_last_position() -> None:
 @pytest.mark.parametrize("draft", ["off", 2])
 def test_an_interrupt_anywhere_leaves_what_was_returned(draft: str | int) -> None:
     """Ctrl-C at every few lines of the loop and of the session: a sequence that is right, whatever was half done."""
-    files = {f"{Path(deepcalm.__file__).parent}/{name}.py" for name in ("generation", "session")}
+    files = {f"{Path(deepcalm.__file__).parent}/{name}.py" for name in ("generation", "session", "text")}
     seen, at, reasons = 0, 0, set()
 
     def trace(frame: Any, event: str, _arg: object) -> Any:
@@ -193,16 +193,18 @@ def test_an_interrupt_anywhere_leaves_what_was_returned(draft: str | int) -> Non
     while True:
         s = model("cpu").session(64, max_rows=6)
         g = s.generate(PROMPT, max_tokens=6, eos_ids=[], draft=draft)
+        answer = g.text()
         seen, at = 0, at + 5
         sys.settrace(trace)
         try:
-            list(g)
+            list(answer)
         except KeyboardInterrupt:
-            pass
+            answer.interrupt()
         else:
             break
         finally:
             sys.settrace(None)
+        assert answer.text == s.model.decode(g.tokens), at
         reasons.add(g.reason)
         tokens = s.tokens.tolist()
         assert tokens == (PROMPT + text("cpu"))[: len(tokens)], at
