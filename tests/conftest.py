@@ -6,8 +6,9 @@ import os
 import signal
 
 # A shell's background job starts with SIGINT ignored, one under nohup with SIGHUP, and so would every process that the
-# tests interrupt.
+# tests interrupt. SIGTERM (timeout) ends a run as Ctrl-C does, which cleans up.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The oracles' matrices are tiny: more BLAS threads only spin, and compete with the thread pool under test.
 for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -7,8 +7,11 @@ test is not the Python front end. ``model`` opens one as users do.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import functools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -34,10 +37,19 @@ CACHES = ("f32", "f16", "bf16", "q8")
 
 @functools.cache
 def root() -> Path:
-    """A folder that lives as long as the test run."""
-    path = tempfile.mkdtemp(prefix="deepcalm-tests-")
+    """A folder that lives as long as the test run; it holds a lock, by which a later run knows those of killed ones."""
+    for old in Path(tempfile.gettempdir()).glob("deepcalm-models-*"):
+        with contextlib.suppress(OSError):
+            _locked(old)
+            shutil.rmtree(old)
+    path = Path(tempfile.mkdtemp(prefix="deepcalm-models-"))
+    _locked(path)
     atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return Path(path)
+    return path
+
+
+def _locked(folder: Path) -> None:
+    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def checkpoint(preset: str = "v3", dtype: str | None = None, seed: int = 0, **overrides: Any) -> Path:

@@ -525,12 +525,13 @@ def test_an_interrupt_says_how_to_go_on(run: Run, path: Path, tmp_path: Path, mo
         return step(self)
 
     monkeypatch.setattr(Batch, "step", interrupted)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     arguments = ("batch", "-m", path, source, out, "-n", "9", "-c", "100", "--draft", "off")
     code, _, err = run(*arguments)
     n = len(lines_of(out))
     assert code == 130 and 0 < n < 40
     assert err == f"\ninterrupted after {n} lines; the same command goes on from there\n"
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.signal(signal.SIGTERM, before) == signal.SIG_DFL
     code, _, err = run(*arguments)
     assert code == 0 and f"40 lines ({n} were there), 0 of them in error, complete; " in err
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import shutil
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+import models
 import sz
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,3 +213,10 @@ def test_project_package_stays_small() -> None:
     assert sizes.get(demo, 0) < 20 << 20
     large = [p for p in tracked() if (ROOT / p).stat().st_size > 1 << 20 and p != demo]
     assert not large
+
+
+def test_a_test_run_removes_what_a_killed_one_left() -> None:
+    living, dead = models.root(), Path(tempfile.mkdtemp(prefix="deepcalm-models-"))
+    (dead / "m.dcalm").touch()
+    shutil.rmtree(models.root.__wrapped__())
+    assert living.exists() and not dead.exists()
