@@ -168,7 +168,7 @@ def test_synthetic_packed_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UnsupportedError, match="dtype 'q5'"):
         synthetic.write_model(path, "v2-lite", "q5")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2, 1, 1))
-    with pytest.raises(ResourceError, match=r"m.dcalm: \d\d.\d+ GB, 0.00 GB are free"):
+    with pytest.raises(ResourceError, match=rf"{tmp_path}: \d\d.\d+ GB, 0.00 GB are free"):
         synthetic.write_model(path, "v2-lite")
     monkeypatch.undo()
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))

@@ -106,8 +106,10 @@ def bench(
     command = shlex.join(["deepcalm", *sys.argv[1:]])
     with contextlib.ExitStack() as stack:
         if synthetic is not None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="deepcalm-")) if keep is None else ""
-            file = keep or Path(folder) / f"{synthetic.replace(':', '-')}.dcalm"
+            if keep is not None and keep.exists():
+                raise Error(f"{keep} exists; measure it with: deepcalm bench {shlex.quote(str(keep))}")
+            # without a name the gigabytes go with the process, whatever ends it
+            file = keep or Path(f"/proc/self/fd/{stack.enter_context(tempfile.TemporaryFile()).fileno()}")
             write_synthetic(file, synthetic, dtype or "q8", attn_dtype, head_dtype, overrides, quiet)
         results = []
         counts: list[int | None] = [*threads] if threads else [None]
@@ -118,12 +120,14 @@ def bench(
                     drafted = bench_draft(model, draft, accept, contexts[0] if contexts else None, tokens, repeats, kv,
                                           progress=update)  # fmt: skip
                 ends = {"command": command, "conclusion": report.draft_conclusion(drafted)}
+                drafted = dataclasses.replace(drafted, file=str(keep or synthetic or drafted.file))
                 values = dataclasses.asdict(drafted) | ends
                 write_json(values) if as_json else write(draft_text(drafted, command))
                 return
             with progress(f"measuring, {model.threads} threads", quiet) as update:
                 results.append(measure(model, prompt, contexts, tokens, repeats, kv,
                                        random_weights=synthetic is not None, progress=update))  # fmt: skip
+    results = [dataclasses.replace(r, file=str(keep or synthetic or r.file)) for r in results]
     runs = [dataclasses.asdict(r) | {"conclusion": report.conclusion(r)} for r in results]
     value = {"command": command, "runs": runs}
     if as_json:
@@ -139,12 +143,10 @@ def write_synthetic(
     path: Path, name: str, dtype: str, attn_dtype: str | None, head_dtype: str | None, overrides: tuple[str, ...],
     quiet: bool,
 ) -> None:  # fmt: skip
-    """A synthetic model in the file ``path``, which must not exist; says how large it is beside the memory."""
+    """A synthetic model in the file ``path``; says how large it is beside the memory."""
     from ..limits import available_memory
     from ..measure.synthetic import write_model
 
-    if path.exists():
-        raise Error(f"{path} exists; measure it with: deepcalm bench {shlex.quote(str(path))}")
     try:
         with progress(f"writing {name}", quiet, "bytes") as update:
             n_bytes = write_model(path, name, dtype, attn_dtype=attn_dtype, head_dtype=head_dtype,
@@ -152,7 +154,7 @@ def write_synthetic(
     except ValueError as e:
         raise click.UsageError(f"--synthetic: {e}") from None
     available = available_memory() or 0
-    note = f"{path}: {size(n_bytes)}, {size(available)} of memory available"
+    note = f"{name}: {size(n_bytes)}, {size(available)} of memory available"
     say(note + ("; the disk will be measured, not the memory" if n_bytes > available else ""), quiet)
 
 

@@ -102,24 +102,24 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A name to write to, which becomes ``path`` when the block ends well; until then ``path`` stays as it was.
 
     The name is a temporary one beside it, one for each writer, and leaves nothing behind; a symbolic link is followed.
-    What is no regular file (/dev/stdout, a pipe) is written to as it is.
+    What is no regular file (/dev/stdout, a pipe), or one without a name (/proc/self/fd/N), is written to as it is.
 
     Raises:
         ResourceError: it cannot be written.
     """
     check_output(path)
-    target = path if path.exists() and not path.is_file() else path.resolve()
-    name = target if target.exists() and not target.is_file() else target.with_name(f".{secrets.token_hex(8)}.tmp")
+    target = path.resolve()
+    name = target.with_name(f".{secrets.token_hex(8)}.tmp") if target.is_file() or not path.exists() else path
     try:
         yield name
-        if name != target:
+        if name != path:
             with name.open("rb+") as f:
                 os.fsync(f.fileno())
             name.replace(target)
     except OSError as e:
         raise ResourceError(f"{path}: cannot be written: {e.strerror or e}") from None
     finally:
-        if name != target:
+        if name != path:
             name.unlink(missing_ok=True)
 
 

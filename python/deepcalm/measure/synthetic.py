@@ -304,8 +304,9 @@ def write_model(
     plan = Plan(cfg, source | {"overrides": list(overrides)}, [], files)
     tensors += plan.file_tensors()
     total = lay_out(plan, tensors)
-    if (free := shutil.disk_usage(path.parent).free) < total and not sparse:
-        raise ResourceError(f"{path}: {total / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on that disk")
+    folder = path.resolve().parent
+    if (free := shutil.disk_usage(folder).free) < total and not sparse:
+        raise ResourceError(f"{folder}: {total / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on that disk")
     values = Values(seed)
     with whole_file(path) as name, name.open("wb", buffering=0) as out:
         os.ftruncate(out.fileno(), total)  # padding is never written: it reads as zeros
