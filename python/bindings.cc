@@ -197,17 +197,15 @@ class PySession {
 
     // One step of this sequence alone; its bytes and seconds are the session's.
     py::dict draft_round(int token, int k, const py::object& sampling, int n_valid, float min_confidence,
-                         bool want_logits, const std::optional<I32Array>& forced) {
+                         bool want_logits, const std::optional<I32Array>& drafts) {
         Work w{.session = s_.get(),
                .ids = {token},
                .sample = sample_params(sampling),
                .n_valid = n_valid,
                .k = k,
-               .min_confidence = min_confidence,
-               .forced = forced ? copy_ids(*forced) : std::vector<int32_t>()};
-        if (forced && std::ssize(w.forced) != k)
-            throw_error(session_error("forced: " + std::to_string(w.forced.size()) + " drafts, expected k"));
-        F32Array logits({want_logits ? py::ssize_t{k} + 1 : py::ssize_t{0}, vocab_});
+               .drafts = drafts ? copy_ids(*drafts) : std::vector<int32_t>(),
+               .min_confidence = min_confidence};
+        F32Array logits({want_logits ? std::max(py::ssize_t{k}, std::ssize(w.drafts)) + 1 : py::ssize_t{0}, vocab_});
         w.logits = want_logits ? logits.mutable_data() : nullptr;
         const StepCost cost = without_gil([&] { return s_->step(w); });
         if (w.error) throw_error(*w.error);
@@ -350,14 +348,17 @@ class PyBatch {
         size_t rows = 0;
         for (const auto& item : items) {
             const auto t = item.cast<py::tuple>();
+            const bool given = py::isinstance<py::sequence>(t[2]);
             work.push_back({.session = t[0].cast<PySession&>().get(),
                             .ids = t[1].cast<std::vector<int32_t>>(),
                             .n_valid = t[4].cast<int>(),
-                            .k = t[2].cast<int>(),
+                            .k = given ? 0 : t[2].cast<int>(),
+                            .drafts = given ? t[2].cast<std::vector<int32_t>>() : std::vector<int32_t>(),
                             .min_confidence = t[5].cast<float>(),
                             .n_top = t[6].cast<int>()});
             if (!t[3].is_none()) work.back().sample = sample_params(t[3]);
-            rows += work.back().ids.size() + static_cast<size_t>(std::max(work.back().k, 0));
+            const Work& w = work.back();
+            rows += w.ids.size() + (given ? w.drafts.size() : static_cast<size_t>(std::max(w.k, 0)));
         }
         if (work.size() > kMaxSequences || rows > static_cast<size_t>(max_rows_))
             throw_error(session_error("step: " + std::to_string(work.size()) + " sequences with " +
@@ -527,9 +528,9 @@ void bind_batch(py::module_& m) {
         .def(py::init<Model&, int>(), "model"_a, "max_rows"_a, py::keep_alive<1, 2>())
         .def(
             "step", &PyBatch::step, "work"_a, py::call_guard<FloatMode>(),
-            "One step of several sessions, none twice: work is a list of (session, ids, k, sampling or None, n_valid, "
-            "min_confidence, n_top). Passes `ids`, which follow the session's tokens, with k drafts behind a single "
-            "id, "
+            "One step of several sessions, none twice: work is a list of (session, ids, drafts, sampling or None, "
+            "n_valid, min_confidence, n_top). Passes `ids`, which follow the session's tokens, behind a single id with "
+            "drafts, those given or as many of the MTP layer, "
             "and chooses the token after them unless sampling is None. Returns a list of dicts (tokens: accepted "
             "drafts, "
             "in the cache now, and the next token; drafted; accepted; scores: (token, logprob, [(id, logprob)]) for "
@@ -560,8 +561,9 @@ void bind_session(py::module_& m) {
              "Append MTP rows from next tokens ids [n] and post-norm hidden [n, hidden_size]; returns (logits, g [n, "
              "hidden_size]).")
         .def("draft_round", &PySession::draft_round, "token"_a, "k"_a, "sampling"_a, "n_valid"_a,
-             "min_confidence"_a = 0.0, "want_logits"_a = false, "forced"_a = py::none(), py::call_guard<FloatMode>(),
-             "One draft-verify-accept round after `token` (k = 0: a plain step). Returns tokens (accepted drafts and "
+             "min_confidence"_a = 0.0, "want_logits"_a = false, "drafts"_a = py::none(), py::call_guard<FloatMode>(),
+             "One draft-verify-accept round after `token`, with k drafts of the MTP layer or those given (both: they "
+             "replace the layer's after it has run), or a plain step. Returns tokens (accepted drafts and "
              "the next token), counts, bytes and seconds, and with want_logits the rows [len(tokens), vocab_size] they "
              "were chosen from.")
         .def("decode_start", &PySession::decode_start, "token"_a, "sampling"_a, "n_valid"_a, "max_tokens"_a, "eos"_a,

@@ -77,14 +77,15 @@ Status Step::check(const Work& w, std::span<Work* const> others) const {
     const char* what = w.sample ? "draft round" : "forward";
     DC_TRY_STATUS(s.check(s.cache_, w.ids, what));
     const auto fail = [](const std::string& text) { return Error{ErrorCode::kSession, "draft: " + text}; };
-    if (w.k < 0 || w.k > kMaxDraft) return fail(std::to_string(w.k) + ", expected 0.." + std::to_string(kMaxDraft));
+    const auto given = std::ssize(w.drafts), n = w.k ? std::ptrdiff_t{w.k} : given;
+    if (n < 0 || n > kMaxDraft) return fail(std::to_string(n) + ", expected 0.." + std::to_string(kMaxDraft));
     if (w.k > 0 && !s.keep_mtp_) return fail("this session keeps no MTP state");
-    if (w.k > 0 && (w.ids.size() != 1 || !w.sample)) return fail("only behind a single token");
+    if (n > 0 && (w.ids.size() != 1 || !w.sample)) return fail("only behind a single token");
+    if (given && given != n) return fail(std::to_string(given) + " ids, expected k = " + std::to_string(n));
     const int n_vocab = s.model_.cfg().vocab_size;
-    for (const int32_t id : w.forced) {
-        if (id < 0 || id >= n_vocab) {
-            return fail("forced token id " + std::to_string(id) + ", expected 0.." + std::to_string(n_vocab - 1));
-        }
+    for (const int32_t id : w.drafts) {
+        if (id < 0 || id >= n_vocab)
+            return fail("token id " + std::to_string(id) + ", expected 0.." + std::to_string(n_vocab - 1));
     }
     return {};
 }
@@ -92,9 +93,13 @@ Status Step::check(const Work& w, std::span<Work* const> others) const {
 Status Step::draft(std::span<Lane> lanes) {
     std::vector<Lane*> live;
     for (Lane& l : lanes) {
-        // Row 0 of the MTP cache pairs (h_0, t_1): nothing can be drafted before the first main row.
-        const bool can = l.n > 0 && l.again == 0;
-        l.drafts = can ? std::min({l.w.k, l.s.cache_.ctx - l.n - 1, l.s.max_rows_ - 1}) : 0;
+        const int room = std::min(l.s.cache_.ctx - l.n, l.s.max_rows_ - l.again) - 1;
+        if (l.w.k == 0 && room > 0 && !l.w.drafts.empty()) {
+            l.w.n_drafted = std::min(static_cast<int>(l.w.drafts.size()), room);
+            l.rows.insert(l.rows.end(), l.w.drafts.begin(), l.w.drafts.begin() + l.w.n_drafted);
+        }
+        // Row 0 of the MTP cache pairs (h_0, t_1): the layer drafts nothing before the first main row.
+        l.drafts = l.n > 0 && l.again == 0 ? std::min(l.w.k, room) : 0;
         if (l.drafts > 0) live.push_back(&l);
     }
     if (live.empty()) return {};
@@ -118,7 +123,7 @@ Status Step::draft(std::span<Lane> lanes) {
         for (size_t i = 0; i < live.size(); ++i) {
             Lane& l = *live[i];
             if (chosen[i] < 0) continue;
-            l.rows.push_back(l.w.forced.empty() ? chosen[i] : l.w.forced[static_cast<size_t>(l.w.n_drafted)]);
+            l.rows.push_back(l.w.drafts.empty() ? chosen[i] : l.w.drafts[static_cast<size_t>(l.w.n_drafted)]);
             if (++l.w.n_drafted < l.drafts) still.push_back(&l);
         }
         live = std::move(still);

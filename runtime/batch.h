@@ -19,13 +19,15 @@ struct Work {
     WantLogits want = WantLogits::kNone;      // without `sample`
     std::optional<SampleParams> sample = {};  // choose the token after them
     int n_valid = 0;                          // tokenizer size: ids beyond are never chosen
-    // MTP drafts behind a single id, 0..kMaxDraft; fewer near the end of the context, none where a hidden state is missing.
+    // Drafts behind a single id, at most kMaxDraft; fewer near the end of the context. k of them by the MTP layer, none
+    // where a hidden state is missing; or those given, whoever made them. Both at once (then [k], for measurements): the
+    // given ones replace the layer's after it has run.
     int k = 0;
-    float min_confidence = 0;  // stop the chain before a draft whose probability under its own distribution is lower
+    std::vector<int32_t> drafts = {};
+    float min_confidence = 0;  // stop the layer's chain before a draft whose probability is lower, by its own logits
     int n_top = -1;            // how many of the most probable ids `scores` names; -1: no scores
-    std::vector<int32_t> forced = {};  // [k] measurement only: replace the drafts after the MTP layer has run; or none
-    bool keep_hidden = false;          // in Session::hidden()
-    float* logits = nullptr;  // out: [rows, vocab_size] as wanted; with `sample` those that `tokens` were chosen from
+    bool keep_hidden = false;  // in Session::hidden()
+    float* logits = nullptr;   // out: [rows, vocab_size] as wanted; with `sample` those that `tokens` were chosen from
 
     std::vector<int32_t> tokens = {};  // out: accepted drafts, in the cache now, and the next token, which is not
     std::vector<Scores> scores = {};   // out: [tokens]

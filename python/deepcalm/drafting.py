@@ -1,8 +1,8 @@
-"""How many tokens to draft: the cost model of speculation, and the controller behind ``draft="auto"``.
+"""Who drafts and how many tokens: the cost model of speculation, and the controller behind ``draft="auto"``.
 
 Nothing here touches the text: whatever is drafted, every token is chosen from the main model's logits
 (runtime/batch.h). Decoding is bound by the bytes it reads, so cost is counted in bytes and checked against the
-clock:
+clock. With the MTP layer, and with another drafter (drafters.py) whose step takes the place of the layer's:
 
     plain step            B1 = fixed + head + layers x k experts + cache
     round with K drafts   B1 + (U(K+1) - U(1)) experts + K x MTP step        U(j): distinct experts of j adjacent tokens
@@ -26,7 +26,7 @@ MAX_DRAFT = 7
 # decides how soon it drafts, and how soon it stops.
 LIMIT = 0.02  # share of the plain bytes that drafting never loses in a text of LIMIT_TOKENS or more; least gain, too
 LIMIT_TOKENS = 128
-AUTO_MAX = 3  # longest chain
+AUTO_MAX = 3  # longest chain of the MTP layer, which fades on its own output
 PRIOR_ACCEPTANCE = 0.8  # as reported for MTP layers of V3 and R1; replaced by what is measured
 PRIOR_WEIGHT = 8  # drafts that the prior counts for
 MEMORY = 0.97  # weight of a draft's outcome in the acceptance, one round later
@@ -52,6 +52,10 @@ def expected_tokens(acceptance: float | Sequence[float], k: int) -> float:
     return tokens
 
 
+def _distinct(rows: float, top_k: int, n_experts: int) -> float:
+    return n_experts * (1 - (1 - top_k / n_experts) ** rows) if top_k else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class CostModel:
     """Bytes of a plain step and of rounds, from the packed file's sizes and the counted unions of experts.
@@ -68,6 +72,7 @@ class CostModel:
     layers: int
     top_k: int
     n_experts: int
+    draft_routing: tuple[int, int] | None = None  # the drafter's own top_k and n_experts; None: the model's
 
     @classmethod
     def of(cls, sizes: Mapping[str, int], config: Mapping[str, Any]) -> CostModel:
@@ -96,11 +101,12 @@ class CostModel:
 
     def mtp_pass(self, rows: float) -> float:
         """Bytes of an MTP pass over ``rows`` tokens."""
-        return self.mtp_step + (self.distinct(rows) - self.top_k) * self.mtp_expert
+        top_k, n_experts = self.draft_routing or (self.top_k, self.n_experts)
+        return self.mtp_step + (_distinct(rows, top_k, n_experts) - top_k) * self.mtp_expert
 
     def distinct(self, rows: float) -> float:
         """Experts of one layer that ``rows`` tokens use, as if routed at random."""
-        return self.n_experts * (1 - (1 - self.top_k / self.n_experts) ** rows) if self.top_k else 0.0
+        return _distinct(rows, self.top_k, self.n_experts)
 
     def verify_bytes(self, k: int, counted: Sequence[tuple[int, int]] = ()) -> float:
         """Bytes of the main pass over ``k`` drafts and the token before them."""
@@ -113,7 +119,8 @@ class CostModel:
     def worst_loss(self, k: int, rows: int) -> float:
         """Plain steps that a round with ``k`` drafts loses at most: none accepted, no expert shared."""
         most = (min((k + 1) * self.top_k, self.n_experts) - self.top_k) * self.layers
-        batch = min(rows * self.top_k, self.n_experts) - self.top_k
+        top_k, n_experts = self.draft_routing or (self.top_k, self.n_experts)
+        batch = min(rows * top_k, n_experts) - top_k
         return (max(most, 0) * self.expert + max(batch, 0) * self.mtp_expert + k * self.mtp_step) / self.plain
 
     def worst_batch(self, drafts: int, mtp_rows: int, union: float) -> float:
@@ -143,6 +150,7 @@ class DraftStats:
     draft_seconds: float = 0.0
     offered: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFT + 1))  # [j]: rounds that verified a j-th draft
     taken: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFT + 1))  # [j]: rounds whose j-th draft counted
+    drafters: dict[str, list[int]] = field(default_factory=dict)  # drafts offered and accepted, by who made them
 
     @property
     def acceptance(self) -> float:
@@ -159,8 +167,8 @@ class DraftStats:
         """Distinct (layer, expert) pairs of a main pass."""
         return self.experts / self.rounds if self.rounds else 0.0
 
-    def add(self, r: Mapping[str, Any]) -> None:
-        """Adds a round as ``_core.Session.draft_round`` reports it."""
+    def add(self, r: Mapping[str, Any], drafter: str = "mtp") -> None:
+        """Adds a round as ``_core.Session.draft_round`` reports it, and whose drafts it verified."""
         self.rounds += 1
         self.tokens += len(r["tokens"])
         self.drafted += r["drafted"]
@@ -170,23 +178,55 @@ class DraftStats:
         self.seconds += r["draft_seconds"] + r["verify_seconds"]
         self.draft_bytes += r["draft_bytes"]
         self.draft_seconds += r["draft_seconds"]
+        count_drafts(self.drafters, drafter, r)
         for j in range(1, r["drafted"] + 1):
             self.offered[j] += 1 if r["accepted"] >= j - 1 else 0
             self.taken[j] += 1 if r["accepted"] >= j else 0
 
 
+def count_drafts(drafters: dict[str, list[int]], drafter: str, r: Mapping[str, Any]) -> None:
+    """Adds a round's drafts offered and accepted to those of ``drafter``."""
+    if r["drafted"]:
+        offered, accepted = drafters.get(drafter, (0, 0))
+        drafters[drafter] = [offered + r["drafted"], accepted + r["accepted"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a drafter could do in the next round.
+
+    Args:
+        drafter: its name in statistics.
+        cost: of rounds with its drafts: its own step in place of the MTP layer's.
+        most: drafts, at most.
+        rows: tokens that its first pass has to catch up with.
+        ids: the drafts, where they are known before one asks for them.
+        kind: a number per kind of its drafts, each of which is accepted as often as it is.
+        prior: how often a draft of that kind is accepted.
+    """
+
+    drafter: str
+    cost: CostModel
+    most: int = MAX_DRAFT
+    rows: int = 1
+    ids: Sequence[int] = ()
+    kind: int = 0
+    prior: float = PRIOR_ACCEPTANCE
+
+
 class Acceptance:
     """How often drafts counted lately. [j-1]: of draft j, where all before it counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, prior: float = PRIOR_ACCEPTANCE) -> None:
+        self._prior = prior
         self._offered, self._taken = [0.0] * MAX_DRAFT, [0.0] * MAX_DRAFT
 
-    def rates(self, priors: Sequence[float] = (PRIOR_ACCEPTANCE,) * MAX_DRAFT) -> list[float]:
+    def rates(self, priors: Sequence[float] | None = None) -> list[float]:
         """[MAX_DRAFT] what was measured, with a prior."""
         rates, most = [], 1.0
-        for offered, taken, prior in zip(self._offered, self._taken, priors, strict=True):
+        for offered, taken, prior in zip(self._offered, self._taken, priors or (self._prior,) * MAX_DRAFT, strict=True):
             rates.append((taken + min(prior, most) * PRIOR_WEIGHT) / (offered + PRIOR_WEIGHT))
-            most = min(most, rates[-1])  # later drafts come from the layer's own output: no better than those before
+            most = min(most, rates[-1])  # as a rule later drafts are no better than those before
         return rates
 
     def add(self, drafted: int, accepted: int) -> None:
@@ -200,112 +240,153 @@ class Acceptance:
         self._offered, self._taken = [n / 4 for n in self._offered], [n / 4 for n in self._taken]
 
 
+class Account(Acceptance):
+    """What one text knows of one kind of drafts: whether they are made, how often they count, what they won.
+
+    ``pause``: tokens before they are tried.
+    """
+
+    def __init__(self, prior: float, pause: int) -> None:
+        super().__init__(prior)
+        self.drafting, self.switches = False, 0
+        self.pause, self._next_pause = pause, PAUSE
+        self.probes = 0
+        self._down = 0.0  # plain steps lost by the clock since the best moment
+        self._won = 0.0  # plain steps won by the clock since drafting was turned on
+
+    def start(self) -> None:
+        """Drafting is turned on."""
+        if not self.drafting:
+            self.drafting, self.switches, self.probes = True, self.switches + 1, PROBES
+            self._down = self._won = 0.0
+
+    def rest(self) -> None:
+        """No drafts for a while; what was accepted says little about the text after it."""
+        if self.drafting:
+            self.drafting, self.switches = False, self.switches + 1
+            self.pause = PAUSE if self._won > 0 else self._next_pause
+            self._next_pause = min(2 * self.pause, 4 * PAUSE)
+        else:
+            self.pause = PAUSE
+        self.fade()
+
+    def observe(self, drafted: int, accepted: int, took: float, n: int) -> None:
+        """A round that took so many plain steps for ``n`` tokens."""
+        self.add(drafted, accepted)
+        self.probes = max(self.probes - (drafted > 0), 0)
+        self._won += n - took
+        self._down = max(self._down + took - n, 0.0)
+        won = min(max(self._won + self._down, 0.0), DRAWDOWN_WON)
+        if self.drafting and self._down > DRAWDOWN + won:
+            self.rest()
+
+
 class Controller:
     """Decides the drafts of each round of one text.
 
-    ``draft`` a number: always that many. "off": none. "auto": drafts only while it pays. It starts where the cost
-    model predicts a gain, keeps an account by the clock against plain decoding, and turns it off when that is too far
-    below its best (DRAWDOWN, DRAWDOWN_WON); after a pause, which doubles while it fails, it tries again. No round
-    starts that could, at worst, take the whole text's bytes beyond LIMIT: a text of LIMIT_TOKENS or more reads at most
-    that share more than without drafting, whatever the acceptance. Drafting is not tried again before the time that a
-    failure takes, MTP rows to catch up with included, fits into the same share.
+    ``draft`` a number: always that many, by the first drafter that has any. "off": none. "auto": drafts only while it
+    pays, by the drafter that promises most tokens per byte. A kind of drafts starts where the cost model predicts a
+    gain, keeps an account by the clock against plain decoding, and is turned off when that is too far below its best
+    (DRAWDOWN, DRAWDOWN_WON); after a pause, which doubles while it fails, it is tried again. No round starts that
+    could, at worst, take the whole text's bytes beyond LIMIT: a text of LIMIT_TOKENS or more reads at most that share
+    more than without drafting, whatever the acceptance. Nothing is tried again before the time that a failure takes,
+    rows to catch up with included, fits into the same share.
     """
 
-    def __init__(self, cost: CostModel | None, draft: str | int) -> None:
-        self.cost = cost
+    def __init__(self, draft: str | int) -> None:
         self.fixed = None if draft == "auto" else 0 if draft == "off" else int(draft)
         self.stats = DraftStats()
-        self.drafting = False
-        self.switches = 0
+        self.accounts: dict[tuple[str, int], Account] = {}
         self._plain_seconds: deque[float] = deque(maxlen=9)
         self._plain_bytes = 0
         self._lost = 0.0  # plain steps that the whole text lost in bytes; negative: won
         self._lost_seconds = 0.0  # the same by the clock
-        self._probes = 0
-        self._down = 0.0  # plain steps lost by the clock since the best moment
-        self._won = 0.0  # plain steps won by the clock since drafting was turned on
-        self._pause, self._next_pause = PLAIN_FIRST, PAUSE
         self._since_plain = 0
-        self._acceptance = Acceptance()
 
-    def next_k(self, counted: Sequence[tuple[int, int]] = (), pending: int = 1) -> int:
-        """Drafts of the next round.
+    @property
+    def drafting(self) -> bool:
+        """Whether anything is drafted now."""
+        return any(a.drafting for a in self.accounts.values())
+
+    @property
+    def switches(self) -> int:
+        """How often drafting by anybody was turned on or off."""
+        return sum(a.switches for a in self.accounts.values())
+
+    def choose(self, offers: Sequence[Offer], counted: Sequence[tuple[int, int]] = ()) -> tuple[Offer | None, int]:
+        """Whose drafts the next round verifies, and how many; None, 0: a plain step.
 
         Args:
+            offers: of the drafters at hand, those that may be asked first come first.
             counted: ``_core.Session.expert_union()``.
-            pending: tokens that the MTP cache lacks; the first draft's pass makes their rows.
         """
-        if self.fixed is not None or self.cost is None:
-            return self.fixed or 0
-        if not self.drafting and self._pause > 0:
-            return 0
-        rates = self._acceptance.rates()
-        gains = {k: self.cost.gain(k, rates, counted) for k in range(1, AUTO_MAX + 1)}
+        if self.fixed is not None:
+            return next(((o, min(self.fixed, o.most)) for o in offers if min(self.fixed, o.most) > 0), (None, 0))
+        best: tuple[float, Offer | None, int] = (0.0, None, 0)
+        for offer in offers:
+            gain, k = self._worth(offer, counted)
+            if gain > best[0]:
+                best = gain, offer, k
+        return best[1:] if self._since_plain < PLAIN_EVERY else (None, 0)
+
+    def _worth(self, offer: Offer, counted: Sequence[tuple[int, int]]) -> tuple[float, int]:
+        """The speed that so many drafts of an offer promise; 0, 0: they are not wanted."""
+        key = offer.drafter, offer.kind
+        if (account := self.accounts.get(key)) is None:
+            account = self.accounts[key] = Account(offer.prior, PLAIN_FIRST - self.stats.tokens)
+        if offer.most < 1 or (not account.drafting and account.pause > 0):
+            return 0.0, 0
+        cost, rates = offer.cost, account.rates()
+        longest = AUTO_MAX if offer.drafter == "mtp" else MAX_DRAFT
+        gains = {k: cost.gain(k, rates, counted) for k in range(1, min(longest, offer.most) + 1)}
         best = max(gains, key=lambda k: gains[k])
-        if not self.drafting and gains[best] < 1 + LIMIT:
-            self._rest()
-            return 0
+        if not account.drafting and gains[best] < 1 + LIMIT:
+            account.rest()
+            return 0.0, 0
         share = LIMIT * max(self.stats.tokens, LIMIT_TOKENS)
-        if not self.drafting and share - self._lost_seconds < DRAWDOWN:
-            self._pause = PLAIN_EVERY
-            return 0
+        if not account.drafting and share - self._lost_seconds < DRAWDOWN:
+            account.pause = PLAIN_EVERY
+            return 0.0, 0
         room = share - self._lost
-        best = max((k for k in gains if self.cost.worst_loss(k, pending) <= room), key=lambda k: gains[k], default=0)
+        best = max((k for k in gains if cost.worst_loss(k, offer.rows) <= room), key=lambda k: gains[k], default=0)
         if best == 0:
-            if self.drafting:
-                self._rest()
-            return 0
-        if not self.drafting:
-            self.drafting = True
-            self.switches += 1
-            self._down = self._won = 0.0
-            self._probes = PROBES
-        return 0 if self._since_plain >= PLAIN_EVERY else 1 if self._probes else best
+            if account.drafting:
+                account.rest()
+            return 0.0, 0
+        account.start()
+        return (gains[1], 1) if account.probes else (gains[best], best)
 
-    def _rest(self) -> None:
-        """No drafts for a while; what was accepted says little about the text after it."""
-        if self.drafting:
-            self.drafting, self.switches = False, self.switches + 1
-            self._pause = PAUSE if self._won > 0 else self._next_pause
-            self._next_pause = min(2 * self._pause, 4 * PAUSE)
-        else:
-            self._pause = PAUSE
-        self._acceptance.fade()
-
-    def min_confidence(self, counted: Sequence[tuple[int, int]] = ()) -> float:
+    def min_confidence(self, offer: Offer, counted: Sequence[tuple[int, int]] = ()) -> float:
         """Probability below which a draft is not worth a row of the verification pass: that row's relative cost."""
-        if self.fixed is not None or self.cost is None:
+        if self.fixed is not None:
             return 0.0
-        return self.cost.relative_cost(1, counted) - 1 - self.cost.mtp_step / self.cost.plain
+        return offer.cost.relative_cost(1, counted) - 1 - offer.cost.mtp_step / offer.cost.plain
 
-    def observe(self, r: Mapping[str, Any]) -> None:
-        """Takes a finished round into account."""
-        self.stats.add(r)
+    def observe(self, r: Mapping[str, Any], offer: Offer | None = None) -> None:
+        """Takes a finished round into account, and whose drafts it verified."""
+        key = (offer.drafter, offer.kind) if offer else ("mtp", 0)
+        self.stats.add(r, key[0])
         n, seconds = len(r["tokens"]), r["draft_seconds"] + r["verify_seconds"]
-        if not self.drafting:
-            self._pause -= n
-        if r["draft_bytes"] == 0:
+        for a in self.accounts.values():
+            if not a.drafting:
+                a.pause -= n
+        if r["draft_bytes"] == 0 and not r["drafted"]:
             self._plain_seconds.append(seconds)
             self._plain_bytes = r["verify_bytes"]
             self._since_plain = 0
             return
         self._since_plain += n
-        self._acceptance.add(r["drafted"], r["accepted"])
         plain_seconds = statistics.median(self._plain_seconds) if self._plain_seconds else seconds
         plain_bytes = self._plain_bytes or r["verify_bytes"]
         read = (r["draft_bytes"] + r["verify_bytes"]) / plain_bytes  # in plain steps
         took = min(seconds / plain_seconds, MAX_SLOWNESS * read)
-        if self._probes == PROBES:  # the layer's weights come from further away than they will
+        account = self.accounts.get(key)
+        if account is not None and account.probes == PROBES:  # weights come from further away than they will
             took = min(took, read)
         self._lost += read - n
         self._lost_seconds += took - n
-        if r["drafted"]:
-            self._probes = max(self._probes - 1, 0)
-        self._won += n - took
-        self._down = max(self._down + took - n, 0.0)
-        won = min(max(self._won + self._down, 0.0), DRAWDOWN_WON)
-        if self.drafting and self._down > DRAWDOWN + won:
-            self._rest()
+        if account is not None:
+            account.observe(r["drafted"], r["accepted"], took, n)
 
 
 class Drafts(Acceptance):

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from .arguments import integer, token_ids
+from .drafters import Drafters, Text
 from .drafting import MAX_DRAFT, Controller, CostModel
 from .errors import SessionError
 from .sampling import Sampling, Scores
@@ -27,9 +28,10 @@ class Options(TypedDict, total=False):
 
     ``max_tokens``: at most this many, 1 or more; None: until something else ends it. ``temp``, ``top_k``, ``top_p``,
     ``min_p``, ``seed``: see ``Sampling``; greedy by default. ``eos_ids``: ids that end it; None: the model's own.
-    ``draft``: MTP drafts per round, "off", or "auto": as many as pay, none in a session without MTP state. The tokens
-    are the same with any of them. ``logprobs``: keep every token's probability and those of so many most probable ones
-    (``Generation.scores``); None: keep none.
+    ``draft``: drafts per round, "off", or "auto": as many as pay. ``drafter``: who makes them, "mtp" (the MTP layer),
+    "ngram" (the text itself: what followed its last tokens before), several with commas between, or "auto": those at
+    hand. The tokens are the same with any of them. ``logprobs``: keep every token's probability and those of so many
+    most probable ones (``Generation.scores``); None: keep none.
     """
 
     max_tokens: int | None
@@ -40,6 +42,7 @@ class Options(TypedDict, total=False):
     seed: int
     eos_ids: Sequence[int] | None
     draft: str | int
+    drafter: str
     logprobs: int | None
 
 
@@ -67,8 +70,8 @@ class Generation(Iterator[int]):
     ``drafts``: the controller, with the counts (``drafting.DraftStats``).
 
     Raises:
-        SessionError: nothing to go on from, ids that are none or do not fit, or drafts asked for in a session without
-            MTP state (``Model.session(mtp=True)``).
+        SessionError: nothing to go on from, ids that are none or do not fit, or drafts of the MTP layer asked for in a
+            session without MTP state (``Model.session(mtp=True)``).
         TypeError, ValueError: another argument that is wrong.
     """
 
@@ -80,6 +83,7 @@ class Generation(Iterator[int]):
         max_tokens: int | None = None,
         eos_ids: Sequence[int] | None = None,
         draft: str | int = "auto",
+        drafter: str = "auto",
         logprobs: int | None = None,
         **sampling: Any,
     ) -> None:
@@ -89,16 +93,13 @@ class Generation(Iterator[int]):
         self.cost = CostModel.of(model.core.weight_bytes, model.config)
         self.sampling = Sampling(**sampling)
         check_draft(draft)
-        if not session.keeps_mtp:
-            if draft not in ("auto", "off", 0):
-                raise SessionError(f"draft {draft}: the session keeps no MTP state; make it with session(mtp=True)")
-            draft = "off"
+        self.drafters = Drafters(model, drafter, draft, session.keeps_mtp)
         self.session = session
         self.max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
         self._prompt = None if ids is None else session.checked(ids)
         if ids is None and not session.pos:
             raise SessionError("nothing to go on from: prefill some tokens first, or pass ids")
-        self.drafts = Controller(self.cost if session.keeps_mtp else None, draft)
+        self.drafts = Controller(draft)
         self.progress: Progress | None = None
         self.reason: str | None = None
         self.stepping = False  # inside __next__: the session's calls are its own
@@ -158,7 +159,7 @@ class Generation(Iterator[int]):
             if session.pos == session.ctx:
                 return "context"
             on_host = session.model.device == "cpu" or session.tracing or self.logprobs is not None
-            if not on_host and len(self.eos_ids) <= MAX_EOS:
+            if not on_host and self.drafters.only_mtp and len(self.eos_ids) <= MAX_EOS:
                 if self._device is None or not session.decoding:
                     self._device = DeviceRounds(self, self._left())
                 self._ready.extend((token, None) for token in self._device.next())
@@ -183,16 +184,20 @@ class Generation(Iterator[int]):
         control, session = self.drafts, self.session
         counted = session.expert_union
         # No row is verified for a token that plain decoding would not return.
-        k = min(control.next_k(counted, session.mtp_pending), session.ctx - session.pos - 1, self._left() - 1)
+        room = min(session.ctx - session.pos, self._left()) - 1
+        text = Text(session.sequence, self.sampling, room, session.mtp_pending if session.keeps_mtp else 1)
+        offer, k = control.choose(self.drafters.offers(text), counted)
+        (drafts,) = self.drafters.make([(text, offer, k)])
         r = session.draft_round(
-            session.since(session.pos - 1)[0],
-            k,
+            session.sequence[-1],
+            drafts if isinstance(drafts, int) else 0,
             self.sampling,
             self.n_valid,
-            control.min_confidence(counted) if k else 0.0,
+            control.min_confidence(offer, counted) if offer and drafts else 0.0,
+            drafts=None if isinstance(drafts, int) else drafts,
             want_logits=self.logprobs is not None,
         )
-        control.observe(r)
+        control.observe(r, offer)
         return list(zip(r["tokens"], r.get("logits", [None] * len(r["tokens"])), strict=True))
 
     def close(self, reason: str = "closed") -> None:
@@ -223,6 +228,7 @@ class DeviceRounds:
         self.stop = ""
         self._in_flight: deque[int] = deque()  # drafts of each queued round
         self._last_ns, self._start = 0, time.perf_counter()
+        self._offers = generation.drafters.offers(Text(session.sequence, generation.sampling, MAX_DRAFT))
         session.decode_start(generation.sampling, generation.n_valid, limit, sorted(generation.eos_ids))
 
     def next(self) -> list[int]:
@@ -231,7 +237,7 @@ class DeviceRounds:
         tokens: list[int] = []
         while not tokens and not self.stop:
             while len(self._in_flight) <= AHEAD:
-                k = control.next_k(self.session.expert_union, 1)
+                _, k = control.choose(self._offers, self.session.expert_union)
                 core.decode_step(k)
                 self._in_flight.append(k)
             for r in core.decode_poll():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import _core, limits
 from .arguments import integer, token_ids
 from .closing import Closing
+from .drafters import keeps_mtp
 from .errors import Error, PackedFileError, ResourceError, SessionError, UnsupportedError, one_line, utf8
 from .files import packed
 from .files.text_files import FILES, LEGACY, TextFiles
@@ -386,7 +387,7 @@ def stream(
         model = Model(demo_path() if model is None else model)
     draft = options.get("draft", "auto")
     check_draft(draft)
-    session = model.session(ctx, kv, mtp=None if draft == "auto" else draft not in ("off", 0))
+    session = model.session(ctx, kv, mtp=keeps_mtp(draft, options.get("drafter", "auto")))
     options.setdefault("max_tokens", 256)
     return session.generate(model.encode(prompt), **options).text(stop)
 

@@ -15,6 +15,7 @@ import re
 import threading
 import time
 import weakref
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -193,7 +194,7 @@ class Session(Closing):
         self._taps: dict[str, npt.NDArray[Any]] | None = None
         self.lock = SessionLock()  # held by every call, and for each token of a generation
         self._sums: defaultdict[str, float] = defaultdict(int)
-        self._tokens: list[int] = []  # the sequence
+        self._tokens = array("i")  # the sequence
         self._last_logits: F32 | None = None
         self._running: weakref.ref[Generation] | None = None
         self.decoding = False  # rounds are running on the device
@@ -254,7 +255,7 @@ class Session(Closing):
         """Brings exactly the first ``n`` tokens (None: the sequence) into the cache."""
         self._rest(n)
         if missing := self._tokens[self.core.pos : n]:
-            self._feed("decode", missing, 0)
+            self._feed("decode", missing.tolist(), 0)
 
     def attach(self, generation: Generation) -> None:
         """``generation`` makes the next tokens of the sequence."""
@@ -267,9 +268,14 @@ class Session(Closing):
             self._running = None
             self._rest()
 
+    @property
+    def sequence(self) -> array[int]:
+        """The sequence itself, for those who only read it; a call that does more than append may put another there."""
+        return self._tokens
+
     def since(self, n: int) -> list[int]:
         """The sequence from position ``n`` on, a copy."""
-        return self._tokens[n:]
+        return self._tokens[n:].tolist()
 
     def returned(self, token: int) -> None:
         """``token`` was handed to the caller: it belongs to the sequence, whether in the cache or not."""
@@ -315,7 +321,8 @@ class Session(Closing):
             k: MTP drafts, 0..7; fewer near the end of the context.
             sampling, n_valid: how tokens, and drafts likewise, are chosen.
             min_confidence: a draft less probable than this under its own distribution ends the chain unverified.
-            options: want_logits=True adds "logits"; forced=[k] ids replaces the drafts (for measurements).
+            options: want_logits=True adds "logits"; drafts=[n <= 7]: ids to verify, whoever made them (beside k: [k],
+                they replace the MTP layer's after it has run, for measurements).
 
         Returns:
             dict: tokens (accepted drafts, part of the sequence, and the next token, which is not: it is what the next
@@ -333,7 +340,7 @@ class Session(Closing):
             self._last_logits = None
             r = self.core.draft_round(token, k, sampling, n_valid, min_confidence, **options)
             if not own:
-                self._tokens += [token, *r["tokens"][:-1]]
+                self._tokens.extend([token, *r["tokens"][:-1]])
             seconds, read = r["draft_seconds"] + r["verify_seconds"], r["draft_bytes"] + r["verify_bytes"]
             self._count("decode", len(r["tokens"]), seconds, read)
             self.count_drafts(r)
@@ -355,7 +362,7 @@ class Session(Closing):
     def _run(self, kind: str, ids: Any, all_logits: bool, progress: Progress | None = None) -> F32:
         with self._changing():
             rows = self.checked(ids)
-            todo = self._tokens[self.core.pos :] + rows.tolist()
+            todo = self._tokens[self.core.pos :].tolist() + rows.tolist()
             logits = self._feed(kind, todo, len(rows) if all_logits else 1, progress)
             self._last_logits = logits[-1].copy()
             self._last_logits.flags.writeable = False
@@ -381,7 +388,7 @@ class Session(Closing):
         self._last_logits = None
         before, start, pos = self._read_bytes(), time.perf_counter(), self.core.pos
         out = self.core.forward(ids, logits)
-        self._tokens[pos : pos + len(ids)] = ids.tolist()
+        self._tokens[pos : pos + len(ids)] = array("i", ids.tolist())
         self._count(kind, len(ids), time.perf_counter() - start, self._read_bytes() - before)
         self._collect_taps()
         return out
@@ -522,9 +529,9 @@ class Session(Closing):
     def load_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Replaces the state by what ``saved`` returned."""
         with self._changing():
-            before, self._tokens = self._tokens, []  # if interrupted: nothing rather than other rows for these tokens
+            before, self._tokens = self._tokens, array("i")  # if interrupted: nothing, not other rows for these tokens
             held, tokens = self.core.pos, np.array(state["tokens"])
-            new = tokens.tolist()
+            new = array("i", tokens.astype(np.int32).tobytes())
             try:
                 self.core.load_state(**{**state, "tokens": tokens})
             except (Error, MemoryError):
@@ -588,8 +595,8 @@ class Session(Closing):
             options: see ``generation.Options``.
 
         Raises:
-            SessionError: nothing to go on from, ids that are none or do not fit, or drafts asked for in a session
-                without MTP state (``Model.session(mtp=True)``).
+            SessionError: nothing to go on from, ids that are none or do not fit, or drafts of the MTP layer asked for
+                in a session without MTP state (``Model.session(mtp=True)``).
             TypeError, ValueError: another argument that is wrong.
         """
         return Generation(self, ids, **options)

@@ -168,7 +168,7 @@ def test_drafting_changes_nothing(mtp_case: Case, isa: str, how: Sampling) -> No
         while len(out) < n_new:
             right = len(got) % (k + 1)  # how many drafts of this round to get right
             forced = [t if j < right else (t + 1) % N_VALID for j, t in enumerate(tokens[len(out) :][:k])]
-            r = session.draft_round(last, k, how, N_VALID, want_logits=True, forced=forced if forcing else None)
+            r = session.draft_round(last, k, how, N_VALID, want_logits=True, drafts=forced if forcing else None)
             assert len(r["tokens"]) == r["accepted"] + 1 and r["drafted"] == k
             if forcing:
                 assert r["accepted"] == right
@@ -212,7 +212,7 @@ def test_truncate_and_restore_with_drafting(mtp_case: Case, isa: str) -> None:
 
     session = _core.Session(core, 128, kv, 64, mtp=True)
     session.forward(ids[:50], "none")
-    session.draft_round(int(ids[50]), 3, GREEDY, N_VALID, forced=wrong[51:54])
+    session.draft_round(int(ids[50]), 3, GREEDY, N_VALID, drafts=wrong[51:54])
     session.truncate(41)
     draft(session, 41, 40)  # the hidden state of position 40 is gone: computed again beside the token, without a draft
     session.truncate(42)

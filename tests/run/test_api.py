@@ -318,9 +318,9 @@ def test_generate_refuses(model: deepcalm.Model) -> None:
         s.generate()
     with pytest.raises(SessionError, match="do not fit"):
         s.generate(IDS[:9])
-    with pytest.raises(SessionError, match="draft 2: the session keeps no MTP state"):
-        s.generate(IDS[:2], draft=2)
-    for options in ({"temp": -1}, {"draft": 8}, {"draft": -1}, {"draft": "on"}):
+    with pytest.raises(SessionError, match="drafter mtp: the session keeps no MTP state"):
+        s.generate(IDS[:2], draft=2, drafter="mtp")
+    for options in ({"temp": -1}, {"draft": 8}, {"draft": -1}, {"draft": "on"}, {"drafter": "on"}):
         with pytest.raises(ValueError, match=next(iter(options))):
             s.generate(IDS[:2], **options)  # type: ignore[arg-type]
 

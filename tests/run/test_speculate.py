@@ -23,7 +23,7 @@ import device_cases
 import models
 import tiny
 from deepcalm import SessionError, _core, cli
-from deepcalm.drafting import LIMIT, LIMIT_TOKENS, PLAIN_EVERY, Controller, CostModel, expected_tokens
+from deepcalm.drafting import LIMIT, LIMIT_TOKENS, PLAIN_EVERY, Controller, CostModel, Offer, expected_tokens
 from deepcalm.measure import drafts
 from deepcalm.sampling import Sampling
 from test_sampling import chi_square_p, softmax
@@ -93,7 +93,8 @@ class Twins:
         self.session.load_state(s["tokens"], s["cache"], s["mtp_cache"], s["hidden"])
 
     def round(self) -> Counter[str]:
-        """A round after a random token; half of the time with drafts forced to be right for a while."""
+        """A round after a random token; half of the time with drafts given that are right for a while, or put in place
+        of the MTP layer's."""
         room = self.ctx - len(self.tokens)
         if room == 0:
             return Counter()
@@ -103,24 +104,28 @@ class Twins:
             rows.append(self.plain.forward(np.array([last], np.int32), "last")[0])
             last = _core.sample(rows[-1], self.how, n + 1 + i, N_VALID)
             known.append(last)
-        forced = None
+        forced, given = None, False
         if self.rng.random() < 0.6:
             right = int(self.rng.integers(k + 1))
             forced = [t if j < right else (t + 1) % N_VALID for j, t in enumerate((known + [0] * k)[:k])]
+            given = bool(self.rng.random() < 0.5)
         state = self.session.state()
         whole = (
             state["mtp_cache"].shape[1] + len(state["hidden"]) == n
         )  # else a hidden state was cut off: no drafts yet
-        r = self.session.draft_round(first, k, self.how, N_VALID, want_logits=True, forced=forced)
+        r = self.session.draft_round(first, 0 if given else k, self.how, N_VALID, want_logits=True, drafts=forced)
         made, accepted = r["tokens"], r["accepted"]
         assert made == known[: len(made)] and len(made) == accepted + 1, self.what
-        assert r["drafted"] == (min(k, room - 1, self.session.max_rows - 1) if n and whole else 0), self.what
+        again = n > 0 and not whole  # a row more
+        most = min(k, room - 1, self.session.max_rows - 1 - again)
+        assert r["drafted"] == (most if given or (n and whole) else 0), self.what
         if forced is not None:
             assert accepted == min(right, r["drafted"]), self.what
         models.assert_same_bits(f"{self.what}: logits", r["logits"], np.stack(rows[: len(made)]))
         self.tokens += [first, *made[:-1]]
         self.plain.truncate(len(self.tokens))
-        return Counter({f"k{r['drafted']}": 1, f"a{accepted}": 1, "real": int(forced is None and accepted > 0)})
+        real, again_too = int(forced is None and accepted > 0), int(given and again and accepted > 0)
+        return Counter({f"k{r['drafted']}": 1, f"a{accepted}": 1, "real": real, "given": given, "again": again_too})
 
     def check(self) -> None:
         """Both caches, and the hidden states kept for the next round, are those of a fresh teacher-forced run."""
@@ -142,7 +147,7 @@ class Twins:
 def covers_every_case(seen: Counter[str]) -> bool:
     """Every number of drafts, most lengths of an accepted run, an accepted real draft, every operation."""
     lengths = sum(seen[f"a{j}"] > 0 for j in range(8))
-    kinds = (*(f"k{j}" for j in range(8)), "real", "prefill", "truncate", "restore")
+    kinds = (*(f"k{j}" for j in range(8)), "real", "given", "again", "prefill", "truncate", "restore")
     return lengths > 5 and all(seen[kind] for kind in kinds)
 
 
@@ -205,7 +210,7 @@ def test_states_that_no_session_leaves_are_refused() -> None:
     source = _core.Session(core, 64, "f16", 32, mtp=True)
     source.forward(tiny.token_ids(N_VALID, 9, 1), "none")
     how = {"n_valid": N_VALID, "sampling": Sampling()}
-    source.draft_round(5, 2, forced=[1, 1], **how)
+    source.draft_round(5, 2, drafts=[1, 1], **how)
     s = source.state()
     n = len(s["tokens"])
     full = np.concatenate([s["mtp_cache"]] + [s["mtp_cache"][:, :1]] * (n - s["mtp_cache"].shape[1]), axis=1)
@@ -213,8 +218,8 @@ def test_states_that_no_session_leaves_are_refused() -> None:
     with pytest.raises(SessionError, match=f"{n} MTP rows and 0 hidden states for {n} positions"):
         target.load_state(s["tokens"], s["cache"], full, s["hidden"][:0])
     for forced in ([-1, 0], [0, 1 << 20]):
-        with pytest.raises(SessionError, match="forced token id"):
-            source.draft_round(5, 2, forced=forced, **how)
+        with pytest.raises(SessionError, match="draft: token id"):
+            source.draft_round(5, 2, drafts=forced, **how)
     assert source.pos == n
     with pytest.raises(SessionError):  # no token can be chosen: as if the round had not been
         source.draft_round(5, 2, **(how | {"n_valid": 0}))
@@ -357,13 +362,13 @@ class World:
     def __init__(
         self, acceptance: Any, noise: Any = lambda _rng: 1.0, seed: int = 0, cost: CostModel = COST, slow: float = 1.0
     ) -> None:
-        self.control = Controller(cost, "auto")
+        self.control = Controller("auto")
         self.rng, self.acceptance, self.noise, self.cost = np.random.default_rng(seed), acceptance, noise, cost
         self.bytes = self.seconds = 0.0
         self.tokens, self.ks, self.last, self.slow = 0, [], 200, slow
 
     def step(self) -> None:
-        k = self.control.next_k((), self.last)
+        _, k = self.control.choose([Offer("mtp", self.cost, rows=self.last)])
         a = 0
         while a < k and self.rng.random() < self.acceptance(self.tokens):
             a += 1

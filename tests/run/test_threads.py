@@ -163,7 +163,7 @@ def test_threads_on_one_session_see_whole_states() -> None:
         assert shared.forward(own)[0].tobytes() in ones.logits
 
     def round_is_known() -> None:
-        assert shared.draft_round(1, 3, forced=[1, 1, 1], **HOW)["tokens"][0] in ones.round
+        assert shared.draft_round(1, 3, drafts=[1, 1, 1], **HOW)["tokens"][0] in ones.round
 
     def another_text() -> None:
         other.truncate(0)

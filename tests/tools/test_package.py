@@ -25,7 +25,10 @@ FLOORS = (
         "text",
     ),
     ("files",),
-    ("batch", "batch_file", "batch_lines", "device", "drafting", "generation", "markup", "model", "session", "wire"),
+    (
+        *("batch", "batch_file", "batch_lines", "device", "drafters", "drafting", "generation", "markup", "model"),
+        *("session", "wire"),
+    ),
     ("check", "cluster", "measure", "serve"),
     ("cli",),
     ("__main__",),

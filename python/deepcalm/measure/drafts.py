@@ -153,7 +153,7 @@ class _Text:
                 right = self.rng.random(k) < accept
                 ahead = zip(self.known[len(made) :], right, strict=False)
                 forced = [t if ok else (t + 1) % self.model.n_valid for t, ok in ahead]
-                options["forced"] = np.array(forced, np.int32)
+                options["drafts"] = np.array(forced, np.int32)
             r = self.session.draft_round(made[-1], k, Sampling(), self.model.n_valid, **options)
             if len(made) > 1:  # the first round after truncate() also recomputes a hidden state
                 stats.add(r)
