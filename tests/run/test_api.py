@@ -421,6 +421,7 @@ def test_text_generation_stops_at_strings_and_flushes(model: deepcalm.Model) -> 
             if token is None:
                 g.reason = "length"
                 raise StopIteration
+            g._tokens.append(token)
             return token
 
         t = g.text(stop)
