@@ -25,7 +25,8 @@ struct Activation {
 //
 // Order of the sum (docs/model.md 7.2: the same for every n): blocks of sum_block_cols columns, counted from the start of
 // each scale block for f8, so that no block crosses one; each block a chain of multiply-adds from zero in column order
-// (avx512x: vdpbf16ps for bf16 pairs; for f8 two chains, columns 4k, 4k+1 and 4k+2, 4k+3, added at the block's end).
+// (avx512x: vdpbf16ps for bf16 pairs; for f8 two chains, columns 4k, 4k+1 and 4k+2, 4k+3, added at the block's end; amx: blocks
+// of 32 columns, of the even and the odd ones a chain, kernels/cpu/matmul_tiles.h).
 // Blocks are added in order from zero:
 //   f32, f16, bf16:  acc = acc + block
 //   f8:              acc = fma(block, scale, acc)
@@ -85,8 +86,11 @@ struct MlaSums {
 };
 
 struct CpuKernels {
-    const char* isa;    // name: kernels/cpu/simd_NAME.h
-    uint32_t required;  // CpuFeature bits that the OS must have enabled
+    const char* isa;        // name: kernels/cpu/simd_NAME.h, or amx: isa_amx.h
+    uint32_t required;      // CpuFeature bits that the OS must have enabled
+    bool emulated = false;  // the same bits without the set's own instructions, slower: taken where it is named only
+    bool one_stride =
+        false;  // bf16 and f8: many rows that x_row names are the faster the more of them lie one stride apart
 
     // The bare multiply-add of f32, the dot instruction of bf16 and of int8 (null where the set has none), `rounds` times
     // on a register block of independent chains: the ceiling that rates are printed beside. buf: kPeakBytes of finite
@@ -122,8 +126,12 @@ enum CpuFeature : uint32_t {
     kCpuAvx2 = 1U << 0,     // AVX2, FMA, F16C
     kCpuAvx512 = 1U << 1,   // F BW DQ VL (and the above)
     kCpuAvx512X = 1U << 2,  // VNNI VBMI BF16 (and the above)
+    kCpuAmx = 1U << 3,      // AMX_TILE AMX_BF16 AMX_INT8 (and the above), permitted and tried
 };
-uint32_t cpu_features() noexcept;  // CPUID and XCR0
+uint32_t
+cpu_features() noexcept;  // CPUID and XCR0; for AMX also the system's permission, which is asked for once a process
+// Why a processor that has AMX is not used as one: "" where it is, or has none.
+const char* amx_refusal() noexcept;
 // How this processor is best used, whatever the table: both are AMD's (measured on Zen 4), where vdpbf16ps has twice the rate of
 // f32's multiply-add; prefetching into the first-level cache what is in memory costs a quarter to a third of the read bandwidth,
 // the second level nothing; one stream of a thread reads faster than four. On Intel none of this holds.
@@ -132,7 +140,8 @@ struct CpuPolicy {
     bool bf16_dot = false;    // of MlaPartialArgs
 };
 CpuPolicy cpu_policy() noexcept;
-const CpuKernels* const* all_cpu_kernels() noexcept;  // null-terminated, best first; only those compiled in
+// Null-terminated, best first; only those compiled in. A name may be there twice: emulated after what needs no emulation.
+const CpuKernels* const* all_cpu_kernels() noexcept;
 // The first supported table, or the one called `name`; null if unknown or unsupported by this processor.
 const CpuKernels* select_cpu_kernels(const char* name /* may be null */) noexcept;
 

@@ -116,10 +116,13 @@ void init_probes(py::module_& m) {
 }
 
 void init_testing(py::module_& m) {
-    py::dict tables;  // of the sets that this processor runs
-    for (const CpuKernels* const* k = all_cpu_kernels(); *k != nullptr; ++k)
-        if (select_cpu_kernels((*k)->isa) != nullptr) tables[(*k)->isa] = address(*k);
+    py::dict tables, amx;  // of the sets that this processor runs; of amx: "emulated", and "tiles" that it may not have
+    for (const CpuKernels* const* k = all_cpu_kernels(); *k != nullptr; ++k) {
+        if (select_cpu_kernels((*k)->isa) == *k) tables[(*k)->isa] = address(*k);
+        if ((*k)->isa == std::string_view("amx")) amx[(*k)->emulated ? "emulated" : "tiles"] = address(*k);
+    }
     m.attr("CPU_KERNELS") = tables;
+    m.attr("AMX_KERNELS") = amx;
     m.attr("ROUTE") = address(&route);
     m.attr("SIZES") = py::dict("PackedTensor"_a = sizeof(PackedTensor), "MatmulArgs"_a = sizeof(MatmulArgs),
                                "MlaPartialArgs"_a = sizeof(MlaPartialArgs), "RouterArgs"_a = sizeof(RouterArgs),

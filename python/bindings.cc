@@ -434,11 +434,16 @@ void bind_functions(py::module_& m) {
         [] {
             py::list out;
             for (const CpuKernels* const* k = all_cpu_kernels(); *k != nullptr; ++k) {
-                out.append(record("name", (*k)->isa, "supported", ((*k)->required & ~cpu_features()) == 0));
+                const CpuKernels* used = select_cpu_kernels((*k)->isa);
+                if (used == *k || (used == nullptr && !(*k)->emulated))
+                    out.append(record("name", (*k)->isa, "supported", used == *k, "emulated", (*k)->emulated));
             }
             return out;
         },
-        "Instruction sets compiled in, best first: dicts of name and supported (by this processor).");
+        "Instruction sets compiled in, best first: dicts of name, supported (by this processor) and emulated (there: "
+        "the "
+        "same bits, slower, and not chosen unless it is named).");
+    m.def("amx_refusal", &amx_refusal, "Why a processor that has AMX is not used as one: '' where it is, or has none.");
     m.def("default_threads", &default_threads, "Physical cores of the affinity mask.");
     m.def(
         "swap_float_mode",

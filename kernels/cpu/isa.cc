@@ -10,7 +10,16 @@
 
 #include "kernels/cpu/kernels_impl.h"
 
+#ifdef DEEPCALM_AMX
+#include "kernels/cpu/isa_amx.h"
+#endif
+
 namespace deepcalm {
 extern const CpuKernels DC_PASTE(kernels_, DEEPCALM_ISA);
 constinit const CpuKernels DC_PASTE(kernels_, DEEPCALM_ISA) = make_table(DC_QUOTE(DEEPCALM_ISA));
+#ifdef DEEPCALM_AMX
+extern const CpuKernels kernels_amx, kernels_amx_emulated;
+constinit const CpuKernels kernels_amx = amx_table(make_table("amx"), false);
+constinit const CpuKernels kernels_amx_emulated = amx_table(make_table("amx"), true);
+#endif
 }  // namespace deepcalm

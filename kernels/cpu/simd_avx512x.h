@@ -104,16 +104,17 @@ template <> struct WeightF8<DotBF16> {
         const __m512i kept = _mm512_set1_epi32(static_cast<int32_t>(0x87f087f0)), exponent = _mm512_set1_epi16(0x4000);
         return _mm512_ternarylogic_epi32(_mm512_srai_epi16(high_byte, 4), kept, exponent, 0xEA);
     }
+    static DC_INLINE __m512i find(const uint8_t* table, __m512i code) {
+        return _mm512_permutex2var_epi8(_mm512_load_si512(table), code, _mm512_load_si512(table + 64));
+    }
     static DC_INLINE Unit load(const std::byte* p) {
         const __m512i code = _mm512_loadu_si512(p), zero = _mm512_setzero_si512();
         // a zero exponent: twice the code is below 16
         if (__builtin_expect(_mm512_cmplt_epu8_mask(_mm512_add_epi8(code, code), _mm512_set1_epi8(16)) == 0, 1))
             return {normal(_mm512_unpacklo_epi8(zero, code)), normal(_mm512_unpackhi_epi8(zero, code))};
-        const auto find = [&](const uint8_t* table) {
-            return _mm512_permutex2var_epi8(_mm512_load_si512(table), code, _mm512_load_si512(table + 64));
-        };
-        const __m512i lo = find(kE4m3.lo), sign = _mm512_set1_epi8(-128);
-        const __m512i hi = _mm512_ternarylogic_epi32(find(kE4m3.hi), code, sign, 0xF8);  // magnitude | (code & sign)
+        const __m512i lo = find(kE4m3.lo, code), sign = _mm512_set1_epi8(-128);
+        const __m512i hi =
+            _mm512_ternarylogic_epi32(find(kE4m3.hi, code), code, sign, 0xF8);  // magnitude | (code & sign)
         return {_mm512_unpacklo_epi8(lo, hi), _mm512_unpackhi_epi8(lo, hi)};
     }
     static DC_INLINE void mac(Acc& acc, const Unit& w, const X* x) {

@@ -71,9 +71,9 @@ class Worker:
         self._lines: Lines | None = None
         self._steps, self._failure = 0, ""
 
-    def isas(self) -> list[str]:
-        """Instruction sets that the node has."""
-        return [k["name"] for k in _core.isas() if k["supported"]]
+    def isas(self) -> dict[str, bool]:
+        """Instruction sets that the node has; True: emulated."""
+        return {k["name"]: k["emulated"] for k in _core.isas() if k["supported"]}
 
     def open(self, setup: Setup, isa: str) -> dict[str, Any] | str:
         """Opens the model; all that its answers depend on."""
@@ -136,7 +136,7 @@ class _Member:
     name: str  # of the node, for people
     actor: Any
     calls: dict[Any, Callable[[Any], None] | _Block] = field(default_factory=dict)  # by reference of the result
-    isas: list[str] | None = None  # once it has said so
+    isas: dict[str, bool] | None = None  # name -> emulated, once it has said so
     ready: bool = False
     steps: int = -1
     heard: float = 0.0  # when it got on, last
@@ -155,7 +155,7 @@ class Crew(Closing):
         address: HOST:PORT of the cluster's head; None: RAY_ADDRESS, the cluster that runs on this machine, else one of
             this machine alone, for the time of the run.
         setup: what the workers open.
-        isa: instruction set; None: DEEPCALM_ISA, else the best one that every node has.
+        isa: instruction set; None: DEEPCALM_ISA, else the best one that every node has and none emulates.
         say: is told, in one line each, what is remarkable.
 
     Attributes:
@@ -188,8 +188,8 @@ class Crew(Closing):
         self._recruit()
         while any(m.isas is None for m in self._members):
             self._turn()
-        common = set.intersection(*(set(m.isas or ()) for m in self._members))
-        self.isa = self.isa or max(common, key=ISAS.index)
+        own = ({isa for isa, emulated in (m.isas or {}).items() if not emulated} for m in self._members)
+        self.isa = self.isa or max(set.intersection(*own), key=ISAS.index)
         for m in list(self._members):
             self._open(m)
         while not all(m.ready for m in self._members):
@@ -254,13 +254,15 @@ class Crew(Closing):
         if not self._members:
             raise ResourceError("no node of the Ray cluster is left to work on")
 
-    def _has(self, m: _Member, isas: list[str]) -> None:
+    def _has(self, m: _Member, isas: dict[str, bool]) -> None:
         m.isas = isas
         if self.record.keys() != {"deepcalm"}:  # it joined late
             self._open(m)
 
     def _open(self, m: _Member) -> None:
-        if self.isa in (m.isas or ()):
+        if self.isa in (isas := m.isas or {}):
+            if isas[self.isa]:
+                self._say(f"note: {m.name} emulates {self.isa}: the same bits, slower")
             m.calls[m.actor.open.remote(self._setup, self.isa)] = partial(self._opened, m)
             return
         self._say(f"note: {m.name} has no {self.isa}, the run's instruction set: it gets no work")

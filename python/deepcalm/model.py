@@ -122,6 +122,12 @@ class Model(Closing):
             if self.device == "cpu":
                 n = threads or limits.default_threads()
                 self._core = _core.Model(*opened, isa, n, not threads)
+                refusal = _core.amx_refusal() and f"this processor has AMX, but {_core.amx_refusal()}"
+                if self.isa in (k["name"] for k in _core.isas() if k["emulated"]):
+                    why = refusal or "this processor has no AMX"
+                    self.notes += (f"isa {self.isa}: emulated, {why}: the same bits, slower",)
+                elif refusal and not isa:
+                    self.notes += (f"isa {self.isa}: {refusal}",)
                 if n > (most := limits.processors()):
                     self.notes += (f"threads: {n}, of which {most} can run at a time here: more only slows them down",)
 

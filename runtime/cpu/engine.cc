@@ -10,7 +10,7 @@ Result<std::unique_ptr<Backend>> CpuBackend::open(const BoundModel& model, const
     if (kernels == nullptr) {
         std::string have;
         for (const CpuKernels* const* k = all_cpu_kernels(); *k != nullptr; ++k) {
-            if (((*k)->required & ~cpu_features()) == 0) have += std::string(have.empty() ? "" : ", ") + (*k)->isa;
+            if (select_cpu_kernels((*k)->isa) == *k) have += std::string(have.empty() ? "" : ", ") + (*k)->isa;
         }
         return Error{ErrorCode::kResource,
                      std::string("isa: '") + isa + "' is unknown or not supported here; this processor runs: " + have};

@@ -223,9 +223,8 @@ def test_a_node_without_the_package_ends_the_run_in_one_line(cluster: Any, lines
 def test_the_run_has_the_best_instruction_set_of_all_nodes(cluster: Any, lines: Path, tmp_path: Path) -> None:
     few = lines.with_name("few.jsonl")
     few.write_text("".join(lines.read_text().splitlines(keepends=True)[:20]))
-    with odd_node(
-        cluster, tmp_path, "import deepcalm._core as c\nc.isas = lambda: [dict(name='scalar', supported=True)]"
-    ):
+    isas = "[dict(name='scalar', supported=True, emulated=False)]"
+    with odd_node(cluster, tmp_path, f"import deepcalm._core as c\nc.isas = lambda: {isas}"):
         code, data, err = answer(few, tmp_path / "a.jsonl", "--ray", cluster.address)
         assert code == 0 and "instruction set scalar" in err
         assert data == answer(few, tmp_path / "b.jsonl", "--isa", "scalar")[1]

@@ -22,7 +22,9 @@ every_isa = pytest.mark.parametrize("isa", ISAS)
 
 
 def test_isas_are_those_of_the_processor() -> None:
-    assert [name for name in ("avx512x", "avx512", "avx2", "scalar") if name in ISAS] == ISAS, "best first"
+    emulated = {str(i["name"]) for i in _core.isas() if i["emulated"]}
+    best = ("avx512x", "amx") if emulated else ("amx", "avx512x")
+    assert [name for name in (*best, "avx512", "avx2", "scalar") if name in ISAS] == ISAS, "best first"
     with pytest.raises(ValueError, match="isa sse9: unknown or not supported"):
         T.prepare("sse9", "f32", np.zeros((1, 1), np.float32))
     cpuinfo = Path("/proc/cpuinfo")
@@ -35,7 +37,9 @@ def test_isas_are_those_of_the_processor() -> None:
     avx512x = avx512 and {"avx512_vnni", "avx512vbmi", "avx512_bf16"} <= flags
     compiled = {str(i["name"]) for i in _core.isas()}
     assert [str(i["name"]) for i in _core.isas() if i["supported"]] == ISAS
-    expected = {"scalar": True, "avx2": avx2, "avx512": avx512, "avx512x": avx512x}
+    amx = avx512x and {"amx_tile", "amx_bf16", "amx_int8"} <= flags and not _core.amx_refusal()
+    assert emulated == ({"amx"} if avx512x and not amx else set())
+    expected = {"scalar": True, "avx2": avx2, "avx512": avx512, "avx512x": avx512x, "amx": avx512x}
     assert {name for name in compiled if expected[name]} == set(ISAS)
 
 
@@ -463,9 +467,9 @@ def test_mla_exponential_accuracy(isa: str, rng: np.random.Generator) -> None:
 @every_isa
 def test_rates_stand_below_their_ceilings(isa: str) -> None:
     top = _core.compute_ceilings(isa, 1)
-    assert set(top) == ({"f32", "bf16", "int8"} if isa == "avx512x" else {"f32"})
+    assert set(top) == ({"f32", "bf16", "int8"} if isa in ("avx512x", "amx") else {"f32"})
     assert all(rate > 0.1 for rate in top.values())
-    if isa == "avx512x":  # the instruction of each format bounds its kernel; 1.3 covers a changing clock
+    if isa in ("avx512x", "amx"):  # the instruction of each format bounds its kernel; 1.3 covers a changing clock
         for fmt, kind in [("f32", "f32"), ("bf16", "bf16"), ("f8", "bf16"), ("q8", "int8"), ("q4", "int8")]:
             assert 0 < _core.inner_loop_rate(isa, fmt, 1, 8) < 1.3 * top[kind], fmt
     assert 0 < _core.attention_rate(isa, "f16", 3, 9, 65) < 1.3 * top["f32"]

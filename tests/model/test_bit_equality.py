@@ -321,6 +321,7 @@ def test_bits_do_not_depend_on_the_processor(i: int, isa: str) -> None:
 # SHA-256 of the logits below, of the first nine cases and of all. A change of arithmetic renews them, on purpose and
 # with its reason.
 BITS = {
+    "amx": ("78caecddf50194c0", "4ec2fc7614c01434"),
     "avx512x": ("f358303a6ac98795", "b13d90c95a8ee583"),
     "avx512": ("0a5a70cb184f1ae0", "8a73dde9d8da4bba"),
     "avx2": ("0a5a70cb184f1ae0", "8a73dde9d8da4bba"),

@@ -17,7 +17,8 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
         from .. import _core
 
         built = Path(_core.__file__).with_name("build.txt")
-        isas = (isa["name"] + ("" if isa["supported"] else " (not here)") for isa in _core.isas())
+        how = {(True, False): "", (True, True): " (emulated)", (False, False): " (not here)"}
+        isas = (isa["name"] + how[isa["supported"], isa["emulated"]] for isa in _core.isas())
         click.echo(f"deepcalm {_core.__version__}")
         click.echo(built.read_text().rstrip() if built.is_file() else "commit and compiler unknown (not installed)")
         click.echo("instruction sets " + ", ".join(isas))
