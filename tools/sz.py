@@ -57,7 +57,7 @@ AREAS = (
     Area("Python cluster", CLUSTER, 480),
     Area("Python requests", WIRE, 531),
     Area("Python markup", MARKUP, 535),
-    Area("Python serve", SERVE, 874),
+    Area("Python serve", SERVE, 896),
     Area("Python check", ("python/deepcalm/check/*.py", "python/deepcalm/cli/check.py"), 1691),
     Area("Python measure", ("python/deepcalm/measure/*.py", "python/deepcalm/cli/bench.py"), 1387),
     Area("tools", ("tools/**/*.py",), None),

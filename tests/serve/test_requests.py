@@ -125,6 +125,27 @@ def test_wrong_addresses(server: Server, method: str, path: str, status: int) ->
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("broken", [
+    b"\x16\x03\x01\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000,
+    b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
+])  # fmt: skip
+def test_what_is_no_http_gets_json_too(server: Server, broken: bytes) -> None:
+    with socket.create_connection(server.address, timeout=60) as sock:
+        sock.sendall(broken)
+        head, _, body = b"".join(iter(lambda: sock.recv(65536), b"")).partition(b"\r\n\r\n")
+    status, *lines = head.decode().lower().split("\r\n")
+    reply = Reply(int(status.split()[1]), dict(line.split(": ", 1) for line in lines), body)
+    assert reply.status == 400 and checked(reply)["code"] == "invalid_http"
+
+
+def test_head_is_get_without_the_body(server: Server) -> None:
+    for path in ("/", "/health", "/v1/models", "/v1/models/demo", "/nothing", TEXT):
+        get, head = (call(server, method, path) for method in ("GET", "HEAD"))
+        assert (head.status, head.body) == (get.status, b"")
+        assert {**head.headers, "date": ""} == {**get.headers, "date": ""}
+    assert "head" not in json.dumps(call(server, "GET", "/openapi.json").json)
+
+
 def test_another_model_is_not_found(server: Server) -> None:
     reply = call(server, "POST", TEXT, json.dumps(GOOD[TEXT] | {"model": "gpt-4"}).encode())
     assert reply.status == 404 and checked(reply)["code"] == "model_not_found" and checked(reply)["param"] == "model"
@@ -174,6 +195,32 @@ def test_a_body_that_does_not_come(model: deepcalm.Model, monkeypatch: pytest.Mo
         for _ in range(3):  # and those that leave in the middle of theirs
             with socket.create_connection(server.address, timeout=60) as other:
                 other.sendall("\r\n".join(head).encode())
+
+
+def test_bodies_are_bounded_together(model: deepcalm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "BODIES", 1_000_000)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    small, large = (json.dumps(GOOD[TEXT] | {"user": "x" * n}).encode() for n in (9, 300_000))
+    with Inside(model) as server, contextlib.ExitStack() as stack:
+
+        def begun(length: int, data: bytes) -> socket.socket:
+            sock = stack.enter_context(socket.create_connection(server.address, timeout=60))
+            sock.sendall(head + b"Content-Length: %d\r\n\r\n" % length + data)
+            return sock
+
+        socks = [begun(900_000, b" " * 300_000) for _ in range(3)]
+        while server.api._held < 900_000:
+            time.sleep(0.01)
+        refused = begun(len(large), large).recv(65536)
+        assert refused.startswith(b"HTTP/1.1 429 ") and b"server_full" in refused and b"retry-after: 5" in refused
+        assert begun(len(small), small).recv(65536).startswith(b"HTTP/1.1 200 ")
+        socks.pop().close()
+        while server.api._held > 600_000:
+            time.sleep(0.01)
+        assert begun(len(large), large).recv(65536).startswith(b"HTTP/1.1 200 ")
+        stack.close()
+        while server.api._held:
+            time.sleep(0.01)
 
 
 def test_what_never_fits_is_said_with_numbers(model: deepcalm.Model) -> None:
@@ -283,10 +330,15 @@ def test_strangers_do_not_fill_the_log() -> None:
     with Server("--threads", "1") as server, contextlib.ExitStack() as stack:
         before = server.errors()
         upgrade = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
-        for data in (b"\x16\x03\x01\r\n\r\n", upgrade):
-            with socket.create_connection(server.address) as sock:
+        chunked = b"POST /none HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"  # is answered at once
+        for data in (b"\x16\x03\x01\r\n\r\n", upgrade, chunked):
+            with socket.create_connection(server.address, timeout=60) as sock:
                 sock.sendall(data)
                 assert sock.recv(65536).startswith(b"HTTP/1.1 ")
+                if data == chunked:
+                    sock.sendall(b"no chunk\r\n")
+                    while sock.recv(65536):
+                        pass
         assert server.errors() == before
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (server.held[1] + 4,) * 2)
         for _ in range(16):

@@ -33,6 +33,8 @@ from .replies import Stream, Whole, gone
 
 T = TypeVar("T")
 BODY_SECONDS = 60.0  # for a body to arrive
+SMALL_BODY = 64 << 10  # bytes that every request may have; the server holds as many for itself
+BODIES = 8 * wire.MAX_BYTES  # of all requests that are read or prepared; longer ones are refused beyond
 WORKERS = 4  # threads for templates and tokenising
 OPEN = ("/", "/health")  # need no key
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -59,6 +61,7 @@ class Api(Collector):
         self.failure: BaseException | None = None
         self.stopping = asyncio.Event()
         self.connections: set[Any] = set()  # the server's
+        self._held = 0  # bytes of bodies
         self._workers = ThreadPoolExecutor(WORKERS, "deepcalm-work")
         self._key = hashlib.sha256(os.fsencode(key)).digest() if key else None
         self._hosts, self._bandwidth = {*LOOPBACK, *map(str.lower, hosts)}, bandwidth
@@ -71,7 +74,7 @@ class Api(Collector):
         app = FastAPI(title="deepcalm", version=_core.__version__, docs_url=None, redoc_url=None,
                       redirect_slashes=False)  # fmt: skip
         app.add_exception_handler(HTTPException, _http_error)
-        app.add_exception_handler(RequestError, _refused)
+        app.add_exception_handler(RequestError, refused)
         app.add_exception_handler(Exception, _fault)
         for path, call, fields, needed in (
             ("/v1/completions", self.completions, wire.COMPLETIONS, "prompt"),
@@ -93,9 +96,9 @@ class Api(Collector):
         try:
             self._check(scope)
         except RequestError as e:
-            await _refused(None, e)(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
+            await refused(None, e)(scope, receive, send)
+        else:  # uvicorn sends no body after a HEAD
+            await self._app({**scope, "method": scope["method"].replace("HEAD", "GET")}, receive, send)
 
     def close(self) -> None:
         """Ends what runs; waits for the threads."""
@@ -187,24 +190,45 @@ class Api(Collector):
         return await self._generate(request, True)
 
     async def _generate(self, request: Request, chat: bool) -> Response:
+        data = bytearray()
         try:
-            data = await asyncio.wait_for(_body(request), BODY_SECONDS)
+            await asyncio.wait_for(self._body(request, data), BODY_SECONDS)
+            answer = await self._queue(request, data, chat)
         except ClientDisconnect:
             return Response()
         except asyncio.TimeoutError:
             message = f"the body did not arrive within {BODY_SECONDS:.0f} s"
             raise RequestError(message, code="request_timeout", status=408) from None
+        finally:
+            self._held -= len(data)
+        return (Stream if answer.fields.stream else Whole)(self, answer)
+
+    async def _body(self, request: Request, data: bytearray) -> None:
+        """Appends all of it to ``data``, counted as it comes; raises RequestError."""
+        kind = request.headers.get("content-type", "")
+        if kind.partition(";")[0].strip().lower() != "application/json":
+            message = f"{one_line(kind, 80)!r}, expected application/json"
+            raise RequestError(message, "Content-Type", "unsupported_media_type", 415)
+        too_large = RequestError(f"the body is longer than {wire.MAX_BYTES} bytes", code="too_large", status=413)
+        if int(request.headers.get("content-length", "0")) > wire.MAX_BYTES:
+            raise too_large
+        async for piece in request.stream():
+            data += piece
+            self._held += len(piece)
+            if len(data) > wire.MAX_BYTES:
+                raise too_large
+            if len(data) > SMALL_BODY and self._held > BODIES:
+                raise RequestError("other requests fill the memory for bodies", code="server_full", status=429)
+
+    async def _queue(self, request: Request, data: bytearray, chat: bool) -> Answer:
         left = asyncio.create_task(gone(request.receive))
         self.engine.preparing += 1
         try:
             self.engine.check_room()
-            answer = await self.work(self._prepare, data, chat, left.done)
-        except ClientDisconnect:
-            return Response()
+            return await self.work(self._prepare, data, chat, left.done)
         finally:
             self.engine.preparing -= 1
             left.cancel()
-        return (Stream if answer.fields.stream else Whole)(self, answer)
 
     def _prepare(self, data: bytes, chat: bool, left: Callable[[], bool]) -> Answer:
         def check() -> None:
@@ -228,24 +252,8 @@ class Api(Collector):
             raise RequestError(e, "max_tokens") from None
 
 
-async def _body(request: Request) -> bytes:
-    """All of it, counted as it comes; raises RequestError."""
-    kind = request.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "application/json":
-        message = f"{one_line(kind, 80)!r}, expected application/json"
-        raise RequestError(message, "Content-Type", "unsupported_media_type", 415)
-    data = bytearray()
-    if int(request.headers.get("content-length", "0")) <= wire.MAX_BYTES:
-        async for piece in request.stream():
-            data += piece
-            if len(data) > wire.MAX_BYTES:
-                break
-        else:
-            return bytes(data)
-    raise RequestError(f"the body is longer than {wire.MAX_BYTES} bytes", code="too_large", status=413)
-
-
-def _refused(_: object, e: Exception) -> Response:
+def refused(_: object, e: Exception) -> Response:
+    """What a ``RequestError`` is answered with."""
     assert isinstance(e, RequestError)
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}, 503: {"Connection": "close"}}
     return JSONResponse(e.body(), e.status, headers.get(e.status))
@@ -258,4 +266,4 @@ def _http_error(_: Request, e: Exception) -> Response:
 
 
 def _fault(_request: Request, _error: Exception) -> Response:
-    return _refused(None, RequestError("an error of this server, which its log tells", code="fault", status=500))
+    return refused(None, RequestError("an error of this server, which its log tells", code="fault", status=500))

@@ -11,10 +11,13 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import Error
-from .app import Api
+from ..wire import RequestError
+from .app import Api, refused
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -35,6 +38,17 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Signals are ``serve``'s."""
         yield
+
+
+class _Protocol(H11Protocol):
+    def send_400_response(self, _msg: str) -> None:
+        """To what is no HTTP, as all other errors; nothing where a response has gone out already."""
+        response = refused(None, RequestError("the request is no valid HTTP", code="invalid_http"))
+        head = h11.Response(status_code=400, headers=[*response.raw_headers, (b"connection", b"close")])
+        with contextlib.suppress(h11.LocalProtocolError):
+            for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
 
 class _Faults:
@@ -78,7 +92,7 @@ async def _serve(api: Api, sock: socket.socket, grace: float, say: Callable[[str
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
             loop.add_signal_handler(number, stop, code)
     loop.set_exception_handler(_Faults(say))
-    server = _Server(uvicorn.Config(api, log_level="error", access_log=False, lifespan="off", http="h11",
+    server = _Server(uvicorn.Config(api, log_level="error", access_log=False, lifespan="off", http=_Protocol,
                                     ws="none", proxy_headers=False, timeout_graceful_shutdown=1))  # fmt: skip
     api.connections = server.server_state.connections
     running = asyncio.create_task(server.serve([sock]))
