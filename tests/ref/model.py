@@ -110,8 +110,7 @@ class PackedWeights(reference.PackedWeights):
 
     def slabs(self, name: str, slice_: int = 0) -> Iterator[tuple[int, Array, Array | None]]:
         """The whole matrix at once, its last tile of rows filled with zeros."""
-        w = self.file.matrix(name) if self.file.entries[name].kind == "tiled" else self.file.plain(name)
-        w = w[slice_] if w.ndim == 3 else w
+        w = self.file.matrix(name, slice_) if self.file.entries[name].kind == "tiled" else self.file.plain(name)
         yield 0, np.pad(w, [(0, -len(w) % 16), (0, 0)]), None
 
 

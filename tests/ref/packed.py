@@ -75,8 +75,8 @@ class PackedFile:
             values = raw.view("<f2").astype(np.float64)
         return values.reshape(e.shape)
 
-    def matrix(self, name: str) -> Array:
-        """A tiled tensor [n_slices?, rows, cols] f64; rows of stacked parts are padded to 16 each."""
+    def matrix(self, name: str, only: int | None = None) -> Array:
+        """A tiled tensor [n_slices?, rows, cols] f64, or one slice of it; rows of stacked parts are padded to 16 each."""
         e = self.entries[name]
         fmt = "q4b" if (e.format, e.scale) == ("q4", "bf16") else e.format
         slices, (rows, cols) = math.prod(e.shape[:-2]), e.shape[-2:]
@@ -84,8 +84,9 @@ class PackedFile:
         scales: list[Any] = [None] * slices
         if fmt == "f8":
             scales = list(self.plain(name + ".scale").astype(np.float32).reshape(slices, *self._grid(e)))
-        values = [formats.decode_tiles(fmt, data[i], rows, cols, scales[i], e.scale_block) for i in range(slices)]
-        return np.stack(values).reshape(e.shape)
+        chosen = range(slices) if only is None else [only]
+        values = [formats.decode_tiles(fmt, data[i], rows, cols, scales[i], e.scale_block) for i in chosen]
+        return np.stack(values).reshape(e.shape if only is None else e.shape[-2:])
 
     @staticmethod
     def _grid(e: Entry) -> tuple[int, int]:
