@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
+from pathlib import Path
 
 # A shell's background job starts with SIGINT ignored, one under nohup with SIGHUP, and so would every process that the
 # tests interrupt. SIGTERM (timeout) ends a run as Ctrl-C does, which cleans up.
@@ -17,6 +20,8 @@ for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 import numpy as np  # noqa: E402  (reads them)
 import pytest  # noqa: E402
 
+from commands import Run  # noqa: E402
+from deepcalm import cli  # noqa: E402
 from sim import build  # noqa: E402
 
 
@@ -46,3 +51,18 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
         seed = int(os.environ.get("DEEPCALM_TEST_SEED", int.from_bytes(os.urandom(4), "little")))
         print(f"DEEPCALM_TEST_SEED={seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def run(capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*args: str | Path, stdin: bytes = b"") -> tuple[int, bytes, str]:
+        monkeypatch.setenv("DEEPCALM_THREADS", "1")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsysbinary.readouterr()
+        code = cli.main([str(a) for a in args])
+        out, err = capsysbinary.readouterr()
+        return code, out, err.decode()
+
+    return call

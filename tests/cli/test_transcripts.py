@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("width", "colour"), [(80, True), (40, False)])
-def test_first_five_minutes(folder: Path, width: int, colour: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_five_minutes(folder: Path, width: int, colour: bool, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command ends in success, or in one line that ends with what to type."""
     monkeypatch.chdir(folder)
     for command, code, last in (
@@ -51,7 +51,7 @@ def test_first_five_minutes(folder: Path, width: int, colour: bool, monkeypatch:
         if code == 0 and command.startswith("generate"):  # the prompt, dim, where there are colours
             assert ("\x1b[2m" in t.shown) == colour and lines[0].startswith(command.split()[-1])
         if width == 80:
-            piped = commands.run(*command.split())
+            piped = run(*command.split())
             assert piped[0] == code and "\x1b" not in piped[1].decode() + piped[2]
 
 

@@ -76,7 +76,7 @@ class PackedFile:
         return values.reshape(e.shape)
 
     def matrix(self, name: str, only: int | None = None) -> Array:
-        """A tiled tensor [n_slices?, rows, cols] f64, or one slice of it; rows of stacked parts are padded to 16 each."""
+        """A tiled tensor [n_slices?, rows, cols] f64, or one slice; rows of stacked parts are padded to 16 each."""
         e = self.entries[name]
         fmt = "q4b" if (e.format, e.scale) == ("q4", "bf16") else e.format
         slices, (rows, cols) = math.prod(e.shape[:-2]), e.shape[-2:]

@@ -285,17 +285,15 @@ def test_models_and_metrics_and_schema(server: Server) -> None:
     assert body["required"] == ["messages"] and {"stream", "tools", "top_k"} <= body["properties"].keys()
 
 
-def test_start_that_fails_is_one_line(tmp_path: Path) -> None:
+def test_start_that_fails_is_one_line(run: commands.Run, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         message = commands.error(commands.run("serve", "--port", str(taken.getsockname()[1])))
     assert "Address already in use" in message and "--port" in message
-    assert "no.such.host.invalid" in commands.error(commands.run("serve", "--host", "no.such.host.invalid"))
+    assert "no.such.host.invalid" in commands.error(run("serve", "--host", "no.such.host.invalid"))
     for name in ("a" * 70, "h\udcff"):
-        assert "cannot listen at" in commands.error(commands.run("serve", "--host", name))
+        assert "cannot listen at" in commands.error(run("serve", "--host", name))
     (tmp_path / "key").write_text("\n")
-    assert "expected one key" in commands.error(
-        commands.run("serve", "--api-key-file", tmp_path / "key", "--port", "0")
-    )
+    assert "expected one key" in commands.error(run("serve", "--api-key-file", tmp_path / "key", "--port", "0"))
 
 
 def test_what_the_extra_lacks_is_named() -> None:
@@ -303,12 +301,6 @@ def test_what_the_extra_lacks_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=commands.environment(), capture_output=True, check=False)
     want = "deepcalm: error: serve needs fastapi: pip install 'deepcalm[serve]'\n"
     assert (done.returncode, done.stderr.decode()) == (1, want)
-
-
-def test_another_address_without_a_key_is_said_loudly() -> None:
-    with Server("--host", "0.0.0.0", "--alias", "mine", "--allow-host", "Box.example") as server:
-        assert "WARNING" in server.errors().decode()
-        assert call(server, "GET", "/health", headers={"Host": "bOX.Example:80"}).status == 200
 
 
 def test_names_and_keys_need_not_be_utf8(tmp_path: Path) -> None:
@@ -325,9 +317,12 @@ def test_names_and_keys_need_not_be_utf8(tmp_path: Path) -> None:
             assert b'"id":"\\\\udcff"' in b"".join(iter(lambda: sock.recv(4096), b""))
 
 
-def test_strangers_do_not_fill_the_log() -> None:
+def test_another_address_without_a_key_is_said_loudly_and_strangers_do_not_fill_the_log() -> None:
     """Neither with what is no HTTP nor with more connections than there are descriptors."""
-    with Server("--threads", "1") as server, contextlib.ExitStack() as stack:
+    named = ("--host", "0.0.0.0", "--alias", "mine", "--allow-host", "Box.example")
+    with Server("--threads", "1", *named) as server, contextlib.ExitStack() as stack:
+        assert "WARNING" in server.errors().decode()
+        assert call(server, "GET", "/health", headers={"Host": "bOX.Example:80"}).status == 200
         before = server.errors()
         upgrade = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
         chunked = b"POST /none HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"  # is answered at once
