@@ -7,7 +7,8 @@
 A case must end in a correct run (finite logits, expert indices in range) or in a deepcalm.Error with a one-line
 message. Any other exception, a crash, more than 20 seconds or more than 1 GB of memory is a failure. Cases run in
 worker processes, many in each; one that dies or hangs names its case, and a new one goes on with the next.
-tests/files/test_hostile.py runs 150 of them, a thousand with -m exhaustive. For a sanitizer build, preload its libraries as .ci/run does.
+tests/files/test_hostile.py runs 150 of them, a thousand with -m exhaustive. For a sanitizer build, preload its
+libraries as .ci/run does.
 """
 
 from __future__ import annotations

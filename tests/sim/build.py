@@ -62,7 +62,7 @@ def hash_of_headers() -> str:
 @functools.cache
 def start() -> subprocess.Popen[bytes]:
     """Compiles the library beside what runs until somebody needs it."""
-    process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     atexit.register(process.wait)
     return process
 
@@ -71,7 +71,10 @@ def start() -> subprocess.Popen[bytes]:
 def library() -> Path:
     """The device library on the simulator."""
     if start.cache_info().currsize:
-        start().wait()  # what went wrong there is said here
+        path, _ = start().communicate()
+        if start().returncode == 0:
+            return Path(os.fsdecode(path).removesuffix("\n"))
+        # what went wrong there is said here
     headers = f'-DDEEPCALM_HEADERS="{hash_of_headers()}"'
     return compile_with("tests/sim/backend_sim.cc", headers, link=("-shared", EXPORTS))
 
