@@ -25,8 +25,19 @@ from deepcalm import cli  # noqa: E402
 from sim import build  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is marked exhaustive or ray, unless -m names the mark."""
+    """Leaves out what is marked exhaustive or ray, unless -m names the mark.
+
+    ``by_turns(name, n)`` marks a product of parameters exhaustive, but for one of the ``n`` values of ``name`` with
+    each choice of the others, the next one each time, and for the value of index ``always``.
+    """
+    for item in items:
+        for mark in item.iter_markers("by_turns"):
+            indices = dict(getattr(item, "callspec").indices)  # noqa: B009  # pytest does not declare it
+            name, n = mark.args
+            if indices.pop(name) not in (sum(indices.values()) % n, mark.kwargs.get("always")):
+                item.add_marker("exhaustive")
     for mark in ("exhaustive", "ray"):
         if mark not in config.option.markexpr:
             left_out = [item for item in items if item.get_closest_marker(mark)]

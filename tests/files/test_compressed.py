@@ -88,8 +88,11 @@ def test_int8_that_reaches_minus_128_keeps_it() -> None:
 
 @pytest.mark.parametrize(
     ("scheme", "dtype"),
-    [(s, d) for s in SCHEMES for d in ("source", "q8")] + [(s, d) for s in ("mxfp4", "nvfp4") for d in ("bf16", "q4")],
-)
+    [
+        pytest.param(s, d, marks=[pytest.mark.exhaustive] * ((i + j) % 2))
+        for i, s in enumerate(SCHEMES) for j, d in enumerate(("source", "q8"))
+    ] + [(s, d) for s in ("mxfp4", "nvfp4") for d in ("bf16", "q4")],
+)  # fmt: skip
 def test_verify_finds_every_scheme_right(scheme: str, dtype: str) -> None:
     folder = folder_of(scheme)
     r = verify(models.pack(folder, dtype=dtype).path, folder, legs=("weights", "arithmetic"), tokens=16)
@@ -117,6 +120,7 @@ PLANTED: dict[str, tuple[str, str, Any]] = {  # mistake of a packer -> (scheme, 
 }  # fmt: skip
 
 
+@pytest.mark.by_turns("dtype", 2)
 @pytest.mark.parametrize("mistake", PLANTED)
 @pytest.mark.parametrize("dtype", ["source", "bf16"])
 def test_planted_mistakes_are_named(mistake: str, dtype: str, tmp_path: Path) -> None:

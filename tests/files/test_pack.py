@@ -74,6 +74,7 @@ def test_source_and_f32_keep_every_value(case: str, checkpoints: dict[str, Path]
             )
 
 
+@pytest.mark.by_turns("case", 4)
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d not in ("source", "f32")])
 @pytest.mark.parametrize("case", ["v3", "v2_lite", "gigachat3", "kimi_k2"])
 def test_targets_are_within_their_rounding(case: str, dtype: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -737,6 +738,7 @@ def near_zero_checkpoint(folder: Path, preset: str, dtype: str) -> Path:
     return d
 
 
+@pytest.mark.by_turns("dtype", 4)
 @pytest.mark.parametrize("dtype", ["f16", "f8", "q8", "q4"])
 @pytest.mark.parametrize("source", ["v3-f32", "v3-bf16", "gigachat3-fp8", "kimi_k2-int4"])
 def test_near_zero_groups_are_packed_and_counted(source: str, dtype: str, tmp_path: Path) -> None:

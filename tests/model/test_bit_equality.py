@@ -66,6 +66,7 @@ def same_run(what: str, run: models.Run, truth: models.Run) -> None:
     models.assert_same_bits(f"{what}: cache", run.cache, truth.cache)
 
 
+@pytest.mark.by_turns("isa", len(models.ISAS), always=0)
 @pytest.mark.parametrize("isa", models.ISAS)
 def test_pass_sizes_and_threads(case: Case, isa: str) -> None:
     file, kv, ids = case
@@ -83,6 +84,7 @@ def test_pass_sizes_and_threads(case: Case, isa: str) -> None:
             same_run(f"{threads} threads", models.Run(other, ids, kv, sizes), truth)
 
 
+@pytest.mark.by_turns("isa", len(models.ISAS), always=0)
 @pytest.mark.parametrize("isa", models.ISAS)
 def test_mtp_passes(mtp_case: Case, isa: str) -> None:
     file, kv, ids = mtp_case
@@ -95,6 +97,7 @@ def test_mtp_passes(mtp_case: Case, isa: str) -> None:
         models.assert_same_bits("main cache after MTP", run.session.read_cache(False), truth_run.cache)
 
 
+@pytest.mark.by_turns("isa", len(models.ISAS), always=0)
 @pytest.mark.parametrize("isa", models.ISAS)
 def test_taps_change_nothing(case: Case, isa: str) -> None:
     file, kv, ids = case
@@ -109,6 +112,7 @@ def test_taps_change_nothing(case: Case, isa: str) -> None:
     models.assert_same_bits("logits of the last row only", last.forward(ids[60:], "last"), truth.logits[-1:])
 
 
+@pytest.mark.by_turns("isa", len(models.ISAS), always=0)
 @pytest.mark.parametrize("isa", models.ISAS)
 def test_truncate_and_restore(case: Case, isa: str) -> None:
     file, kv, ids = case

@@ -25,6 +25,7 @@ CASES = [
 IDS = ["-".join([p, s, *o.values()]) for p, s, o in CASES]
 
 
+@pytest.mark.by_turns("isa", len(models.ISAS))
 @pytest.mark.parametrize("isa", models.ISAS)
 @pytest.mark.parametrize(("preset", "source", "options"), CASES, ids=IDS)
 def test_stages_equal_oracle(preset: str, source: str, options: dict[str, str], isa: str) -> None:

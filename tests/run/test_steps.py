@@ -103,8 +103,15 @@ def test_what_one_model_has_follows_the_sequence(preset: str) -> None:
         s.check()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("lengths", [(1, 63, 64, 511, 512, 513), (4000, 1, 5, 70)], ids=["borders", "one long"])
+BORDERS, ONE_LONG = (1, 63, 64, 511, 512, 513), (4000, 1, 5, 70)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "threads"),
+    [*((BORDERS, n) for n in (1, 2, 3)), (ONE_LONG, 2),
+     *(pytest.param(ONE_LONG, n, marks=pytest.mark.exhaustive) for n in (1, 3))],
+    ids=lambda x: "one long" if x is ONE_LONG else "borders" if x is BORDERS else None,
+)  # fmt: skip
 def test_sequences_have_the_bits_that_they_have_alone(threads: int, lengths: tuple[int, ...]) -> None:
     rng = np.random.default_rng(threads)
     core = models.open_model(small(), models.ISAS[0], threads)
@@ -175,6 +182,7 @@ def test_rounds_of_attention(damage: dict[int, float]) -> None:
         assert batch.stats()["cache_bytes"] == read, threads
 
 
+@pytest.mark.by_turns("isa", len(models.ISAS), always=0)
 @pytest.mark.parametrize("isa", models.ISAS)
 @pytest.mark.parametrize("preset", ["v2_lite", "v3", "kimi_k2", "glm4_moe_lite"])
 def test_every_instruction_set(isa: str, preset: str) -> None:
