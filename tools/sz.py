@@ -54,7 +54,7 @@ AREAS = (
         without=(*BATCH, *CLUSTER, *WIRE, *MARKUP),
     ),
     Area("Python batch", BATCH, 1109),
-    Area("Python cluster", CLUSTER, 480),
+    Area("Python cluster", CLUSTER, 487),
     Area("Python requests", WIRE, 531),
     Area("Python markup", MARKUP, 535),
     Area("Python serve", SERVE, 896),

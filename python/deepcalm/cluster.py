@@ -4,18 +4,20 @@ One worker a node, an actor with a model and a ``Batch``, answers blocks of line
 ``deepcalm batch``. Law L1 makes a block's bytes the same wherever it is computed, so that those of a worker that died
 are computed again elsewhere. What must be equal for that (file, versions, instruction set) is compared before any work.
 
-Plain actors and not ``Dataset.map_batches``: there an actor that exits can leave a job waiting for ever, one that
-cannot start is tried for ever or ends the job with a page of traceback, and nobody is told what was computed again.
+Plain actors and not a pool of Ray Data's: there an actor that exits can leave a job waiting for ever, one that cannot
+start is tried for ever or ends the job with a page of traceback, and nobody is told what was computed again.
 """
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import contextlib
 import json
-import math
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -30,7 +32,7 @@ from typing import Any
 from . import _core
 from .arguments import integer
 from .batch_file import record
-from .batch_lines import AHEAD, Line, Lines, Result, Settings, unique
+from .batch_lines import AHEAD, Line, Lines, Result, Settings
 from .closing import Closing
 from .errors import Error, ResourceError, UnsupportedError, one_line
 from .model import Model, demo_path
@@ -40,9 +42,12 @@ from .sampling import Sampling
 BLOCK = 8  # lines that go to a worker, and come back, together
 WINDOW = 4  # blocks that are read and not written, for each that the workers may have
 DEATHS = 3  # of workers in a row that a node, or the block that they had, may see
-BEAT = 5.0  # seconds between two questions whether a worker lives
-RECRUIT = 30.0  # seconds between two looks for nodes that joined
-SILENCE = 900.0  # seconds that a worker may take for a pass, for its start, or for an answer to that question
+BEAT = 5.0  # seconds in which a worker says that it lives
+RECRUIT = 10.0  # seconds between two looks for nodes that joined
+HEAD = 30.0  # seconds that the cluster's head may take for an answer
+SILENCE = 900.0  # seconds that a worker may take for a pass or for its start
+ROWS = 256  # of a dataset, that are answered, and handed on, together
+TABLES = 8  # of so many rows that are answered at a time
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,11 @@ class Worker:
         self._lines: Lines | None = None
         self._steps, self._failure = 0, ""
 
-    def isas(self) -> dict[str, bool]:
-        """Instruction sets that the node has; True: emulated."""
-        return {k["name"]: k["emulated"] for k in _core.isas() if k["supported"]}
-
-    def open(self, setup: Setup, isa: str) -> dict[str, Any] | str:
-        """Opens the model; all that its answers depend on."""
+    def open(self, setup: Setup, isa: str | None) -> dict[str, Any] | list[str] | str:
+        """Opens the model; all that its answers depend on, and "emulated". Instruction sets, if it has not this one."""
+        known = {k["name"]: k["emulated"] for k in _core.isas() if k["supported"]}
+        if isa not in known:
+            return [name for name, emulated in known.items() if not emulated]
         try:
             model = Model(setup.path or demo_path(), isa=isa, **setup.model)
             if setup.lock:
@@ -85,7 +89,7 @@ class Worker:
         except (Error, OSError, MemoryError, RuntimeError, ValueError) as e:
             return _reason(e)
         threading.Thread(target=self._run, daemon=True).start()
-        return record(self._batch)
+        return record(self._batch) | {"emulated": known[isa]}
 
     def _run(self) -> None:
         while not self._failure:
@@ -98,8 +102,9 @@ class Worker:
                 self._steps += 1
                 self._news.notify_all()
 
-    def steps(self) -> int:
-        """Passes so far: whoever asks learns that the worker lives, and works."""
+    def steps(self, seconds: float) -> int:
+        """Passes until so many seconds from now: whoever asks learns that the worker lives, and works."""
+        time.sleep(seconds)
         return self._steps
 
     def answer(self, settings: Settings, lines: list[Line]) -> list[Result] | str:
@@ -120,9 +125,10 @@ def _reason(e: BaseException) -> str:
 
 
 @dataclass(eq=False)
-class _Block:
-    """Lines on their way."""
+class Block:
+    """Lines on their way; ``results`` once they are there."""
 
+    settings: Settings
     lines: list[Line]
     results: list[Result] | None = None
     deaths: int = 0  # of workers that had it
@@ -135,17 +141,16 @@ class _Member:
     node: str
     name: str  # of the node, for people
     actor: Any
-    calls: dict[Any, Callable[[Any], None] | _Block] = field(default_factory=dict)  # by reference of the result
-    isas: dict[str, bool] | None = None  # name -> emulated, once it has said so
+    heard: float  # when it got on, last
+    calls: dict[Any, Callable[[Any], None] | Block] = field(default_factory=dict)  # by reference of the result
+    isas: list[str] | None = None  # once it was asked for none of them
     ready: bool = False
     steps: int = -1
-    heard: float = 0.0  # when it got on, last
-    asked: float = 0.0  # whether it lives; inf: and has not answered
 
     @property
-    def blocks(self) -> list[_Block]:
+    def blocks(self) -> list[Block]:
         """That it is working on."""
-        return [b for b in self.calls.values() if isinstance(b, _Block)]
+        return [b for b in self.calls.values() if isinstance(b, Block)]
 
 
 class Crew(Closing):
@@ -164,123 +169,117 @@ class Crew(Closing):
     Raises:
         UnsupportedError: Ray is not installed.
         Error: no cluster; a node on which the model cannot be opened, or which has another file or version.
-        ResourceError: workers died again and again.
+        ResourceError: workers died again and again; the head cannot be reached.
     """
 
     def __init__(self, address: str | None, setup: Setup, isa: str | None, say: Callable[[str], None]) -> None:
         self._ray, self._own = _connect(address)
+        self._head = self._ray.get_runtime_context().gcs_address
         self._setup, self._say = setup, say
-        self.isa = isa or os.environ.get("DEEPCALM_ISA") or None
+        self._isa = isa or os.environ.get("DEEPCALM_ISA") or None
         self.record: dict[str, Any] = {"deepcalm": _core.__version__}
         self._members: list[_Member] = []
         self._unfit: set[str] = set()  # nodes without the instruction set
         self._deaths: Counter[str] = Counter()  # by node, since its last result
-        self._again: deque[_Block] = deque()  # whose workers died
-        self._recruited = 0.0
-        self._settings: Settings | None = None
+        self._todo: deque[Block] = deque()  # that no worker has
+        self._recruited, self._begun = 0.0, False
         try:
-            self._start()
+            self._recruit()
+            while not all(m.ready for m in self._members):
+                self.turn()
+                if self._isa is None and all(m.isas for m in self._members):
+                    common = set.intersection(*(set(m.isas or ()) for m in self._members))
+                    self._isa = max(common, key=ISAS.index)
+                    for m in self._members:
+                        self._open(m)
         except BaseException:
             self.close()
             raise
-
-    def _start(self) -> None:
-        self._recruit()
-        while any(m.isas is None for m in self._members):
-            self._turn()
-        own = ({isa for isa, emulated in (m.isas or {}).items() if not emulated} for m in self._members)
-        self.isa = self.isa or max(set.intersection(*own), key=ISAS.index)
-        for m in list(self._members):
-            self._open(m)
-        while not all(m.ready for m in self._members):
-            self._turn()
+        self._begun = True
         nodes = "1 node" if len(self._members) == 1 else f"{len(self._members)} nodes"
-        self._say(f"Ray: {nodes}, instruction set {self.isa}")
+        self._say(f"Ray: {nodes}, instruction set {self._isa}")
 
     def run(self, settings: Settings, lines: Iterable[Line]) -> Iterator[Result]:
-        """Results of ``lines``, in their order.
-
-        Raises:
-            ResourceError: want of memory on a node, or workers died again and again.
-            Error: a node that joined has another file or version.
-        """
-        self._settings = settings
-        source, window = iter(lines), deque[_Block]()
+        """Results of ``lines``, in their order. Raises as the class does; ResourceError for want of memory, too."""
+        source, window = iter(lines), deque[Block]()
         while True:
-            self._deal(source, window)
+            most = WINDOW * self._setup.blocks * len(self._members)
+            while len(window) < most and (read := list(islice(source, BLOCK))):
+                window.append(self.submit(Block(settings, read)))
             if not window:
                 return
             results = window[0].results
             if results is None:
-                self._turn()
+                self.turn()
             else:
                 window.popleft()
                 yield from results
 
-    def _deal(self, source: Iterator[Line], window: deque[_Block]) -> None:
+    def submit(self, block: Block) -> Block:
+        """Has it answered, by ``turn``."""
+        self._todo.append(block)
+        self._deal()
+        return block
+
+    def _deal(self) -> None:
         """Gives blocks to workers that have room, those first that have least."""
-        most = self._setup.blocks
-        while free := [m for m in self._members if m.ready and len(m.blocks) < most]:
-            member = min(free, key=lambda m: len(m.blocks))
-            if self._again:
-                block = self._again.popleft()
-            elif len(window) < WINDOW * most * len(self._members) and (read := list(islice(source, BLOCK))):
-                block = _Block(read)
-                window.append(block)
-            else:
-                return
-            if not member.blocks:
-                member.heard = time.monotonic()
-            member.calls[member.actor.answer.remote(self._settings, block.lines)] = block
+        while self._todo and (free := [m for m in self._members if m.ready and len(m.blocks) < self._setup.blocks]):
+            member, block = min(free, key=lambda m: len(m.blocks)), self._todo.popleft()
+            member.calls[member.actor.answer.remote(block.settings, block.lines)] = block
 
     # ---- workers
 
     def _recruit(self) -> None:
         """A worker for every node that has none."""
+        if (nodes := _limited(self._ray.nodes)) is None:
+            raise ResourceError(f"the Ray cluster's head, {self._head}, has not answered for {HEAD:.0f} s")
         self._recruited = time.monotonic()
         known = {m.node for m in self._members} | self._unfit
-        for node in self._ray.nodes():
+        for node in nodes:
             if node["Alive"] and node["NodeID"] not in known:
                 affinity = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
                     node["NodeID"], soft=False
                 )
                 actor = self._ray.remote(Worker).options(
-                    num_cpus=0, max_restarts=0, max_concurrency=self._setup.blocks + 2, scheduling_strategy=affinity
+                    num_cpus=0, max_restarts=0, max_concurrency=self._setup.blocks + 1, scheduling_strategy=affinity
                 )
                 name = f"node {node['NodeManagerAddress']} ({node['NodeID'][:8]})"
-                member = _Member(node["NodeID"], name, actor.remote(), heard=time.monotonic())
-                member.calls[member.actor.isas.remote()] = partial(self._has, member)
+                member = _Member(node["NodeID"], name, actor.remote(), self._recruited)
                 self._members.append(member)
+                self._open(member)
         if not self._members:
             raise ResourceError("no node of the Ray cluster is left to work on")
 
-    def _has(self, m: _Member, isas: dict[str, bool]) -> None:
-        m.isas = isas
-        if self.record.keys() != {"deepcalm"}:  # it joined late
-            self._open(m)
-
     def _open(self, m: _Member) -> None:
-        if self.isa in (isas := m.isas or {}):
-            if isas[self.isa]:
-                self._say(f"note: {m.name} emulates {self.isa}: the same bits, slower")
-            m.calls[m.actor.open.remote(self._setup, self.isa)] = partial(self._opened, m)
-            return
-        self._say(f"note: {m.name} has no {self.isa}, the run's instruction set: it gets no work")
-        self._unfit.add(m.node)
-        self._dismiss(m)
-        if not self._members:
-            raise Error(f"no node of the Ray cluster has the instruction set {self.isa}; --isa names another")
+        m.calls[m.actor.open.remote(self._setup, self._isa)] = partial(self._opened, m)
 
-    def _opened(self, m: _Member, found: dict[str, Any] | str) -> None:
+    def _opened(self, m: _Member, found: dict[str, Any] | list[str] | str) -> None:
         if isinstance(found, str):
             raise Error(f"{m.name}: {found}")
+        if isinstance(found, list):
+            m.isas = found
+            if self._isa is not None:
+                self._say(f"note: {m.name} has no {self._isa}, the run's instruction set: it gets no work")
+                self._unfit.add(m.node)
+                self._dismiss(m)
+                if not self._members:
+                    raise Error(f"no node of the Ray cluster has the instruction set {self._isa}; --isa names another")
+            return
+        if found.pop("emulated"):
+            self._say(f"note: {m.name} emulates {self._isa}: the same bits, slower")
         for key, value in found.items():
             if (known := self.record.setdefault(key, value)) != value:
                 raise Error(f"{m.name} has {key} {one_line(value, 40)}, the run {one_line(known, 40)}: every node "
                             "needs the same packed file, deepcalm and libraries")  # fmt: skip
         m.ready = True
-        if self._settings is not None:
+        self._lives(m, m.steps)
+        if self._begun:
             self._say(f"note: {m.name} works, too")
+
+    def _lives(self, m: _Member, steps: int) -> None:
+        if steps != m.steps or not m.blocks:
+            m.heard, m.steps = time.monotonic(), steps
+        m.calls[m.actor.steps.remote(BEAT)] = partial(self._lives, m)
 
     def _dismiss(self, m: _Member) -> None:
         self._members.remove(m)
@@ -289,75 +288,69 @@ class Crew(Closing):
 
     # ---- waiting
 
-    def _turn(self) -> None:
-        """Waits a second at most for something to happen."""
+    def turn(self) -> None:
+        """Waits a second at most for something to happen, and does what follows from it."""
         calls = {ref: m for m in self._members for ref in m.calls}
         ready, _ = self._ray.wait(list(calls), timeout=1.0)
-        if ready:
-            ready, _ = self._ray.wait(list(calls), num_returns=len(calls), timeout=0)
         for ref in ready:
-            if (member := calls[ref]) in self._members:
-                self._returned(member, member.calls.pop(ref), ref)
+            self._returned(calls[ref], ref)
         now = time.monotonic()
         for m in list(self._members):
             if now - m.heard > SILENCE:
                 self._lost(m, f"nothing was heard of it for {SILENCE:.0f} s")
-            elif m.ready and now - m.asked > BEAT:
-                m.asked = math.inf
-                m.calls[m.actor.steps.remote()] = partial(self._lives, m)
         if now - self._recruited > RECRUIT:
             self._recruit()
+        self._deal()
 
-    def _returned(self, m: _Member, call: Callable[[Any], None] | _Block, ref: Any) -> None:
+    def _returned(self, m: _Member, ref: Any) -> None:
         try:
-            value = self._ray.get(ref)
-        except self._ray.exceptions.RayTaskError:
-            raise
+            value = self._ray.get(ref, timeout=SILENCE)
         except self._ray.exceptions.RayError as e:
-            if isinstance(call, _Block):
-                m.calls[ref] = call
             why = one_line(str(e).strip().rpartition("\n")[2], 160)
-            if "creation task" in str(e):  # its class cannot be imported: no use to try again
+            if isinstance(e, self._ray.exceptions.RayTaskError) or "creation task" in str(e):  # no use to try again
                 raise Error(f"{m.name}: {why}") from None
             self._lost(m, why)
             return
-        if not isinstance(call, _Block):
+        call = m.calls.pop(ref)
+        if not isinstance(call, Block):
             call(value)
-            return
-        if isinstance(value, str):
+        elif isinstance(value, str):
             raise ResourceError(f"{m.name}: {value}")
-        call.results, m.heard = value, time.monotonic()
-        self._deaths[m.node] = 0
-
-    def _lives(self, m: _Member, steps: int) -> None:
-        m.asked = time.monotonic()
-        if steps != m.steps or not m.blocks:
-            m.heard, m.steps = m.asked, steps
+        else:
+            call.results, m.heard = value, time.monotonic()
+            self._deaths[m.node] = 0
 
     def _lost(self, m: _Member, why: str) -> None:
         """Another worker in the place of one that died; its blocks go to whoever has room."""
         self._dismiss(m)
         self._deaths[m.node] += 1
-        for block in reversed(m.blocks):
+        for block in m.blocks:
             block.deaths += 1
-            self._again.appendleft(block)
-            if block.deaths > DEATHS:
-                first, last = block.lines[0].number, block.lines[-1].number
-                raise ResourceError(f"{block.deaths} workers died with lines {first} to {last}, the last on {m.name}: "
-                                    f"{why}")  # fmt: skip
+        if lines := [line for block in m.blocks if block.deaths > DEATHS for line in block.lines]:
+            first, last = (line.number or line.id for line in (lines[0], lines[-1]))
+            raise ResourceError(f"{DEATHS + 1} workers died with lines {first} to {last}, the last on {m.name}: {why}")
         if self._deaths[m.node] > DEATHS:
-            raise ResourceError(f"{m.name}: {self._deaths[m.node]} workers in a row died there: {why}")
-        lines = sum(len(b.lines) for b in m.blocks)
-        again = f"; {lines} lines are computed again" if lines else ""
-        self._say(f"note: {m.name}: its worker died: {why}{again}")
+            raise ResourceError(f"{m.name}: {DEATHS + 1} workers in a row died there: {why}")
+        self._todo.extendleft(reversed(m.blocks))
+        n = sum(len(b.lines) for b in m.blocks)
+        self._say(f"note: {m.name}: its worker died: {why}" + f"; {n} lines are computed again" * (n > 0))
         self._recruit()
 
     def close(self) -> None:
         """Ends the workers, and the connection if it was made here."""
         for m in list(self._members):
             self._dismiss(m)
-        if self._own:
-            self._ray.shutdown()
+        if self._own and _limited(lambda: [self._ray.shutdown()]) is None:
+            atexit.register(os._exit, 1)  # before Ray's own hook there, which would wait, too
+
+
+def _limited(call: Callable[[], list[Any]]) -> list[Any] | None:
+    """What it returns; None if the head takes too long: Ray waits a minute and ends the process, or waits for ever."""
+    found: list[list[Any]] = []
+    asking = threading.Thread(target=lambda: found.append(call()), daemon=True)
+    asking.start()
+    asking.join(HEAD)
+    return found[0] if found else None
 
 
 def _connect(address: str | None) -> tuple[Any, bool]:
@@ -389,9 +382,11 @@ def _connect(address: str | None) -> tuple[Any, bool]:
     return ray, True
 
 
-ADDED = ("generated_text", "finish_reason", "seed", "prompt_tokens", "completion_tokens", "__inference_error__")
-MODEL, BATCH = ("threads",), ("max_sequences", "ctx", "kv", "cache_bytes", "draft")
-SAMPLING = ("temp", "top_p", "top_k", "min_p")
+ADDED = {
+    "generated_text": "string", "finish_reason": "string", "seed": "uint64", "prompt_tokens": "int64",
+    "completion_tokens": "int64", "__inference_error__": "string",
+}  # fmt: skip
+BATCH, SAMPLING = ("max_sequences", "ctx", "kv", "cache_bytes", "draft"), ("temp", "top_p", "top_k", "min_p")
 
 
 def generate(
@@ -399,69 +394,81 @@ def generate(
 ) -> Any:
     """Answers to the rows of a dataset, on every node of the cluster that it is on.
 
-    Rows are computed at once, not when the result is read. A row's answer is that of ``deepcalm batch`` to a line with
-    its id: it depends on nothing else in the dataset.
+    A row's answer is that of ``deepcalm batch`` to a line with its id: it depends on nothing else in the dataset. Rows
+    are computed when the result is read or written, those not that its ``CheckpointConfig`` knows to be written.
 
     Args:
-        dataset: ray.data.Dataset; its rows pass through this process, 1024 at a time.
+        dataset: ray.data.Dataset.
         model: packed file, under the same path on every node; None: the demo model.
         id_column: of strings or integers, each once; seeds are made from them.
         column: of prompts: texts, lists of token ids, or lists of messages.
         options: threads, isa of ``Model``; max_sequences, ctx, kv, cache_bytes, draft of ``Model.batch``; max_tokens
-            (256), stop, seed (0), and temp, top_p, top_k, min_p (the checkpoint's) for all rows; say, a function that
-            is told what is remarkable.
+            (256), stop, seed (0), and temp, top_p, top_k, min_p (the checkpoint's) for all rows.
 
     Returns:
-        A materialised dataset: the rows in their order, with columns generated_text (of a message its content),
-        finish_reason, seed, prompt_tokens, completion_tokens, and __inference_error__, null unless the row is in error:
-        then they are null.
+        A dataset: the rows in their order, with columns generated_text (of a message its content), finish_reason, seed,
+        prompt_tokens, completion_tokens, and __inference_error__, null unless the row is in error: then they are null.
+        What ends a run of ``Crew`` ends its execution, as Ray does that.
 
     Raises:
-        Error: as ``Crew``; a column that is not there, or one that would be there twice.
+        Error: a column that is not there, or one that would be there twice.
         TypeError: an option that is not known.
+        ValueError: one that is out of range.
     """
-    known = {"isa", "say", "max_tokens", "stop", "seed", *MODEL, *BATCH, *SAMPLING}
+    from ray.data import ActorPoolStrategy
+
+    known = {"isa", "max_tokens", "stop", "seed", "threads", *BATCH, *SAMPLING}
     if unknown := options.keys() - known:
         raise TypeError(f"unknown option {min(unknown)}; expected one of {', '.join(sorted(known))}")
-    import ray
-
     columns = dataset.columns() or []
     for name in (id_column, column):
         if name not in columns:
             raise Error(f"the dataset has no column {name}, but {one_line(', '.join(columns), 200)}")
-    if twice := set(columns) & set(ADDED):
+    if twice := set(columns) & ADDED.keys():
         raise Error(f"the dataset has a column {min(twice)} already; rename it, for the answers get it")
     batch = {"max_sequences": 8, **{k: options[k] for k in BATCH if k in options}}
-    setup = Setup(None if model is None else str(Path(model).absolute()), {k: options.get(k) for k in MODEL}, batch)
-    stop, limit = options.get("stop", ()), options.get("max_tokens", 256)
+    setup = Setup(None if model is None else str(Path(model).absolute()), {"threads": options.get("threads")}, batch)
+    seed, stop, limit = options.get("seed", 0), options.get("stop", ()), options.get("max_tokens", 256)
     sampling = {k: options[k] for k in SAMPLING if k in options}
-    Sampling(seed=options.get("seed", 0), **sampling), integer("max_tokens", limit, 1)  # or what is wrong with them
+    Sampling(seed=seed, **sampling), integer("max_tokens", limit, 1)  # or what is wrong with them
     date = datetime.now().isoformat(timespec="seconds")
-    settings = Settings(
-        "", date, options.get("seed", 0), limit, (stop,) if isinstance(stop, str) else tuple(stop), sampling
-    )
-    tables, blocks, done = deque[Any](), list[Any](), list[Result]()
-    with Crew(None, setup, options.get("isa"), options.get("say", lambda _: None)) as crew:
-        for result in crew.run(settings, unique(_rows(dataset, id_column, column, tables))):
-            done.append(result)
-            if len(done) == tables[0].num_rows:
-                blocks.append(ray.put(_answered(tables.popleft(), done)))
-                done = []
-    return ray.data.from_arrow_refs(blocks) if blocks else dataset.materialize()
+    settings = Settings("", date, seed, limit, (stop,) if isinstance(stop, str) else tuple(stop), sampling)
+    answers = dataset.repartition(target_num_rows_per_block=ROWS).map_batches(
+        _Answers, fn_constructor_args=(setup, options.get("isa"), settings, id_column, column),
+        batch_size=None, batch_format="pyarrow", num_cpus=0,
+        compute=ActorPoolStrategy(size=1, max_concurrent_calls_per_actor=TABLES),
+    )  # fmt: skip
+    answers.context.execution_options.preserve_order = True
+    return answers
 
 
-def _rows(dataset: Any, id_column: str, column: str, tables: deque[Any]) -> Iterator[Line]:
-    """A line for every row; ``tables`` gets what they come from."""
-    number = 0
-    for table in dataset.iter_batches(batch_size=1024, batch_format="pyarrow"):
-        tables.append(table)
-        for name, prompt in zip(table[id_column].to_pylist(), table[column].to_pylist(), strict=True):
-            chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
-            if chat:  # a struct has every field of any message of the column
-                prompt = [{k: v for k, v in message.items() if v is not None} for message in prompt]  # noqa: PLW2901
-            number += 1
-            value = {"id": name, "messages" if chat else "prompt": prompt}
-            yield Line.parse(json.dumps(value, default=str).encode(), number)
+class _Answers:
+    """What Ray Data hands tables to: one actor for the whole cluster, with the crew. Tables share its workers."""
+
+    def __init__(self, setup: Setup, isa: str | None, settings: Settings, id_column: str, column: str) -> None:
+        self._start = partial(Crew, None, setup, isa, partial(print, file=sys.stderr, flush=True))
+        self._settings, self._columns = settings, (id_column, column)
+        self._crew: Crew | None = None
+        self._turns = asyncio.Lock()
+
+    async def __call__(self, table: Any) -> Any:
+        lines = map(_line, *(table[name].to_pylist() for name in self._columns))
+        blocks = [Block(self._settings, read) for read in iter(lambda: list(islice(lines, BLOCK)), [])]
+        async with self._turns:
+            crew = self._crew = self._crew or self._start()  # not in __init__, which Ray Data would try again
+            deque(map(crew.submit, blocks), 0)
+        while any(b.results is None for b in blocks):
+            async with self._turns:
+                await asyncio.to_thread(crew.turn)
+        return _answered(table, [r for b in blocks for r in b.results or ()])
+
+
+def _line(name: Any, prompt: Any) -> Line:
+    chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+    if chat:  # a struct has every field of any message of the column
+        prompt = [{k: v for k, v in message.items() if v is not None} for message in prompt]
+    value = {"id": False if name is None else name, "messages" if chat else "prompt": prompt}  # False is none
+    return Line.parse(json.dumps(value, default=str).encode(), 0)
 
 
 def _answered(table: Any, results: list[Result]) -> Any:
@@ -472,9 +479,9 @@ def _answered(table: Any, results: list[Result]) -> Any:
     for result in results:
         value = json.loads(result.data)
         text = value.get("text", value.get("message", {}).get("content"))
-        counts, error = value.get("usage", {}), value.get("error", {}).get("message")
-        rows.append((text, value.get("finish_reason"), value.get("seed"), *map(counts.get, ADDED[3:5]), error))
-    types = (pa.string(), pa.string(), pa.uint64(), pa.int64(), pa.int64(), pa.string())
-    for name, kind, values in zip(ADDED, types, zip(*rows, strict=True), strict=True):
-        table = table.append_column(name, pa.array(values, kind))
+        error = value.get("error", {}).get("message")
+        rows.append({**value, **value.get("usage", {}), "generated_text": text, "__inference_error__": error})
+    answers = pa.Table.from_pylist(rows, pa.schema(ADDED))
+    for name in ADDED:
+        table = table.append_column(name, answers[name])
     return table

@@ -6,11 +6,12 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,24 @@ import pytest
 import commands
 import deepcalm
 import models
+from deepcalm.cluster import _line
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
-Batch = Callable[..., tuple[int, bytes, str]]
+LINES = int(os.environ.get("DEEPCALM_RAY_LINES", "250"))  # 500: ten workers are killed
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A cluster whose head is its only node at first."""
+    with new_cluster() as found:
+        yield found
+
+
+@contextlib.contextmanager
+def new_cluster() -> Iterator[Any]:
     os.environ["PYTHONPATH"] = commands.PACKAGE_PARENT  # workers inherit it
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # whatever token the user has
     testing = pytest.importorskip("ray.cluster_utils")
     found = testing.Cluster(initialize_head=True, head_node_args={"include_dashboard": False, "num_cpus": 1})
     try:
@@ -39,7 +48,7 @@ def cluster() -> Iterator[Any]:
 
 def with_nodes(cluster: Any, n: int) -> None:
     while len(cluster.worker_nodes) + 1 < n:
-        cluster.add_node()
+        cluster.add_node(num_cpus=2)
     settle(cluster)
 
 
@@ -56,7 +65,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prompts, sampled and greedy; lines in error; an id twice."""
     rng, path = random.Random(5), tmp_path_factory.mktemp("lines") / "in.jsonl"
     rows: list[str] = []
-    for i in range(300):
+    for i in range(LINES):
         row: dict[str, Any] = {"id": f"line {i}", "prompt": rng.choice(["Once", "The cat", "One day"])}
         row |= {"max_tokens": rng.randint(1, 60), "temperature": rng.choice([0, 0.8, 1.0])}
         rows.append(json.dumps(row))
@@ -76,15 +85,21 @@ def answer(source: Path, out: Path, *options: str, **more: Any) -> tuple[int, by
 def want(lines: Path) -> bytes:
     """The result without Ray."""
     code, data, _ = answer(lines, lines.with_name("want.jsonl"))
-    assert code == 0 and data.count(b"\n") == 300
+    assert code == 0 and data.count(b"\n") == LINES
     return data
 
 
+def command(cluster: Any, source: Path, out: Path, *options: str, code: str = "") -> list[Any]:
+    """The command, whose process runs ``code`` first."""
+    code = f"import os, sys, time\nfrom deepcalm import cli, cluster\n{code}\nsys.exit(cli.main())"
+    return [sys.executable, "-c", code, "batch", source, out, "--ray", cluster.address, *options]
+
+
 @contextlib.contextmanager
-def started(cluster: Any, source: Path, out: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+def started(cluster: Any, source: Path, out: Path, *options: str, code: str = "") -> Iterator[subprocess.Popen[bytes]]:
     """The command at work."""
-    command = [*commands.COMMAND, "batch", str(source), str(out), "--ray", cluster.address, *options]
-    with subprocess.Popen(command, env=commands.environment(), stderr=subprocess.PIPE) as process:
+    line = command(cluster, source, out, *options, code=code)
+    with subprocess.Popen(line, env=commands.environment(), stderr=subprocess.PIPE) as process:
         try:
             yield process
         finally:
@@ -141,6 +156,14 @@ def test_a_run_goes_on_behind_the_lines_that_are_there_with_ray_or_without(
     kept = out.read_bytes()
     assert want.startswith(kept) and kept != want
     out.write_bytes(kept[:-20])
+    with started(cluster, lines, out, "--max-sequences", "1") as process:
+        assert grown(out, len(kept), process)
+        assert "another deepcalm batch is writing it" in answer(lines, out)[2]
+        process.kill()
+    deadline = time.monotonic() + 30
+    while workers():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     code, data, err = answer(lines, out, "--ray", cluster.address)
     assert (code, data) == (0, want) and "were there" in err
     out.write_bytes(kept)
@@ -157,9 +180,9 @@ def test_workers_that_are_killed_are_replaced_and_the_bytes_are_the_same(
     print(f"DEEPCALM_TEST_SEED={seed}")
     rng, killed, out = random.Random(seed), 0, tmp_path / "out.jsonl"
     with started(cluster, lines, out, "--max-sequences", "4") as process:
-        while killed < 4 and grown(out, out.stat().st_size if out.exists() else 0, process):
+        while killed < max(4, LINES // 50) and grown(out, out.stat().st_size if out.exists() else 0, process):
             time.sleep(rng.uniform(0, 0.3))
-            if (found := workers()) and out.read_bytes().count(b"\n") < 250:
+            if (found := workers()) and out.read_bytes().count(b"\n") < LINES - 50:
                 os.kill(rng.choice(found), signal.SIGKILL)
                 killed += 1
         assert process.stderr is not None
@@ -234,31 +257,81 @@ def test_the_run_has_the_best_instruction_set_of_all_nodes(cluster: Any, lines: 
         assert data == answer(few, tmp_path / "d.jsonl", "--isa", isa)[1]
 
 
-def test_silence_has_an_end(cluster: Any, lines: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; from deepcalm import cluster, cli; cluster.SILENCE, cluster.BEAT = 4.0, 1.0; sys.exit(cli.main())"
-    )
-    command = [sys.executable, "-c", code, "batch", str(lines), str(tmp_path / "out.jsonl"), "--ray", cluster.address]
-    stopped: list[int] = []
-    with subprocess.Popen(command, env=commands.environment(), stderr=subprocess.PIPE) as process:
-        assert grown(tmp_path / "out.jsonl", 0, process)
-        for pid in workers()[:1]:
-            os.kill(pid, signal.SIGSTOP)
-            stopped.append(pid)
+def test_a_worker_that_stops_counts_as_dead(cluster: Any, lines: Path, want: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with started(cluster, lines, out, code="cluster.SILENCE, cluster.BEAT = 4.0, 1.0") as process:
+        assert grown(out, 0, process)
+        os.kill(workers()[0], signal.SIGSTOP)
         assert process.stderr is not None
         err = process.stderr.read().decode()
         assert process.wait(60) == 0, err
-    assert stopped and "nothing was heard of it for 4 s" in err
+    assert "nothing was heard of it for 4 s" in err and out.read_bytes() == want
+
+
+FAULTS = {
+    "lines": ("""answer(self, settings, lines):
+        if any(line.id == "line 60" for line in lines):
+            os._exit(9)
+        return super().answer(settings, lines)""", "4 workers died with lines"),
+    "error": ("answer(self, settings, lines): raise KeyError('a fault')", "KeyError: 'a fault'"),
+    "node": ("open(self, setup, isa): os._exit(9)", "4 workers in a row died there"),
+    "init": ("__init__(self): raise RuntimeError('no such luck')", "no such luck"),
+    "silence": ("open(self, setup, isa): time.sleep(60)", "nothing was heard of it for 2 s"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_what_fails_again_and_again_ends_the_run_in_one_line(
+    cluster: Any, lines: Path, want: bytes, tmp_path: Path, kind: str
+) -> None:
+    with_nodes(cluster, 2)
+    method, why = FAULTS[kind]
+    code = f"""cluster.SILENCE = 2.0 if {kind == "silence"} else 99.0
+class Faulty(cluster.Worker):
+    def {method}
+cluster.Worker = Faulty"""
+    out = tmp_path / "out.jsonl"
+    done = subprocess.run(
+        command(cluster, lines, out, "--max-sequences", "2", code=code), env=commands.environment(),
+        capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    *notes, last = done.stderr.decode().splitlines()
+    assert done.returncode == 1 and why in last, done.stderr
+    assert all(note.startswith(("Ray: ", "note: ")) for note in notes) and len(notes) <= 8
+    if kind == "lines":
+        first, final = map(int, re.findall(r"lines (\d+) to (\d+)", last)[0])
+        assert first <= 61 <= final < 61 + 32 and "goes on from there" in last
+        assert out.read_bytes() == b"".join(want.splitlines(keepends=True)[: out.read_bytes().count(b"\n")])
+        assert answer(lines, out)[:2] == (0, want)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_head_that_is_gone_or_silent_ends_the_run_which_goes_on_elsewhere(
+    cluster: Any, lines: Path, want: bytes, tmp_path: Path, sign: signal.Signals
+) -> None:
+    out = tmp_path / "out.jsonl"
+    with new_cluster() as other:
+        code = "cluster.HEAD, cluster.RECRUIT = 3.0, 0.5"
+        with started(other, lines, out, "--max-sequences", "1", code=code) as process:
+            assert grown(out, 0, process)
+            head = other.head_node.all_processes["gcs_server"][0].process.pid
+            os.kill(head, sign)
+            assert process.stderr is not None
+            err = process.stderr.read().decode()
+            assert process.wait(60) == 1, err
+        if sign == signal.SIGSTOP:
+            os.kill(head, signal.SIGCONT)
+    assert "has not answered for 3 s" in err and "goes on from there" in err
+    kept = out.read_bytes()
+    assert want.startswith(kept) and kept != want
+    assert answer(lines, out, *(("--ray", cluster.address) if sign == signal.SIGKILL else ()))[:2] == (0, want)
 
 
 def test_a_node_that_joins_works_too(cluster: Any, lines: Path, want: bytes, tmp_path: Path) -> None:
-    code = "import sys; from deepcalm import cluster, cli; cluster.RECRUIT = 0.5; sys.exit(cli.main())"
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-c", code, "batch", lines, out, "--max-sequences", "1", "--ray", cluster.address]
-    with subprocess.Popen(command, env=commands.environment(), stderr=subprocess.PIPE) as process:
+    with started(cluster, lines, out, "--max-sequences", "1", code="cluster.RECRUIT = 0.5") as process:
         assert grown(out, 0, process)
-        odd = odd_node(cluster, tmp_path, "")
-        with odd:
+        with odd_node(cluster, tmp_path, ""):
             assert process.stderr is not None
             err = process.stderr.read().decode()
             assert process.wait(60) == 0, err
@@ -277,17 +350,16 @@ def test_addresses_and_files_that_are_not_there_are_said(cluster: Any, lines: Pa
     assert (code, data) == (1, b"") and "cache_bytes is 1000" in err and "goes on from there" in err
 
 
-def test_a_dataset_of_parquet_gets_the_answers_that_batch_gives(cluster: Any, tmp_path: Path) -> None:
-    with_nodes(cluster, 2)
-    code = """if True:
-    import sys, pyarrow as pa, pyarrow.parquet as pq, ray
+DATASET = """if True:
+    import os, sys, threading, time, pyarrow as pa, pyarrow.parquet as pq, ray
+    from pathlib import Path
+    from ray.data.checkpoint import CheckpointConfig
     from deepcalm import cluster, errors
     ray.init(sys.argv[1], log_to_driver=False, include_dashboard=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    ids = [f"row {i}" for i in range(40)]
-    table = pa.table({"name": ids[:-1] + ids[:1], "prompt": ["Once", "The cat", "One day", ""] * 10, "more": range(40)})
-    pq.write_table(table, sys.argv[2])
-    dataset = ray.data.read_parquet(sys.argv[2])
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.checkpoint_config = CheckpointConfig("name", os.path.abspath("known"), delete_checkpoint_on_success=False)
+    dataset = ray.data.read_parquet(os.path.abspath("in.parquet"))
     for columns in ({"id_column": "id"}, {"id_column": "name", "column": "text"}):
         try:
             cluster.generate(dataset, **columns)
@@ -300,21 +372,41 @@ def test_a_dataset_of_parquet_gets_the_answers_that_batch_gives(cluster: Any, tm
             sys.exit(2)
         except (TypeError, ValueError):
             pass
-    out = cluster.generate(dataset, id_column="name", max_tokens=12, seed=3, temp=0.9)
-    pq.write_table(pa.concat_tables(ray.get(out.to_arrow_refs())), "out.parquet")
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", code, cluster.address, tmp_path / "in.parquet"], cwd=tmp_path,
-        env=commands.environment(), capture_output=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()
-    pq = pytest.importorskip("pyarrow.parquet")
-    given, rows = (pq.read_table(tmp_path / f"{n}.parquet").to_pylist() for n in ("in", "out"))
-    assert [{k: r[k] for k in given[0]} for r in rows] == given
+    cluster.ROWS, cluster.TABLES = 8, 1
+    answers = cluster.generate(dataset, id_column="name", max_tokens=30, seed=3, temp=0.9, ctx=64)
+    def end():
+        while not [p for p in Path("known").glob("*") if "pending" not in p.name]:
+            time.sleep(0.001)
+        os._exit(5)
+    if len(sys.argv) > 2:
+        threading.Thread(target=end, daemon=True).start()
+    answers.write_parquet(os.path.abspath("out"))
+"""
+
+
+def test_rows_of_parquet_get_the_answers_of_batch_those_not_that_were_written(cluster: Any, tmp_path: Path) -> None:
+    with_nodes(cluster, 2)
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    prompts = [*("Once", "The cat", "One day", "") * 19, "Once", "too long " * 100, "The cat", ""]
+    table = pa.table({"name": [f"row {i}" for i in range(80)], "prompt": prompts, "more": range(80)})
+    pq.write_table(table, tmp_path / "in.parquet")
+    first: set[str] = set()
+    for more in (["end"], []):
+        done = subprocess.run(
+            [sys.executable, "-c", DATASET, cluster.address, *more], cwd=tmp_path, env=commands.environment(),
+            capture_output=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == (5 if more else 0), done.stderr.decode()
+        first = first or {p.name for p in (tmp_path / "known").glob("*") if "pending" not in p.name}
+    assert 1 <= len(first) < 10 and first < {p.name for p in (tmp_path / "known").glob("*")}
+    rows = sorted(pq.read_table(tmp_path / "out").to_pylist(), key=lambda r: r["more"])
+    assert [{k: r[k] for k in table.column_names} for r in rows] == table.to_pylist()
     (tmp_path / "in.jsonl").write_text(
-        "".join(json.dumps({"id": r["name"], "prompt": r["prompt"]}) + "\n" for r in given)
+        "".join(json.dumps({"id": r["name"], "prompt": r["prompt"]}) + "\n" for r in rows)
     )
-    _, data, _ = answer(tmp_path / "in.jsonl", tmp_path / "o.jsonl", "-n", "12", "-s", "3", "--temp", "0.9")
+    _, data, _ = answer(
+        tmp_path / "in.jsonl", tmp_path / "o.jsonl", "-n", "30", "-s", "3", "--temp", "0.9", "--ctx", "64"
+    )
     for row, line in zip(rows, map(json.loads, data.splitlines()), strict=True):
         if error := line.get("error"):
             assert row["__inference_error__"] == error["message"] and row["generated_text"] is None
@@ -324,3 +416,9 @@ def test_a_dataset_of_parquet_gets_the_answers_that_batch_gives(cluster: Any, tm
             )  # fmt: skip
             assert {k: row[k] for k in line["usage"]} == line["usage"]
     assert sum(r["__inference_error__"] is not None for r in rows) == 1
+
+
+def test_a_row_without_an_id_is_in_error() -> None:
+    assert [str(_line(name, "Once").error) for name in (None, "", 0)] == [
+        "id: expected a string or an integer", "None", "None"
+    ]  # fmt: skip
