@@ -130,6 +130,8 @@ enum CpuFeature : uint32_t {
 };
 uint32_t
 cpu_features() noexcept;  // CPUID and XCR0; for AMX also the system's permission, which is asked for once a process
+// Whether both compute the same product of a tile around 2^-126: what a processor's tiles must pass before they are used.
+bool same_tile(const CpuKernels& one, const CpuKernels& other) noexcept;
 // Why a processor that has AMX is not used as one: "" where it is, or has none.
 const char* amx_refusal() noexcept;
 // How this processor is best used, whatever the table: both are AMD's (measured on Zen 4), where vdpbf16ps has twice the rate of

@@ -123,6 +123,13 @@ void init_testing(py::module_& m) {
     }
     m.attr("CPU_KERNELS") = tables;
     m.attr("AMX_KERNELS") = amx;
+    m.def(
+        "same_tile",
+        [](uintptr_t one, uintptr_t other) {
+            const auto at = [](uintptr_t address) { return reinterpret_cast<const CpuKernels*>(address); };
+            return same_tile(*at(one), *at(other));
+        },
+        "one"_a, "other"_a, "What a processor's tiles must pass; of the addresses of two tables.");
     m.attr("ROUTE") = address(&route);
     m.attr("SIZES") = py::dict("PackedTensor"_a = sizeof(PackedTensor), "MatmulArgs"_a = sizeof(MatmulArgs),
                                "MlaPartialArgs"_a = sizeof(MlaPartialArgs), "RouterArgs"_a = sizeof(RouterArgs),

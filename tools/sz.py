@@ -39,9 +39,9 @@ AREAS = (
     Area(
         "C++",
         tuple(f"{d}/*.{e}" for d in ("kernels", "kernels/cpu", "runtime", "runtime/cpu") for e in ("h", "cc")),
-        7640,
+        7642,
     ),
-    Area("bindings", ("python/*.cc", "python/*.h"), 1479),
+    Area("bindings", ("python/*.cc", "python/*.h"), 1486),
     Area("CUDA", ("kernels/cuda/*.*", "runtime/cuda/*.*"), 4441),
     Area("simulator of CUDA", ("tests/sim/*.h", "tests/sim/*.cc"), 1190),
     Area(

@@ -23,27 +23,6 @@ constexpr auto null_terminated(const auto&... table) {
 constexpr auto kTables = null_terminated(DEEPCALM_TABLES);
 
 #ifdef DEEPCALM_AMX
-// One tile of a product, with sums and products around the smallest normal number, by both tables.
-bool same_tile(const CpuKernels& one, const CpuKernels& other) {
-    constexpr int kRows = 5;
-    alignas(64) uint16_t w[kTileRows * kTileCols], x[kRows * kTileCols];
-    alignas(64) float y[2][kRows][kTileRows];
-    uint32_t state = 1;
-    for (uint16_t* v : {w, x})
-        for (int i = 0; i < (v == w ? kTileRows : kRows) * kTileCols; ++i) {
-            state = state * 1664525 + 1013904223;
-            v[i] = static_cast<uint16_t>((state >> 16 & 0x80ff) | (i % 3 == 0 ? 0x3f00 : 0x2000));  // 2^-1, or 2^-63
-        }
-    const PackedTensor t{
-        .data = reinterpret_cast<const std::byte*>(w), .format = Format::kBF16, .rows = kTileRows, .cols = kTileCols};
-    MatmulArgs args{.w = &t, .tile_end = 1, .x = {.x = x, .stride = kTileCols}, .n = kRows};
-    for (int i = 0; i < 2; ++i) {
-        args.y = {y[i][0], kTileRows};
-        (i == 0 ? one : other).matmul[static_cast<int>(Format::kBF16)](args);
-    }
-    return std::memcmp(y[0], y[1], sizeof y[0]) == 0;
-}
-
 // "" if tiles can be used: the processor and the system keep them, the process may have them, and they compute as expected.
 const char* try_amx() {
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -56,6 +35,27 @@ const char* try_amx() {
 }  // namespace
 
 const CpuKernels* const* all_cpu_kernels() noexcept { return kTables.data(); }
+
+bool same_tile(const CpuKernels& one, const CpuKernels& other) noexcept {
+    constexpr int kRows = 5;
+    alignas(64) uint16_t w[kTileRows * kTileCols], x[kRows * kTileCols];
+    alignas(64) float y[2][kRows][kTileRows];
+    uint32_t state = 1;
+    for (uint16_t* v : {w, x})
+        for (int i = 0; i < (v == w ? kTileRows : kRows) * kTileCols; ++i) {
+            state = state * 1664525 + 1013904223;
+            const bool small = v == w ? i / 2 % kTileRows >= 8 : i >= 3 * kTileCols;
+            v[i] = static_cast<uint16_t>((state >> 16 & 0x80ff) | (small ? 0x2000 : 0x3f00));  // 2^-63, or 2^-1
+        }
+    const PackedTensor t{
+        .data = reinterpret_cast<const std::byte*>(w), .format = Format::kBF16, .rows = kTileRows, .cols = kTileCols};
+    MatmulArgs args{.w = &t, .tile_end = 1, .x = {.x = x, .stride = kTileCols}, .n = kRows};
+    for (int i = 0; i < 2; ++i) {
+        args.y = {y[i][0], kTileRows};
+        (i == 0 ? one : other).matmul[static_cast<int>(Format::kBF16)](args);
+    }
+    return std::memcmp(y[0], y[1], sizeof y[0]) == 0;
+}
 
 namespace {
 // CPUID and XCR0: what the processor has and the system keeps.
