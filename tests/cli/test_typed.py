@@ -48,6 +48,7 @@ NOT_TYPED = {
     "tools/bench_draft.py": "measures for an hour",
     "tools/bench_batch.py": "measures for minutes; tests/tools/test_bench_tools.py calls its parts",
     "tools/bench_serve.py": "measures for minutes; tests/serve calls its parts",
+    "tools/quality.py": "measures whole texts and large models; tests/tools/test_bench_tools.py calls its parts",
     "tools/gpu_check.py": "needs a GPU",
 }
 ON_RAY = "needs Ray; tests/cluster"
