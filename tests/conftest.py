@@ -20,7 +20,7 @@ for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 import numpy as np  # noqa: E402  (reads them)
 import pytest  # noqa: E402
 
-from commands import Run  # noqa: E402
+from commands import Run, cheap_probes  # noqa: E402
 from deepcalm import cli  # noqa: E402
 from sim import build  # noqa: E402
 
@@ -66,7 +66,8 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 
 @pytest.fixture
 def run(capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The command line in this process: (exit code, stdout, stderr)."""
+    """The command line in this process, on a machine that is measured at once: (exit code, stdout, stderr)."""
+    cheap_probes(monkeypatch)
 
     def call(*args: str | Path, stdin: bytes = b"") -> tuple[int, bytes, str]:
         monkeypatch.setenv("DEEPCALM_THREADS", "1")

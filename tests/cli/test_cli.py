@@ -325,8 +325,8 @@ def test_version_tells_commit_and_compiler(run: Run, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell: str) -> None:
-    ask = functools.partial(commands.run, env={"_DEEPCALM_COMPLETE": f"{shell}_source"})
-    assert ask()[0] == 0 and b"_DEEPCALM_COMPLETE" in ask()[1]
+    code, out, _ = commands.run(env={"_DEEPCALM_COMPLETE": f"{shell}_source"})
+    assert code == 0 and b"_DEEPCALM_COMPLETE" in out
     words = {"COMP_WORDS": "deepcalm generate --logp", "COMP_CWORD": "2" if shell != "fish" else "--logp"}
     got = commands.run(env={"_DEEPCALM_COMPLETE": f"{shell}_complete", **words})
     assert b"--logprobs" in got[1] and got[2] == ""

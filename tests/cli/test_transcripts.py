@@ -42,7 +42,7 @@ def test_first_five_minutes(folder: Path, width: int, colour: bool, run: Run, mo
         ("chat -m awq", 1, "deepcalm pack ORG/NAME FILE --dtype q4"),
         ("generate -m v3.dcalm -c 99999 Hi", 1, r"ctx: 99999, expected 1\.\.1280 \(max_position_embeddings\)"),
         ("generate", 2, r"Error: give either a PROMPT \('-' for stdin\) or --file"),
-    ):
+    )[:: 1 if width == 80 else 2]:
         t = Terminal(*command.split(), width=width, NO_COLOR="" if colour else "1")
         assert t.ends() == code, (command, t.shown)
         lines = plain(t.shown).splitlines()

@@ -128,7 +128,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (here / f"{name}.jsonl").write_text('{"prompt": "the", "max_tokens": 2}\n' * 3)
     (here / "key.txt").write_text("secret\n")
     for name in ("book.txt", "question.txt"):
-        (here / name).write_text("the other thing in the air and the hour " * 20)
+        (here / name).write_text("the other thing in the air and the hour " * 6)
     return here
 
 

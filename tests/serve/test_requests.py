@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import resource
 import socket
@@ -20,6 +21,7 @@ import commands
 import deepcalm
 from bench_serve import Reply, Server, ask, call, metrics
 from deepcalm import wire
+from deepcalm.cli.serve import read_key
 from deepcalm.serve import app
 from deepcalm.wire import MAX_BYTES
 from serving import Inside
@@ -303,18 +305,19 @@ def test_what_the_extra_lacks_is_named() -> None:
     assert (done.returncode, done.stderr.decode()) == (1, want)
 
 
-def test_names_and_keys_need_not_be_utf8(tmp_path: Path) -> None:
+def test_names_and_keys_need_not_be_utf8(run: commands.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, key = tmp_path / "\udcff.dcalm", tmp_path / "key"
     path.symlink_to(deepcalm.demo_path())
     key.write_bytes(b"k\xff\n")
     ask = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\xff\r\nConnection: close\r\n\r\n"
-    for options, environment in (
-        (("--api-key-file", key), {}),
-        (("--alias", "\udcff"), {"DEEPCALM_API_KEY": "k\udcff"}),
-    ):
-        with Server("-m", path, *options, **environment) as server, socket.create_connection(server.address) as sock:
-            sock.sendall(ask)
-            assert b'"id":"\\\\udcff"' in b"".join(iter(lambda: sock.recv(4096), b""))
+    with Server("-m", path, "--api-key-file", key) as server, socket.create_connection(server.address) as sock:
+        sock.sendall(ask)
+        assert b'"id":"\\\\udcff"' in b"".join(iter(lambda: sock.recv(4096), b""))
+    monkeypatch.setenv("DEEPCALM_API_KEY", os.fsdecode(b"k\xff"))
+    assert read_key(None) == read_key(key)
+    commands.ended_servers(monkeypatch)
+    code, _, err = run("serve", "--alias", os.fsdecode(b"\xff"))
+    assert code == 0 and "\\udcff at http://127.0.0.1:" in err
 
 
 def test_another_address_without_a_key_is_said_loudly_and_strangers_do_not_fill_the_log() -> None:
