@@ -534,7 +534,7 @@ def test_any_schedule_gives_what_sequences_get_alone(rng: np.random.Generator, m
     seen: Counter[str] = Counter()
     wanted = ("dropped", "cached", "accepted", "eos", "stop", "length", "context", "cancelled")
     for n in range(60):
-        if n >= 20 and all(seen[what] for what in wanted):
+        if n >= 10 and all(seen[what] for what in wanted):
             break
         monkeypatch.setattr(batch, "CHUNK", int(rng.choice([1, 7, 64])))
         monkeypatch.setattr(batch, "SHARED", int(rng.choice([1, 16, 64])))

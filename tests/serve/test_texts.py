@@ -146,9 +146,10 @@ def test_a_drawn_seed_is_returned_and_gives_the_same_again(server: Server) -> No
     assert again.text == first.text and first.json["seed"] != other.json["seed"]
 
 
-def test_load_of_a_thousand_requests(model: deepcalm.Model) -> None:
+@pytest.mark.parametrize("requests", [200, pytest.param(1000, marks=pytest.mark.exhaustive)])
+def test_load_of_many_requests(model: deepcalm.Model, requests: int) -> None:
     """32 clients, a third of which leave: nothing lost, nothing wrong, memory flat, nothing left behind."""
-    assert bench_serve.run_load(model, ["--threads", "1"], 1000, 32) == 0
+    assert bench_serve.run_load(model, ["--threads", "1"], requests, 32) == 0
 
 
 def test_a_stream_has_calls_and_thoughts_and_accepted_drafts(model: deepcalm.Model) -> None:

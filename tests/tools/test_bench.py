@@ -326,7 +326,8 @@ print(kb("VmRSS"), cache, model.file_bytes, few, long, kb("RssAnon"))
 
 @pytest.mark.parametrize(
     ("spec", "sizes"),
-    [("v2-lite:3", ["hidden_size=1024", "intermediate_size=2048", "moe_intermediate_size=512"]),
+    [pytest.param("v2-lite:3", ["hidden_size=1024", "intermediate_size=2048", "moe_intermediate_size=512"],
+                  marks=pytest.mark.exhaustive),
      ("v3:1", ["first_k_dense_replace=1", "intermediate_size=2048", "num_nextn_predict_layers=0"])],
     ids=["v2-lite", "v3's attention"],
 )  # fmt: skip
