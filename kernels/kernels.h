@@ -46,9 +46,10 @@ struct MatmulArgs {
 // One partial of absorbed attention (docs/model.md 4.1): queries of n_rows tokens x n_heads heads against positions
 // pos_begin <= j < row_end[i] of the cache. pos_begin is a multiple of kPartialLen and row_end[i] <= pos_begin + kPartialLen.
 // Positions are walked in chunks of kChunkLen aligned to 0; inside a chunk: scores, running maximum, exponentials, then
-// values, so a row's bits do not depend on the other rows of the call. Type bf16: q and the exponentials are rounded to
-// bf16 (l sums the rounded ones), everything else is f32, with or without the dot instruction. Rows with row_end[i] <= pos_begin get m = -inf,
-// l = 0, o = 0. Cache positions >= row_end[i] are not used for row i (they may hold anything, NaN included).
+// values, so a row's bits do not depend on the other rows of the call. Type bf16: q and the exponentials are rounded to bf16
+// (l sums the rounded ones), everything else is f32, with or without the dot instruction; amx: on tiles, attention_tiles.h.
+// Rows with row_end[i] <= pos_begin get m = -inf, l = 0, o = 0. Cache positions >= row_end[i] are not used for row i (they
+// may hold anything, NaN included).
 inline constexpr int kChunkLen = 64;     // positions that share one cache tile
 inline constexpr int kPartialLen = 512;  // positions per partial (8 chunks)
 
@@ -70,9 +71,10 @@ struct MlaPartialArgs {
     bool bf16_dot = false;  // type kBF16: use the set's dot instruction, if it has one
 };
 DC_CONSTEXPR int64_t mla_scratch_bytes(int c_pad, int r_pad, int n_rows, int n_heads) {
-    // in f32: 32 dims of a chunk; of every 16 (row, head) pairs their queries, scores, ends and running sums
-    const int64_t vectors = ceil_div(int64_t{n_rows} * n_heads, 16);
-    return 4 * (32 * kChunkLen + vectors * 16 * (int64_t{c_pad} + r_pad + kChunkLen + 4)) + 64;
+    // in f32: 32 dims of a chunk; of every 16 (row, head) pairs their queries, scores, ends and running sums; of the set amx
+    // also values' sums of a pair, 16 more than there are dims, and 32 cache rows in bf16
+    const int64_t vectors = ceil_div(int64_t{n_rows} * n_heads, 16), width = int64_t{c_pad} + r_pad;
+    return 4 * (32 * kChunkLen + vectors * 16 * (width + kChunkLen + 4 + c_pad + 16) + 512 * ceil_div(width, 32)) + 64;
 }
 
 inline constexpr int kPeakBytes = 33 * 64;

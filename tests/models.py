@@ -114,6 +114,20 @@ def without_template() -> Path:
 
 
 @functools.cache
+def with_nan(token: int) -> PackedFile:
+    """A packed model in f32 whose embedding of one token is NaN, which no packer writes."""
+    source = pack(checkpoint("v3", "f32"))
+    path = shutil.copy(source.path, root() / f"nan-{token}.dcalm")
+    table = ref_packed.core_tensors(source, _core.expected_tensors(source.config))
+    embed = next(t for t in table if t["name"] == "embed")
+    row = embed["bytes"] // embed["rows"]
+    with path.open("r+b") as f:
+        f.seek(embed["offset"] + token * row)
+        f.write(np.full(row // 4, np.nan, np.float32).tobytes())
+    return PackedFile(path)
+
+
+@functools.cache
 def small_logits() -> Path:
     """Folder of a tiny checkpoint in f32 whose logits are subnormal for every second id."""
     folder = tiny.write(root() / "small", "v3", dtype="f32", n_shards=1)

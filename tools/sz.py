@@ -21,7 +21,7 @@ MAX_LINES, MAX_ARGUMENTS = 80, 8  # of a function
 
 @dataclass(frozen=True, slots=True)
 class Area:
-    """One budget: the files that match any of `globs` and are none of `without`, relative to the project's root."""
+    """One budget: the files that match any of `globs` and none of `without`, relative to the project's root."""
 
     name: str
     globs: tuple[str, ...]
@@ -29,7 +29,7 @@ class Area:
     without: tuple[str, ...] = ()
 
 
-AMX = tuple(f"kernels/cpu/{name}" for name in ("tiles.h", "matmul_tiles.h", "isa_amx.h", "isa_amx.cc"))
+AMX = tuple(f"kernels/cpu/{name}" for name in ("*tiles.h", "isa_amx.*"))
 BATCH = tuple(f"python/deepcalm/{name}.py" for name in ("batch", "batch_lines", "batch_file", "cli/batch"))
 WIRE = ("python/deepcalm/wire.py",)
 MARKUP = ("python/deepcalm/markup.py",)
@@ -39,8 +39,10 @@ AREAS = (
     Area(
         "C++",
         tuple(f"{d}/*.{e}" for d in ("kernels", "kernels/cpu", "runtime", "runtime/cpu") for e in ("h", "cc")),
-        7642,
+        7100,
+        without=AMX,
     ),
+    Area("C++ of AMX", AMX, 777),
     Area("bindings", ("python/*.cc", "python/*.h"), 1486),
     Area("CUDA", ("kernels/cuda/*.*", "runtime/cuda/*.*"), 4441),
     Area("simulator of CUDA", ("tests/sim/*.h", "tests/sim/*.cc"), 1190),
@@ -65,13 +67,14 @@ AREAS = (
 )
 
 
-PRODUCT = ("C++", "bindings", "CUDA")  # areas that are to be 11,000 lines together
+PRODUCT = ("C++", "C++ of AMX", "bindings", "CUDA")  # areas that are to be 11,000 lines together
 PRODUCT_GOAL = 11_000
 
 
 def count_lines(root: Path, area: Area) -> dict[Path, int]:
     """Lines of every file of `area` below `root`, keyed by path relative to it."""
-    files = sorted({p for g in area.globs for p in root.glob(g) if p.is_file()} - {root / p for p in area.without})
+    without = {p for g in area.without for p in root.glob(g)}
+    files = sorted({p for g in area.globs for p in root.glob(g) if p.is_file()} - without)
     return {p.relative_to(root): len(p.read_bytes().splitlines()) for p in files}
 
 

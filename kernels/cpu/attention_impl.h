@@ -386,7 +386,8 @@ template <bool kPairs, class Op = DotBF16> void partial(const MlaPartialArgs& a)
                 if constexpr (kPairs) {
                     for (int j = 0; j < filled; j += 2) {
                         const std::byte* row = rows + j * row_bytes + 2 * d;
-                        Op::zip(row, j + 1 < filled ? row + row_bytes : row, dims + j / 2 * kSlice);
+                        float* to = dims + j / 2 * kSlice;
+                        Op::zip(row, j + 1 < filled ? row + row_bytes : row, to, to + 16);
                     }
                 } else {
                     read_rows(a.type, rows, row_bytes, filled, a.c_pad, d, kSlice, dims);

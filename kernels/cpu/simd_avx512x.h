@@ -37,13 +37,13 @@ struct DotBF16 {
     static constexpr int64_t kOps = 2 * 32;
     static DC_INLINE Reg step(Reg acc, Reg a) { return _mm512_castps_si512(dot_bf16(_mm512_castsi512_ps(acc), a, a)); }
     static DC_INLINE F dot(F acc, I a, I b) { return {dot_bf16(acc.v, a.v, b.v)}; }
-    // even, odd [32] bf16 -> out [32] words: even's in the low halves, odd's in the high ones
-    static DC_INLINE void zip(const std::byte* even, const std::byte* odd, float* out) {
+    // even, odd [32] bf16 -> 16 words each: even's in the low halves, odd's in the high ones
+    static DC_INLINE void zip(const std::byte* even, const std::byte* odd, float* out, float* more) {
         const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd), half = _mm512_set1_epi16(16);
         const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,  //
                                                39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
         _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, order, b));
-        _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi16(a, _mm512_add_epi16(order, half), b));
+        _mm512_storeu_si512(more, _mm512_permutex2var_epi16(a, _mm512_add_epi16(order, half), b));
     }
 };
 struct DotI8 {
