@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import threading
+from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from . import _core, limits
 from .arguments import integer, token_ids
 from .closing import Closing
-from .drafting import BatchController, CostModel, Drafts
+from .drafters import Drafters, keeps_mtp
+from .drafting import BatchController, CostModel, Text, count_drafts
 from .errors import Error, ResourceError, SessionError
 from .generation import check_draft
 from .sampling import Sampling, Scores
@@ -93,7 +95,7 @@ class _Sequence:
 
     choice: Choice
     age: int  # of two, the one with the lower number came first
-    ids: list[int]  # prompt and answer
+    ids: array[int]  # prompt and answer
     reserved: int  # rows that it may take; once it has ended, those that it holds
     sampling: Sampling
     max_tokens: int
@@ -104,7 +106,7 @@ class _Sequence:
     pos: int = 0  # ids in the cache
     skipped: int = 0  # passes in a row that left its prompt out
     source: tuple[_Sequence, int] | None = None  # whose row it waits for
-    drafts: Drafts = field(default_factory=Drafts)
+    drafting: Text = field(init=False)  # while it runs
     text: AnswerText | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -168,15 +170,18 @@ class Batch(Closing):
     """
 
     def __init__(
-        self, model: Model, max_sequences: int, ctx: int, kv: str, cache_bytes: int | None, draft: str | int
-    ) -> None:
+        self, model: Model, max_sequences: int, ctx: int, kv: str, cache_bytes: int | None, draft: str | int,
+        drafter: str = "auto",
+    ) -> None:  # fmt: skip
         check_draft(draft)
         self.model, self.ctx, self.kv, self.draft = model, ctx, cache_type(kv, model.isa), draft
         self.max_sequences = integer("max_sequences", max_sequences, 1, MAX_SEQUENCES)
         self._lazy = model.device == "cpu"  # caches take the memory that is touched, not all of it as on a device
-        self._mtp = draft not in ("off", 0) and (draft != "auto" or bool(model.config["num_nextn_predict_layers"]))
-        cost = CostModel.of(model.core.weight_bytes, model.config) if self._mtp else None
-        self._control = BatchController(cost, draft)
+        mtp = keeps_mtp(draft, drafter)
+        self._mtp = bool(model.config["num_nextn_predict_layers"]) if mtp is None else mtp
+        self._control = BatchController(CostModel.of(model.core.weight_bytes, model.config), draft)
+        self._drafters = Drafters(model, drafter, draft, self._mtp)
+        self.drafted: dict[str, tuple[int, int]] = {}  # drafts offered and accepted, by who made them
         self._row_bytes = -(-self._session(ctx).cache_bytes // ctx)
         if cache_bytes is None:
             available = limits.available_memory() if self._lazy else None
@@ -251,7 +256,9 @@ class Batch(Closing):
             how = replace(sampling, seed=(sampling.seed + i) % 2**64)
             request.choices.append(Choice(request, i, how.seed))
             sequences.append(
-                _Sequence(request.choices[i], 0, [*prompt], reserved, how, longest, frozenset(ends), n_top, new_text)
+                _Sequence(
+                    request.choices[i], 0, array("i", prompt), reserved, how, longest, frozenset(ends), n_top, new_text
+                )
             )
         if reserved > self._rows:
             raise ResourceError(
@@ -421,6 +428,7 @@ class Batch(Closing):
         else:
             self._idle.remove(o)
         o.core, o.pos = None, 0
+        del o.drafting  # which holds it too
 
     def _start(self, s: _Sequence, source: _Sequence | None, n: int, take: bool) -> None:
         ctx = self.ctx if self._lazy else s.reserved
@@ -428,13 +436,15 @@ class Batch(Closing):
             self._idle.remove(source)
             self._idle += [] if take else [source]
         if source is None or source.core is None:
-            s.core = self._session(ctx)
+            core = self._session(ctx)
         elif take and source.core.ctx >= ctx:
-            s.core = source.core
-            s.core.truncate(n)
+            core = source.core
+            core.truncate(n)
         else:
-            s.core = source.core.fork(self.model.core, n, ctx)
-        s.pos, s.drafts.pending = n, 1
+            core = source.core.fork(self.model.core, n, ctx)
+        s.drafting = Text(s.ids, core, s.sampling)
+        s.core = core
+        s.pos = n
         cached = min(n, s.choice.request.prompt_tokens) if not s.choice.tokens else 0
         if s.choice.index == 0:
             s.choice.request.cached_tokens += cached
@@ -444,21 +454,24 @@ class Batch(Closing):
 
     # ---- passes
 
-    def _compose(self) -> list[tuple[_Sequence, int, int]]:
-        """The next pass: (sequence, ids, drafts behind them)."""
+    def _compose(self) -> list[tuple[_Sequence, int, int | Sequence[int]]]:
+        """The next pass: (sequence, ids, drafts behind them: those, or so many of the MTP layer)."""
         assert self._passes is not None
         answers = [s for s in self._running if s.missing == 1]
         prompts = [s for s in self._running if s.missing > 1]
         room = CHUNK if answers else MAX_ROWS
+        texts = [s.drafting for s in answers]
         for s in answers:
-            s.drafts.left = s.reserved - len(s.ids)
-        ks = self._control.next_k(
-            [s.drafts for s in answers],
+            s.drafting.left = s.reserved - len(s.ids)
+        self._control.choose(
+            texts,
+            [self._drafters.offers(text) for text in texts],
             len(answers) + min(room, sum(s.missing for s in prompts)),
             MAX_SEQUENCES - len(self._running),
             self._passes.expert_union(),
         )
-        work = [(s, 1, k) for s, k in zip(answers, ks, strict=True)]
+        self._spent = self._drafters.make(texts)
+        work = [(s, 1, s.drafting.drafts) for s in answers]
         late = [s for s in prompts if s.skipped >= PATIENCE]
         share = max(room // len(late), 1) if late else 0
         for s in sorted(prompts, key=lambda s: (s.skipped < PATIENCE, s.missing)):
@@ -469,15 +482,19 @@ class Batch(Closing):
                 work.append((s, n, 0))
         return work
 
-    def _pass(self, work: list[tuple[_Sequence, int, int]]) -> list[dict[str, Any]]:
+    def _pass(self, work: list[tuple[_Sequence, int, int | Sequence[int]]]) -> list[dict[str, Any]]:
         """Results of ``work``."""
         assert self._passes is not None
-        n_valid, sure = self.model.n_valid, self._control.min_confidence(sum(n + k for _, n, k in work))
+        rows = sum(n + (d if isinstance(d, int) else len(d)) for _, n, d in work)
+        n_valid, sure = self.model.n_valid, self._control.min_confidence(rows)
         items: list[Any] = [
-            (s.core, s.ids[s.pos : s.pos + n], k, s.sampling if n == s.missing else None, n_valid, sure, s.n_top)
-            for s, n, k in work
+            (s.core, s.ids[s.pos : s.pos + n], d, s.sampling if n == s.missing else None, n_valid, sure, s.n_top)
+            for s, n, d in work
         ]
         results, info = self._passes.step(items)
+        info["mtp_bytes"] = info["draft_bytes"]
+        for unit in ("bytes", "seconds"):
+            info[f"draft_{unit}"] += self._spent[unit]
         self._counted = self._passes.stats(), self._passes.stage_stats()
         prompt = sum(n for s, n, _ in work if s.missing > 1)
         share = prompt / max(info["rows"], 1)
@@ -485,7 +502,7 @@ class Batch(Closing):
             self._sums[f"{kind}_seconds"] += part * (info["draft_seconds"] + info["verify_seconds"])
             self._sums[f"{kind}_bytes"] += round(part * (info["draft_bytes"] + info["verify_bytes"]))
         self._sums.update(steps=1, prefill_tokens=prompt)
-        answers = [(s.drafts, r) for (s, _, _), r in zip(work, results, strict=True) if s.missing == 1]
+        answers = [(s.drafting, r) for (s, _, _), r in zip(work, results, strict=True) if s.missing == 1]
         self._sums["decode_tokens"] += sum(len(r["tokens"]) for _, r in answers)
         self._control.observe(answers, info, prompt > 0, bool(self._waiting))
         return results
@@ -498,6 +515,7 @@ class Batch(Closing):
         s.pos += n + r["accepted"]
         self._sums["drafts_offered"] += r["drafted"]
         self._sums["drafts_accepted"] += r["accepted"]
+        count_drafts(self.drafted, s.drafting.key[0], r)
         c = s.choice
         if r["tokens"]:
             self._changed[c] = None

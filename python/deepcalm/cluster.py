@@ -56,7 +56,7 @@ class Setup:
 
     path: str | None
     model: Mapping[str, Any]  # threads
-    batch: Mapping[str, Any]  # max_sequences, ctx, kv, cache_bytes, draft
+    batch: Mapping[str, Any]  # max_sequences, ctx, kv, cache_bytes, draft, drafter
     lock: bool = False
 
     @property
@@ -386,7 +386,7 @@ ADDED = {
     "generated_text": "string", "finish_reason": "string", "seed": "uint64", "prompt_tokens": "int64",
     "completion_tokens": "int64", "__inference_error__": "string",
 }  # fmt: skip
-BATCH, SAMPLING = ("max_sequences", "ctx", "kv", "cache_bytes", "draft"), ("temp", "top_p", "top_k", "min_p")
+BATCH, SAMPLING = ("max_sequences", "ctx", "kv", "cache_bytes", "draft", "drafter"), ("temp", "top_p", "top_k", "min_p")
 
 
 def generate(

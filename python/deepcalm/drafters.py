@@ -1,4 +1,4 @@
-"""Who drafts: the MTP layer and the text itself.
+"""Who drafts: the MTP layer, the text itself, another model.
 
 A drafter offers drafts for the next round with their price (``drafting.Offer``); the controller chooses one offer, or
 none, and the round verifies its drafts. Whoever made them, the tokens are those without drafts: a drafter that is wrong
@@ -7,60 +7,43 @@ costs time, never the text.
 
 from __future__ import annotations
 
+import re
+import weakref
 from array import array
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .drafting import MAX_DRAFT, CostModel, Offer
-from .errors import SessionError, one_line
+from . import _core, limits
+from .drafting import MAX_DRAFT, PASS_ROWS, CostModel, Offer, Text
+from .errors import Error, SessionError, one_line
 
 if TYPE_CHECKING:
     from .model import Model
-    from .sampling import Sampling
 
-NAMES = ("mtp", "ngram")  # of drafters, in the order in which a number of drafts asks them
-LONGEST = 12  # tokens that the text's end is compared over
-CANDIDATES = 4096  # places where its last token occurred before, latest first, that are looked at
-# Shortest match of a kind, and how often a draft behind one is accepted: on texts that repeat themselves and others.
-KINDS = ((8, 0.8), (4, 0.6), (2, 0.3))
+MATCHES = {2: 0.3, 4: 0.6, 8: 0.8, 12: 0.8}  # tokens that occurred before -> how often a draft behind them is accepted
 
 
 def check_drafter(drafter: str) -> tuple[str, ...]:
-    """The names in ``drafter``: "auto" alone, or some of NAMES with commas between.
+    """The names in ``drafter``, between commas: mtp, ngram, model:FILE; auto, for the first two where they are at hand.
 
     Raises:
         ValueError: another one.
     """
-    names = tuple(drafter.split(",")) if isinstance(drafter, str) else ()
-    if names != ("auto",) and (not names or not set(names) <= set(NAMES)):
-        raise ValueError(f"drafter: {one_line(repr(drafter), 80)}, expected auto, {', '.join(NAMES)}")
-    return names
+    names = re.split(r",(?=auto|mtp|ngram|model:)", drafter) if isinstance(drafter, str) else [""]
+    if not all(re.fullmatch("auto|mtp|ngram|model:.+", name, re.DOTALL) for name in names):
+        raise ValueError(f"drafter: {one_line(repr(drafter), 80)}, expected auto, mtp, ngram or model:FILE, or several "
+                         "with commas between")  # fmt: skip
+    return tuple(dict.fromkeys(names))
 
 
 def keeps_mtp(draft: str | int, drafter: str = "auto") -> bool | None:
     """Whether a session that drafts so keeps MTP state; None: if the model has the layer."""
     names = check_drafter(drafter)
-    return None if names == ("auto",) and draft not in ("off", 0) else "mtp" in names and draft not in ("off", 0)
-
-
-@dataclass(slots=True)
-class Text:
-    """A sequence as drafters see it.
-
-    ids: all of its tokens, the one that a round is given last; they may be appended to and never change. room: drafts
-    that may follow. mtp_rows: tokens that the MTP layer's cache lacks.
-    """
-
-    ids: array[int]
-    sampling: Sampling
-    room: int = 0
-    mtp_rows: int = 1
-
-
-Wanted = tuple[Text, Offer | None, int]  # so many drafts of what was offered for a text
+    return draft not in ("off", 0) and ("mtp" in names or (None if "auto" in names else False))
 
 
 class Drafter:
@@ -73,9 +56,10 @@ class Drafter:
         """What it could draft, at most so much; takes next to no time."""
         raise NotImplementedError
 
-    def make(self, wanted: Sequence[tuple[Text, Offer, int]]) -> list[int | Sequence[int]]:
-        """Drafts for texts that share a step; a number: the round makes them, with the MTP layer."""
-        return [offer.ids[:k] for _, offer, k in wanted]
+    def make(self, texts: Sequence[Text], _spent: Counter[str]) -> None:
+        """Sets ``drafts`` of texts that share a step and took its offers; adds the "bytes" and "seconds" it takes."""
+        for text in texts:
+            text.drafts = text.offer.ids[: text.k] if text.offer else ()
 
 
 class Mtp(Drafter):
@@ -83,17 +67,18 @@ class Mtp(Drafter):
 
     def offer(self, text: Text, most: int) -> Offer:
         """Always."""
-        return Offer("mtp", self.cost, most, text.mtp_rows)
+        return Offer("mtp", self.cost, most, text.pending)
 
-    def make(self, wanted: Sequence[tuple[Text, Offer, int]]) -> list[int | Sequence[int]]:
+    def make(self, texts: Sequence[Text], _spent: Counter[str]) -> None:
         """As many as are wanted."""
-        return [k for *_, k in wanted]
+        for text in texts:
+            text.drafts = text.k
 
 
 class Ngram(Drafter):
     """The text itself: what followed where its last tokens occurred before, in prompt or answer.
 
-    Nothing is kept that would have to follow the sequence: comparing 100,000 tokens takes a tenth of a millisecond,
+    Nothing is kept that would have to follow the sequence: searching 100,000 tokens takes a tenth of a millisecond,
     where a step's attention reads some hundred bytes of every one of them in every layer.
     """
 
@@ -101,27 +86,94 @@ class Ngram(Drafter):
         super().__init__(replace(cost, mtp_step=0, mtp_expert=0))
 
     def offer(self, text: Text, most: int) -> Offer | None:
-        """Behind the longest match, the latest of those."""
+        """Behind the longest match."""
         length, ids = continuation(text.ids, most)
-        kinds = ((least, prior) for least, prior in KINDS if length >= least)
-        return next((Offer("ngram", self.cost, most, 1, ids, *kind) for kind in kinds), None)
+        return Offer("ngram", self.cost, most, 1, ids, length, MATCHES[length]) if length else None
 
 
 def continuation(ids: array[int], n: int) -> tuple[int, list[int]]:
-    """How many last tokens occurred before, at most LONGEST, and ``n`` tokens that followed; over and over those that
-    are there if the text ends earlier."""
-    text = np.array(ids, np.int32)  # a copy: a view would keep ids from growing for as long as a traceback holds it
-    end, length = len(text) - 1, 0
-    at = np.flatnonzero(text[:-1] == text[-1:])[-CANDIDATES:]
-    while len(at) and length < LONGEST:
-        found, length = at, length + 1
-        at = at[at >= length]
-        at = at[text[at - length] == text[end - length]]
-    if not length:
-        return 0, []
-    start = int(found[-1]) + 1
-    following: list[int] = text[start + np.arange(n) % (end + 1 - start)].tolist()
-    return length, following
+    """How many last tokens, of the numbers in MATCHES, occurred before, and ``n`` tokens that followed the latest time;
+    over and over those that are there if the text ends earlier."""
+    data, length, end = ids.tobytes(), 0, 4 * len(ids) - 4  # bytes before the last token, then those before a draft
+    for more in MATCHES:
+        at = data.rfind(data[-4 * more :], 0, end)
+        while at > 0 and at % 4:  # between tokens
+            at = data.rfind(data[-4 * more :], 0, at + 4 * more - 1)
+        if at < 0:
+            break
+        length, end = more, at + 4 * more
+    following = ids[end // 4 :] if length else ids[:0]
+    return length, [following[i % len(following)] for i in range(n if length else 0)]
+
+
+class Second(Drafter):
+    """``model`` drafts for ``main``, which has the same tokens; its own sequences follow those that they draft for.
+
+    Where it fails, its logits are not finite or its context is full, it drafts nothing.
+    """
+
+    def __init__(self, main: Model, model: Model, name: str) -> None:
+        cost, own = (CostModel.of(m.core.weight_bytes, m.config) for m in (main, model))
+        super().__init__(replace(cost, mtp_step=own.plain, mtp_expert=round(own.expert * own.layers),
+                                 draft_routing=(own.top_k, own.n_experts)))  # fmt: skip
+        self.model, self._n_valid, self._name = model, main.n_valid, name
+        self._limit = int(model.config["max_position_embeddings"])
+        self._following: weakref.WeakKeyDictionary[_core.Session, _core.Session | None] = weakref.WeakKeyDictionary()
+
+    def _start(self, text: Text) -> _core.Session:
+        """The sequence that follows a text from now on."""
+        ctx = min(self._limit, text.core.ctx)
+        mine = _core.Session(self.model.core, ctx, "f16", min(PASS_ROWS, ctx), False)
+        if self.model.device == "cpu" and mine.cache_bytes > (limits.available_memory() or mine.cache_bytes):
+            raise MemoryError
+        self._following[text.core] = mine
+        return mine
+
+    def _missing(self, text: Text) -> list[int]:
+        """The tokens that the sequence which follows lacks, once those that differ are cut off; one at least."""
+        if (mine := self._following.get(text.core)) is None:
+            return text.ids.tolist()
+        ids, have = np.array(text.ids, np.int32), mine.tokens
+        n = min(len(ids) - 1, len(have))
+        same = int(np.append(np.flatnonzero(ids[:n] != have[:n]), n)[0])
+        mine.truncate(same)
+        missing: list[int] = ids[same:].tolist()
+        return missing
+
+    def offer(self, text: Text, most: int) -> Offer | None:
+        """As long as it has room and has not failed."""
+        most = min(most, min(self._limit, text.core.ctx) - len(text.ids) + 1)
+        failed = self._following.get(text.core, text) is None
+        return None if most < 1 or failed else Offer(self._name, self.cost, most, len(self._missing(text)))
+
+    def make(self, texts: Sequence[Text], spent: Counter[str]) -> None:
+        """Passes that all of them share: what is missing, then token by token, with the noise of the draft's place."""
+        todo, made = {text: self._missing(text) for text in texts}, {text: list[int]() for text in texts}
+        try:
+            passes = _core.Batch(self.model.core, PASS_ROWS)
+            while todo:
+                work, room = [], PASS_ROWS
+                for text, ids in todo.items():
+                    part = ids[:room]
+                    room -= len(part)
+                    mine = self._following.get(text.core) or self._start(text)
+                    how = text.sampling if len(part) == len(ids) else None
+                    work.append((text, (mine, part, 0, how, self._n_valid, 0.0, -1)))
+                    if not room:
+                        break
+                results, info = passes.step([w for _, w in work])
+                spent.update(bytes=info["verify_bytes"], seconds=info["verify_seconds"])
+                for (text, w), r in zip(work, results, strict=True):
+                    made[text] += r["tokens"]
+                    todo[text] = todo[text][len(w[1]) :] or r["tokens"]
+                    if r["error"] is not None:
+                        self._following[text.core] = None
+                    if r["error"] is not None or len(made[text]) == text.k:
+                        del todo[text]
+        except (Error, MemoryError):  # the texts go on without these drafts
+            self._following |= {text.core: None for text in todo}
+        for text in texts:
+            text.drafts = made[text]
 
 
 class Drafters:
@@ -129,29 +181,35 @@ class Drafters:
 
     Raises:
         SessionError: the MTP layer was named, and there is no state of it.
+        Error: another model that cannot be opened or has other tokens (``Model.second``).
         ValueError: a name that is none.
     """
 
     def __init__(self, model: Model, drafter: str, draft: str | int, mtp: bool) -> None:
-        cost, names = CostModel.of(model.core.weight_bytes, model.config), check_drafter(drafter)
-        if names == ("auto",):  # a device drafts with the MTP layer by itself, without waiting for the host
-            names = ("mtp",) * mtp + ("ngram",) * (model.device == "cpu" or not mtp)
-        elif "mtp" in names and not mtp and draft not in ("off", 0):
-            raise SessionError("drafter mtp: the session keeps no MTP state; make it with session(mtp=True)")
-        kinds: dict[str, type[Drafter]] = {"mtp": Mtp, "ngram": Ngram}
-        self._all = {} if draft in ("off", 0) else {name: kinds[name](cost) for name in names}
+        cost = CostModel.of(model.core.weight_bytes, model.config)
+        self._all: dict[str, Drafter] = {}
+        for name in () if draft in ("off", 0) else check_drafter(drafter):
+            if name == "mtp" and not mtp:
+                raise SessionError("drafter mtp: the session keeps no MTP state; make it with session(mtp=True)")
+            if name == "mtp" or (name == "auto" and mtp):
+                self._all["mtp"] = Mtp(cost)
+            if name in ("ngram", "auto"):
+                self._all["ngram"] = Ngram(cost)
+            if name.startswith("model:"):
+                self._all[name] = model.second(name.removeprefix("model:"))
         self.only_mtp = not self._all.keys() - {"mtp"}
 
     def offers(self, text: Text) -> list[Offer]:
         """For the next round of ``text``."""
-        most = min(text.room, MAX_DRAFT)
+        most = min(text.left - 1, MAX_DRAFT)
         return [o for d in self._all.values() if most > 0 and (o := d.offer(text, most))]
 
-    def make(self, wanted: Sequence[Wanted]) -> list[int | Sequence[int]]:
-        """The drafts that were chosen for texts that share a step: ids, or how many the MTP layer makes in it."""
-        made: list[int | Sequence[int]] = [0] * len(wanted)
+    def make(self, texts: Sequence[Text]) -> Counter[str]:
+        """Sets ``drafts`` of texts that share a step as was chosen; the "bytes" and "seconds" that it took."""
+        spent: Counter[str] = Counter()
+        for text in texts:
+            text.drafts = 0
         for name, drafter in self._all.items():
-            mine = {i: (text, o, k) for i, (text, o, k) in enumerate(wanted) if o and k and o.drafter == name}
-            for i, drafts in zip(mine, drafter.make([*mine.values()]) if mine else (), strict=True):
-                made[i] = drafts
-        return made
+            if mine := [text for text in texts if text.key[0] == name]:
+                drafter.make(mine, spent)
+        return spent

@@ -13,12 +13,18 @@ clock. With the MTP layer, and with another drafter (drafters.py) whose step tak
 from __future__ import annotations
 
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from array import array
+
+    from . import _core
+    from .sampling import Sampling
 
 MAX_DRAFT = 7
 
@@ -38,6 +44,7 @@ DRAWDOWN = 1.25  # plain steps that drafting may lose by the clock, counted from
 DRAWDOWN_WON = 4.0  # and what had been won since it is on, but not more than so many
 SAFE_SHARE = 0.75 * LIMIT  # of the bytes of a batch without drafts, which are estimated
 MAX_PENDING = 256  # tokens that a sequence's MTP cache lacks before a step catches up
+PASS_ROWS = 256  # of a drafter's pass over tokens that it lacks
 MAX_BATCH_ROWS = 320  # of a pass of a batch
 UNION_EVERY = 16  # steps of a batch after which counted unions are looked at again
 MAX_SLOWNESS = 2.0  # a round's seconds count as at most so many times those that its bytes predict: others are busy
@@ -119,15 +126,18 @@ class CostModel:
     def worst_loss(self, k: int, rows: int) -> float:
         """Plain steps that a round with ``k`` drafts loses at most: none accepted, no expert shared."""
         most = (min((k + 1) * self.top_k, self.n_experts) - self.top_k) * self.layers
+        return (max(most, 0) * self.expert + self.worst_passes(rows) + (k - 1) * self.mtp_step) / self.plain
+
+    def worst_passes(self, rows: int) -> float:
+        """Bytes that a drafter's passes over ``rows`` tokens read at most."""
         top_k, n_experts = self.draft_routing or (self.top_k, self.n_experts)
-        batch = min(rows * top_k, n_experts) - top_k
-        return (max(most, 0) * self.expert + max(batch, 0) * self.mtp_expert + k * self.mtp_step) / self.plain
+        one = self.mtp_step + max(min(rows * top_k, n_experts) - top_k, 0) * self.mtp_expert
+        return -(-rows // PASS_ROWS) * one
 
     def worst_batch(self, drafts: int, mtp_rows: int, union: float) -> float:
         """Bytes that one more draft of so many sequences loses at most, beside rows that use ``union`` experts."""
         more = min(drafts * self.top_k * self.layers, self.layers * self.n_experts - union)
-        batch = min(mtp_rows * self.top_k, self.n_experts) - self.top_k
-        return max(more, 0) * self.expert + max(batch, 0) * self.mtp_expert + self.mtp_step
+        return max(more, 0) * self.expert + self.worst_passes(mtp_rows)
 
     def gain(self, k: int, acceptance: float | Sequence[float], counted: Sequence[tuple[int, int]] = ()) -> float:
         """Predicted speed with ``k`` drafts over plain decoding, where bytes decide."""
@@ -150,7 +160,7 @@ class DraftStats:
     draft_seconds: float = 0.0
     offered: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFT + 1))  # [j]: rounds that verified a j-th draft
     taken: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFT + 1))  # [j]: rounds whose j-th draft counted
-    drafters: dict[str, list[int]] = field(default_factory=dict)  # drafts offered and accepted, by who made them
+    drafters: dict[str, tuple[int, int]] = field(default_factory=dict)  # drafts offered and accepted, by who made them
 
     @property
     def acceptance(self) -> float:
@@ -184,11 +194,11 @@ class DraftStats:
             self.taken[j] += 1 if r["accepted"] >= j else 0
 
 
-def count_drafts(drafters: dict[str, list[int]], drafter: str, r: Mapping[str, Any]) -> None:
+def count_drafts(drafters: dict[str, tuple[int, int]], drafter: str, r: Mapping[str, Any]) -> None:
     """Adds a round's drafts offered and accepted to those of ``drafter``."""
     if r["drafted"]:
         offered, accepted = drafters.get(drafter, (0, 0))
-        drafters[drafter] = [offered + r["drafted"], accepted + r["accepted"]]
+        drafters[drafter] = offered + r["drafted"], accepted + r["accepted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +222,11 @@ class Offer:
     ids: Sequence[int] = ()
     kind: int = 0
     prior: float = PRIOR_ACCEPTANCE
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What acceptance is counted by."""
+        return self.drafter, self.kind
 
 
 class Acceptance:
@@ -331,9 +346,8 @@ class Controller:
 
     def _worth(self, offer: Offer, counted: Sequence[tuple[int, int]]) -> tuple[float, int]:
         """The speed that so many drafts of an offer promise; 0, 0: they are not wanted."""
-        key = offer.drafter, offer.kind
-        if (account := self.accounts.get(key)) is None:
-            account = self.accounts[key] = Account(offer.prior, PLAIN_FIRST - self.stats.tokens)
+        if (account := self.accounts.get(offer.key)) is None:
+            account = self.accounts[offer.key] = Account(offer.prior, PLAIN_FIRST - self.stats.tokens)
         if offer.most < 1 or (not account.drafting and account.pause > 0):
             return 0.0, 0
         cost, rates = offer.cost, account.rates()
@@ -364,7 +378,7 @@ class Controller:
 
     def observe(self, r: Mapping[str, Any], offer: Offer | None = None) -> None:
         """Takes a finished round into account, and whose drafts it verified."""
-        key = (offer.drafter, offer.kind) if offer else ("mtp", 0)
+        key = offer.key if offer else ("mtp", 0)
         self.stats.add(r, key[0])
         n, seconds = len(r["tokens"]), r["draft_seconds"] + r["verify_seconds"]
         for a in self.accounts.values():
@@ -389,21 +403,66 @@ class Controller:
             account.observe(r["drafted"], r["accepted"], took, n)
 
 
-class Drafts(Acceptance):
-    """What a batch knows of one answer.
+@dataclass(slots=True, eq=False)
+class Text:
+    """A sequence that drafts are made for.
 
-    ``left``: tokens that it may still get; ``pending``: those that its MTP cache lacks; ``tried``: drafts in the step.
+    Args:
+        ids: all of its tokens; a round is given the last one.
+        core: what holds its cache.
+        sampling: how its tokens are chosen.
+        left: tokens that may still come.
+        pending: those that the MTP layer's cache lacks.
+        offer, k: whose drafts the next round verifies, and how many.
+        drafts: those; a number where the round makes them, with the MTP layer.
+        accepted: how often drafts counted, by their kind (in a batch).
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.pending, self.tried = 0, 1, 0
+    ids: array[int]
+    core: _core.Session
+    sampling: Sampling
+    left: int = 0
+    pending: int = 1
+    offer: Offer | None = None
+    k: int = 0
+    drafts: int | Sequence[int] = 0
+    accepted: defaultdict[tuple[str, int], Acceptance] = field(default_factory=lambda: defaultdict(Acceptance))
 
-    def add(self, drafted: int, accepted: int) -> None:
-        """A step of it."""
-        super().add(drafted, accepted)
+    @property
+    def key(self) -> tuple[str, int]:
+        """The kind of the drafts of the step; ("", 0) without any."""
+        return self.offer.key if self.offer and self.k else ("", 0)
+
+    def add(self, accepted: int) -> None:
+        """A step of a batch."""
+        if self.k:
+            self.accepted[self.key].add(self.k, accepted)
         self.left -= accepted + 1
-        self.pending = accepted + 1 if drafted else self.pending % MAX_PENDING + 1
+        self.pending = accepted + 1 if self.key[0] == "mtp" else self.pending % MAX_PENDING + 1
+
+
+class Kind(Acceptance):
+    """What a batch knows of one kind of drafts, from all answers: a new one starts from it.
+
+    ``pause``: steps without them; ``tried``: since the last pause.
+    """
+
+    def __init__(self, prior: float, pause: int) -> None:
+        super().__init__(prior)
+        self.pause, self._next_pause, self.tried = pause, PAUSE // 4, 0
+        self._lost_before = 0.0  # by all drafts, when the last pause began
+
+    @property
+    def probing(self) -> bool:
+        """As many drafts tell, and no less."""
+        return self.tried < PRIOR_WEIGHT
+
+    def rest(self, lost: float, n: int) -> None:
+        """No drafts for a while; what was accepted says little about what comes after it."""
+        self.pause = PLAIN_EVERY if lost < self._lost_before else self._next_pause
+        self._next_pause, self._lost_before = min(2 * self.pause, max(4 * PAUSE // n, PAUSE)), lost
+        self.tried = 0
+        self.fade()
 
 
 class BatchController:
@@ -411,88 +470,117 @@ class BatchController:
 
     ``draft`` as for ``Controller``. With "auto" a draft is made where its chance to count, times the bytes of a token
     without drafts, is more than what it adds to the step: experts that no other row uses, the time of a row (in bytes
-    that could be read instead), and its part of MTP passes, each of which serves the drafts of one depth. The longest
-    answers come first: where nobody waits for their places, others that end sooner save their own rows only, and the
-    account says so. As in ``Controller``, no step starts that could, at worst, take the bytes of all answers beyond
-    LIMIT, and drafts that do not pay are tried again after a pause, a few at first.
+    that could be read instead), and its part of the drafter's passes, each of which serves the drafts of one depth.
+    Each answer has the drafter that promises it most. The longest answers come first: where nobody waits for their
+    places, others that end sooner save their own rows only, and the account says so. As in ``Controller``, no step
+    starts that could, at worst, take the bytes of all answers beyond LIMIT, and drafts that do not pay are tried again
+    after a pause, a few at first.
     """
 
-    def __init__(self, cost: CostModel | None, draft: str | int) -> None:
+    def __init__(self, cost: CostModel, draft: str | int) -> None:
         self.cost = cost
-        self.fixed = (None if cost else 0) if draft == "auto" else 0 if draft == "off" else int(draft)
-        self._all = Acceptance()  # what a new answer starts from
+        self.fixed = None if draft == "auto" else 0 if draft == "off" else int(draft)
+        self.kinds: dict[tuple[str, int], Kind] = {}
         self._read = self._lost = 0.0  # bytes of all answers without drafts; what drafts took and did not bring
         self._cache = 0.0  # bytes of the last step that were no weights
         self._union: list[float] = []  # [rows] distinct (layer, expert) pairs of a pass
         self._plain = [0.0]  # [answers] bytes of a step without drafts
         self._steps = 0
-        self._pause, self._next_pause = PLAIN_FIRST, PAUSE // 4  # steps without drafts
-        self._lost_before = 0.0  # when the last pause began
-        self._tried = 0  # drafts since the last pause
         self._fit = [0.0] * 5  # of seconds to bytes and rows of a step: sums of products, lately
 
-    def next_k(
-        self, answers: Sequence[Drafts], rows: int, most: int, counted: Sequence[tuple[int, int]] = ()
-    ) -> list[int]:
-        """Drafts of each answer in the next step.
+    def choose(
+        self, answers: Sequence[Text], offers: Sequence[Sequence[Offer]], rows: int, most: int,
+        counted: Sequence[tuple[int, int]] = (),
+    ) -> None:  # fmt: skip
+        """Sets each answer's ``offer`` and ``k``.
 
         Args:
-            answers: what is known of each.
+            answers: as they are.
+            offers: of the drafters at hand, for each answer.
             rows: of the main pass besides those of drafts.
             most: drafts of all answers together.
             counted: ``_core.Batch.expert_union()``.
         """
         n = len(answers)
-        ks = [max(min(self.fixed or 0, d.left - 1, most // n), 0) for d in answers]
-        for d in answers:
-            d.tried = 0
-        if self.fixed is not None or self.cost is None or not answers:
-            return ks
+        for d, own in zip(answers, offers, strict=True):
+            d.offer, d.k = next(iter(own), None), 0
+            if self.fixed and d.offer:
+                d.k = max(min(self.fixed, d.offer.most, most // n), 0)
+        if self.fixed is not None or not answers:
+            return
         if self._steps % UNION_EVERY == 0:
             self._union = self._unions(counted)
         self._steps += 1
         cost, union = self.cost, self._union
         self._plain = [0.0, *(cost.plain + (u - union[1]) * cost.expert + self._cache * (i + 1) / n
                               for i, u in enumerate(union[1 : n + 1]))]  # fmt: skip
-        if self._pause > 0:
-            return ks
-        probing = self._tried < PRIOR_WEIGHT  # as many drafts tell, and no less
-        price, row_time, pays = self._plain[n] / n, self._row_time(), False
-        risk_left = SAFE_SHARE * max(self._read, LIMIT_TOKENS * price) - self._lost
-        rates = [Acceptance().rates() if probing else d.rates(self._all.rates()) for d in answers]
-        chances = [[1.0, *accumulate(r, mul)] for r in rates]
-        for depth in range(1, 2 if probing else AUTO_MAX + 1):
+        risk_left = SAFE_SHARE * max(self._read, LIMIT_TOKENS * self._plain[n] / n) - self._lost
+        groups: dict[tuple[str, int], list[tuple[Text, list[float]]]] = {}
+        for d, own in zip(answers, offers, strict=True):
+            promises = [p for offer in own if (p := self._promise(d, offer, rows, n))]
+            if promises:
+                _, d.offer, chances = max(promises, key=lambda p: p[0])
+                groups.setdefault(d.offer.key, []).append((d, chances))
+        for key, able in groups.items():
+            drafts, risk, pays = self._group(self.kinds[key], able, rows, most, risk_left)
+            rows, most, risk_left = rows + drafts, most - drafts, risk_left - risk
+            if not pays and most and max(d.left for d, _ in able) > 1:
+                self.kinds[key].rest(self._lost, n)
+                for d in answers:
+                    d.accepted[key].fade()
+
+    def _promise(self, d: Text, offer: Offer, rows: int, n: int) -> tuple[float, Offer, list[float]] | None:
+        """Bytes that an offer saves an answer, as if all of them used it, and the chances of its drafts to count."""
+        if (kind := self.kinds.get(offer.key)) is None:
+            kind = self.kinds[offer.key] = Kind(offer.prior, PLAIN_FIRST - self._steps)
+        if kind.pause > 0:
+            return None
+        rates = Acceptance(offer.prior).rates() if kind.probing else d.accepted[offer.key].rates(kind.rates())
+        chances = [1.0, *accumulate(rates, mul)]
+        step = offer.cost.mtp_step / n + (self._union[rows + 1] - self._union[rows]) * self.cost.expert
+        gains = accumulate(c * self._plain[n] / n - step for c in chances[1 : offer.most + 1])
+        return max(gains, default=0.0), offer, chances
+
+    def _group(
+        self, kind: Kind, able: list[tuple[Text, list[float]]], rows: int, most: int, risk_left: float
+    ) -> tuple[int, float, bool]:
+        """Drafts of one kind for answers, depth by depth: how many, bytes they lose at worst, and whether any pay."""
+        offer = able[0][0].offer
+        assert offer
+        cost, union, row_time, n = offer.cost, self._union, self._row_time(), len(self._plain) - 1
+        price, total, total_risk, pays = self._plain[n] / n, 0, 0.0, False
+        able = sorted(able, key=lambda x: -x[0].left)
+        longest = AUTO_MAX if offer.drafter == "mtp" else MAX_DRAFT
+        for depth in range(1, 2 if kind.probing else longest + 1):
             row = (union[rows + 1] - union[rows]) * cost.expert + row_time
-            able = [i for i, d in enumerate(answers) if ks[i] == depth - 1 < d.left - 1
-                    and chances[i][depth] * price > (1 + LIMIT) * row]  # fmt: skip
-            able.sort(key=lambda i: -answers[i].left)
+            able = [(d, c) for d, c in able if d.k == depth - 1 and d.offer and depth <= d.offer.most
+                    and c[depth] * price > (1 + LIMIT) * row]  # fmt: skip
             gain, wanted, now = 0.0, (0, 0.0), (0, 0.0)  # drafts, and what they lose at worst
-            value, mtp_rows = 0.0, 0
-            for b, i in enumerate(able[:most], 1):
-                mtp_rows += answers[i].pending if depth == 1 else 1
-                value += chances[i][depth] * price / (1 + LIMIT)
-                cache = self._cache * b / n / max(cost.layers, 1)  # of the MTP layer, about that of a layer
+            value, draft_rows = 0.0, 0
+            for b, (d, c) in enumerate(able[:most], 1):
+                draft_rows += d.offer.rows if d.offer and depth == 1 else 1
+                value += c[depth] * price / (1 + LIMIT)
+                # of the MTP layer, about that of a layer
+                cache = self._cache * b / n / max(cost.layers, 1) if cost.mtp_step else 0.0
                 won = value - (union[rows + b] - union[rows]) * cost.expert - b * row_time - cache
-                worst = b, cost.worst_batch(b, mtp_rows, union[rows]) + cache
+                worst = b, cost.worst_batch(b, draft_rows, union[rows]) + cache
                 # A draft follows a draft as a rule: what the first one catches up with is a risk, not its price.
                 if won - cost.mtp_pass(2 * b if depth == 1 else b) > gain:
                     gain, wanted = won - cost.mtp_pass(2 * b if depth == 1 else b), worst
-                if worst[1] <= risk_left and (probing or won > cost.mtp_pass(mtp_rows)):
+                if worst[1] <= risk_left and (kind.probing or won > cost.mtp_pass(draft_rows)):
                     now = worst
             pays |= gain > 0
             best, risk = wanted if wanted[1] <= risk_left else now if gain > 0 else (0, 0.0)
-            for i in able[:best]:
-                ks[i] = answers[i].tried = depth
+            for d, _ in able[:best]:
+                d.k = depth
             rows, most, risk_left = rows + best, most - best, risk_left - risk
+            total, total_risk = total + best, total_risk + risk
             if not best:
                 break
-        if not pays and most and max(d.left for d in answers) > 1:
-            self._rest(answers)
-        return ks
+        return total, total_risk, pays
 
     def _unions(self, counted: Sequence[tuple[int, int]]) -> list[float]:
         """[rows] as if routed at random, times what counting found for about as many rows."""
-        assert self.cost is not None
         random = [self.cost.layers * self.cost.distinct(rows) for rows in range(MAX_BATCH_ROWS + 1)]
         scale = {
             rows: experts / n / random[rows] for rows, (n, experts) in enumerate(counted, 1) if n >= 8 and random[rows]
@@ -505,24 +593,15 @@ class BatchController:
             out.append(union * scale.get(near[at], 1.0))
         return list(accumulate(out, max))
 
-    def _rest(self, answers: Sequence[Drafts]) -> None:
-        """No drafts for a while; what was accepted says little about what comes after it."""
-        won, longest = self._lost < self._lost_before, max(4 * PAUSE // len(answers), PAUSE)
-        self._pause = PLAIN_EVERY if won else self._next_pause
-        self._next_pause, self._lost_before = min(2 * self._pause, longest), self._lost
-        self._tried = 0
-        for a in (self._all, *answers):
-            a.fade()
-
     def min_confidence(self, rows: int) -> float:
         """Probability below which a draft is not worth its row in a pass of ``rows``."""
-        if self.fixed is not None or self.cost is None or not self._plain[-1]:
+        if self.fixed is not None or not self._plain[-1]:
             return 0.0
         row = (self._union[rows] - self._union[rows - 1]) * self.cost.expert + self._row_time()
         return row * (len(self._plain) - 1) / self._plain[-1]
 
     def observe(
-        self, answers: Sequence[tuple[Drafts, Mapping[str, Any]]], step: Mapping[str, Any], prefill: bool, others: bool
+        self, answers: Sequence[tuple[Text, Mapping[str, Any]]], step: Mapping[str, Any], prefill: bool, others: bool
     ) -> None:
         """Takes a step into account.
 
@@ -532,14 +611,19 @@ class BatchController:
             prefill: rows of prompts were in it too; the MTP passes over them are the prompts' own.
             others: somebody waits for the place of an answer that ends.
         """
-        if self.fixed is not None or self.cost is None or not answers:
+        if self.fixed is not None or not answers:
             return
-        cost, n, tried, made = self.cost, len(answers), max(d.tried for d, _ in answers), 0
-        before, mtp_rows = self._remaining([d for d, _ in answers]), sum(d.pending for d, _ in answers if d.tried)
-        for drafts, r in answers:  # one that was not confident enough for a row did not count either
-            drafts.add(drafts.tried, r["accepted"])
-            self._all.add(drafts.tried, r["accepted"])
-            self._tried, made = self._tried + drafts.tried, made + 1 + r["accepted"]
+        cost, n, tried, made = self.cost, len(answers), any(d.k for d, _ in answers), 0
+        before, mtp = self._remaining([d for d, _ in answers]), [d for d, _ in answers if d.key[0] == "mtp"]
+        depth, mtp_rows = max((d.k for d in mtp), default=0), sum(d.pending for d in mtp)
+        for kind in self.kinds.values():
+            kind.pause -= 1
+        for d, r in answers:  # one that was not confident enough for a row did not count either
+            if d.k:
+                self.kinds[d.key].add(d.k, r["accepted"])
+                self.kinds[d.key].tried += d.k
+            d.add(r["accepted"])
+            made += 1 + r["accepted"]
         without = made * self._plain[n] / n if others else before - self._remaining([d for d, _ in answers])
         weights = cost.plain + (step["experts_verify"] - cost.layers * cost.top_k) * cost.expert
         self._cache = max(step["verify_bytes"] - weights, 0.0)
@@ -549,23 +633,24 @@ class BatchController:
             byte, row = (step["draft_bytes"] + step["verify_bytes"]) / seconds, step["rows"] / seconds
             products = (byte * byte, byte * row, row * row, byte, row)
             self._fit = [MEMORY * old + new for old, new in zip(self._fit, products, strict=True)]
-        self._lost += cost.draft_bytes(tried, mtp_rows) if prefill else step["draft_bytes"]
+        spent = step["draft_bytes"] - step["mtp_bytes"]  # by another model
+        self._lost += spent + (cost.draft_bytes(depth, mtp_rows) if prefill else step["mtp_bytes"])
         if tried:
             rows = step["rows"] - sum(r["drafted"] for _, r in answers)
             self._lost += (step["experts_verify"] - self._union[rows]) * cost.expert + self._plain[n] - without
-        else:
-            self._pause -= 1
 
     def _row_time(self) -> float:
         """What a row costs besides bytes, in bytes that could be read in that time."""
         bb, br, rr, bt, rt = self._fit
         scale = bb * rr - br * br
-        if self._tried < PRIOR_WEIGHT or scale <= 1e-4 * bb * rr:  # steps were too much alike to tell
+        if (
+            sum(k.tried for k in self.kinds.values()) < PRIOR_WEIGHT or scale <= 1e-4 * bb * rr
+        ):  # steps were too much alike to tell
             return 0.0
         byte, row = (bt * rr - rt * br) / scale, (rt * bb - bt * br) / scale
         return min(max(row / byte, 0.0), self._plain[1]) if byte > 0 else self._plain[1]
 
-    def _remaining(self, answers: Sequence[Drafts]) -> float:
+    def _remaining(self, answers: Sequence[Text]) -> float:
         """Bytes that the rest of these answers reads without drafts."""
         total, done = 0.0, 0
         for i, left in enumerate(sorted(d.left for d in answers)):

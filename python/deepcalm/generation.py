@@ -10,8 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from .arguments import integer, token_ids
-from .drafters import Drafters, Text
-from .drafting import MAX_DRAFT, Controller, CostModel
+from .drafters import Drafters
+from .drafting import MAX_DRAFT, Controller, CostModel, Text
 from .errors import SessionError
 from .sampling import Sampling, Scores
 from .text import AnswerText
@@ -93,6 +93,8 @@ class Generation(Iterator[int]):
         self.cost = CostModel.of(model.core.weight_bytes, model.config)
         self.sampling = Sampling(**sampling)
         check_draft(draft)
+        if drafter == draft == "auto" and model.device != "cpu":  # it drafts without waiting for the host
+            drafter, draft = "mtp", "auto" if session.keeps_mtp else "off"
         self.drafters = Drafters(model, drafter, draft, session.keeps_mtp)
         self.session = session
         self.max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
@@ -184,20 +186,22 @@ class Generation(Iterator[int]):
         control, session = self.drafts, self.session
         counted = session.expert_union
         # No row is verified for a token that plain decoding would not return.
-        room = min(session.ctx - session.pos, self._left()) - 1
-        text = Text(session.sequence, self.sampling, room, session.mtp_pending if session.keeps_mtp else 1)
-        offer, k = control.choose(self.drafters.offers(text), counted)
-        (drafts,) = self.drafters.make([(text, offer, k)])
+        left, pending = min(session.ctx - session.pos, self._left()), session.mtp_pending if session.keeps_mtp else 1
+        text = Text(session.sequence, session.core, self.sampling, left, pending)
+        text.offer, text.k = control.choose(self.drafters.offers(text), counted)
+        spent = self.drafters.make([text])
         r = session.draft_round(
-            session.sequence[-1],
-            drafts if isinstance(drafts, int) else 0,
+            text.ids[-1],
+            text.drafts if isinstance(text.drafts, int) else 0,
             self.sampling,
             self.n_valid,
-            control.min_confidence(offer, counted) if offer and drafts else 0.0,
-            drafts=None if isinstance(drafts, int) else drafts,
+            control.min_confidence(text.offer, counted) if text.offer and text.drafts else 0.0,
+            drafts=None if isinstance(text.drafts, int) else text.drafts,
             want_logits=self.logprobs is not None,
         )
-        control.observe(r, offer)
+        r |= {f"draft_{unit}": r[f"draft_{unit}"] + spent[unit] for unit in ("bytes", "seconds")}
+        session.count("decode", 0, spent["seconds"], spent["bytes"])
+        control.observe(r, text.offer)
         return list(zip(r["tokens"], r.get("logits", [None] * len(r["tokens"])), strict=True))
 
     def close(self, reason: str = "closed") -> None:
@@ -228,7 +232,9 @@ class DeviceRounds:
         self.stop = ""
         self._in_flight: deque[int] = deque()  # drafts of each queued round
         self._last_ns, self._start = 0, time.perf_counter()
-        self._offers = generation.drafters.offers(Text(session.sequence, generation.sampling, MAX_DRAFT))
+        self._offers = generation.drafters.offers(
+            Text(session.sequence, session.core, generation.sampling, MAX_DRAFT + 1)
+        )
         session.decode_start(generation.sampling, generation.n_valid, limit, sorted(generation.eos_ids))
 
     def next(self) -> list[int]:

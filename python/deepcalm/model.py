@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import _core, limits
 from .arguments import integer, token_ids
 from .closing import Closing
-from .drafters import keeps_mtp
+from .drafters import Second, keeps_mtp
 from .errors import Error, PackedFileError, ResourceError, SessionError, UnsupportedError, one_line, utf8
 from .files import packed
 from .files.text_files import FILES, LEGACY, TextFiles
@@ -102,6 +102,8 @@ class Model(Closing):
             self.header_sha256 = file.header_sha256
             self.entries = file.entries  # name -> Tensor, in file order
             files = {name: file.tokenizer_file(name) for name in (*FILES, *LEGACY)}
+            #: Models that draft for this one.
+            self.seconds: dict[str, Second] = {}
             self._text = TextFiles(files, f"{self.path}: ", PackedFileError)
             name = os.fsencode(file.path)  # which need not be UTF-8
             opened = (name, file.fileno(), file.config, file.tensor_table())
@@ -137,6 +139,7 @@ class Model(Closing):
     def close(self) -> None:
         """Unmaps the file when its last session is closed as well; what is asked of it afterwards is a SessionError."""
         self._core = None
+        self.seconds.clear()
 
     @property
     def core(self) -> _core.Model:
@@ -183,6 +186,22 @@ class Model(Closing):
     def active_bytes_per_token(self, pos: int, kv: str = "auto") -> int:
         """Bytes that decoding one token after ``pos`` others reads: weights in use and cache rows."""
         return self.core.active_bytes_per_token(integer("pos", pos, 0, 2**31 - 1), cache_type(kv, self.isa))
+
+    def second(self, path: str) -> Second:
+        """What drafts for this model with the one in ``path``, which is opened once.
+
+        Raises:
+            UnsupportedError: it has another vocabulary.
+            Error: as ``Model`` does.
+        """
+        if path not in self.seconds:
+            other = Model(path, self.device, self.threads if self.device == "cpu" else None, self.isa)
+            for what in ("vocab_size", "tokenizer.json"):
+                mine, theirs = (m.config.get(what, m._text.sha256(what)) for m in (self, other))
+                if mine != theirs:
+                    raise UnsupportedError(f"{path} cannot draft for {self.path}: {what} is {theirs}, expected {mine}")
+            self.seconds[path] = Second(self, other, f"model:{path}")
+        return self.seconds[path]
 
     # ---- text
 
@@ -320,6 +339,7 @@ class Model(Closing):
         kv: str = "auto",
         cache_bytes: int | None = None,
         draft: str | int = "auto",
+        drafter: str = "auto",
     ) -> Batch:
         """Many sequences that share passes.
 
@@ -329,16 +349,16 @@ class Model(Closing):
             kv: cache type, "f16" | "bf16" | "f32" | "q8"; "auto": bf16 with the instruction set amx, else f16.
             cache_bytes: for the rows of all caches together, of finished sequences too; None: as many as
                 ``max_sequences`` of ``ctx`` take, or the available memory where that is less.
-            draft: MTP drafts of a sequence and pass, "off", or "auto": as many as pay.
+            draft, drafter: drafts of a sequence and pass, and who makes them (``generation.Options``).
 
         Raises:
             SessionError: ctx out of range.
-            UnsupportedError: a number of drafts, and the model has no MTP layer.
+            UnsupportedError: drafter "mtp", and the model has no MTP layer, or a model of another vocabulary.
             TypeError, ValueError: another argument that is wrong.
         """
         from .batch import Batch
 
-        return Batch(self, max_sequences, self._context(ctx), kv, cache_bytes, draft)
+        return Batch(self, max_sequences, self._context(ctx), kv, cache_bytes, draft, drafter)
 
     def _context(self, ctx: int | None) -> int:
         limit = int(self.config["max_position_embeddings"])

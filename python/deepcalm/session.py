@@ -342,7 +342,7 @@ class Session(Closing):
             if not own:
                 self._tokens.extend([token, *r["tokens"][:-1]])
             seconds, read = r["draft_seconds"] + r["verify_seconds"], r["draft_bytes"] + r["verify_bytes"]
-            self._count("decode", len(r["tokens"]), seconds, read)
+            self.count("decode", len(r["tokens"]), seconds, read)
             self.count_drafts(r)
             self._collect_taps()
             return r
@@ -389,7 +389,7 @@ class Session(Closing):
         before, start, pos = self._read_bytes(), time.perf_counter(), self.core.pos
         out = self.core.forward(ids, logits)
         self._tokens[pos : pos + len(ids)] = array("i", ids.tolist())
-        self._count(kind, len(ids), time.perf_counter() - start, self._read_bytes() - before)
+        self.count(kind, len(ids), time.perf_counter() - start, self._read_bytes() - before)
         self._collect_taps()
         return out
 
@@ -419,9 +419,10 @@ class Session(Closing):
         self.decoding = False
         self.core.decode_finish()
         start, pos, read = self._before
-        self._count("decode", self.core.pos - pos, time.perf_counter() - start, self._read_bytes() - read)
+        self.count("decode", self.core.pos - pos, time.perf_counter() - start, self._read_bytes() - read)
 
-    def _count(self, kind: str, tokens: int, seconds: float, n_bytes: int) -> None:
+    def count(self, kind: str, tokens: int, seconds: float, n_bytes: int) -> None:
+        """Adds to the sums of ``stats``."""
         for key, value in (("tokens", tokens), ("seconds", seconds), ("bytes", n_bytes)):
             self._sums[f"{kind}_{key}"] += value
 

@@ -42,7 +42,8 @@ from deepcalm.session import Stats
 SUMMARY = (
     r"\d+ tokens, ended by (eos|stop|length|context|interrupted); prefill \d+ tokens, [\d.]+ tok/s"
     r"(; decode [\d.]+ tok/s, [\d.]+ GB/s(, \d+ % of a plain read)?)?"
-    r"(; \d+ of \d+ drafts accepted, [\d.]+ tokens and [\d.]+ experts a pass)?(; drafting turned off, it did not pay)?"
+    r"(; \d+ of \d+ drafts accepted \([^)]+\), [\d.]+ tokens and [\d.]+ experts a pass)?"
+    r"(; drafting turned off, it did not pay)?"
     r"; cache (f32|f16|bf16|q8); (greedy|temp [\d.]+.*; seed \d+)"
 )
 
@@ -210,6 +211,12 @@ def test_text_is_the_same_with_any_draft(run: Run, path: Path, sampling: tuple[s
         assert re.search(r"; \d+ of \d+ drafts accepted", err) or draft in ("auto", "0"), err
     code, out, _ = run(*args, "--draft", "2", "--json")
     assert code == 0 and json.loads(out)["text"] == want[1].decode()[:-1] and json.loads(out)["drafts"]["offered"] > 0
+    copy = f"model:{path}"
+    for drafter, names in ((copy, {copy}), (f"ngram,{copy}", {"ngram", copy}), ("ngram", {"ngram"})):
+        code, out, _ = run(*args, "--draft", "3", "--drafter", drafter, "--json")
+        assert code == 0 and json.loads(out)["text"] == want[1].decode()[:-1]
+        assert json.loads(out)["drafts"]["drafters"].keys() <= names
+    assert run(*args, "--drafter", "eagle")[0] == 2
     plain = models.packed("moonlight")
     assert run("generate", "-m", plain, "-n", "4", "the")[0] == 0  # no MTP layer: auto does without
 
@@ -350,7 +357,8 @@ def test_errors_are_one_line_with_the_reason(run: Run, path: Path, tmp_path: Pat
         ((*base, "--ctx", "99999999999", "a"), r"ctx: 99999999999, expected 1\.\.1280"),
         (("generate", "-m", no_bos, ""), "the prompt is empty, and this model has no bos"),
         *([((*base, "--device", "cuda", "a"), device_cases.NO_CUDA)] if device_cases.missing("cuda") else []),
-        (("generate", "-m", models.packed("moonlight"), "--draft", "2", "a"), "no MTP layer"),
+        (("generate", "-m", models.packed("moonlight"), "--drafter", "mtp", "a"), "no MTP layer"),
+        ((*base, "--drafter", f"model:{deepcalm.demo_path()}", "a"), "cannot draft for .*: vocab_size is"),
         (("perplexity", path, tmp_path / "missing.txt"), r"missing\.txt: No such file"),
         (("perplexity", path, tmp_path / "bad.txt"), "not valid UTF-8"),
         (("bench", path, "--context", "5000"), "the model has 1280"),

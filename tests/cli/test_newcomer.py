@@ -186,7 +186,7 @@ def test_prompt_cache_goes_on_where_prompts_agree(run: Run, path: Path, tmp_path
     assert json.loads(run(*args, "the other way", "--prompt-cache", saved, "--json")[1])["cached_tokens"] > 2
     moonlight = models.packed("moonlight")
     assert run("generate", "-m", moonlight, "-n", "2", "--prompt-cache", tmp_path / "m", "the")[0] == 0
-    assert "no MTP layer" in error(run("generate", "-m", moonlight, "--draft", "2", "--prompt-cache", saved, "the"))
+    assert "no MTP layer" in error(run("generate", "-m", moonlight, "--drafter", "mtp", "--prompt-cache", saved, "the"))
 
 
 def test_prompt_cache_of_another_model_is_left_alone(run: Run, path: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 import deepcalm
 import models
-from deepcalm.drafting import LIMIT, LIMIT_TOKENS, MAX_PENDING, BatchController, CostModel, Drafts
+from deepcalm.drafting import LIMIT, LIMIT_TOKENS, MAX_PENDING, BatchController, CostModel, Offer, Text
 from deepcalm.sampling import Sampling
 
 # DeepSeek-V3 and a shallow model whose MTP passes are dear, in millions of bytes
@@ -23,7 +24,7 @@ class World:
     def __init__(self, n: int, acceptance: Any, cost: CostModel, slow: float = 0.0) -> None:
         self.control, self.n, self.acceptance, self.cost = BatchController(cost, "auto"), n, acceptance, cost
         self.rng, self.slow = np.random.default_rng(n), slow
-        self.answers = [Drafts() for _ in range(n)]
+        self.answers = [Text(array("i"), None, Sampling()) for _ in range(n)]  # type: ignore[arg-type]
         for d in self.answers:
             d.left = 10**6
         self.counted = [(0, 0)] * 64
@@ -36,9 +37,14 @@ class World:
             return layers * c.top_k
         return int(self.rng.binomial(layers * c.n_experts, 1 - (1 - c.top_k / c.n_experts) ** rows))
 
+    def choose(self) -> list[int]:
+        offers = [[Offer("mtp", self.cost, rows=d.pending)] for d in self.answers]
+        self.control.choose(self.answers, offers, self.n, 64 - self.n, self.counted)
+        return [d.k for d in self.answers]
+
     def step(self) -> None:
         c = self.cost
-        ks = self.control.next_k(self.answers, self.n, 64 - self.n, self.counted)
+        ks = self.choose()
         results = []
         for i, k in enumerate(ks):
             accepted = 0
@@ -59,7 +65,7 @@ class World:
         made = sum(r["accepted"] + 1 for r in results)
         self.control.observe(
             list(zip(self.answers, results, strict=True)),
-            {"rows": rows, "experts_verify": experts, "draft_bytes": draft, "verify_bytes": verify,
+            {"rows": rows, "experts_verify": experts, "draft_bytes": draft, "mtp_bytes": draft, "verify_bytes": verify,
              "draft_seconds": draft, "verify_seconds": seconds}, False, True,
         )  # fmt: skip
         self.tokens, self.drafts = self.tokens + made, self.drafts + sum(ks)
@@ -85,8 +91,8 @@ def test_drafts_pay_or_cost_next_to_nothing(n: int, cost: CostModel) -> None:
 def test_answers_whose_drafts_count_are_drafted_for() -> None:
     world = World(16, lambda i: 0.9 if i % 2 else 0.0, FLAT)
     assert world.run(500) > 1.3
-    world.control.next_k(world.answers, 16, 48, world.counted)
-    assert all((d.tried > 0) == bool(i % 2) for i, d in enumerate(world.answers))
+    world.choose()
+    assert all((d.k > 0) == bool(i % 2) for i, d in enumerate(world.answers))
 
 
 def test_rows_that_take_time_are_drafted_for_less() -> None:

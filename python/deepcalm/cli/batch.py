@@ -76,7 +76,7 @@ def batch(source: str, target: str, overwrite: bool, quiet: bool, path: Path | N
         date = datetime.now().isoformat(timespec="seconds")
         values = (given["seed"], given["max_tokens"] or 256, given["stop"], sampling)
         settings = Settings(utf8((path or demo_path()).stem), date, *values)
-        shape = {k: given[k] for k in ("max_sequences", "ctx", "kv", "cache_bytes", "draft")}
+        shape = {k: given[k] for k in ("max_sequences", "ctx", "kv", "cache_bytes", "draft", "drafter")}
         with (_here if given["ray"] is None else _on_cluster)(path, shape, given, quiet) as (record, answer):
             return _Run(record, answer, settings, quiet).files(source, target, overwrite)
     finally:

@@ -310,7 +310,7 @@ def chat_command(
     elif model.chat_template is None and system is None:
         say("this model has no chat template: it continues the text, yours and its own; /reset begins a new one", quiet)
     reader = Reader(quiet, history)
-    chat = Chat(open_session(model, ctx, kv, sampling["draft"], quiet), system, template_options, reader)
+    chat = Chat(open_session(model, ctx, kv, sampling, quiet), system, template_options, reader)
     sampling |= how_to_sample(model, quiet, **sampling)
     say(f"{model.path.name}, context {chat.session.ctx}, {sampling_text(sampling, model)}", quiet)
     say("/help lists commands, Ctrl-D leaves", quiet or not reader.interactive)

@@ -14,7 +14,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,6 +59,17 @@ def _draft(_ctx: click.Context, _param: click.Parameter, value: str) -> str | in
     return int(value)
 
 
+def _drafter(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    if value != "auto":
+        from ..drafters import check_drafter
+
+        try:
+            check_drafter(value)
+        except ValueError as e:
+            raise click.BadParameter(str(e).removeprefix("drafter: ")) from None
+    return value
+
+
 # fmt: off
 _OPTIONS: dict[str, dict[str, Any]] = {
     "--model": {"type": FILE, "metavar": "FILE", "help": "Packed file (default: the demo model)."},
@@ -76,7 +87,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--stop": {"multiple": True, "metavar": "STR", "callback": _stop,
                "help": "End before this text or special token; \\n, \\r, \\t, \\\\ are understood; repeatable."},
     "--draft": {"default": "auto", "show_default": True, "metavar": "off|auto|K", "callback": _draft,
-                "help": "Drafts of the MTP layer per pass, auto: as many as pay. The text is the same with any."},
+                "help": "Drafts per pass, auto: as many as pay. The text is the same with any."},
+    "--drafter": {"default": "auto", "show_default": True, "metavar": "NAME,...", "callback": _drafter,
+                  "help": "Who drafts: mtp (the MTP layer), ngram (the text itself, where it repeats itself) or "
+                  "model:FILE (another model with the same tokens); auto: the first two."},
     "--system": {"metavar": "TEXT", "help": "System message of the chat template."},
     "--chat-template-kwargs": {"metavar": "JSON", "callback": _json_object,
                                "help": 'Switches of the chat template, as in \'{"enable_thinking": false}\'.'},
@@ -103,7 +117,7 @@ _NAMES = {"--model": ("-m", "--model", "path"), "--max-tokens": ("-n", "--max-to
           "--chat-template-kwargs": ("--chat-template-kwargs", "template_options"),
           "--json": ("--json", "as_json"), "--quiet": ("-q", "--quiet")}
 # fmt: on
-SAMPLING = ("--temp", "--top-p", "--top-k", "--min-p", "--seed", "--stop", "--draft")
+SAMPLING = ("--temp", "--top-p", "--top-k", "--min-p", "--seed", "--stop", "--draft", "--drafter")
 RUNTIME = ("--device", "--threads", "--isa", "--ctx", "--kv")
 
 
@@ -282,9 +296,19 @@ def read_cold(model: Model, quiet: bool) -> None:
                 update(done, model.file_bytes)
 
 
-def open_session(model: Model, ctx: int | None, kv: str, draft: str | int, quiet: bool) -> Session:
-    """A session that can draft so; says before anything runs when weights and cache exceed the memory available."""
-    session = model.session(ctx, kv, mtp=None if draft == "auto" else draft not in ("off", 0))
+def open_session(
+    model: Model, ctx: int | None, kv: str, how: Mapping[str, Any], quiet: bool, saved: bool = False
+) -> Session:
+    """A session for ``how`` "draft" and "drafter" say; one that is ``saved`` can draft otherwise later.
+
+    Says before anything runs when weights and cache exceed the memory available.
+    """
+    from ..drafters import Drafters, keeps_mtp
+
+    draft, drafter = how["draft"], how["drafter"]
+    mtp = keeps_mtp(draft, drafter)
+    session = model.session(ctx, kv, mtp=None if saved and not mtp else mtp)
+    Drafters(model, drafter, draft, session.keeps_mtp)
     note_memory(model, session.cache_bytes, quiet)
     return session
 
@@ -294,8 +318,9 @@ def note_memory(model: Model, cache_bytes: int, quiet: bool) -> None:
     from ..limits import available_memory
 
     available = available_memory() if model.device == "cpu" else None
-    if available is not None and model.file_bytes + cache_bytes > available:
-        numbers = f"weights {model.file_bytes / 1e9:.1f} GB and cache {cache_bytes / 1e9:.1f} GB"
+    weights = sum(m.file_bytes for m in (model, *(s.model for s in model.seconds.values())))
+    if available is not None and weights + cache_bytes > available:
+        numbers = f"weights {weights / 1e9:.1f} GB and cache {cache_bytes / 1e9:.1f} GB"
         say(f"note: {numbers} exceed the {available / 1e9:.1f} GB of memory available: weights will be read from "
             "disk again and again", quiet)  # fmt: skip
 

@@ -49,6 +49,7 @@ Examples:
   deepcalm generate -m v2-lite.dcalm --temp 0.7 --top-p 0.9 -n 300 "The three laws are"
   deepcalm generate -m chat.dcalm --chat --system "Be brief." "What is MLA?"
   deepcalm generate -m v3.dcalm --draft 2 "MTP on or off, the text is the same:"
+  deepcalm generate -m v2.dcalm --drafter ngram,model:v2-lite.dcalm "Once"
   deepcalm generate -m v2-lite.dcalm --prompt-cache book.session --file book.txt --logprobs 3
   deepcalm generate -m v2-lite.dcalm --file question.txt --stop END --json"""
 )
@@ -105,8 +106,7 @@ def generate(
         ids = model.encode_chat(messages, **template_options)
     else:
         ids = model.encode(text)
-    later = cache is not None and sampling["draft"] in ("off", 0)  # this run does not draft, one that goes on may
-    session = open_session(model, ctx, kv, "auto" if later else sampling["draft"], quiet)
+    session = open_session(model, ctx, kv, sampling, quiet, saved=cache is not None)
     check_room(len(ids), session)
     kept = 0 if cache is None else restore(session, cache, ids)
     sampling |= how_to_sample(model, quiet, **sampling)
@@ -258,7 +258,8 @@ def summary(answer: TextGeneration, stats: Stats, seed: int | None, read: float 
         line += f", {100 * stats.decode_bandwidth / read:.0f} % of a plain read" if read else ""
     drafts = answer.generation.drafts
     if drafts.stats.drafted:
-        line += f"; {drafts.stats.accepted} of {drafts.stats.drafted} drafts accepted"
+        who = ", ".join(f"{name} {taken} of {made}" for name, (made, taken) in drafts.stats.drafters.items())
+        line += f"; {drafts.stats.accepted} of {drafts.stats.drafted} drafts accepted ({who})"
         line += f", {drafts.stats.tokens_per_pass:.2f} tokens and {drafts.stats.experts_per_pass:.1f} experts a pass"
     if drafts.switches and not drafts.drafting:
         line += "; drafting turned off, it did not pay"
@@ -307,6 +308,10 @@ def report(answer: TextGeneration, stats: Stats, seed: int | None) -> dict[str, 
             "offered": answer.generation.drafts.stats.drafted,
             "accepted": answer.generation.drafts.stats.accepted,
             "acceptance": answer.generation.drafts.stats.acceptance,
+            "drafters": {
+                name: {"offered": made, "accepted": taken}
+                for name, (made, taken) in answer.generation.drafts.stats.drafters.items()
+            },
             "tokens_per_pass": answer.generation.drafts.stats.tokens_per_pass,
             "experts_per_pass": answer.generation.drafts.stats.experts_per_pass,
         },

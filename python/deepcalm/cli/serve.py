@@ -34,7 +34,7 @@ Examples:
               help="Holds the key that clients must send (default: $DEEPCALM_API_KEY, else none).")  # fmt: skip
 @click.option("--allow-host", "hosts", multiple=True, metavar="NAME", help="A name of this machine that the Host "
               "header may have, beside --host and the loopback names; repeatable; *: any.")  # fmt: skip
-@options("--draft", *RUNTIME, "--lock", "--quiet")
+@options("--draft", "--drafter", *RUNTIME, "--lock", "--quiet")
 def serve_command(path: Path | None, host: str, port: int, grace: float, quiet: bool, **given: Any) -> int:
     """Answer requests over HTTP as OpenAI's API does, many at a time.
 
@@ -51,7 +51,8 @@ def serve_command(path: Path | None, host: str, port: int, grace: float, quiet: 
 
     key, (device, threads, isa) = read_key(given["key_file"]), (given[k] for k in ("device", "threads", "isa"))
     with listen(host, port) as sock, open_model(path, device, threads, isa, quiet, given["lock"]) as model:
-        batch = model.batch(given["max_sequences"], given["ctx"], given["kv"], given["cache_bytes"], given["draft"])
+        shape = ("max_sequences", "ctx", "kv", "cache_bytes", "draft", "drafter")
+        batch = model.batch(**{name: given[name] for name in shape})
         api = Api(
             batch,
             utf8(given["alias"] or model.path.stem),

@@ -7,6 +7,7 @@ them here, so that what one accepts the other can use.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,6 +39,11 @@ class TextFiles:
         self._where = where
         self._error = error
         self.has_tokenizer = files.get("tokenizer.json") is not None
+
+    def sha256(self, name: str) -> str | None:
+        """Hash of a file as it is stored, shortened; None: there is none."""
+        data = self._files.get(name)
+        return None if data is None else hashlib.sha256(data).hexdigest()[:16]
 
     def _named(self, call: Callable[[], T], file: str) -> T:
         """``call()``, its errors with the file's full name."""

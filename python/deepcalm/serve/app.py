@@ -171,6 +171,11 @@ class Api(Collector):
         yield gauge("deepcalm_read_share", "Of a plain read when the server started.", n.speed / self._bandwidth)
         yield counter("deepcalm_drafts_offered", "Drafts that were verified.", n.offered)
         yield counter("deepcalm_drafts_accepted", "Those of them that counted.", n.accepted)
+        for i, what in enumerate(("offered", "accepted")):
+            of = counter(f"deepcalm_drafter_{what}", f"Drafts {what}, by who made them.", labels=["drafter"])
+            for name, counts in self.engine.batch.drafted.copy().items():
+                of.add_metric([name], counts[i])
+            yield of
 
     def _model(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "deepcalm",
