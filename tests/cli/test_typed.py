@@ -72,7 +72,8 @@ deepcalm perplexity -m v3.dcalm book.txt --device cpu -t 1 --isa scalar -c 64 --
 """
 # Values of config.json that make a synthetic model small, whatever geometry is asked for.
 SMALL = ("hidden_size=64", "num_attention_heads=2", "kv_lora_rank=32", "qk_nope_head_dim=32", "qk_rope_head_dim=32",
-         "v_head_dim=32", "intermediate_size=96", "moe_intermediate_size=32", "n_routed_experts=16")  # fmt: skip
+         "v_head_dim=32", "intermediate_size=96", "moe_intermediate_size=32", "n_routed_experts=16",
+         "vocab_size=512", "bos_token_id=1", "eos_token_id=2")  # fmt: skip
 
 
 @cache

@@ -464,6 +464,7 @@ def test_mla_exponential_accuracy(isa: str, rng: np.random.Generator) -> None:
 # --- ceilings and rates ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.by_turns("isa", 1)  # the best
 @every_isa
 def test_rates_stand_below_their_ceilings(isa: str) -> None:
     top = _core.compute_ceilings(isa, 1)
