@@ -32,7 +32,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
         _, names, path = (line + "::").split(":", 3)[:3]
         if names and controller not in names.split(","):
             continue
-        for mount in (names, controller) if names else (".", "unified"):
+        for mount in {names, controller} if names else (".", "unified"):
             top = root / "sys/fs/cgroup" / mount
             group = top / path.lstrip("/")  # in a container perhaps the host's path: then only the top is there
             yield from (top, *(g for g in (group, *group.parents) if top in g.parents))
@@ -71,8 +71,8 @@ def available_memory(root: Path = ROOT) -> int | None:
             ("memory.high", "memory.current", ""),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
         ):
-            most, used = number(group / limit), number(group / usage)
-            if most is not None and used is not None:
+            most = number(group / limit)
+            if most is not None and (used := number(group / usage)) is not None:
                 # pages of files count as used and are given back when memory is wanted
                 files = (number(group / "memory.stat", f"{prefix}{kind}_file") for kind in ("active", "inactive"))
                 found.append(max(0, most - max(0, used - sum(n or 0 for n in files))))
