@@ -104,7 +104,7 @@ class Check:
         """The tests of the simulator, on the device; the stages' values from a fresh seed."""
         seed = 0 if self.toy else int(time.time()) % 10**6
         ok, tail = self.command(
-            "pytest", sys.executable, "-m", "pytest", "-q", "-rs", "tests/device",
+            "pytest", sys.executable, "-m", "pytest", "-q", "-rs", "tests/device", "-m", "exhaustive or not exhaustive",
             "-k", f"[{self.device} or {self.device}] or test_device.py", DEEPCALM_TEST_SEED=str(seed),
         )  # fmt: skip
         return {"ok": ok, "seed": seed, "end": tail.splitlines()[-1] if tail else ""}
@@ -117,7 +117,8 @@ class Check:
         stages = "product_norms or absorb_writes or attention_matches or ffn_in or experts_and_down or head_norms"
         ok, tail = self.command(
             f"compute-{tool}", program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q",
-            "tests/device/test_device_run.py", "tests/device/test_cuda_stages.py", "-k",
+            "-m", "exhaustive or not exhaustive", "tests/device/test_device_run.py", "tests/device/test_cuda_stages.py",
+            "-k",
             f"[{self.device} and (stages_equal_oracle and v3-bf16-q4 or session_goes_on or fwd and ({stages}))",
         )  # fmt: skip
         return {"ok": ok, "end": tail.splitlines()[-1] if tail else ""}
