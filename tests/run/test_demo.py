@@ -42,6 +42,7 @@ def test_demo_file_is_intact_and_documented(model: deepcalm.Model) -> None:
     assert int(log[-1]["step"]) > 5500 and float(log[-1]["main_loss"]) < float(log[0]["main_loss"]) / 4
 
 
+@pytest.mark.by_turns("text", 1)
 @pytest.mark.parametrize("text", list(PERPLEXITY))
 def test_demo_perplexity_is_what_it_was(model: deepcalm.Model, text: str) -> None:
     result = perplexity(model, (DATA / f"{text}.txt").read_text(encoding="utf-8"), ctx=512)
