@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import signal
 import sys
+from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 
 # A shell's background job starts with SIGINT ignored, one under nohup with SIGHUP, and so would every process that the
@@ -43,6 +46,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left_out = [item for item in items if item.get_closest_marker(mark)]
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if item not in left_out]
+
+
+USED = Counter[str]()  # processor seconds of the tests of a file
+
+
+def processor_seconds() -> float:
+    """What this process and those that it has waited for have used, whoever else uses the machine."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    before = processor_seconds()
+    try:
+        return (yield)
+    finally:
+        USED[item.location[0]] += processor_seconds() - before
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """With --durations: the files that take most."""
+    if config.option.durations is not None:
+        terminalreporter.section(f"{processor_seconds():.0f} processor seconds")
+        for path, seconds in USED.most_common(config.option.durations or None):
+            terminalreporter.write_line(f"{seconds:.2f}s {path}")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
