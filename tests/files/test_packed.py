@@ -144,6 +144,24 @@ def test_descriptors_that_cannot_be_mapped_are_refused(files: dict[str, Path]) -
                 _core.Model("m.dcalm", fd, config, table)
 
 
+def test_places_are_checked_again_where_bytes_are_used(files: dict[str, Path], tmp_path: Path) -> None:
+    """Whatever has read the table: the core reads nothing that does not lie in the file."""
+    blob, cut = files["gigachat3"].read_bytes(), tmp_path / "cut"
+    with packed.PackedFile(files["gigachat3"]) as f:
+        config, table = f.config, f.tensor_table()
+    last = max(table, key=lambda row: row["offset"])
+    cut.write_bytes(blob[: last["offset"] + last["bytes"] - 1])
+    inside, beyond = len(blob) // 64 * 64, "lie beyond the file's"
+    for path, change, why in (
+        (cut, {}, beyond), (files["gigachat3"], {"offset": inside}, beyond), (cut, {"offset": 2**62}, beyond),
+        (cut, {"offset": 2**63 - 64}, beyond), (cut, {"offset": -64}, "is not a multiple"),
+        (cut, {"offset": last["offset"] + 1}, "is not a multiple"), (cut, {"bytes": last["bytes"] - 1}, "expected"),
+    ):  # fmt: skip
+        rows = [row | change if row is last else row for row in table]
+        with path.open("rb") as file, pytest.raises(PackedFileError, match=rf"{last['name']}: .*{why}"):
+            _core.Model(str(path), file.fileno(), config, rows)
+
+
 def test_check_finds_every_changed_byte(files: dict[str, Path], tmp_path: Path) -> None:
     blob = bytearray(files["gigachat3"].read_bytes())
     path = tmp_path / "x"
