@@ -176,8 +176,9 @@ def test_a_full_context_ends_with_its_last_position() -> None:
     assert list(s.generate(eos_ids=[])) == text("cpu")[3:4]
 
 
+@pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("draft", ["off", 2])
-def test_an_interrupt_anywhere_leaves_what_was_returned(draft: str | int) -> None:
+def test_an_interrupt_anywhere_leaves_what_was_returned(draft: str | int, step: int) -> None:
     """Ctrl-C at every few lines of the loop and of the session: a sequence that is right, whatever was half done."""
     files = {f"{Path(deepcalm.__file__).parent}/{name}.py" for name in ("generation", "session", "text")}
     seen, at, reasons = 0, 0, set()
@@ -196,7 +197,7 @@ def test_an_interrupt_anywhere_leaves_what_was_returned(draft: str | int) -> Non
         s = model("cpu").session(64, max_rows=6)
         g = s.generate(PROMPT, max_tokens=6, eos_ids=[], draft=draft)
         answer = g.text()
-        seen, at = 0, at + 5
+        seen, at = 0, at + step
         sys.settrace(trace)
         try:
             list(answer)
