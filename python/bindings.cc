@@ -472,6 +472,7 @@ void bind_functions(py::module_& m) {
         "Gumbel noise over the filtered distribution. sampling: a deepcalm.sampling.Sampling. Ids >= n_valid are never "
         "chosen. "
         "Raises SessionError if the logits are not finite.");
+    m.def("not_finite", &not_finite, "what"_a = "", "What is said of logits that are not finite, and what to try.");
     m.def(
         "scores",
         [](const F32Array& logits, int n_valid, int token, int n_top) {

@@ -67,12 +67,12 @@ Result<int> argmax(const float* logits, int n) {
         for (int v = begin; v < end; ++v) found |= !(logits[v] <= logits[best]);
         for (int v = begin; found != 0 && v < end; ++v) {
             if (std::isnan(logits[v]))
-                return Error{ErrorCode::kSession, "logits are not finite: token " + std::to_string(v) + " is NaN"};
+                return Error{ErrorCode::kSession, not_finite(": token " + std::to_string(v) + " is NaN")};
             if (logits[v] > logits[best]) best = v;
         }
     }
     if (n > 0 && std::isfinite(logits[best])) return best;
-    return Error{ErrorCode::kSession, "logits are not finite: no finite maximum"};
+    return Error{ErrorCode::kSession, not_finite(": no finite maximum")};
 }
 
 Result<int> sample(const float* logits, int n_vocab, int n_valid, const SampleParams& p, int64_t pos) {
@@ -106,6 +106,10 @@ Result<int> sample(const float* logits, int n_vocab, int n_valid, const SamplePa
         }
     }
     return choice;
+}
+
+std::string not_finite(const std::string& what) {
+    return "logits are not finite" + what + "; values too large for a cache in f16 or q8 need --kv bf16 or f32";
 }
 
 Scores scores_of(const float* logits, int n_valid, int32_t token, int n_top) {

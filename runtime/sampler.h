@@ -5,6 +5,7 @@
 #include "runtime/result.h"
 
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -22,6 +23,9 @@ struct SampleParams {
 // in the order top_k, top_p, min_p; then argmax_v of logits[v] / temp + G(seed, pos, v), G standard Gumbel noise from
 // Philox4x32-10. Error (kSession) when a valid logit is NaN or none is finite.
 Result<int> sample(const float* logits, int n_vocab, int n_valid, const SampleParams& params, int64_t pos);
+
+// What is said of logits that are not finite, and what to try.
+std::string not_finite(const std::string& what);
 
 // Natural logarithms of probabilities at one position, of softmax(logits) over ids < n_valid: temperature 1, before filters, in
 // float64, summed in the order of ids.

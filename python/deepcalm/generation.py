@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from . import _core
 from .arguments import integer, token_ids
 from .drafters import Drafters
 from .drafting import MAX_DRAFT, Controller, CostModel, Text
@@ -254,8 +255,8 @@ class DeviceRounds:
                     self.session.count_drafts(r)
                     control.observe(r | self._price(k, r))
         if self.stop == "not finite" and not tokens:
-            what = "no finite maximum" if r["bad_id"] < 0 else f"token {r['bad_id']} is NaN"
-            raise SessionError(f"logits are not finite: {what}")
+            bad = r["bad_id"]
+            raise SessionError(_core.not_finite(": no finite maximum" if bad < 0 else f": token {bad} is NaN"))
         return tokens
 
     def _price(self, k: int, r: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from deepcalm import SessionError, _core
+import deepcalm
+import models
+import tiny
+from deepcalm import Error, SessionError, _core
+from deepcalm.check.perplexity import perplexity
 from deepcalm.sampling import Sampling
 
 F32 = npt.NDArray[np.float32]
@@ -159,6 +166,25 @@ def test_noise_is_standard_gumbel_and_depends_on_each_key() -> None:
 def test_logits_that_are_not_finite_are_refused(bad: list[float], temp: float) -> None:
     with pytest.raises(SessionError, match="not finite"):
         draw(np.array(bad, np.float32), 1, temp=temp)
+
+
+def test_latents_that_f16_cannot_hold_are_told_what_to_type(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "large", "v2_lite", dtype="f32", n_shards=1)
+    tensors = load_file(folder / "model.safetensors")
+    for name in (name for name in tensors if "kv_a_layernorm" in name):
+        tensors[name] *= np.float32(3e4)
+    save_file(tensors, folder / "model.safetensors")
+    model = deepcalm.Model(models.pack(folder).path)
+    said = "not finite.*; values too large for a cache in f16.* --kv bf16"
+    with model.session(64, "f16") as s, pytest.raises(SessionError, match=said):
+        list(s.generate([1, 2], max_tokens=4))
+    with model.batch(ctx=64, kv="f16") as batch:
+        choice = batch.submit([1, 2], max_tokens=4).choices[0]
+        assert [*batch.run()] and re.search(said, str(choice.error))
+    with pytest.raises(Error, match=said):
+        perplexity(model, "Once upon a time", 64, "f16")
+    texts = [[*model.session(64, kv).generate([1, 2], max_tokens=4, eos_ids=())] for kv in ("bf16", "f32")]
+    assert texts[0] == texts[1] and len(texts[0]) == 4
 
 
 def test_padding_rows_may_hold_anything() -> None:

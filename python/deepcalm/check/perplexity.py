@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from .. import _core
 from ..errors import Error
 from ..session import MAX_ROWS
 
@@ -122,7 +123,7 @@ def perplexity(
         done += len(sessions)  # the last token of a window is only scored
     values = np.concatenate(nll)
     if not np.isfinite(values).all():
-        raise Error(f"{model.path}: the logits are not finite")
+        raise Error(f"{model.path}: {_core.not_finite()}")
     divergence = None
     if against is not None:
         kls = np.concatenate(kl)
