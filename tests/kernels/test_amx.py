@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -215,6 +216,111 @@ def test_tiles_of_the_processor(tiles: str, rng: np.random.Generator) -> None:
         pytest.skip("no AMX here: a handler of SIGILL carried its instructions out, no hardware did")
     w, x = words(rng, "any bits", 256, 512), words(rng, "any bits", 100, 512)
     same_bits(product(tiles, "bf16", w, x), product("emulated", "bf16", w, x))
+
+
+# --- attention over a bf16 cache ------------------------------------------------------------------------------------
+
+
+def attention_case(rng: np.random.Generator, c: int, dr: int, heads: int, ends: list[int], kind: str) -> Any:
+    """rows uint8 [n_pos, row bytes], c_pad, r_pad, q, ends, scale."""
+    c_pad, r_pad, n = F.round_up(c, 32), F.round_up(dr, 16), max(*ends, 1)
+    x = rng.standard_normal((n, c_pad + r_pad)).astype(np.float32)
+    q = rng.standard_normal((len(ends), heads, c_pad + r_pad)).astype(np.float32)
+    scale = float(np.float32(rng.uniform(0.5, 3) / math.sqrt(c + dr)))
+    if kind == "tiny":  # products, sums and values around the smallest normal number, of either sign
+        x *= np.exp2(rng.integers(-140, -20, x.shape)).astype(np.float32)
+        q *= np.exp2(rng.integers(-110, -1, q.shape)).astype(np.float32)
+    if kind == "steep":  # most probabilities are 0 or almost, values are small
+        scale *= 40
+        x[:, :c_pad] *= np.exp2(rng.integers(-90, 1, (n, c_pad))).astype(np.float32)
+    return F.bf16_bits(x).view(np.uint8), c_pad, r_pad, q, np.array(ends, np.int32), scale
+
+
+ATTENTION = [(64, 16, 5, [3, 64, 65, 200, 131, 1, 190]), (24, 8, 3, [1, 2, 33, 64, 65]), (96, 48, 17, [70, 69, 71]),
+         (512, 64, 16, [77]), (32, 32, 1, [*range(125, 131)])]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["usual", "tiny", "steep"])
+@pytest.mark.parametrize(("c", "dr", "heads", "ends"), ATTENTION)
+def test_attention_follows_the_definition(
+    c: int, dr: int, heads: int, ends: list[int], kind: str, rng: np.random.Generator
+) -> None:
+    rows, c_pad, r_pad, q, row_end, scale = attention_case(rng, c, dr, heads, ends, kind)
+    got = T.mla_partial("amx", "bf16", rows, c_pad, r_pad, q, 0, row_end, scale)
+    want = A.mla_partial(q, rows, c_pad, 0, row_end, scale)
+    for name, a, b in zip("mlo", got, want, strict=True):
+        assert a.tobytes() == b.tobytes(), (name, np.argwhere(a != b)[:3])
+    if kind == "usual":
+        assert np.isfinite(got[2]).all() and got[2].any()
+
+
+@pytest.mark.parametrize("kind", ["usual", "tiny", "steep"])
+def test_attention_on_tiles_equals_its_emulation(tiles: str, kind: str, rng: np.random.Generator) -> None:
+    """Also where an infinity that some rows see has values added row by row."""
+    for c, dr, heads, ends in ATTENTION:
+        rows, c_pad, r_pad, q, row_end, scale = attention_case(rng, c, dr, heads, ends, kind)
+        for _ in range(2):
+            one, other = (
+                T.mla_partial(isa, "bf16", rows, c_pad, r_pad, q, 0, row_end, scale) for isa in (tiles, "emulated")
+            )
+            for a, b in zip(one, other, strict=True):
+                same_bits(a, b)
+            rows.view(np.uint16)[-1, 3] = 0x7F80
+
+
+def test_a_later_partial_begins_anew(rng: np.random.Generator) -> None:
+    ends = [T.PARTIAL + 70, T.PARTIAL, T.PARTIAL + 1, 9]
+    rows, c_pad, r_pad, q, row_end, scale = attention_case(rng, 64, 16, 4, ends, "usual")
+    got = T.mla_partial("amx", "bf16", rows, c_pad, r_pad, q, T.PARTIAL, row_end, scale)
+    for a, b in zip(got, A.mla_partial(q, rows, c_pad, T.PARTIAL, row_end, scale), strict=True):
+        assert a.tobytes() == b.tobytes()
+    assert not got[1][[1, 3]].any() and (got[0][[1, 3]] == -np.inf).all()
+
+
+@pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0, 0x8001, 0x8080])
+def test_what_lies_behind_a_row_does_not_reach_it(bits: int, rng: np.random.Generator) -> None:
+    """Infinities, NaN, and what turns +0 into -0: in some dims of a position behind a row's last, which others see."""
+    rows, c_pad, r_pad, q, row_end, scale = attention_case(rng, 64, 16, 5, [3, 40, 41, 33, 100, 101, 70], "steep")
+    cache = rows.view(np.uint16)
+    want = [A.mla_partial(q[i : i + 1], rows, c_pad, 0, row_end[i : i + 1], scale) for i in range(len(row_end))]
+    for i, end in enumerate(row_end):
+        kept = cache[end:].copy()
+        cache[end:, rng.integers(0, 80, 9)] = bits
+        got = T.mla_partial("amx", "bf16", rows, c_pad, r_pad, q, 0, row_end, scale)
+        for a, b in zip(got, want[i], strict=True):
+            assert a[i].tobytes() == b[0].tobytes(), end
+        cache[end:] = kept
+
+
+def test_a_value_that_is_no_number_reaches_those_that_see_it(rng: np.random.Generator) -> None:
+    rows, c_pad, r_pad, q, row_end, scale = attention_case(rng, 64, 16, 3, [50, 51, 64], "usual")
+    rows.view(np.uint16)[50, 7] = 0x7F80
+    o = T.mla_partial("amx", "bf16", rows, c_pad, r_pad, q, 0, row_end, scale)[2]
+    assert np.isfinite(o[0]).all() and not np.isfinite(o[1:, :, 7]).any()
+
+
+def test_a_sum_of_nothing_is_positive_whatever_follows() -> None:
+    """-0 from flushed products alone, at the end of a dot: the next one, whose probabilities are 0, makes it +0."""
+    cache = np.zeros((100, 48), np.float32)  # 32 latent dims, 16 of rope, of which the first is the score
+    cache[:, 32] = -20
+    cache[[0, 66, 94, 95], 32] = 0, 2, 0.5, 0.5
+    cache[[0, 94, 95], 5] = -(2.0**-126)
+    q = np.zeros((2, 1, 48), np.float32)
+    q[..., 32] = 1
+    rows, ends = F.bf16_bits(cache).view(np.uint8), np.array([96, 100], np.int32)
+    both = T.mla_partial("amx", "bf16", rows, 32, 16, q, 0, ends, 1.0)[2]
+    alone = T.mla_partial("amx", "bf16", rows, 32, 16, q[:1], 0, ends[:1], 1.0)[2]
+    assert both[0].tobytes() == alone[0].tobytes() == np.zeros(32, np.float32).tobytes()
+
+
+def test_zeros_stand_behind_the_last_position() -> None:
+    """Of a row whose scores are all minus infinity, where an infinite query makes NaN of rows that are not there."""
+    cache, q = np.ones((5, 48), np.float32), np.ones((1, 1, 48), np.float32)
+    cache[:, 3], q[..., 3] = -1, np.inf
+    m, l, o = T.mla_partial(
+        "amx", "bf16", F.bf16_bits(cache).view(np.uint8), 32, 16, q, 0, np.array([5], np.int32), 1.0
+    )
+    assert m == -np.inf and not l.any() and not o.any()
 
 
 # --- whole models ---------------------------------------------------------------------------------------------------

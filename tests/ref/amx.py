@@ -1,4 +1,4 @@
-"""Products of the instruction set amx by their definition (docs/model.md 7.2), bit for bit: TDPBF16PS in float64."""
+"""What the instruction set amx defines (docs/model.md 7.2), bit for bit: TDPBF16PS in float64, products, attention."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ref.formats import E4M3
+from ref.formats import E4M3, bf16_round, bf16_value
 
 Array = np.ndarray[Any, Any]
+CHUNK, ONE = 64, np.float32(1)  # cache positions between two maxima
 
 
 def bf16(bits: Array) -> Array:
@@ -65,3 +66,53 @@ def product_f8(x: Array, codes: Array, scales: Array, block: tuple[int, int]) ->
         # 24 bits times 24: exact in float64 too
         acc = fused(fused(sums, np.float32(2.0**-8), np.float32(0)), by, acc)
     return acc
+
+
+# --- attention over a bf16 cache: every row from its own positions alone ----------------------------------------------
+
+
+def add(x: Array, y: Array) -> Array:
+    return fused(ONE, x, y)
+
+
+def mul(x: Array, y: Array) -> Array:
+    return np.copysign(fused(x, y, np.float32(0)), np.copysign(ONE, x) * np.copysign(ONE, y))
+
+
+def exp_neg(x: Array) -> Array:
+    """Cephes' expf as kernels/elementary.h has it."""
+    magic, f32 = np.float32(12582912), np.float32
+    biased = fused(x, f32(1.44269504088896341), magic)
+    n = add(biased, -magic)
+    r = fused(n, f32(2.12194440e-4), fused(n, f32(-0.693359375), x))
+    p = np.full_like(r, 1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = fused(p, r, f32(c))
+    bits = add(fused(p, mul(r, r), r), ONE).view(np.int32) + (biased.view(np.int32) << 23)
+    return np.where(x < -87, f32(0), bits.view(np.float32))
+
+
+@np.errstate(all="ignore")
+def row_alone(q: Array, cache: Array, c_pad: int, begin: int, end: int, scale: Any) -> tuple[Array, Array, Array]:
+    """(m [h], l [h], o [h, c_pad]) of the queries f32 [h, w] of one row, which sees positions begin .. end - 1."""
+    m, q = np.full(len(q), -np.inf, np.float32), bf16_round(q)
+    l, o = np.zeros_like(m), np.zeros((len(q), c_pad), np.float32)
+    for first in range(begin, end, CHUNK):
+        c = cache[first : min(first + CHUNK, end)]
+        s = mul(blocks(q, c, np.zeros((len(q), len(c)), np.float32)), scale)
+        top = np.maximum(m, s.max(1))
+        base = np.where(top > -np.inf, top, np.float32(0))
+        alpha, p = exp_neg(add(m, -base)), bf16_round(exp_neg(add(s, -base[:, None])))
+        total = np.zeros_like(l)
+        for j in range(len(c)):
+            total = add(total, p[:, j])
+        m, l = top, fused(l, alpha, total)
+        o = blocks(p, np.ascontiguousarray(c[:, :c_pad].T), mul(o, alpha[:, None]))
+    return m, l, o + np.float32(0)
+
+
+def mla_partial(q: Array, rows: Array, c_pad: int, begin: int, row_end: Array, scale: float) -> list[Array]:
+    """m [n, h], l [n, h], o [n, h, c_pad], every row from its own positions; q f32 [n, h, w], rows uint8."""
+    cache = bf16_value(rows.view(np.uint16))
+    alone = [row_alone(x, cache, c_pad, begin, int(e), np.float32(scale)) for x, e in zip(q, row_end, strict=True)]
+    return [np.stack(part) for part in zip(*alone, strict=True)]
