@@ -163,13 +163,11 @@ class Crew(Closing):
         isa: instruction set; None: DEEPCALM_ISA, else the best one that every node has and none emulates.
         say: is told, in one line each, what is remarkable.
 
-    Attributes:
-        record: all that results depend on, the same on every node.
+    ``record`` is all that results depend on, the same on every node.
 
     Raises:
-        UnsupportedError: Ray is not installed.
-        Error: no cluster; a node on which the model cannot be opened, or which has another file or version.
-        ResourceError: workers died again and again; the head cannot be reached.
+        Error: no Ray, no cluster; a node on which the model cannot be opened, or which has another file or version.
+        ResourceError: workers died again and again, or want memory; the head cannot be reached.
     """
 
     def __init__(self, address: str | None, setup: Setup, isa: str | None, say: Callable[[str], None]) -> None:
@@ -200,7 +198,7 @@ class Crew(Closing):
         self._say(f"Ray: {nodes}, instruction set {self._isa}")
 
     def run(self, settings: Settings, lines: Iterable[Line]) -> Iterator[Result]:
-        """Results of ``lines``, in their order. Raises as the class does; ResourceError for want of memory, too."""
+        """Results of ``lines``, in their order. Raises as the class does."""
         source, window = iter(lines), deque[Block]()
         while True:
             most = WINDOW * self._setup.blocks * len(self._members)
@@ -231,20 +229,16 @@ class Crew(Closing):
 
     def _recruit(self) -> None:
         """A worker for every node that has none."""
-        if (nodes := _limited(self._ray.nodes)) is None:
-            raise ResourceError(f"the Ray cluster's head, {self._head}, has not answered for {HEAD:.0f} s")
+        if not (answers := _limited(self._ray.nodes)):
+            raise ResourceError(f"the Ray cluster's head, {self._head}, has not answered within {HEAD:.0f} s")
         self._recruited = time.monotonic()
         known = {m.node for m in self._members} | self._unfit
-        for node in nodes:
-            if node["Alive"] and node["NodeID"] not in known:
-                affinity = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-                    node["NodeID"], soft=False
-                )
-                actor = self._ray.remote(Worker).options(
-                    num_cpus=0, max_restarts=0, max_concurrency=self._setup.blocks + 1, scheduling_strategy=affinity
-                )
-                name = f"node {node['NodeManagerAddress']} ({node['NodeID'][:8]})"
-                member = _Member(node["NodeID"], name, actor.remote(), self._recruited)
+        there = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        how = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": self._setup.blocks + 1}
+        for node in answers[0]:
+            if node["Alive"] and (key := node["NodeID"]) not in known:
+                actor = self._ray.remote(Worker).options(**how, scheduling_strategy=there(key, soft=False)).remote()
+                member = _Member(key, f"node {node['NodeManagerAddress']} ({key[:8]})", actor, self._recruited)
                 self._members.append(member)
                 self._open(member)
         if not self._members:
@@ -253,9 +247,7 @@ class Crew(Closing):
     def _open(self, m: _Member) -> None:
         m.calls[m.actor.open.remote(self._setup, self._isa)] = partial(self._opened, m)
 
-    def _opened(self, m: _Member, found: dict[str, Any] | list[str] | str) -> None:
-        if isinstance(found, str):
-            raise Error(f"{m.name}: {found}")
+    def _opened(self, m: _Member, found: dict[str, Any] | list[str]) -> None:
         if isinstance(found, list):
             m.isas = found
             if self._isa is not None:
@@ -312,13 +304,13 @@ class Crew(Closing):
             self._lost(m, why)
             return
         call = m.calls.pop(ref)
-        if not isinstance(call, Block):
-            call(value)
-        elif isinstance(value, str):
+        if isinstance(value, str):
             raise ResourceError(f"{m.name}: {value}")
-        else:
+        if isinstance(call, Block):
             call.results, m.heard = value, time.monotonic()
             self._deaths[m.node] = 0
+        else:
+            call(value)
 
     def _lost(self, m: _Member, why: str) -> None:
         """Another worker in the place of one that died; its blocks go to whoever has room."""
@@ -340,17 +332,22 @@ class Crew(Closing):
         """Ends the workers, and the connection if it was made here."""
         for m in list(self._members):
             self._dismiss(m)
-        if self._own and _limited(lambda: [self._ray.shutdown()]) is None:
+        if self._own and not _limited(self._ray.shutdown):
             atexit.register(os._exit, 1)  # before Ray's own hook there, which would wait, too
 
 
-def _limited(call: Callable[[], list[Any]]) -> list[Any] | None:
-    """What it returns; None if the head takes too long: Ray waits a minute and ends the process, or waits for ever."""
-    found: list[list[Any]] = []
-    asking = threading.Thread(target=lambda: found.append(call()), daemon=True)
+def _limited(call: Callable[[], Any]) -> list[Any]:
+    """[What it returns]; [] if the head takes too long: Ray waits a minute and ends the process, or waits for ever."""
+    found: list[Any] = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            found.append(call())
+
+    asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(HEAD)
-    return found[0] if found else None
+    return found
 
 
 def _connect(address: str | None) -> tuple[Any, bool]:
@@ -372,13 +369,11 @@ def _connect(address: str | None) -> tuple[Any, bool]:
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address, log_to_driver=False, logging_level="error", include_dashboard=False)
     except (RuntimeError, ValueError, OSError, OverflowError) as e:
-        raise Error(
-            f"Ray cluster {address or 'of this machine'}: {_reason(e)}; expected HOST:PORT of its head node"
-        ) from None
+        cluster = f"Ray cluster {address or 'of this machine'}"
+        raise Error(f"{cluster}: {_reason(e)}; expected HOST:PORT of its head node, and its token if it asks") from None
     finally:
         ray._private.worker._worker_logs_enabled = False  # what it says of nodes goes to stdout, where results may go
-        with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
     return ray, True
 
 
@@ -402,8 +397,8 @@ def generate(
         model: packed file, under the same path on every node; None: the demo model.
         id_column: of strings or integers, each once; seeds are made from them.
         column: of prompts: texts, lists of token ids, or lists of messages.
-        options: threads, isa of ``Model``; max_sequences, ctx, kv, cache_bytes, draft of ``Model.batch``; max_tokens
-            (256), stop, seed (0), and temp, top_p, top_k, min_p (the checkpoint's) for all rows.
+        options: threads, isa of ``Model``; max_sequences, ctx, kv, cache_bytes, draft, drafter of ``Model.batch``;
+            max_tokens (256), stop, seed (0), and temp, top_p, top_k, min_p (the checkpoint's) for all rows.
 
     Returns:
         A dataset: the rows in their order, with columns generated_text (of a message its content), finish_reason, seed,
@@ -421,20 +416,22 @@ def generate(
     if unknown := options.keys() - known:
         raise TypeError(f"unknown option {min(unknown)}; expected one of {', '.join(sorted(known))}")
     columns = dataset.columns() or []
-    for name in (id_column, column):
-        if name not in columns:
-            raise Error(f"the dataset has no column {name}, but {one_line(', '.join(columns), 200)}")
+    if missing := {id_column, column} - {*columns}:
+        raise Error(f"the dataset has no column {min(missing)}, but {one_line(', '.join(columns), 200)}")
     if twice := set(columns) & ADDED.keys():
         raise Error(f"the dataset has a column {min(twice)} already; rename it, for the answers get it")
-    batch = {"max_sequences": 8, **{k: options[k] for k in BATCH if k in options}}
-    setup = Setup(None if model is None else str(Path(model).absolute()), {"threads": options.get("threads")}, batch)
+    setup = Setup(
+        None if model is None else str(Path(model).absolute()), {"threads": options.get("threads")},
+        {"max_sequences": 8, **{k: options[k] for k in BATCH if k in options}},
+    )  # fmt: skip
     seed, stop, limit = options.get("seed", 0), options.get("stop", ()), options.get("max_tokens", 256)
     sampling = {k: options[k] for k in SAMPLING if k in options}
     Sampling(seed=seed, **sampling), integer("max_tokens", limit, 1)  # or what is wrong with them
     date = datetime.now().isoformat(timespec="seconds")
     settings = Settings("", date, seed, limit, (stop,) if isinstance(stop, str) else tuple(stop), sampling)
+    crew = partial(Crew, None, setup, options.get("isa"), partial(print, file=sys.stderr, flush=True))
     answers = dataset.repartition(target_num_rows_per_block=ROWS).map_batches(
-        _Answers, fn_constructor_args=(setup, options.get("isa"), settings, id_column, column),
+        _Answers, fn_constructor_args=(crew, settings, (id_column, column)),
         batch_size=None, batch_format="pyarrow", num_cpus=0,
         compute=ActorPoolStrategy(size=1, max_concurrent_calls_per_actor=TABLES),
     )  # fmt: skip
@@ -445,9 +442,8 @@ def generate(
 class _Answers:
     """What Ray Data hands tables to: one actor for the whole cluster, with the crew. Tables share its workers."""
 
-    def __init__(self, setup: Setup, isa: str | None, settings: Settings, id_column: str, column: str) -> None:
-        self._start = partial(Crew, None, setup, isa, partial(print, file=sys.stderr, flush=True))
-        self._settings, self._columns = settings, (id_column, column)
+    def __init__(self, start: Callable[[], Crew], settings: Settings, columns: tuple[str, str]) -> None:
+        self._start, self._settings, self._columns = start, settings, columns
         self._crew: Crew | None = None
         self._turns = asyncio.Lock()
 

@@ -38,6 +38,7 @@ def new_cluster() -> Iterator[Any]:
     os.environ["PYTHONPATH"] = commands.PACKAGE_PARENT  # workers inherit it
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_AUTH_MODE"] = "disabled"  # whatever token the user has
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (of 15: a busy machine would starve them)
     testing = pytest.importorskip("ray.cluster_utils")
     found = testing.Cluster(initialize_head=True, head_node_args={"include_dashboard": False, "num_cpus": 1})
     try:
@@ -178,9 +179,9 @@ def test_workers_that_are_killed_are_replaced_and_the_bytes_are_the_same(
     with_nodes(cluster, 3)
     seed = int(os.environ.get("DEEPCALM_TEST_SEED", random.randrange(2**32)))
     print(f"DEEPCALM_TEST_SEED={seed}")
-    rng, killed, out = random.Random(seed), 0, tmp_path / "out.jsonl"
+    rng, killed, most, out = random.Random(seed), 0, max(4, LINES // 50), tmp_path / "out.jsonl"
     with started(cluster, lines, out, "--max-sequences", "4") as process:
-        while killed < max(4, LINES // 50) and grown(out, out.stat().st_size if out.exists() else 0, process):
+        while killed < most and grown(out, out.stat().st_size if out.exists() else 0, process):
             time.sleep(rng.uniform(0, 0.3))
             if (found := workers()) and out.read_bytes().count(b"\n") < LINES - 50:
                 os.kill(rng.choice(found), signal.SIGKILL)
@@ -188,7 +189,7 @@ def test_workers_that_are_killed_are_replaced_and_the_bytes_are_the_same(
         assert process.stderr is not None
         err = process.stderr.read().decode()
         assert process.wait(60) == 0, err
-    assert killed >= 2 and err.count("its worker died") >= 2, err
+    assert killed >= most // 2 and err.count("its worker died") == killed, err
     assert out.read_bytes() == want
 
 
@@ -321,7 +322,7 @@ def test_a_head_that_is_gone_or_silent_ends_the_run_which_goes_on_elsewhere(
             assert process.wait(60) == 1, err
         if sign == signal.SIGSTOP:
             os.kill(head, signal.SIGCONT)
-    assert "has not answered for 3 s" in err and "goes on from there" in err
+    assert "has not answered within 3 s" in err and "goes on from there" in err
     kept = out.read_bytes()
     assert want.startswith(kept) and kept != want
     assert answer(lines, out, *(("--ray", cluster.address) if sign == signal.SIGKILL else ()))[:2] == (0, want)
