@@ -197,14 +197,16 @@ class PySession {
 
     // One step of this sequence alone; its bytes and seconds are the session's.
     py::dict draft_round(int token, int k, const py::object& sampling, int n_valid, float min_confidence,
-                         bool want_logits, const std::optional<I32Array>& drafts) {
+                         bool want_logits, const std::optional<I32Array>& drafts,
+                         const std::optional<I32Array>& chosen) {
         Work w{.session = s_.get(),
                .ids = {token},
                .sample = sample_params(sampling),
                .n_valid = n_valid,
                .k = k,
                .drafts = drafts ? copy_ids(*drafts) : std::vector<int32_t>(),
-               .min_confidence = min_confidence};
+               .min_confidence = min_confidence,
+               .chosen = chosen ? copy_ids(*chosen) : std::vector<int32_t>()};
         F32Array logits({want_logits ? std::max(py::ssize_t{k}, std::ssize(w.drafts)) + 1 : py::ssize_t{0}, vocab_});
         w.logits = want_logits ? logits.mutable_data() : nullptr;
         const StepCost cost = without_gil([&] { return s_->step(w); });
@@ -567,11 +569,12 @@ void bind_session(py::module_& m) {
              "Append MTP rows from next tokens ids [n] and post-norm hidden [n, hidden_size]; returns (logits, g [n, "
              "hidden_size]).")
         .def("draft_round", &PySession::draft_round, "token"_a, "k"_a, "sampling"_a, "n_valid"_a,
-             "min_confidence"_a = 0.0, "want_logits"_a = false, "drafts"_a = py::none(), py::call_guard<FloatMode>(),
+             "min_confidence"_a = 0.0, "want_logits"_a = false, "drafts"_a = py::none(), "chosen"_a = py::none(),
+             py::call_guard<FloatMode>(),
              "One draft-verify-accept round after `token`, with k drafts of the MTP layer or those given (both: they "
              "replace the layer's after it has run), or a plain step. Returns tokens (accepted drafts and "
              "the next token), counts, bytes and seconds, and with want_logits the rows [len(tokens), vocab_size] they "
-             "were chosen from.")
+             "were chosen from. `chosen`: ids that are taken for the model's choices (for measurements).")
         .def("decode_start", &PySession::decode_start, "token"_a, "sampling"_a, "n_valid"_a, "max_tokens"_a, "eos"_a,
              py::call_guard<FloatMode>(),
              "Decoding on the device after `token`: queue rounds with decode_step, take tokens with decode_poll.")

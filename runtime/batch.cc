@@ -83,9 +83,11 @@ Status Step::check(const Work& w, std::span<Work* const> others) const {
     if (n > 0 && (w.ids.size() != 1 || !w.sample)) return fail("only behind a single token");
     if (given && given != n) return fail(std::to_string(given) + " ids, expected k = " + std::to_string(n));
     const int n_vocab = s.model_.cfg().vocab_size;
-    for (const int32_t id : w.drafts) {
-        if (id < 0 || id >= n_vocab)
-            return fail("token id " + std::to_string(id) + ", expected 0.." + std::to_string(n_vocab - 1));
+    for (const auto* ids : {&w.drafts, &w.chosen}) {
+        for (const int32_t id : *ids) {
+            if (id < 0 || id >= n_vocab)
+                return fail("token id " + std::to_string(id) + ", expected 0.." + std::to_string(n_vocab - 1));
+        }
     }
     return {};
 }
@@ -176,7 +178,10 @@ void Step::choose(Lane& l) const {
     const int n_vocab = model_.cfg().vocab_size;
     for (int j = 0; l.w.sample && j <= l.w.n_drafted; ++j) {
         const float* row = logits(l.row + j);
-        auto next = sample(row, n_vocab, l.n_valid(), *l.w.sample, l.n + std::ssize(l.w.ids) + j);
+        const auto at = static_cast<size_t>(j);
+        auto next = at < l.w.chosen.size()
+                        ? Result<int32_t>(l.w.chosen[at])
+                        : sample(row, n_vocab, l.n_valid(), *l.w.sample, l.n + std::ssize(l.w.ids) + j);
         if (!next.ok()) {  // plain decoding reports a row without a token when it gets there, not earlier
             if (j == 0) l.w.error = std::move(next.error());
             l.w.n_accepted = std::max(j - 1, 0);  // the draft accepted last is the token that the next round passes

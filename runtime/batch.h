@@ -26,8 +26,9 @@ struct Work {
     std::vector<int32_t> drafts = {};
     float min_confidence = 0;  // stop the layer's chain before a draft whose probability is lower, by its own logits
     int n_top = -1;            // how many of the most probable ids `scores` names; -1: no scores
-    bool keep_hidden = false;  // in Session::hidden()
-    float* logits = nullptr;   // out: [rows, vocab_size] as wanted; with `sample` those that `tokens` were chosen from
+    std::vector<int32_t> chosen = {};  // measurement only: ids that are taken for the model's choices; or none
+    bool keep_hidden = false;          // in Session::hidden()
+    float* logits = nullptr;  // out: [rows, vocab_size] as wanted; with `sample` those that `tokens` were chosen from
 
     std::vector<int32_t> tokens = {};  // out: accepted drafts, in the cache now, and the next token, which is not
     std::vector<Scores> scores = {};   // out: [tokens]

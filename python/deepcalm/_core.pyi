@@ -162,6 +162,7 @@ class Session:
         min_confidence: float = 0.0,
         want_logits: bool = False,
         drafts: npt.NDArray[Any] | Sequence[int] | None = None,
+        chosen: npt.NDArray[Any] | Sequence[int] | None = None,
     ) -> dict[str, Any]: ...
     def expert_union(self) -> list[tuple[int, int]]: ...
     def decode_start(

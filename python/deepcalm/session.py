@@ -322,7 +322,8 @@ class Session(Closing):
             sampling, n_valid: how tokens, and drafts likewise, are chosen.
             min_confidence: a draft less probable than this under its own distribution ends the chain unverified.
             options: want_logits=True adds "logits"; drafts=[n <= 7]: ids to verify, whoever made them (beside k: [k],
-                they replace the MTP layer's after it has run, for measurements).
+                they replace the MTP layer's after it has run, for measurements); chosen: ids that are taken for the
+                model's choices (for measurements).
 
         Returns:
             dict: tokens (accepted drafts, part of the sequence, and the next token, which is not: it is what the next

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+from array import array
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import deepcalm
 import device_cases
 import models
 import tiny
-from deepcalm import SessionError, _core, cli
+from deepcalm import SessionError, UnsupportedError, _core, cli, drafters
 from deepcalm.drafting import LIMIT, LIMIT_TOKENS, PLAIN_EVERY, Controller, CostModel, Offer, expected_tokens
 from deepcalm.measure import drafts
 from deepcalm.sampling import Sampling
@@ -499,25 +500,86 @@ def test_bench_draft_measures_what_was_asked(monkeypatch: pytest.MonkeyPatch) ->
         assert r.predicted > 0 and 0 < r.speedup.low <= r.speedup.median <= r.speedup.high
     own = drafts.bench_draft(demo(), 1, prompt=demo().encode("Once upon a time"), **options)
     assert own.acceptance > 0.8 and own.predicted_bytes > 1
-    with pytest.raises(SessionError, match="no MTP layer"):
-        drafts.bench_draft(models.model("moonlight"), 1)
+    with pytest.raises(UnsupportedError, match="no MTP layer"):
+        drafts.bench_draft(models.model("moonlight"), 1, drafter="mtp")
     with pytest.raises(SessionError, match="the model has 512"):
         drafts.bench_draft(demo(), 1, prompt=500)
     with pytest.raises(ValueError, match=r"0\.\.1"):
         drafts.bench_draft(demo(), 1, accept=1.5)
 
 
-def test_bench_draft_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chosen_ids_are_taken_for_the_models_choices() -> None:
+    """What a text is measured with: drafts count where they are its tokens, and the cache is the text's."""
+    file = models.packed("v3")
+    ids = tiny.token_ids(N_VALID, 12, 1).tolist()
+    session, plain = (_core.Session(models.open_model(models.PackedFile(file), models.ISAS[0]), 32, "f16", 8, mtp=True)
+                      for _ in range(2))  # fmt: skip
+    how: dict[str, Any] = {"sampling": Sampling(), "n_valid": N_VALID}
+    session.forward(np.array(ids[:4], np.int32), "none")
+    r = session.draft_round(ids[4], 0, drafts=[*ids[5:7], (ids[7] + 1) % N_VALID], chosen=ids[5:9], **how)
+    assert (r["tokens"], r["drafted"], r["accepted"]) == (ids[5:8], 3, 2)
+    r = session.draft_round(ids[7], 2, chosen=ids[8:11], **how)  # the layer's drafts, right or not
+    assert r["tokens"] == ids[8 : 8 + len(r["tokens"])] and r["drafted"] == 2
+    with pytest.raises(SessionError, match="token id 99999"):
+        session.draft_round(ids[9], 0, chosen=[99999], **how)
+    session.truncate(8)
+    rows = [s.forward(np.array(part, np.int32), "last") for s, part in ((session, ids[8:]), (plain, ids[:8]))]
+    models.assert_same_bits("logits", rows[0], plain.forward(np.array(ids[8:], np.int32), "last"))
+
+
+def documents(name: str) -> list[int]:
+    return demo().encode((Path(__file__).parents[1] / "data" / name).read_text(), bos=True)
+
+
+@pytest.mark.parametrize(("name", "windows"), [("edits.txt", 1), ("books.txt", 2)])
+def test_drafts_of_a_text_are_counted(name: str, windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as a loop over its tokens finds, and for the bytes that the cost model says; "auto" where they pay."""
+    monkeypatch.setattr(_core, "read_bandwidth", lambda *_: 10.0)
+    text, k, prompt, size = documents(name)[: windows * 300], 4, 100, 300
+    offered = accepted = 0
+    for start in range(0, len(text), size):
+        window, at, first = text[start : start + size], prompt, True
+        while at < len(window):
+            length, ids = drafters.continuation(array("i", window[:at]), min(k, len(text) - start - at - 1))
+            ids = ids if length > 1 else []
+            right = next((i for i, token in enumerate(ids) if token != text[start + at + i]), len(ids))
+            if not first:
+                offered, accepted = offered + len(ids), accepted + right
+            at, first = at + right + 1, False
+    options: dict[str, Any] = {"drafter": "ngram", "text": text, "repeats": 1, "steady": True}
+    r = drafts.bench_draft(demo(), k, None, prompt, size - prompt, **options)
+    assert (r.windows, r.decode_tokens, r.drafters) == (windows, windows * 200, {"ngram": (offered, accepted)})
+    auto = drafts.bench_draft(demo(), "auto", None, prompt, size - prompt, **options)
+    for result in (r, auto):
+        assert result.gain_bytes == pytest.approx(result.predicted_bytes, rel=0.03)
+        assert result.worst_bytes < result.gain_bytes + 1e-9 and result.draft_bytes_share == 0
+    least = 1.3 if name == "edits.txt" else 0.98
+    assert auto.worst_bytes > least and (name != "edits.txt" or r.gain_bytes > least)
+
+
+def test_a_text_is_cut_into_windows() -> None:
+    assert drafts.cut([5, 5, 5, 0, 6, 6, 6, 6, 6, 0, 7], {0}, 3, 2, 1) == [[5, 5, 5], [6, 6, 6, 6], [6, 6]]
+    with pytest.raises(SessionError, match="the longest document of the text has 2 tokens, expected at least 3"):
+        drafts.cut([1, 1, 0, 1], {0}, 9, 3)
+
+
+def test_bench_draft_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_core, "read_bandwidth", lambda *_: 10.0)  # reads a GiB
     args = ["bench", str(models.packed()), "--context", "8", "--tokens", "6", "--repeats", "2", "--threads", "1"]
     assert cli.main([*args, "--draft", "2", "--accept", "0.5"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert names[:9] == ["command", "model", "drafts", "passes", "bytes", "plain", "drafted", "speedup", "machine"]
-    assert names[9] == "what"  # binds
+    assert " ".join(names[:10]) == "command model drafts passes bytes plain drafted gain speedup machine"
+    assert names[10] == "what"  # binds
     assert cli.main([*args, "--draft", "1", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["k"] == 1 and value["accept"] is None and value["speedup"]["median"] > 0 and "command" in value
-    assert cli.main([*args, "--accept", "0.5"]) == 2
+    text = tmp_path / "text"
+    text.write_text("one two three " * 9)
+    assert cli.main([*args, "--draft", "auto", "--drafter", "ngram", "--text", str(text), "--tokens", "20"]) == 0
+    assert "as many as pay; accepted: " in (out := capsys.readouterr().out) and "windows of a text" in out
+    assert cli.main([*args, "--accept", "0.5"]) == cli.main([*args, "--text", str(text)]) == 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "sim"])

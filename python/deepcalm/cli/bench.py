@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..drafting import MAX_DRAFT
 from ..errors import Error
 from ..files.safetensors import check_output, whole_file
 from ..names import DTYPES
 from ..tables import columns
-from .common import FILE, POSITIVE, one_file, open_model, options, progress, say, size, write, write_json
+from ..text import decode_utf8
+from .common import FILE, POSITIVE, one_file, open_model, options, progress, read_text, say, size, write, write_json
 
 if TYPE_CHECKING:
     from ..measure.drafts import DraftBench
@@ -39,6 +41,12 @@ def _numbers(
     return parse
 
 
+def _drafts(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | int | None:
+    if value is not None and value != "auto" and not re.fullmatch(f"[1-{MAX_DRAFT}]", value):
+        raise click.BadParameter(f"{value!r}, expected auto or a number 1..{MAX_DRAFT}")
+    return value if value in (None, "auto") else int(value)
+
+
 @click.command(
     short_help="Measure prefill and decode, beside the bounds of this machine.",
     epilog="""\b
@@ -48,16 +56,20 @@ Examples:
   deepcalm bench v2-lite.dcalm --kv bf16 --repeats 9 --json
   deepcalm bench --synthetic v2-lite:8 --dtype q8
   deepcalm bench --synthetic v3:2 --dtype q4 --set first_k_dense_replace=1 --set vocab_size=16384
-  deepcalm bench v3.dcalm --draft 2 --accept 0.8       # drafts right with this probability, for models not trained""",
+  deepcalm bench v3.dcalm --draft 2 --accept 0.8       # drafts right with this probability, for models not trained
+  deepcalm bench --draft auto --drafter ngram --text book.txt           # as if the model wrote this""",
 )
 @click.argument("file", type=FILE, required=False)
 @click.option("--prompt", type=POSITIVE, metavar="N", help="Tokens of the timed prefill (default: 512 if it can).")
 @click.option("--contexts", "--context", metavar="N,...", callback=_numbers(0),
               help="Tokens cached when decoding starts (default: 0,1024,4096, as far as the model goes).")  # fmt: skip
-@click.option("--tokens", type=POSITIVE, default=32, metavar="N", help="Timed decode steps (32).")
+@click.option("--tokens", type=POSITIVE, metavar="N", help="Timed decode steps (32), or of a --text (all).")
 @click.option("--repeats", type=POSITIVE, default=5, metavar="N", help="Repeats (5).")
-@click.option("--draft", type=click.IntRange(1, 7), metavar="K", help="K drafts a round against plain decoding.")
+@click.option("--draft", metavar="auto|K", callback=_drafts,
+              help="K drafts a round, or as many as pay, against plain decoding.")  # fmt: skip
 @click.option("--accept", type=click.FloatRange(0, 1), metavar="A", help="Make drafts right with this probability.")
+@click.option("--text", metavar="FILE",
+              help="Draft as if the model wrote this text, in windows that begin with a --context.")  # fmt: skip
 @click.option("--synthetic", metavar="NAME[:LAYERS]",
               help="Random weights in the geometry of v2-lite, v3, moonlight, glm-4.7-flash, mistral-small-4, a.x-k1, "
                    "youtu-2b or minicpm3-4b.")  # fmt: skip
@@ -69,12 +81,13 @@ Examples:
 @click.option("--json-file", type=FILE, metavar="FILE", help="Write the JSON object here too.")
 @click.option("-t", "--threads", metavar="N,...", callback=_numbers(1, 1024),
               help="Threads, each in turn (default: as many as pay).")  # fmt: skip
-@options("--model", "--kv", "--isa", "--json", "--quiet")
+@options("--model", "--drafter", "--kv", "--isa", "--json", "--quiet")
 def bench(
-    path: Path | None, file: Path | None, prompt: int | None, contexts: list[int] | None, tokens: int, repeats: int,
-    draft: int | None, accept: float | None, synthetic: str | None, dtype: str | None, attn_dtype: str | None,
-    head_dtype: str | None, overrides: tuple[str, ...], keep: Path | None, json_file: Path | None,
-    threads: list[int] | None, kv: str, isa: str | None, as_json: bool, quiet: bool,
+    path: Path | None, file: Path | None, prompt: int | None, contexts: list[int] | None, tokens: int | None,
+    repeats: int, draft: str | int | None, accept: float | None, text: str | None, synthetic: str | None,
+    dtype: str | None, attn_dtype: str | None, head_dtype: str | None, overrides: tuple[str, ...], keep: Path | None,
+    json_file: Path | None, threads: list[int] | None, drafter: str, kv: str, isa: str | None, as_json: bool,
+    quiet: bool,
 ) -> None:  # fmt: skip
     """Measure prefill and decode of FILE (default: the demo model), beside the bounds of this machine.
 
@@ -87,16 +100,19 @@ def bench(
     from ..measure.drafts import bench_draft
 
     file = one_file(path, file)
-    if accept is not None and draft is None:
-        raise click.UsageError("--accept goes with --draft K")
+    if draft is None and (accept is not None or text is not None or drafter != "auto"):
+        raise click.UsageError("--accept, --drafter and --text go with --draft K")
     if draft is not None and (json_file or len(contexts or ()) > 1 or len(threads or ()) > 1):
         raise click.UsageError("--draft takes one context and one number of threads, and no --json-file")
     if draft is not None and contexts == [0]:
         raise click.UsageError("--draft needs a context of at least 1")
     if draft is not None and prompt is not None:
         raise click.UsageError("--prompt does not go with --draft: --context N is the length of its prompt")
-    if draft is not None and tokens < draft + 3:
-        raise click.UsageError(f"--tokens {tokens}: with --draft {draft} expected at least {draft + 3}")
+    least = 1 if draft is None else 3 + (MAX_DRAFT if draft == "auto" else int(draft))
+    tokens = tokens or (32 if text is None else None)
+    if tokens is not None and tokens < least:
+        raise click.UsageError(f"--tokens {tokens}: with --draft {draft} expected at least {least}")
+    told = None if text is None else decode_utf8(read_text(text), "standard input" if text == "-" else text)
     if json_file is not None:
         check_output(json_file)
     if synthetic is None and (dtype or attn_dtype or head_dtype or overrides or keep):
@@ -117,15 +133,16 @@ def bench(
             model = open_model(file, "cpu", n, isa, quiet)
             if draft is not None:
                 with progress("measuring", quiet) as update:
-                    drafted = bench_draft(model, draft, accept, contexts[0] if contexts else None, tokens, repeats, kv,
-                                          progress=update)  # fmt: skip
+                    ids = None if told is None else model.encode(told, bos=True)
+                    drafted = bench_draft(model, draft, accept, contexts[0] if contexts else None, tokens, repeats,
+                                          update, kv=kv, drafter=drafter, text=ids)  # fmt: skip
                 ends = {"command": command, "conclusion": report.draft_conclusion(drafted)}
                 drafted = dataclasses.replace(drafted, file=str(keep or synthetic or drafted.file))
                 values = dataclasses.asdict(drafted) | ends
                 write_json(values) if as_json else write(draft_text(drafted, command))
                 return
             with progress(f"measuring, {model.threads} threads", quiet) as update:
-                results.append(measure(model, prompt, contexts, tokens, repeats, kv,
+                results.append(measure(model, prompt, contexts, tokens or 32, repeats, kv,
                                        random_weights=synthetic is not None, progress=update))  # fmt: skip
     results = [dataclasses.replace(r, file=str(keep or synthetic or r.file)) for r in results]
     runs = [dataclasses.asdict(r) | {"conclusion": report.conclusion(r)} for r in results]
@@ -162,18 +179,23 @@ def draft_text(r: DraftBench, command: str) -> str:
     """The comparison as lines."""
     from ..measure.report import draft_conclusion, spread
 
-    right = "the MTP layer's own" if r.accept is None else f"made right with probability {r.accept:g}"
+    made = "; ".join(f"{name} {taken} of {offered}" for name, (offered, taken) in r.drafters.items()) or "none"
+    count = "as many as pay" if r.k == "auto" else f"{r.k} a round"
+    right = "" if r.accept is None else f", made right with probability {r.accept:g}"
+    text = f" in {r.windows} windows of a text" if r.windows else ""
     return columns([
         ("command", command),
         ("model", f"{r.file}, {r.isa}, threads {r.threads}, cache {r.kv}; median (lowest - highest) of {r.repeats}"),
-        ("drafts", f"{r.k} a round, {right}; {100 * r.acceptance:.1f} % accepted"),
+        ("drafts", f"{count}{right}; accepted: {made}, {100 * r.acceptance:.1f} %"),
         ("passes", f"{r.tokens_per_pass:.2f} tokens and {r.experts_per_pass:.1f} distinct experts a pass, "
                    f"plain {r.plain_experts:.1f}"),
-        ("bytes", f"{size(round(r.drafted_bytes_per_token))} a token, {100 * r.draft_bytes_share:.1f} % by the MTP "
-                  f"layer; plain {size(round(r.plain_bytes_per_token))}"),
-        ("plain", f"{spread(r.plain_rate, '.1f')} tok/s, {r.decode_tokens} tokens after {r.context}"),
+        ("bytes", f"{size(round(r.drafted_bytes_per_token))} a token, {100 * r.draft_bytes_share:.1f} % by the "
+                  f"drafter; plain {size(round(r.plain_bytes_per_token))}"),
+        ("plain", f"{spread(r.plain_rate, '.1f')} tok/s, {r.decode_tokens} tokens after {r.context}{text}"),
         ("drafted", f"{spread(r.drafted_rate, '.1f')} tok/s, the same text"),
-        ("speedup", f"{spread(r.speedup, '.3f')}; predicted {r.predicted:.3f}, from bytes {r.predicted_bytes:.3f}"),
+        ("gain", f"{r.gain_bytes:.3f} by the bytes counted, predicted {r.predicted_bytes:.3f}"
+                 + f"; {r.worst_bytes:.3f} in the worst window" * (r.windows > 1)),
+        ("speedup", f"{spread(r.speedup, '.3f')}; predicted {r.predicted:.3f}"),
         ("machine", f"{spread(r.read_bandwidth, '.2f')} GB/s plain read with as many threads, between the repeats"),
         *draft_conclusion(r).items(),
     ])  # fmt: skip

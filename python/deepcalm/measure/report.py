@@ -7,6 +7,7 @@ from collections.abc import Callable
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from ..drafting import MAX_DRAFT
 from ..tables import table, wrapped
 
 if TYPE_CHECKING:
@@ -100,11 +101,13 @@ def draft_conclusion(r: DraftBench) -> dict[str, str]:
     pay = "drafts pay" if r.speedup.low > 1 else "drafts do not pay" if r.speedup.high < 1 else "drafts change nothing"
     share = 1e-9 * r.drafted_bytes_per_token * r.drafted_rate.median / r.read_bandwidth.median
     far = f"; bytes at {100 * share:.0f} % of the read bandwidth" if share <= CACHED else ""
+    k = MAX_DRAFT if r.k == "auto" else int(r.k)
     out = {
         "what binds": f"{pay}: {r.speedup.median:.2f} times plain with {100 * r.acceptance:.0f} % of them right.",
-        "how far": f"{r.tokens_per_pass:.2f} of at most {r.k + 1} tokens a pass{far}.",
+        "how far": f"{r.tokens_per_pass:.2f} of at most {k + 1} tokens a pass{far}.",
     }
-    more = r.k + 1 if pay == "drafts pay" and r.acceptance > 0.8 else r.k - 1 if pay == "drafts do not pay" else 0
+    step = (pay == "drafts pay" and r.acceptance > 0.8) - (pay == "drafts do not pay")
+    more = k + step if step and r.k != "auto" else 0
     return out | ({"to try": f"--draft {more}."} if 1 <= more <= 7 else {})
 
 
