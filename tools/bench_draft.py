@@ -178,7 +178,7 @@ def auto_text(head: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 
 def controller() -> dict[str, float]:
     """The constants that decide what "auto" does with one sequence, by name."""
-    sources = map(inspect.getsource, (drafting.Controller, drafting.Account, drafting.Acceptance))
+    sources = map(inspect.getsource, (drafting.Controller, drafting.Kind, drafting.Acceptance))
     read = {n.id for text in sources for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)}
     found = vars(drafting).items()
     return {k: v for k, v in found if k in read and isinstance(v, int | float) and k != "MAX_DRAFT"}

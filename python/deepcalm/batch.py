@@ -21,7 +21,7 @@ from . import _core, limits
 from .arguments import integer, token_ids
 from .closing import Closing
 from .drafters import Drafters, keeps_mtp
-from .drafting import BatchController, CostModel, Text, count_drafts
+from .drafting import Controller, CostModel, Text, count_drafts
 from .errors import Error, ResourceError, SessionError
 from .generation import check_draft
 from .sampling import Sampling, Scores
@@ -179,7 +179,7 @@ class Batch(Closing):
         self._lazy = model.device == "cpu"  # caches take the memory that is touched, not all of it as on a device
         mtp = keeps_mtp(draft, drafter)
         self._mtp = bool(model.config["num_nextn_predict_layers"]) if mtp is None else mtp
-        self._control = BatchController(CostModel.of(model.core.weight_bytes, model.config), draft)
+        self._control = Controller(CostModel.of(model.core.weight_bytes, model.config), draft)
         self._drafters = Drafters(model, drafter, draft, self._mtp)
         self.drafted: dict[str, tuple[int, int]] = {}  # drafts offered and accepted, by who made them
         self._row_bytes = -(-self._session(ctx).cache_bytes // ctx)

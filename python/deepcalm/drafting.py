@@ -36,13 +36,10 @@ AUTO_MAX = 3  # longest chain of the MTP layer, which fades on its own output
 PRIOR_ACCEPTANCE = 0.8  # as reported for MTP layers of V3 and R1; replaced by what is measured
 PRIOR_WEIGHT = 8  # drafts that the prior counts for
 MEMORY = 0.97  # weight of a draft's outcome in the acceptance, one round later
-PAUSE = 256  # tokens before drafting is tried again; twice and four times as many after it lost and lost again
-PLAIN_FIRST = 6  # plain steps before the first draft; the first two may be slow, so their median is the price
-PLAIN_EVERY = 32  # while drafting, a plain step this often keeps its price known
-PROBES = 4  # rounds with a single draft each time drafting is turned on, before the clock is believed
-DRAWDOWN = 1.25  # plain steps that drafting may lose by the clock, counted from its best moment, before it is off
-DRAWDOWN_WON = 4.0  # and what had been won since it is on, but not more than so many
-SAFE_SHARE = 0.75 * LIMIT  # of the bytes of a batch without drafts, which are estimated
+PAUSE = 256  # steps before drafting is tried again where it lost; a fourth of it if texts are many; doubles
+PLAIN_FIRST = 6  # plain steps before the first draft; the first two may be slow, so their median is the pace
+PLAIN_EVERY = 32  # the pause where drafting has won since the last one
+SAFE_SHARE = 0.75 * LIMIT  # of the bytes without drafts, which are estimated
 MAX_PENDING = 256  # tokens that a sequence's MTP cache lacks before a step catches up
 PASS_ROWS = 256  # of a drafter's pass over tokens that it lacks
 MAX_BATCH_ROWS = 320  # of a pass of a batch
@@ -122,11 +119,6 @@ class CostModel:
     def relative_cost(self, k: int, counted: Sequence[tuple[int, int]] = (), rows: float = 1) -> float:
         """Bytes of a round with ``k`` drafts over those of a plain step; ``rows``: see ``draft_bytes``."""
         return (self.verify_bytes(k, counted) + self.draft_bytes(k, rows)) / self.plain
-
-    def worst_loss(self, k: int, rows: int) -> float:
-        """Plain steps that a round with ``k`` drafts loses at most: none accepted, no expert shared."""
-        most = (min((k + 1) * self.top_k, self.n_experts) - self.top_k) * self.layers
-        return (max(most, 0) * self.expert + self.worst_passes(rows) + (k - 1) * self.mtp_step) / self.plain
 
     def worst_passes(self, rows: int) -> float:
         """Bytes that a drafter's passes over ``rows`` tokens read at most."""
@@ -255,154 +247,6 @@ class Acceptance:
         self._offered, self._taken = [n / 4 for n in self._offered], [n / 4 for n in self._taken]
 
 
-class Account(Acceptance):
-    """What one text knows of one kind of drafts: whether they are made, how often they count, what they won.
-
-    ``pause``: tokens before they are tried.
-    """
-
-    def __init__(self, prior: float, pause: int) -> None:
-        super().__init__(prior)
-        self.drafting, self.switches = False, 0
-        self.pause, self._next_pause = pause, PAUSE
-        self.probes = 0
-        self._down = 0.0  # plain steps lost by the clock since the best moment
-        self._won = 0.0  # plain steps won by the clock since drafting was turned on
-
-    def start(self) -> None:
-        """Drafting is turned on."""
-        if not self.drafting:
-            self.drafting, self.switches, self.probes = True, self.switches + 1, PROBES
-            self._down = self._won = 0.0
-
-    def rest(self) -> None:
-        """No drafts for a while; what was accepted says little about the text after it."""
-        if self.drafting:
-            self.drafting, self.switches = False, self.switches + 1
-            self.pause = PAUSE if self._won > 0 else self._next_pause
-            self._next_pause = min(2 * self.pause, 4 * PAUSE)
-        else:
-            self.pause = PAUSE
-        self.fade()
-
-    def observe(self, drafted: int, accepted: int, took: float, n: int) -> None:
-        """A round that took so many plain steps for ``n`` tokens."""
-        self.add(drafted, accepted)
-        self.probes = max(self.probes - (drafted > 0), 0)
-        self._won += n - took
-        self._down = max(self._down + took - n, 0.0)
-        won = min(max(self._won + self._down, 0.0), DRAWDOWN_WON)
-        if self.drafting and self._down > DRAWDOWN + won:
-            self.rest()
-
-
-class Controller:
-    """Decides the drafts of each round of one text.
-
-    ``draft`` a number: always that many, by the first drafter that has any. "off": none. "auto": drafts only while it
-    pays, by the drafter that promises most tokens per byte. A kind of drafts starts where the cost model predicts a
-    gain, keeps an account by the clock against plain decoding, and is turned off when that is too far below its best
-    (DRAWDOWN, DRAWDOWN_WON); after a pause, which doubles while it fails, it is tried again. No round starts that
-    could, at worst, take the whole text's bytes beyond LIMIT: a text of LIMIT_TOKENS or more reads at most that share
-    more than without drafting, whatever the acceptance. Nothing is tried again before the time that a failure takes,
-    rows to catch up with included, fits into the same share.
-    """
-
-    def __init__(self, draft: str | int) -> None:
-        self.fixed = None if draft == "auto" else 0 if draft == "off" else int(draft)
-        self.stats = DraftStats()
-        self.accounts: dict[tuple[str, int], Account] = {}
-        self._plain_seconds: deque[float] = deque(maxlen=9)
-        self._plain_bytes = 0
-        self._lost = 0.0  # plain steps that the whole text lost in bytes; negative: won
-        self._lost_seconds = 0.0  # the same by the clock
-        self._since_plain = 0
-
-    @property
-    def drafting(self) -> bool:
-        """Whether anything is drafted now."""
-        return any(a.drafting for a in self.accounts.values())
-
-    @property
-    def switches(self) -> int:
-        """How often drafting by anybody was turned on or off."""
-        return sum(a.switches for a in self.accounts.values())
-
-    def choose(self, offers: Sequence[Offer], counted: Sequence[tuple[int, int]] = ()) -> tuple[Offer | None, int]:
-        """Whose drafts the next round verifies, and how many; None, 0: a plain step.
-
-        Args:
-            offers: of the drafters at hand, those that may be asked first come first.
-            counted: ``_core.Session.expert_union()``.
-        """
-        if self.fixed is not None:
-            return next(((o, min(self.fixed, o.most)) for o in offers if min(self.fixed, o.most) > 0), (None, 0))
-        best: tuple[float, Offer | None, int] = (0.0, None, 0)
-        for offer in offers:
-            gain, k = self._worth(offer, counted)
-            if gain > best[0]:
-                best = gain, offer, k
-        return best[1:] if self._since_plain < PLAIN_EVERY else (None, 0)
-
-    def _worth(self, offer: Offer, counted: Sequence[tuple[int, int]]) -> tuple[float, int]:
-        """The speed that so many drafts of an offer promise; 0, 0: they are not wanted."""
-        if (account := self.accounts.get(offer.key)) is None:
-            account = self.accounts[offer.key] = Account(offer.prior, PLAIN_FIRST - self.stats.tokens)
-        if offer.most < 1 or (not account.drafting and account.pause > 0):
-            return 0.0, 0
-        cost, rates = offer.cost, account.rates()
-        longest = AUTO_MAX if offer.drafter == "mtp" else MAX_DRAFT
-        gains = {k: cost.gain(k, rates, counted) for k in range(1, min(longest, offer.most) + 1)}
-        best = max(gains, key=lambda k: gains[k])
-        if not account.drafting and gains[best] < 1 + LIMIT:
-            account.rest()
-            return 0.0, 0
-        share = LIMIT * max(self.stats.tokens, LIMIT_TOKENS)
-        if not account.drafting and share - self._lost_seconds < DRAWDOWN:
-            account.pause = PLAIN_EVERY
-            return 0.0, 0
-        room = share - self._lost
-        best = max((k for k in gains if cost.worst_loss(k, offer.rows) <= room), key=lambda k: gains[k], default=0)
-        if best == 0:
-            if account.drafting:
-                account.rest()
-            return 0.0, 0
-        account.start()
-        return (gains[1], 1) if account.probes else (gains[best], best)
-
-    def min_confidence(self, offer: Offer, counted: Sequence[tuple[int, int]] = ()) -> float:
-        """Probability below which a draft is not worth a row of the verification pass: that row's relative cost."""
-        if self.fixed is not None:
-            return 0.0
-        return offer.cost.relative_cost(1, counted) - 1 - offer.cost.mtp_step / offer.cost.plain
-
-    def observe(self, r: Mapping[str, Any], offer: Offer | None = None) -> None:
-        """Takes a finished round into account, and whose drafts it verified."""
-        key = offer.key if offer else ("mtp", 0)
-        self.stats.add(r, key[0])
-        n, seconds = len(r["tokens"]), r["draft_seconds"] + r["verify_seconds"]
-        for a in self.accounts.values():
-            if not a.drafting:
-                a.pause -= n
-        if r["draft_bytes"] == 0 and not r["drafted"]:
-            self._plain_seconds.append(seconds)
-            self._plain_bytes = r["verify_bytes"]
-            self._since_plain = 0
-            return
-        self._since_plain += n
-        plain_seconds = statistics.median(self._plain_seconds) if self._plain_seconds else seconds
-        plain_bytes = self._plain_bytes or r["verify_bytes"]
-        read = (r["draft_bytes"] + r["verify_bytes"]) / plain_bytes  # in plain steps
-        took = min(seconds / plain_seconds, MAX_SLOWNESS * read)
-        account = self.accounts.get(key)
-        if account is not None and account.probes == PROBES:  # weights come from further away than they will
-            took = min(took, read)
-        self._lost += read - n
-        self._lost_seconds += took - n
-        if account is not None:
-            account.observe(r["drafted"], r["accepted"], took, n)
-
-
 @dataclass(slots=True, eq=False)
 class Text:
     """A sequence that drafts are made for.
@@ -442,51 +286,73 @@ class Text:
 
 
 class Kind(Acceptance):
-    """What a batch knows of one kind of drafts, from all answers: a new one starts from it.
+    """What is known of one kind of drafts, from all texts: a new one starts from it.
 
-    ``pause``: steps without them; ``tried``: since the last pause.
+    ``pause``: steps without them; ``tried``: since the last pause; ``switches``: how often they were begun or stopped.
     """
 
     def __init__(self, prior: float, pause: int) -> None:
         super().__init__(prior)
-        self.pause, self._next_pause, self.tried = pause, PAUSE // 4, 0
-        self._lost_before = 0.0  # by all drafts, when the last pause began
+        self.pause, self._next_pause, self.tried, self.switches = pause, 0, 0, 0
+        self._lost_before = 0.0, 0.0  # by all drafts, in bytes and by the clock, when the last pause began
 
     @property
     def probing(self) -> bool:
         """As many drafts tell, and no less."""
         return self.tried < PRIOR_WEIGHT
 
-    def rest(self, lost: float, n: int) -> None:
+    def add(self, drafted: int, accepted: int) -> None:
+        """Drafts of a text in a step."""
+        super().add(drafted, accepted)
+        self.switches += self.tried == 0
+        self.tried += drafted
+
+    def rest(self, lost: tuple[float, float], n: int) -> None:
         """No drafts for a while; what was accepted says little about what comes after it."""
-        self.pause = PLAIN_EVERY if lost < self._lost_before else self._next_pause
+        won = all(now < before for now, before in zip(lost, self._lost_before, strict=True))
+        self.pause = PLAIN_EVERY if won else max(self._next_pause, PAUSE // min(n, 4))
         self._next_pause, self._lost_before = min(2 * self.pause, max(4 * PAUSE // n, PAUSE)), lost
+        self.switches += self.tried > 0
         self.tried = 0
         self.fade()
 
 
-class BatchController:
-    """Decides the drafts of every answer of a batch, step by step.
+class Controller:
+    """Decides the drafts of every text of a batch, or of one alone, step by step.
 
-    ``draft`` as for ``Controller``. With "auto" a draft is made where its chance to count, times the bytes of a token
-    without drafts, is more than what it adds to the step: experts that no other row uses, the time of a row (in bytes
-    that could be read instead), and its part of the drafter's passes, each of which serves the drafts of one depth.
-    Each answer has the drafter that promises it most. The longest answers come first: where nobody waits for their
-    places, others that end sooner save their own rows only, and the account says so. As in ``Controller``, no step
-    starts that could, at worst, take the bytes of all answers beyond LIMIT, and drafts that do not pay are tried again
-    after a pause, a few at first.
+    ``draft`` a number: always that many, by the first drafter that has any. "off": none. With "auto" a draft is made
+    where its chance to count, times the bytes of a token without drafts, is more than what it adds to the step: experts
+    that no other row uses, the time of a row (in bytes that could be read instead), and its part of the drafter's
+    passes, each of which serves the drafts of one depth. Each text has the drafter that promises it most. The longest
+    come first: where nobody waits for their places, others that end sooner save their own rows only, and the account
+    says so. No step starts that could, at worst, take the bytes of all texts beyond LIMIT: LIMIT_TOKENS or more read at
+    most that share more than without drafting, whatever the acceptance. Drafts that do not pay, in bytes or by the
+    clock, are tried again after a pause, which doubles while they fail, a few at first.
     """
 
     def __init__(self, cost: CostModel, draft: str | int) -> None:
         self.cost = cost
         self.fixed = None if draft == "auto" else 0 if draft == "off" else int(draft)
+        self.stats = DraftStats()
         self.kinds: dict[tuple[str, int], Kind] = {}
         self._read = self._lost = 0.0  # bytes of all answers without drafts; what drafts took and did not bring
         self._cache = 0.0  # bytes of the last step that were no weights
         self._union: list[float] = []  # [rows] distinct (layer, expert) pairs of a pass
         self._plain = [0.0]  # [answers] bytes of a step without drafts
         self._steps = 0
+        self._late = 0.0  # what drafts took by the clock and did not bring, in bytes that could be read in that time
+        self._pace: deque[float] = deque([0.0], maxlen=9)  # bytes a second without drafts, lately
         self._fit = [0.0] * 5  # of seconds to bytes and rows of a step: sums of products, lately
+
+    @property
+    def drafting(self) -> bool:
+        """Whether anything is drafted now."""
+        return any(kind.tried for kind in self.kinds.values())
+
+    @property
+    def switches(self) -> int:
+        """How often a kind of drafts was begun or stopped."""
+        return sum(kind.switches for kind in self.kinds.values())
 
     def choose(
         self, answers: Sequence[Text], offers: Sequence[Sequence[Offer]], rows: int, most: int,
@@ -499,7 +365,7 @@ class BatchController:
             offers: of the drafters at hand, for each answer.
             rows: of the main pass besides those of drafts.
             most: drafts of all answers together.
-            counted: ``_core.Batch.expert_union()``.
+            counted: ``expert_union()`` of the ``_core.Batch``, or of the session.
         """
         n = len(answers)
         for d, own in zip(answers, offers, strict=True):
@@ -525,7 +391,7 @@ class BatchController:
             drafts, risk, pays = self._group(self.kinds[key], able, rows, most, risk_left)
             rows, most, risk_left = rows + drafts, most - drafts, risk_left - risk
             if not pays and most and max(d.left for d, _ in able) > 1:
-                self.kinds[key].rest(self._lost, n)
+                self.kinds[key].rest((self._lost, self._late), n)
                 for d in answers:
                     d.accepted[key].fade()
 
@@ -607,21 +473,21 @@ class BatchController:
 
         Args:
             answers: each one's state and its result, as ``_core.Batch.step`` reports it.
-            step: what it reports of the step.
+            step: what it reports of the step; draft_bytes with those of another model, mtp_bytes without.
             prefill: rows of prompts were in it too; the MTP passes over them are the prompts' own.
             others: somebody waits for the place of an answer that ends.
         """
         if self.fixed is not None or not answers:
             return
         cost, n, tried, made = self.cost, len(answers), any(d.k for d, _ in answers), 0
-        before, mtp = self._remaining([d for d, _ in answers]), [d for d, _ in answers if d.key[0] == "mtp"]
+        before = 0.0 if others else self._remaining([d for d, _ in answers])
+        mtp = [d for d, _ in answers if d.key[0] == "mtp"]
         depth, mtp_rows = max((d.k for d in mtp), default=0), sum(d.pending for d in mtp)
         for kind in self.kinds.values():
             kind.pause -= 1
         for d, r in answers:  # one that was not confident enough for a row did not count either
             if d.k:
                 self.kinds[d.key].add(d.k, r["accepted"])
-                self.kinds[d.key].tried += d.k
             d.add(r["accepted"])
             made += 1 + r["accepted"]
         without = made * self._plain[n] / n if others else before - self._remaining([d for d, _ in answers])
@@ -638,6 +504,10 @@ class BatchController:
         if tried:
             rows = step["rows"] - sum(r["drafted"] for _, r in answers)
             self._lost += (step["experts_verify"] - self._union[rows]) * cost.expert + self._plain[n] - without
+            read = step["draft_bytes"] + step["verify_bytes"]
+            self._late += min(seconds * statistics.median(self._pace), MAX_SLOWNESS * read) - without
+        elif seconds > 0 and not prefill:
+            self._pace.append(step["verify_bytes"] / seconds)
 
     def _row_time(self) -> float:
         """What a row costs besides bytes, in bytes that could be read in that time."""

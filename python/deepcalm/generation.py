@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import time
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from . import _core
 from .arguments import integer, token_ids
 from .drafters import Drafters
-from .drafting import MAX_DRAFT, Controller, CostModel, Text
+from .drafting import MAX_DRAFT, Acceptance, Controller, CostModel, Text
 from .errors import SessionError
 from .sampling import Sampling, Scores
 from .text import AnswerText
@@ -102,7 +102,8 @@ class Generation(Iterator[int]):
         self._prompt = None if ids is None else session.checked(ids)
         if ids is None and not session.pos:
             raise SessionError("nothing to go on from: prefill some tokens first, or pass ids")
-        self.drafts = Controller(draft)
+        self.drafts = Controller(self.cost, draft)
+        self._accepted: defaultdict[tuple[str, int], Acceptance] = defaultdict(Acceptance)
         self.progress: Progress | None = None
         self.reason: str | None = None
         self.stepping = False  # inside __next__: the session's calls are its own
@@ -185,25 +186,36 @@ class Generation(Iterator[int]):
     def _round(self) -> list[tuple[int, F32 | None]]:
         """Drafts, verifies, and returns the tokens that are certain now, with their logits if those are wanted."""
         control, session = self.drafts, self.session
-        counted = session.expert_union
         # No row is verified for a token that plain decoding would not return.
         left, pending = min(session.ctx - session.pos, self._left()), session.mtp_pending if session.keeps_mtp else 1
-        text = Text(session.sequence, session.core, self.sampling, left, pending)
-        text.offer, text.k = control.choose(self.drafters.offers(text), counted)
+        text = self.text_now(left, pending)
+        control.choose([text], [self.drafters.offers(text)], 1, MAX_DRAFT, session.expert_union)
         spent = self.drafters.make([text])
+        k, drafts = (text.drafts, None) if isinstance(text.drafts, int) else (0, text.drafts)
         r = session.draft_round(
             text.ids[-1],
-            text.drafts if isinstance(text.drafts, int) else 0,
+            k,
             self.sampling,
             self.n_valid,
-            control.min_confidence(text.offer, counted) if text.offer and text.drafts else 0.0,
-            drafts=None if isinstance(text.drafts, int) else text.drafts,
+            control.min_confidence(1 + k),
+            drafts=drafts,
             want_logits=self.logprobs is not None,
         )
-        r |= {f"draft_{unit}": r[f"draft_{unit}"] + spent[unit] for unit in ("bytes", "seconds")}
         session.count("decode", 0, spent["seconds"], spent["bytes"])
-        control.observe(r, text.offer)
+        self.observe(text, r, spent)
         return list(zip(r["tokens"], r.get("logits", [None] * len(r["tokens"])), strict=True))
+
+    def text_now(self, left: int, pending: int) -> Text:
+        """What drafters see of the sequence, its cache for no longer than a round; see ``Text``."""
+        session = self.session
+        return Text(session.sequence, session.core, self.sampling, left, pending, accepted=self._accepted)
+
+    def observe(self, text: Text, r: dict[str, Any], spent: Mapping[str, Any]) -> None:
+        """Takes a round into account, and what its drafts took beside it."""
+        step = r | {f"draft_{unit}": r[f"draft_{unit}"] + spent[unit] for unit in ("bytes", "seconds")}
+        self.drafts.stats.add(step, text.key[0])
+        step |= {"mtp_bytes": r["draft_bytes"], "rows": 1 + r["drafted"]}
+        self.drafts.observe([(text, r)], step, False, True)
 
     def close(self, reason: str = "closed") -> None:
         """Ends it, once; the session comes to rest, its sequence stays what was returned."""
@@ -231,29 +243,28 @@ class DeviceRounds:
         self.generation = generation
         self.session = session = generation.session
         self.stop = ""
-        self._in_flight: deque[int] = deque()  # drafts of each queued round
+        self._in_flight: deque[Text] = deque()  # with the drafts of each queued round
         self._last_ns, self._start = 0, time.perf_counter()
-        self._offers = generation.drafters.offers(
-            Text(session.sequence, session.core, generation.sampling, MAX_DRAFT + 1)
-        )
         session.decode_start(generation.sampling, generation.n_valid, limit, sorted(generation.eos_ids))
 
     def next(self) -> list[int]:
         """Tokens of the rounds that have ended, at least one unless ``stop`` is set."""
-        control, core = self.generation.drafts, self.session.core
+        generation, core = self.generation, self.session.core
         tokens: list[int] = []
         while not tokens and not self.stop:
             while len(self._in_flight) <= AHEAD:
-                _, k = control.choose(self._offers, self.session.expert_union)
-                core.decode_step(k)
-                self._in_flight.append(k)
+                text = generation.text_now(MAX_DRAFT + 1, 1)
+                offers = generation.drafters.offers(text)
+                generation.drafts.choose([text], [offers], 1, MAX_DRAFT, self.session.expert_union)
+                core.decode_step(text.k)
+                self._in_flight.append(text)
             for r in core.decode_poll():
-                k = self._in_flight.popleft()
+                text = self._in_flight.popleft()
                 tokens += r["tokens"]
                 self.stop = self.stop or r["stop"]
                 if r["tokens"]:
                     self.session.count_drafts(r)
-                    control.observe(r | self._price(k, r))
+                    generation.observe(text, r | self._price(text.k, r), Counter())
         if self.stop == "not finite" and not tokens:
             bad = r["bad_id"]
             raise SessionError(_core.not_finite(": no finite maximum" if bad < 0 else f": token {bad} is NaN"))

@@ -10,7 +10,7 @@ import pytest
 
 import deepcalm
 import models
-from deepcalm.drafting import LIMIT, LIMIT_TOKENS, MAX_PENDING, BatchController, CostModel, Offer, Text
+from deepcalm.drafting import LIMIT, LIMIT_TOKENS, MAX_PENDING, Controller, CostModel, Offer, Text
 from deepcalm.sampling import Sampling
 
 # DeepSeek-V3 and a shallow model whose MTP passes are dear, in millions of bytes
@@ -22,7 +22,7 @@ class World:
     """Steps of ``n`` answers that never end, routed at random; draft of answer i counts with ``acceptance(i)``."""
 
     def __init__(self, n: int, acceptance: Any, cost: CostModel, slow: float = 0.0) -> None:
-        self.control, self.n, self.acceptance, self.cost = BatchController(cost, "auto"), n, acceptance, cost
+        self.control, self.n, self.acceptance, self.cost = Controller(cost, "auto"), n, acceptance, cost
         self.rng, self.slow = np.random.default_rng(n), slow
         self.answers = [Text(array("i"), None, Sampling()) for _ in range(n)]  # type: ignore[arg-type]
         for d in self.answers:

@@ -286,19 +286,21 @@ def test_auto_drafts_from_texts_that_repeat_themselves(again: int, least: float)
     begin = len(ids) if again else 60
     ids += ids[: again * len(ids) // 2]
     text = Text(array("i", ids[:begin]), model.session(8).core, Sampling())
-    control, drafter, read = Controller("auto"), Ngram(cost), 0.0
+    control, drafter, read = Controller(cost, "auto"), Ngram(cost), 0.0
     while (n := len(text.ids)) < len(ids) - 1:
-        offer = drafter.offer(text, min(7, len(ids) - n - 1))
-        text.offer, text.k = control.choose([offer] if offer else [])
+        text.left = len(ids) - n
+        offer = drafter.offer(text, min(7, text.left - 1))
+        control.choose([text], [[offer] if offer else []], 1, 7)
         text.drafts = ()
         drafter.make([text] if text.k else [], Counter())
         assert not isinstance(text.drafts, int)
-        accepted = next((i for i, d in enumerate(text.drafts) if d != ids[n + i]), len(text.drafts))
-        verify = cost.verify_bytes(len(text.drafts))
-        round_ = {"tokens": ids[n : n + accepted + 1], "drafted": len(text.drafts), "accepted": accepted,
-                  "experts_verify": 0, "draft_bytes": 0, "verify_bytes": verify}  # fmt: skip
-        control.observe(round_ | {"draft_seconds": 0.0, "verify_seconds": verify}, text.offer)
-        text.ids.extend(round_["tokens"])  # type: ignore[arg-type]
+        k = len(text.drafts)
+        accepted = next((i for i, d in enumerate(text.drafts) if d != ids[n + i]), k)
+        verify = cost.verify_bytes(k)
+        step = {"rows": 1 + k, "experts_verify": cost.union(k + 1), "draft_bytes": 0, "mtp_bytes": 0,
+                "verify_bytes": verify, "draft_seconds": 0, "verify_seconds": verify}  # fmt: skip
+        control.observe([(text, {"drafted": k, "accepted": accepted})], step, prefill=False, others=True)
+        text.ids.extend(ids[n : n + accepted + 1])
         read += verify
         assert read <= (1 + LIMIT) * cost.plain * max(len(text.ids) - begin, LIMIT_TOKENS)
     assert (len(text.ids) - begin) * cost.plain > least * read

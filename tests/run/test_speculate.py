@@ -24,7 +24,7 @@ import device_cases
 import models
 import tiny
 from deepcalm import SessionError, UnsupportedError, _core, cli, drafters
-from deepcalm.drafting import LIMIT, LIMIT_TOKENS, PLAIN_EVERY, Controller, CostModel, Offer, expected_tokens
+from deepcalm.drafting import LIMIT, LIMIT_TOKENS, PLAIN_EVERY, Controller, CostModel, Offer, Text, expected_tokens
 from deepcalm.measure import drafts
 from deepcalm.sampling import Sampling
 from test_sampling import chi_square_p, softmax
@@ -363,22 +363,25 @@ class World:
     def __init__(
         self, acceptance: Any, noise: Any = lambda _rng: 1.0, seed: int = 0, cost: CostModel = COST, slow: float = 1.0
     ) -> None:
-        self.control = Controller("auto")
+        self.control = Controller(cost, "auto")
+        self.text = Text(array("i"), None, Sampling())  # type: ignore[arg-type]
         self.rng, self.acceptance, self.noise, self.cost = np.random.default_rng(seed), acceptance, noise, cost
         self.bytes = self.seconds = 0.0
         self.tokens, self.ks, self.last, self.slow = 0, [], 200, slow
 
     def step(self) -> None:
-        _, k = self.control.choose([Offer("mtp", self.cost, rows=self.last)])
-        a = 0
+        text, offers = self.text, [Offer("mtp", self.cost, rows=self.last)]
+        text.left = 10**6
+        self.control.choose([text], [offers], 1, 7)
+        k, a = text.k, 0
         while a < k and self.rng.random() < self.acceptance(self.tokens):
             a += 1
         verify, draft = int(self.cost.verify_bytes(k)), int(self.cost.draft_bytes(k, self.last))
         factor = self.noise(self.rng) / self.cost.plain * (self.slow if k else 1.0)
-        self.control.observe({
-            "tokens": [0] * (a + 1), "drafted": k, "accepted": a, "experts_verify": 0, "draft_bytes": draft,
-            "verify_bytes": verify, "draft_seconds": draft * factor, "verify_seconds": verify * factor,
-        })  # fmt: skip
+        made = {"tokens": [0] * (a + 1), "drafted": k, "accepted": a}
+        step = {"rows": 1 + k, "experts_verify": self.cost.union(k + 1), "draft_bytes": draft, "mtp_bytes": draft,
+                "verify_bytes": verify, "draft_seconds": draft * factor, "verify_seconds": verify * factor}  # fmt: skip
+        self.control.observe([(text, made)], step, prefill=False, others=True)
         self.last = a + 1 if k else self.last + 1
         self.tokens += a + 1
         self.bytes += draft + verify

@@ -185,9 +185,9 @@ def test_draft_page_says_which_controller_was_measured(monkeypatch: pytest.Monke
     head["auto"]["controller"] = bench_draft.controller()
     assert "LIMIT" in head["auto"]["controller"]
     assert "\nThe controller is the present one.\n" in bench_draft.markdown([head, *rows])
-    monkeypatch.setattr(drafting, "PROBES", 9)
+    monkeypatch.setattr(drafting, "PLAIN_FIRST", 9)
     text = bench_draft.markdown([head, *rows])
-    assert "With an older controller" in text and "Then: PROBES 4. Now: PROBES 9. " in text
+    assert "With an older controller" in text and "Then: PLAIN_FIRST 6. Now: PLAIN_FIRST 9. " in text
 
 
 def test_batch_rows_and_gaps_of_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
