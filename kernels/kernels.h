@@ -180,6 +180,7 @@ struct PackArgs {
     int scale_rows = 128, scale_cols = 128;
     int bad_row = -1, bad_col = -1;
     int64_t near_zero = 0;  // groups (f8: blocks) below the smallest scale; f16, bf16: 32 columns that become zeros
+    int lanes = 16;  // rows at a time, at most: 16, 8 or 4, where the processor has as many; the bytes are the same
 };
 bool pack_tiles(PackArgs& args) noexcept;
 // Codes that already exist: e4m3 bytes [rows, cols] into f8 tiles (bytes unchanged). NaN codes (0x7F, 0xFF) are refused.

@@ -1,7 +1,8 @@
 // The byte-level definition of every weight format: f32 -> tiles, existing codes -> tiles, tiles -> f32.
 //
-// Packing is written once on vectors of 16 rows, as the tiles are, and compiled three times (baseline, AVX2, AVX-512);
-// without contraction and without sums across lanes the three give the same bytes. Reading back is plain and slow.
+// Packing is written once on vectors of kLanes rows of a tile, and compiled for 4 (baseline), 8 (AVX2) and 16 (AVX-512),
+// as many as the processor has: wider ones compilers take apart, and compute choices lane by lane. Without contraction
+// and without sums across lanes the three give the same bytes. Reading back is plain and slow.
 #include "kernels/elementary.h"
 #include "kernels/kernels.h"
 #include "kernels/transpose.h"
@@ -21,10 +22,15 @@ static_assert(std::endian::native == std::endian::little, "packed files are litt
 
 namespace {
 
-// One lane per row of a tile. Operators are elementwise; the compiler splits them to the width it has.
-using Floats = float __attribute__((vector_size(4 * kTileRows)));
-using Bits = uint32_t __attribute__((vector_size(4 * kTileRows)));
-using Ints = int32_t __attribute__((vector_size(4 * kTileRows)));
+// One lane per row. Operators are elementwise. (g++ drops the attribute of a `using`.)
+template <int kLanes> struct Lanes {
+    typedef float Floats __attribute__((vector_size(4 * kLanes)));
+    typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+    typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+};
+template <int kLanes> using Floats = typename Lanes<kLanes>::Floats;
+template <int kLanes> using Bits = typename Lanes<kLanes>::Bits;
+template <int kLanes> using Ints = typename Lanes<kLanes>::Ints;
 
 constexpr uint32_t kInfBits = 0x7F800000U, kOneF32 = 0x3F800000U;
 constexpr uint32_t kOverflowF16 = 0x477FF000U, kOverflowBF16 = 0x7F7F8000U;  // from here on, rounds to infinity
@@ -34,7 +40,10 @@ constexpr float kMinScaleF16 = 0x1p-24F, kMinScaleF8 = 0x1p-126F;
 
 template <class U> DC_INLINE U bits_of(const auto& f) { return std::bit_cast<U>(f); }
 DC_INLINE float to_float(uint32_t n) { return static_cast<float>(static_cast<int32_t>(n)); }
-DC_INLINE Floats to_float(const Bits& n) { return __builtin_convertvector(std::bit_cast<Ints>(n), Floats); }
+template <class U> DC_INLINE auto to_float(const U& n) {
+    constexpr int kLanes = sizeof(U) / 4;
+    return __builtin_convertvector(std::bit_cast<Ints<kLanes>>(n), Floats<kLanes>);
+}
 
 // Nearest even integer of x, |x| < 2^22, without a call or an instruction beyond the baseline.
 template <class F> DC_INLINE F round_even(const F& x) { return (x + 12582912.0F) - 12582912.0F; }
@@ -43,7 +52,7 @@ template <class F> DC_INLINE F clamp(const F& x, float lo, float hi) {
     return low > hi ? F{} + hi : low;
 }
 
-// The conversions, for one float (F = float, U = uint32_t) or for 16 lanes. Finite input only where it says so.
+// The conversions, for one float (F = float, U = uint32_t) or for a vector. Finite input only where it says so.
 template <class F, class U> DC_INLINE U to_bf16(const F& f) {  // finite
     const U u = bits_of<U>(f);
     return (u + 0x7FFFU + ((u >> 16) & 1U)) >> 16;
@@ -72,35 +81,33 @@ template <class F, class U> DC_INLINE U to_e4m3(const F& f) {  // not NaN; satur
     return sign | (mag >= bits_of<uint32_t>(0x1p-6F) ? normal : subnormal);
 }
 
-// One zero-padded tile of the source, columns of 16 rows.
-struct Tile {
-    Floats v[kTileCols];
-    Bits amax;  // bits of max |v| of each row: their order is that of the magnitudes, NaN above infinity
+// kLanes zero-padded rows of a tile of the source, by columns.
+template <int kLanes> struct Rows {
+    Floats<kLanes> v[kTileCols];
+    Bits<kLanes> amax;  // bits of max |v| of each row: their order is that of the magnitudes, NaN above infinity
 };
 
-DC_INLINE void load_tile(const PackArgs& a, int row0, int col0, Tile& t) {
-    const int n_rows = std::min(kTileRows, a.rows - row0), n_cols = std::min(kTileCols, a.cols - col0);
+template <int kLanes> DC_INLINE void load_rows(const PackArgs& a, int row0, int col0, Rows<kLanes>& t) {
+    const int n_rows = std::min(kLanes, a.rows - row0), n_cols = std::min(kTileCols, a.cols - col0);
     const View<const float> src = a.w.from(row0).columns(col0);
-    const bool whole = n_rows == kTileRows && n_cols == kTileCols;
-    for (int r = 0; r < kTileRows; ++r) {
+    const bool whole = n_rows == kLanes && n_cols == kTileCols;
+    for (int r = 0; r < kLanes; ++r) {
         float line[kTileCols] = {};
         if (!whole && r < n_rows) std::memcpy(line, src.row(r), sizeof(float) * static_cast<size_t>(n_cols));
         const float* from = whole ? src.row(r) : line;
-        std::memcpy(&t.v[r], from, sizeof(Floats));
-        std::memcpy(&t.v[kTileRows + r], from + kTileCols / 2, sizeof(Floats));
+        for (int c = 0; c < kTileCols; c += kLanes) std::memcpy(&t.v[c + r], from + c, sizeof t.v[0]);
     }
-    transpose(t.v);
-    transpose(t.v + kTileCols / 2);
-    t.amax = Bits{};
+    for (int c = 0; c < kTileCols; c += kLanes) transpose(t.v + c);
+    t.amax = Bits<kLanes>{};
     for (int c = 0; c < kTileCols; ++c) {
-        const Bits m = bits_of<Bits>(t.v[c]) & 0x7FFFFFFFU;
+        const Bits<kLanes> m = bits_of<Bits<kLanes>>(t.v[c]) & 0x7FFFFFFFU;
         t.amax = m > t.amax ? m : t.amax;
     }
 }
 
 // The first row where `lanes` is not zero, or -1.
-DC_INLINE int first_row(const Ints& lanes) {
-    for (int r = 0; r < kTileRows; ++r) {
+template <class I> DC_INLINE int first_row(const I& lanes) {
+    for (int r = 0; r < static_cast<int>(sizeof lanes / 4); ++r) {
         if (lanes[r] != 0) return r;
     }
     return -1;
@@ -116,46 +123,54 @@ bool fail(PackArgs& a, int row0, int col0, int r, uint32_t limit) {
 }
 
 // Four codes 0..255 of each row -> the 32-bit lanes of a tile.
-DC_INLINE void store_codes(const Bits* code, uint8_t (*out)[4]) {
-    const Bits lanes = code[0] | code[1] << 8 | code[2] << 16 | code[3] << 24;
+template <class U> DC_INLINE void store_codes(const U* code, uint8_t (*out)[4]) {
+    const U lanes = code[0] | code[1] << 8 | code[2] << 16 | code[3] << 24;
     std::memcpy(out, &lanes, sizeof lanes);
 }
 
-DC_INLINE void store_scales(const Bits& h, uint16_t* out) {
-    for (int r = 0; r < kTileRows; ++r) out[r] = static_cast<uint16_t>(h[r]);
+template <class U> DC_INLINE void store_scales(const U& h, uint16_t* out) {
+    for (size_t r = 0; r < sizeof h / 4; ++r) out[r] = static_cast<uint16_t>(h[r]);
 }
 
-DC_INLINE void encode_f32(const Tile& s, TileF32& t) { std::memcpy(t.v, s.v, sizeof t.v); }
+// Of a tile, the rows from `row` on; adds to `near_zero` [kLanes].
+template <int kLanes> DC_INLINE void encode_f32(const Rows<kLanes>& s, TileF32& t, int row) {
+    for (int c = 0; c < kTileCols; ++c) std::memcpy(&t.v[c][row], &s.v[c], sizeof s.v[c]);
+}
 
-template <Format kFormat> DC_INLINE void encode_16(const Tile& s, Tile16& t, Ints& near_zero) {
-    constexpr auto convert = kFormat == Format::kBF16 ? to_bf16<Floats, Bits> : to_f16<Floats, Bits>;
+template <Format kFormat, int kLanes>
+DC_INLINE void encode_16(const Rows<kLanes>& s, Tile16& t, int row, Ints<kLanes>& near_zero) {
+    using F = Floats<kLanes>;
+    using U = Bits<kLanes>;
+    constexpr auto convert = kFormat == Format::kBF16 ? to_bf16<F, U> : to_f16<F, U>;
     near_zero -= (s.amax != 0U) & (s.amax <= (kFormat == Format::kBF16 ? kZeroBF16 : kZeroF16));
     for (int c = 0; c < kTileCols; c += 2) {
-        const Bits pair = convert(s.v[c]) | convert(s.v[c + 1]) << 16;
-        std::memcpy(t.v[c / 2], &pair, sizeof pair);
+        const U pair = convert(s.v[c]) | convert(s.v[c + 1]) << 16;
+        std::memcpy(t.v[c / 2][row], &pair, sizeof pair);
     }
 }
 
-// Returns the first row whose scale does not fit f16, or -1.
-DC_INLINE int encode_q8(const Tile& s, TileQ8& t, Ints& near_zero) {
-    const Floats amax = bits_of<Floats>(s.amax);
-    Bits h = to_f16<Floats, Bits>(amax / 127.0F);
+// Returns the first of its rows whose scale does not fit f16, or -1.
+template <int kLanes> DC_INLINE int encode_q8(const Rows<kLanes>& s, TileQ8& t, int row, Ints<kLanes>& near_zero) {
+    using F = Floats<kLanes>;
+    using U = Bits<kLanes>;
+    const F amax = bits_of<F>(s.amax);
+    U h = to_f16<F, U>(amax / 127.0F);
     near_zero -= (h == 0U) & (s.amax != 0U);
     // Where f16 is coarse (subnormal scales) the nearest one may be too small for the largest element: next one up.
-    const Floats nearest = from_f16<Floats, Bits>(h);
+    const F nearest = from_f16<F, U>(h);
     h = (amax > 127.5F * nearest) ? h + 1U : h;
-    h = (s.amax <= kZeroF16) ? Bits{} : h;  // all codes would be 0
+    h = (s.amax <= kZeroF16) ? U{} : h;  // all codes would be 0
     const int bad = first_row(h >= 0x7C00U);
     if (bad >= 0) return bad;
-    store_scales(h, t.scale);
-    const Floats scale = h == 0U ? Floats{} + 1.0F : from_f16<Floats, Bits>(h);
+    store_scales(h, t.scale + row);
+    const F scale = h == 0U ? F{} + 1.0F : from_f16<F, U>(h);
     for (int c = 0; c < kTileCols; c += 4) {
-        Bits code[4];
+        U code[4];
         for (int i = 0; i < 4; ++i) {
-            const Floats q = clamp(round_even(s.v[c + i] / scale), -127.0F, 127.0F) + 128.0F;
-            code[i] = std::bit_cast<Bits>(__builtin_convertvector(q, Ints));
+            const F q = clamp(round_even(s.v[c + i] / scale), -127.0F, 127.0F) + 128.0F;
+            code[i] = std::bit_cast<U>(__builtin_convertvector(q, Ints<kLanes>));
         }
-        store_codes(code, t.v[c / 4]);
+        store_codes(code, t.v[c / 4] + row);
     }
     return -1;
 }
@@ -166,49 +181,53 @@ constexpr float kQ4Extremes[] = {-8.3F, -7.6F, -6.8F, -9.0F, 7.2F, 6.4F, 7.9F};
 
 // For each candidate: codes, least-squares scale rounded to f16, gain = sum w^2 - squared error; the best gain wins, ties
 // go to the earlier candidate; final codes are the nearest under the winning scale.
-DC_INLINE int encode_q4(const Tile& s, TileQ4& t, Ints& near_zero) {
-    Floats extreme{}, best{}, best_gain = Floats{} - 1.0F;
+template <int kLanes> DC_INLINE int encode_q4(const Rows<kLanes>& s, TileQ4& t, int row, Ints<kLanes>& near_zero) {
+    using F = Floats<kLanes>;
+    using U = Bits<kLanes>;
+    F extreme{}, best{}, best_gain = F{} - 1.0F;
     for (int c = kTileCols - 1; c >= 0; --c) {  // the first element of largest magnitude, with its sign
-        extreme = (bits_of<Bits>(s.v[c]) & 0x7FFFFFFFU) == s.amax ? s.v[c] : extreme;
+        extreme = (bits_of<U>(s.v[c]) & 0x7FFFFFFFU) == s.amax ? s.v[c] : extreme;
     }
-    const Floats safe = s.amax <= kZeroF16 ? Floats{} + 1.0F : extreme;  // 1: all codes and scales become 0
+    const F safe = s.amax <= kZeroF16 ? F{} + 1.0F : extreme;  // 1: all codes and scales become 0
     for (const float target : kQ4Extremes) {
-        const Floats inverse = target / safe;
-        Floats wq{}, qq{};
+        const F inverse = target / safe;
+        F wq{}, qq{};
         for (int c = 0; c < kTileCols; ++c) {
-            const Floats q = clamp(round_even(s.v[c] * inverse), -8.0F, 7.0F);
+            const F q = clamp(round_even(s.v[c] * inverse), -8.0F, 7.0F);
             wq += s.v[c] * q;
             qq += q * q;
         }
-        const Floats scale = from_f16<Floats, Bits>(to_f16<Floats, Bits>(wq / (qq < 1.0F ? Floats{} + 1.0F : qq)));
-        const Floats gain = scale * (2.0F * wq - scale * qq);
+        const F scale = from_f16<F, U>(to_f16<F, U>(wq / (qq < 1.0F ? F{} + 1.0F : qq)));
+        const F gain = scale * (2.0F * wq - scale * qq);
         best = gain > best_gain ? scale : best;
         best_gain = gain > best_gain ? gain : best_gain;
     }
-    const Ints small = (best == 0.0F) & (s.amax != 0U) & (s.amax < kOneF32);  // all scales became 0, none infinity
+    const Ints<kLanes> small =
+        (best == 0.0F) & (s.amax != 0U) & (s.amax < kOneF32);  // all scales became 0, none infinity
     near_zero -= small;
-    best = (small & (s.amax > kZeroF16)) ? Floats{} + kMinScaleF16 : best;
-    const Bits h = to_f16<Floats, Bits>(best);
+    best = (small & (s.amax > kZeroF16)) ? F{} + kMinScaleF16 : best;
+    const U h = to_f16<F, U>(best);
     const int bad = first_row(((h & 0x7FFFU) >= 0x7C00U) | ((best == 0.0F) & (s.amax > kZeroF16)));
     if (bad >= 0) return bad;
-    store_scales(h, t.scale);
-    const Floats scale = best == 0.0F ? Floats{} + 1.0F : best;
+    store_scales(h, t.scale + row);
+    const F scale = best == 0.0F ? F{} + 1.0F : best;
     for (int c = 0; c < kTileCols / 2; c += 4) {
-        Bits code[4];
+        U code[4];
         for (int i = 0; i < 4; ++i) {
-            const Floats lo = clamp(round_even(s.v[c + i] / scale), -8.0F, 7.0F) + 8.0F;
-            const Floats hi = clamp(round_even(s.v[c + i + kTileCols / 2] / scale), -8.0F, 7.0F) + 8.0F;
-            code[i] = std::bit_cast<Bits>(__builtin_convertvector(lo + 16.0F * hi, Ints));
+            const F lo = clamp(round_even(s.v[c + i] / scale), -8.0F, 7.0F) + 8.0F;
+            const F hi = clamp(round_even(s.v[c + i + kTileCols / 2] / scale), -8.0F, 7.0F) + 8.0F;
+            code[i] = std::bit_cast<U>(__builtin_convertvector(lo + 16.0F * hi, Ints<kLanes>));
         }
-        store_codes(code, t.v[c / 4]);
+        store_codes(code, t.v[c / 4] + row);
     }
     return -1;
 }
 
-DC_INLINE bool pack_f8(PackArgs& a) {
+template <int kLanes> DC_INLINE bool pack_f8(PackArgs& a) {
     const int64_t row_tile_bytes = ceil_div(a.cols, kTileCols) * int64_t{sizeof(TileF8)};
     const int64_t scales_per_row = ceil_div(a.cols, a.scale_cols);
-    Tile s;
+    using U = Bits<kLanes>;
+    Rows<kLanes> s;
     for (int br = 0; br < a.rows; br += a.scale_rows) {
         const int row_end = std::min(a.rows, br + a.scale_rows);
         for (int bc = 0; bc < a.cols; bc += a.scale_cols) {
@@ -228,14 +247,14 @@ DC_INLINE bool pack_f8(PackArgs& a) {
             a.near_zero += amax != 0 && nearest < kMinScaleF8;
             a.scales[(br / a.scale_rows) * scales_per_row + bc / a.scale_cols] = scale;
             const float divisor = scale == 0.0F ? 1.0F : scale;
-            for (int row0 = br; row0 < row_end; row0 += kTileRows) {
+            for (int row0 = br; row0 < ceil_div(row_end, kTileRows) * kTileRows; row0 += kLanes) {
                 auto* t = reinterpret_cast<TileF8*>(a.out + row0 / kTileRows * row_tile_bytes) + bc / kTileCols;
                 for (int col0 = bc; col0 < col_end; col0 += kTileCols, ++t) {
-                    load_tile(a, row0, col0, s);
+                    load_rows(a, row0, col0, s);
                     for (int c = 0; c < kTileCols; c += 4) {
-                        Bits code[4];
-                        for (int i = 0; i < 4; ++i) code[i] = to_e4m3<Floats, Bits>(s.v[c + i] / divisor);
-                        store_codes(code, t->v[c / 4]);
+                        U code[4];
+                        for (int i = 0; i < 4; ++i) code[i] = to_e4m3<Floats<kLanes>, U>(s.v[c + i] / divisor);
+                        store_codes(code, t->v[c / 4] + row0 % kTileRows);
                     }
                 }
             }
@@ -244,40 +263,42 @@ DC_INLINE bool pack_f8(PackArgs& a) {
     return true;
 }
 
-DC_INLINE bool pack_any(PackArgs& a) {
-    if (a.format == Format::kF8) return pack_f8(a);
+template <int kLanes> DC_INLINE bool pack_any(PackArgs& a) {
+    if (a.format == Format::kF8) return pack_f8<kLanes>(a);
     const int tile_bytes = info(a.format).tile_bytes;
     const uint32_t limit = a.format == Format::kF16    ? kOverflowF16
                            : a.format == Format::kBF16 ? kOverflowBF16
                                                        : kInfBits;
     std::byte* out = a.out;
-    Tile s;
-    Ints near_zero{};  // by row of the tile
+    Rows<kLanes> s;
+    Ints<kLanes> near_zero{};
     for (int row0 = 0; row0 < a.rows; row0 += kTileRows) {
         for (int col0 = 0; col0 < a.cols; col0 += kTileCols, out += tile_bytes) {
-            load_tile(a, row0, col0, s);
-            int r = first_row(s.amax >= limit);
-            if (r >= 0) return fail(a, row0, col0, r, limit);
-            switch (a.format) {
-            case Format::kF32: encode_f32(s, *reinterpret_cast<TileF32*>(out)); break;
-            case Format::kBF16: encode_16<Format::kBF16>(s, *reinterpret_cast<Tile16*>(out), near_zero); break;
-            case Format::kF16: encode_16<Format::kF16>(s, *reinterpret_cast<Tile16*>(out), near_zero); break;
-            case Format::kQ8: r = encode_q8(s, *reinterpret_cast<TileQ8*>(out), near_zero); break;
-            case Format::kQ4: r = encode_q4(s, *reinterpret_cast<TileQ4*>(out), near_zero); break;
-            default: r = 0; break;  // f8 is above; q4b tiles only come from existing codes
+            for (int row = 0; row < kTileRows; row += kLanes) {
+                load_rows(a, row0 + row, col0, s);
+                int r = first_row(s.amax >= limit);
+                if (r >= 0) return fail(a, row0 + row, col0, r, limit);
+                switch (a.format) {
+                case Format::kF32: encode_f32(s, *reinterpret_cast<TileF32*>(out), row); break;
+                case Format::kBF16: encode_16<Format::kBF16>(s, *reinterpret_cast<Tile16*>(out), row, near_zero); break;
+                case Format::kF16: encode_16<Format::kF16>(s, *reinterpret_cast<Tile16*>(out), row, near_zero); break;
+                case Format::kQ8: r = encode_q8(s, *reinterpret_cast<TileQ8*>(out), row, near_zero); break;
+                case Format::kQ4: r = encode_q4(s, *reinterpret_cast<TileQ4*>(out), row, near_zero); break;
+                default: r = 0; break;  // f8 is above; q4b tiles only come from existing codes
+                }
+                if (r >= 0) return fail(a, row0 + row, col0, r, s.amax[r]);
             }
-            if (r >= 0) return fail(a, row0, col0, r, s.amax[r]);
         }
     }
-    for (int r = 0; r < kTileRows; ++r) a.near_zero += near_zero[r];
+    for (int r = 0; r < kLanes; ++r) a.near_zero += near_zero[r];
     return true;
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) bool pack_avx512(PackArgs& a) { return pack_any(a); }
-__attribute__((target("avx2"))) bool pack_avx2(PackArgs& a) { return pack_any(a); }
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) bool pack_avx512(PackArgs& a) { return pack_any<16>(a); }
+__attribute__((target("avx2"))) bool pack_avx2(PackArgs& a) { return pack_any<8>(a); }
 #endif
-bool pack_baseline(PackArgs& a) { return pack_any(a); }
+bool pack_baseline(PackArgs& a) { return pack_any<4>(a); }
 
 // e4m3 as every kernel reads it: NaN codes, 0x7F and 0xFF, which the packer refuses, count on to 480.
 float e4m3_value(uint8_t b) {
@@ -323,11 +344,11 @@ uint8_t f32_to_e4m3(float f) noexcept { return static_cast<uint8_t>(is_nan(f) ? 
 
 bool pack_tiles(PackArgs& args) noexcept {
 #if defined(__x86_64__) && defined(__GNUC__)
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+    if (args.lanes >= 16 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
         return pack_avx512(args);
     }
-    if (__builtin_cpu_supports("avx2")) return pack_avx2(args);
+    if (args.lanes >= 8 && __builtin_cpu_supports("avx2")) return pack_avx2(args);
 #endif
     return pack_baseline(args);
 }

@@ -338,6 +338,7 @@ struct PackCall {
     int rows = 0, cols = 0;    // of the packed part
     std::byte* out = nullptr;  // its first tile
     float* scales = nullptr;   // [ceil(rows / block rows), ceil(cols / block columns)]; null: not f8, or the source's
+    int lanes = 16;            // see PackArgs
     int bad_row = 0, bad_col = 0;
     int64_t near_zero = 0;
 
@@ -368,7 +369,8 @@ struct PackCall {
                           .format = to.format,
                           .scales = scales,
                           .scale_rows = scale_rows,
-                          .scale_cols = scale_cols};
+                          .scale_cols = scale_cols,
+                          .lanes = lanes};
         return strips(step, [&](int row0, int n, std::byte* dst, int& bad_r, int& bad_c) {
             for (int r = 0; r < n; ++r) {
                 float* row = strip.data() + int64_t{r} * cols;
@@ -435,7 +437,7 @@ struct PackCall {
     }
 };
 
-py::tuple pack_rows(const Tiles& to, const Source& src, const Rows& index, bool transpose, bool exact) {
+py::tuple pack_rows(const Tiles& to, const Source& src, const Rows& index, bool transpose, bool exact, int lanes) {
     require(index.ndim() == 1 && index.size() >= 1 && index.size() <= std::numeric_limits<int>::max(), "bad row index");
     const int n = static_cast<int>(index.size()), rows = transpose ? src.cols : n, cols = transpose ? n : src.cols;
     PackCall call{.to = to,
@@ -443,7 +445,8 @@ py::tuple pack_rows(const Tiles& to, const Source& src, const Rows& index, bool 
                   .index = {index.data(), static_cast<size_t>(n)},
                   .transpose = transpose,
                   .rows = rows,
-                  .cols = cols};
+                  .cols = cols,
+                  .lanes = lanes};
     for (const int32_t i : call.index) require(i >= 0 && i < src.n_rows, "row index out of range");
     const bool is_f8 = to.format == dc::Format::kF8, is_q4b = to.format == dc::Format::kQ4B;
     require(!exact || (is_f8 && src.kind == Kind::kF8) ||
@@ -623,8 +626,10 @@ void init_pack(py::module_& m) {
              "Where row tiles go, `stride` bytes apart, and f8's scales, f32, one for `block` rows x columns.");
     m.def(
         "pack_rows", &pack_rows, "tiles"_a, "source"_a, "index"_a.noconvert(), "transpose"_a = false, "exact"_a = false,
+        "lanes"_a = 16,
         "Packs rows of a source. index: int32 source row of each packed row (transpose: of each packed column). exact: "
-        "the source's codes are kept. Returns ((source row, source column) of the first value that does not fit, or "
+        "the source's codes are kept. lanes: rows at a time, at most 16, 8 or 4. Returns ((source row, source column) "
+        "of the first value that does not fit, or "
         "None, and the number of groups that are too small for a scale of their own).");
     m.def(
         "convert_rows", &convert_rows, "out"_a, "to"_a, "source"_a,

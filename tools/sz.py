@@ -39,11 +39,11 @@ AREAS = (
     Area(
         "C++",
         tuple(f"{d}/*.{e}" for d in ("kernels", "kernels/cpu", "runtime", "runtime/cpu") for e in ("h", "cc")),
-        7114,
+        7133,
         without=AMX,
     ),
     Area("C++ of AMX", AMX, 777),
-    Area("bindings", ("python/*.cc", "python/*.h"), 1490),
+    Area("bindings", ("python/*.cc", "python/*.h"), 1495),
     Area("CUDA", ("kernels/cuda/*.*", "runtime/cuda/*.*"), 4441),
     Area("simulator of CUDA", ("tests/sim/*.h", "tests/sim/*.cc"), 1190),
     Area(

@@ -35,19 +35,26 @@ def pack(
     out_block: tuple[int, int] = (128, 128),
     near_zero: Array | None = None,
 ) -> tuple[Array, Array, tuple[int, int] | None]:
-    """pack_rows of one matrix: (tiles uint8 [row_tiles, col_tiles, bytes], f8 scales, first value that does not fit)"""
+    """pack_rows of one matrix: (tiles uint8 [row_tiles, col_tiles, bytes], f8 scales, first value that does not fit)
+
+    The same, to the last bit, in vectors of every width.
+    """
     n_rows, n_cols = w.shape[0], cols or w.shape[1]
     index = np.arange(n_rows, dtype=np.int32) if index is None else index.astype(np.int32)
     rows, cols = (n_cols, len(index)) if transpose else (len(index), n_cols)
     tile_scale = SCALE[fmt] if tile_scale is None else tile_scale
     n_bytes = TILE_BYTES[fmt, tile_scale]
     row_tiles, col_tiles = -(-rows // 16), -(-cols // 32)
-    out = np.full(row_tiles * col_tiles * n_bytes, 0xAA, np.uint8)
-    scales = np.full((-(-rows // out_block[0]), -(-cols // out_block[1])), np.nan, np.float32)
     data = np.ascontiguousarray(w).view(np.uint8).reshape(n_rows, -1)
-    tiles = _core.Tiles(out, col_tiles * n_bytes, fmt, tile_scale, scales, out_block)
     source = _core.Source(kind, data, rows if transpose else cols, first_row, scale, block, scale_dtype)
-    bad, lost = _core.pack_rows(tiles, source, index, transpose, exact)
+    seen = []
+    for lanes in (16, 8, 4):
+        out = np.full(row_tiles * col_tiles * n_bytes, 0xAA, np.uint8)
+        scales = np.full((-(-rows // out_block[0]), -(-cols // out_block[1])), np.nan, np.float32)
+        tiles = _core.Tiles(out, col_tiles * n_bytes, fmt, tile_scale, scales, out_block)
+        bad, lost = _core.pack_rows(tiles, source, index, transpose, exact, lanes)
+        seen.append((bad or out.tobytes(), bad or scales.tobytes(), lost))
+    assert seen[0] == seen[1] == seen[2]
     if near_zero is not None:
         near_zero[0] += lost
     return out.reshape(row_tiles, col_tiles, n_bytes), scales, bad
