@@ -635,7 +635,9 @@ def test_killed_packs_resume_with_identical_bytes(
         time.sleep(rng.uniform(0.01, 0.15))
         child.send_signal(signal.SIGKILL)
         child.wait()
-        assert not dst.exists() or child.returncode == 0
+        if dst.exists():  # it was faster
+            assert dst.read_bytes() == (tmp_path / "whole").read_bytes()
+            dst.unlink()
     pack(src, dst, "q8")
     assert dst.read_bytes() == (tmp_path / "whole").read_bytes()
     assert not partial.exists() and not (tmp_path / "x.partial.journal").exists()
