@@ -91,8 +91,9 @@ struct CpuKernels {
     const char* isa;        // name: kernels/cpu/simd_NAME.h, or amx: isa_amx.h
     uint32_t required;      // CpuFeature bits that the OS must have enabled
     bool emulated = false;  // the same bits without the set's own instructions, slower: taken where it is named only
-    bool one_stride =
-        false;  // bf16 and f8: many rows that x_row names are the faster the more of them lie one stride apart
+    // bf16 and f8 read many rows one stride apart, no multiple of 4096 bytes: those of x_row are to be laid so before.
+    bool one_stride = false;
+    int pass_rows = 256;  // of a pass whose products are about as fast as those of longer ones
 
     // The bare multiply-add of f32, the dot instruction of bf16 and of int8 (null where the set has none), `rounds` times
     // on a register block of independent chains: the ceiling that rates are printed beside. buf: kPeakBytes of finite
@@ -130,8 +131,8 @@ enum CpuFeature : uint32_t {
     kCpuAvx512X = 1U << 2,  // VNNI VBMI BF16 (and the above)
     kCpuAmx = 1U << 3,      // AMX_TILE AMX_BF16 AMX_INT8 (and the above), permitted and tried
 };
-uint32_t
-cpu_features() noexcept;  // CPUID and XCR0; for AMX also the system's permission, which is asked for once a process
+// CPUID and XCR0; for AMX also the system's permission, which is asked for once a process.
+uint32_t cpu_features() noexcept;
 // Whether both compute the same product of a tile around 2^-126: what a processor's tiles must pass before they are used.
 bool same_tile(const CpuKernels& one, const CpuKernels& other) noexcept;
 // Why a processor that has AMX is not used as one: "" where it is, or has none.

@@ -178,7 +178,14 @@ class PySession {
         const auto copy = copy_ids(ids);
         F32Array out({logit_rows(want, ids.size()), vocab_});
         float* data = out.mutable_data();
-        unwrap(call(&Session::forward, copy, want, data));
+        // Ctrl-C works between the layers of a long pass too.
+        const auto interrupted = +[] {
+            const py::gil_scoped_acquire gil;
+            return PyErr_CheckSignals() != 0;
+        };
+        Status ran = call(&Session::forward, copy, want, data, interrupted);
+        if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+        unwrap(std::move(ran));
         return out;
     }
 
@@ -506,6 +513,7 @@ void bind_model(py::module_& m) {
             "Descriptor of the mapped file, open while the model is.")
         .def_property_readonly("isa", [](const Model& m) { return m.backend().arch; })
         .def_property_readonly("device_name", [](const Model& m) { return m.backend().device_name; })
+        .def_property_readonly("pass_rows", [](const Model& m) { return m.backend().pass_rows; })
         .def_property_readonly("n_threads", [](const Model& m) { return m.backend().n_threads; })
         .def_property_readonly("file_bytes", [](const Model& m) { return m.bound().file.size(); })
         .def(

@@ -153,7 +153,7 @@ Status Step::verify(std::span<Lane> lanes) {
     for (Lane& l : lanes) {
         l.row = n_logits;
         DC_TRY_STATUS(l.s.reserve_hidden(l.w.keep_hidden ? std::ssize(l.w.ids) : 0));
-        parts.push_back({.session = &l.s, .ids = l.rows, .hidden = nullptr, .n_logits = l.n_logits()});
+        parts.push_back({.session = &l.s, .ids = l.rows, .n_logits = l.n_logits(), .interrupted = l.w.interrupted});
         n_logits += l.n_logits();
         cost_.rows += static_cast<int>(l.rows.size());
     }

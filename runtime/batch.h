@@ -28,6 +28,8 @@ struct Work {
     int n_top = -1;            // how many of the most probable ids `scores` names; -1: no scores
     std::vector<int32_t> chosen = {};  // measurement only: ids that are taken for the model's choices; or none
     bool keep_hidden = false;          // in Session::hidden()
+    // PassArgs::interrupted, where the sequence is alone
+    bool (*interrupted)() = nullptr;
     float* logits = nullptr;  // out: [rows, vocab_size] as wanted; with `sample` those that `tokens` were chosen from
 
     std::vector<int32_t> tokens = {};  // out: accepted drafts, in the cache now, and the next token, which is not

@@ -88,6 +88,8 @@ struct PassArgs {
         segments;             // of different engines; all through the main layers, or all through the MTP layer
     float* logits = nullptr;  // out: [rows of all segments that want logits, in order, logits_stride()]
     PassStats& stats;         // out: what the pass read and how long it took, but not passes and rows; unless it fails
+    // May be null. Asked by the caller's thread between layers of a long pass: true ends it with an error.
+    bool (*interrupted)() = nullptr;
 
     bool mtp() const { return segments[0].mtp(); }
     int n() const {
@@ -185,6 +187,7 @@ class Backend {
     int n_threads = 1;
     bool one_segment = false;  // passes take one segment only: sequences take turns
     int max_rows = 0;          // of a pass: what engines and reserve() have asked for
+    int pass_rows = 256;       // of a pass that gains little from more rows
 
     virtual ~Backend() = default;
     virtual Result<std::unique_ptr<Engine>> make_engine(const EngineArgs& args) = 0;

@@ -102,7 +102,10 @@ Status Session::pass(Model& model, std::span<const Part> parts, int64_t first_lo
                                 .n_logits = p.n_logits,
                                 .trace = &s.trace_});
         }
-        const PassArgs args{.segments = segments, .logits = model.logits_row(first_logits), .stats = stats};
+        const PassArgs args{.segments = segments,
+                            .logits = model.logits_row(first_logits),
+                            .stats = stats,
+                            .interrupted = parts.size() == 1 ? parts[0].interrupted : nullptr};
         auto ran = model.backend().forward(args);
         if (!ran.ok()) {
             for (const Part& p : parts) p.session->trace_.taps.clear();
@@ -171,8 +174,13 @@ void Session::count_union(std::span<const int32_t> experts, size_t n, size_t kep
     }
 }
 
-Status Session::forward(std::span<const int32_t> ids, WantLogits want, float* logits) {
-    Work work{.session = this, .ids = {ids.begin(), ids.end()}, .want = want, .keep_hidden = true, .logits = logits};
+Status Session::forward(std::span<const int32_t> ids, WantLogits want, float* logits, bool (*interrupted)()) {
+    Work work{.session = this,
+              .ids = {ids.begin(), ids.end()},
+              .want = want,
+              .keep_hidden = true,
+              .interrupted = interrupted,
+              .logits = logits};
     step(work);
     return work.error ? Status(*std::move(work.error)) : Status();
 }

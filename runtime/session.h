@@ -65,8 +65,8 @@ class Session {
     ~Session();
 
     // Appends ids (n <= max_rows, pos + n <= ctx) to the main cache. Logits rows (0, 1 or n) of [vocab_size] go to `logits`,
-    // row stride vocab_size; a copy of the final hidden rows (post-norm) stays in hidden().
-    Status forward(std::span<const int32_t> ids, WantLogits want, float* logits);
+    // row stride vocab_size; a copy of the final hidden rows (post-norm) stays in hidden(). interrupted: PassArgs::interrupted
+    Status forward(std::span<const int32_t> ids, WantLogits want, float* logits, bool (*interrupted)() = nullptr);
     StepCost step(Work& work);  // of this session alone, whose counters hold what it read
     Status truncate(int n);
     // A new session with the first n tokens and what belongs to them, of the same kind but for its ctx >= n.
@@ -130,9 +130,10 @@ class Session {
     // A session's rows in a pass: those after its main cache's, or with `hidden` after its MTP cache's.
     struct Part {
         Session* session = nullptr;
-        std::span<const int32_t> ids;   // [n]
-        const float* hidden = nullptr;  // [n, hidden_size]
-        int n_logits = 0;               // of the last rows
+        std::span<const int32_t> ids;     // [n]
+        const float* hidden = nullptr;    // [n, hidden_size]
+        int n_logits = 0;                 // of the last rows
+        bool (*interrupted)() = nullptr;  // of PassArgs, where the part is alone
     };
     // passed(part, its final hidden rows [n, hidden_size], PassResult::experts): until the next pass.
     using Passed = std::function<void(size_t, View<const float>, std::span<const int32_t>)>;

@@ -39,11 +39,11 @@ AREAS = (
     Area(
         "C++",
         tuple(f"{d}/*.{e}" for d in ("kernels", "kernels/cpu", "runtime", "runtime/cpu") for e in ("h", "cc")),
-        7133,
+        7185,
         without=AMX,
     ),
-    Area("C++ of AMX", AMX, 777),
-    Area("bindings", ("python/*.cc", "python/*.h"), 1495),
+    Area("C++ of AMX", AMX, 778),
+    Area("bindings", ("python/*.cc", "python/*.h"), 1503),
     Area("CUDA", ("kernels/cuda/*.*", "runtime/cuda/*.*"), 4441),
     Area("simulator of CUDA", ("tests/sim/*.h", "tests/sim/*.cc"), 1190),
     Area(

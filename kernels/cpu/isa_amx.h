@@ -23,6 +23,7 @@ constexpr CpuKernels amx_table(CpuKernels avx512x, bool emulated) {
     t.required |= emulated ? 0U : kCpuAmx;
     t.emulated = emulated;
     t.one_stride = true;
+    t.pass_rows = 512;
     t.peak[static_cast<int>(ActKind::kBF16)] = emulated ? amx_emulated::peak_bf16 : amx::peak_bf16;
     t.matmul[static_cast<int>(Format::kBF16)] = emulated ? amx_emulated::matmul_bf16 : amx::matmul_bf16;
     t.matmul[static_cast<int>(Format::kF8)] = emulated ? amx_emulated::matmul_f8 : amx::matmul_f8;

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from .model import Model
 
 MAX_SEQUENCES = 64  # rows of a pass that may have logits
-MAX_ROWS = 256  # of a pass
 CHUNK = 64  # prompt rows of a pass in which answers wait for their next token
 PATIENCE = 3  # passes in a row that may leave a prompt out
 SHARED = 64  # tokens that two prompts must share for one to wait until the other has computed them
@@ -190,7 +189,7 @@ class Batch(Closing):
         self.cache_bytes = integer("cache_bytes", cache_bytes, 0)
         self._rows = cache_bytes // self._row_bytes  # that all caches may take together
         self._passes: _core.Batch | None
-        self._passes = passes = _core.Batch(model.core, MAX_ROWS)
+        self._passes = passes = _core.Batch(model.core, model.core.pass_rows)
         self._waiting: list[_Sequence] = []  # by age
         self._running: list[_Sequence] = []
         self._idle: list[_Sequence] = []  # least recently used first
@@ -208,7 +207,7 @@ class Batch(Closing):
         return f"Batch({self.model!r}, kv={self.kv!r}, running={self.running}, waiting={self.waiting})"
 
     def _session(self, ctx: int) -> _core.Session:
-        return _core.Session(self.model.core, ctx, self.kv, min(MAX_ROWS, ctx), self._mtp)
+        return _core.Session(self.model.core, ctx, self.kv, min(self.model.core.pass_rows, ctx), self._mtp)
 
     # ---- requests
 
@@ -459,7 +458,7 @@ class Batch(Closing):
         assert self._passes is not None
         answers = [s for s in self._running if s.missing == 1]
         prompts = [s for s in self._running if s.missing > 1]
-        room = CHUNK if answers else MAX_ROWS
+        room = CHUNK if answers else self.model.core.pass_rows
         texts = [s.drafting for s in answers]
         for s in answers:
             s.drafting.left = s.reserved - len(s.ids)

@@ -18,7 +18,7 @@ from .files import packed
 from .files.text_files import FILES, LEGACY, TextFiles
 from .generation import Options, TextGeneration, check_draft
 from .names import DEVICES
-from .session import MAX_ROWS, Session, cache_type
+from .session import Session, cache_type
 from .text import Vocabulary
 
 if TYPE_CHECKING:
@@ -317,7 +317,8 @@ class Model(Closing):
         Args:
             ctx: positions; None: the model's maximum, at most 4096.
             kv: cache type, "f16" | "bf16" | "f32" | "q8"; "auto": bf16 with the instruction set amx, else f16.
-            max_rows: tokens per pass; None: 256, or ctx where that is less.
+            max_rows: tokens per pass; None: 256, with the instruction set amx 512, or ctx where that is less. Each
+                takes memory of the model's while it is needed, about 0.4 MB in V2-Lite.
             mtp: keep the MTP layer's state up to date, which drafting needs and costs an MTP row per token of a prompt;
                 None: where the model has such a layer, so that ``generate`` drafts as the command line does.
 
@@ -327,7 +328,8 @@ class Model(Closing):
             ResourceError: the cache does not fit into the available memory.
         """
         ctx = self._context(ctx)
-        max_rows = min(MAX_ROWS, ctx) if max_rows is None else integer("max_rows", max_rows, 1, 4096, SessionError)
+        max_rows = min(self.core.pass_rows, ctx) if max_rows is None else max_rows
+        max_rows = integer("max_rows", max_rows, 1, 4096, SessionError)
         if mtp not in (None, True, False):
             raise TypeError(f"mtp: {one_line(repr(mtp), 40)}, expected True, False or None")
         return Session(self, ctx, kv, max_rows, bool(self.config["num_nextn_predict_layers"]) if mtp is None else mtp)

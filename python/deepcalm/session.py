@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 Progress = Callable[[int, int], object]  # called with (done, in all)
-MAX_ROWS = 256  # rows of one pass; Ctrl-C works between passes
+MAX_ROWS = 256  # rows whose logits are asked for at a time
 SESSION_VERSION = "1"
 STAGES = (
     *("embed", "attn_norm", "q_a", "q", "c_kv", "k_rope", "q_absorbed", "attn_latent", "attn_out", "ffn_norm"),
@@ -174,8 +174,9 @@ class Session(Closing):
     (``Generation.reason`` "taken"); ``save``, ``trace`` and what only reads do not.
 
     Calls from several threads are serialised: while a pass of any session of the model runs, others wait for it, and
-    the interpreter runs on. ``prefill`` runs in passes of ``max_rows`` tokens, between which Ctrl-C is served; the
-    logits do not depend on how the rows are grouped. Arrays returned are copies that stay as they are.
+    the interpreter runs on. ``prefill`` runs in passes of ``max_rows`` tokens; Ctrl-C is served between them, and on
+    the CPU between their layers. Logits do not depend on how the rows are grouped. Arrays returned are copies that
+    stay as they are.
     """
 
     def __init__(self, model: Model, ctx: int, kv: str, max_rows: int, mtp: bool) -> None:

@@ -15,13 +15,19 @@ class Arena {
         return p;
     }
     template <class T = float> View<T> rows(int64_t n, int64_t stride) { return {take<T>(n * stride), stride}; }
-    // f32: where the f32 form lies that has no place of its own.
-    void site(ActSite& s, int64_t n_rows, int cols, View<float> f32 = {}) {
+    // n rows of bf16 for a product that reads every step-th: not a multiple of 4096 bytes apart, or one set of a cache has them all
+    Activation bf16(int64_t n, int cols, int64_t step = 1) {
+        int64_t stride = round_up(cols, kTileCols);
+        if (2 * step * stride % 4096 == 0) stride += kTileCols;
+        return {take<uint16_t>(n * stride), nullptr, nullptr, stride};
+    }
+    // f32: where the f32 form lies that has no place of its own. step: what reads the rows takes every step-th.
+    void site(ActSite& s, int64_t n_rows, int cols, View<float> f32 = {}, int64_t step = 1) {
         const int64_t stride = round_up(cols, kTileCols), n = n_rows * stride;
         s.cols = cols;
         s.f32 = f32.stride > 0 ? f32 : rows(n_rows, stride);
         s.kind[static_cast<int>(ActKind::kF32)] = {s.f32.data, nullptr, nullptr, s.f32.stride};
-        s.kind[static_cast<int>(ActKind::kBF16)] = {take<uint16_t>(n), nullptr, nullptr, stride};
+        s.kind[static_cast<int>(ActKind::kBF16)] = bf16(n_rows, cols, step);
         s.kind[static_cast<int>(ActKind::kI8)] = {take<int8_t>(n), take<float>(n / kTileCols),
                                                   take<int32_t>(n / kTileCols), stride};
     }
@@ -62,9 +68,9 @@ void lay_out(Buffers& s, Arena& a, const ModelConfig& c, int n_threads) {
     const int64_t nope_pad = round_up(c.qk_nope_head_dim, kTileCols);
     s.head_rows = static_cast<int>(b);
     s.uv_tmp = {a.take<float>(b * heads * std::max(nope_pad, v_pad)), v_pad};
-    a.site(s.q_nope, b * heads, c.qk_nope_head_dim, {s.uv_tmp.data, shared ? nope_pad : 0});
+    a.site(s.q_nope, b * heads, c.qk_nope_head_dim, {s.uv_tmp.data, shared ? nope_pad : 0}, heads);
     s.q_full = a.rows(b * heads, q_full);
-    a.site(s.attn_latent, b * heads, c.kv_lora_rank, shared ? s.q_full : View<float>());
+    a.site(s.attn_latent, b * heads, c.kv_lora_rank, shared ? s.q_full : View<float>(), heads);
     a.go_to(std::max(a.used(), block));
 
     s.qkv_a = a.rows(n, c.qkv_a_stride());
@@ -91,6 +97,7 @@ void lay_out(Buffers& s, Arena& a, const ModelConfig& c, int n_threads) {
     const int64_t k = c.n_routed_experts > 0 ? c.num_experts_per_tok : 0;
     s.gate_up.resize(static_cast<size_t>(n_threads));
     for (auto& p : s.gate_up) p = a.take<float>(n * 2 * kTileRows * kPairsAtOnce);
+    for (Activation& x : s.together) x = a.bf16(n, c.hidden_size);
     const int64_t hidden = a.used();
     if (!c.is_moe(0)) a.site(s.ffn_h, n, c.intermediate_size);
     if (k > 0) {
@@ -109,9 +116,10 @@ void lay_out(Buffers& s, Arena& a, const ModelConfig& c, int n_threads) {
 
 }  // namespace
 
-Result<Buffers> Buffers::make(const ModelConfig& cfg, int max_rows, int n_threads) {
+Result<Buffers> Buffers::make(const ModelConfig& cfg, int max_rows, int n_threads, bool one_stride) {
     Buffers s;
     s.max_rows = max_rows;
+    if (one_stride && cfg.n_routed_experts > 0) s.together.resize(static_cast<size_t>(n_threads));
     Arena count(nullptr);
     lay_out(s, count, cfg, n_threads);
     DC_TRY(s.memory, ZeroedBuffer::make(count.used(), "activation buffers"));

@@ -49,7 +49,8 @@ struct PassRow {
 };
 
 struct Buffers {
-    static Result<Buffers> make(const ModelConfig& cfg, int max_rows, int n_threads);
+    // one_stride: of the kernels
+    static Result<Buffers> make(const ModelConfig& cfg, int max_rows, int n_threads, bool one_stride);
 
     int max_rows = 0;
     std::vector<PassRow> rows;        // [n]
@@ -75,14 +76,15 @@ struct Buffers {
     ActSite attn_v;                       // [n, n_heads * v_head_dim], may lie in q
     View<float> out;                      // [n, d] output of a block before the residual, may be final_h
     View<float> expert_out;               // [n, d] rows of one routed expert, then of the shared ones
-    std::vector<float*> gate_up;   // one per thread: [n * 32 * kPairsAtOnce] gate and up tiles before silu(gate) * up
-    ActSite ffn_h;                 // [n, intermediate_size]; dense FFN hidden rows
-    ActSite shared_h;              // [n, n_shared_experts * moe_intermediate_size]
-    ActSite expert_h;              // [n * k, moe_intermediate_size], by slot
-    View<float> gate_logits;       // [n, n_routed_experts]
-    View<float> route_scratch;     // [n_threads, 2E + n_group]
-    View<int32_t> topk_idx;        // [n, k] ascending
-    View<float> topk_weight;       // [n, k]
+    std::vector<float*> gate_up;  // one per thread: [n * 32 * kPairsAtOnce] gate and up tiles before silu(gate) * up
+    std::vector<Activation> together;  // one per thread, or none: [n, d] bf16 rows of h that an expert reads
+    ActSite ffn_h;                     // [n, intermediate_size]; dense FFN hidden rows
+    ActSite shared_h;                  // [n, n_shared_experts * moe_intermediate_size]
+    ActSite expert_h;                  // [n * k, moe_intermediate_size], by slot
+    View<float> gate_logits;           // [n, n_routed_experts]
+    View<float> route_scratch;         // [n_threads, 2E + n_group]
+    View<int32_t> topk_idx;            // [n, k] ascending
+    View<float> topk_weight;           // [n, k]
     int32_t* slot_row = nullptr;   // [n * k] activation row of each slot, slots grouped by expert, experts ascending
     float* slot_weight = nullptr;  // [n * k]
     std::vector<int32_t> pass_experts;  // short main passes: [moe layer, n, k] layer * E + expert, ascending in a row

@@ -18,6 +18,7 @@ Result<std::unique_ptr<Backend>> CpuBackend::open(const BoundModel& model, const
     auto b = std::make_unique<CpuBackend>(model, *kernels);
     DC_TRY(b->pool, ThreadPool::make(n_threads == 0 ? default_threads() : n_threads));
     b->arch = kernels->isa;
+    b->pass_rows = kernels->pass_rows;
     b->n_threads = b->pool->size();
     b->adaptive = adaptive && b->n_threads > 1;
     return std::unique_ptr<Backend>(std::move(b));
@@ -33,7 +34,7 @@ Result<std::unique_ptr<Engine>> CpuBackend::make_engine(const EngineArgs& args) 
 
 Status CpuBackend::reserve(int n) {
     if (n > max_rows) {
-        DC_TRY(buffers, Buffers::make(model.cfg, n, n_threads));
+        DC_TRY(buffers, Buffers::make(model.cfg, n, n_threads, kernels.one_stride));
         touched_rows = 0;
     }
     return Backend::reserve(n);

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <stdexcept>
 
 namespace deepcalm {
 namespace {
@@ -36,6 +37,8 @@ class Pass {
         });
         done(Stage::kEmbed, "embed", s_.x, d_);
         for (int i = 0; i < c_.num_hidden_layers; ++i) {
+            if (tid_ == 0 && n_ > kKeepRows && a_.interrupted != nullptr && a_.interrupted())
+                throw std::runtime_error("interrupted");
             if (traced_) prefix_ = "layers." + std::to_string(i) + ".";
             layer(w_.layers[static_cast<size_t>(i)], i);
         }
@@ -508,22 +511,23 @@ class Pass {
 
     // Gate and up tiles [2*pairs.begin, 2*pairs.end) of one matrix, then silu(gate) * up for the same columns of `out`: a few
     // at a time, so that they wait in the second-level cache.
-    void gate_up(const PackedTensor& t, int slice, Range pairs, const int32_t* rows, int n, const ActSite& out,
-                 int64_t out_first) const {
+    void gate_up(const PackedTensor& t, int slice, Range pairs, const Activation& x, const int32_t* rows, int n,
+                 const ActSite& out, int64_t out_first) const {
         if (n == 0) return;
         const int at_once = kPairsAtOnce * (s_.max_rows / n);
         const View<float> tmp{s_.gate_up[static_cast<size_t>(tid_)], 2 * kTileRows * int64_t{at_once}};
         for (int begin = pairs.begin; begin < pairs.end; begin += at_once) {
             const int end = std::min(begin + at_once, pairs.end);
-            matmul(t, slice, {2 * begin, 2 * end}, operand(s_.h, t), n, tmp, rows);
+            matmul(t, slice, {2 * begin, 2 * end}, x, n, tmp, rows);
             const int col = kTileRows * begin, cols = std::min(kTileRows * end, out.cols) - col;
             for (int i = 0; i < n; ++i) k_.swiglu(tmp.row(i), out.row(out_first + i) + col, cols);
         }
     }
 
     void dense_ffn(const LayerWeights& w) {
+        const Activation h = operand(s_.h, w.w_gate_up);
         pool_.deal(w.w_gate_up.row_tiles() / 2, kDealtPairs,
-                   [&](Range pairs) { gate_up(w.w_gate_up, 0, pairs, nullptr, n_, s_.ffn_h, 0); });
+                   [&](Range pairs) { gate_up(w.w_gate_up, 0, pairs, h, nullptr, n_, s_.ffn_h, 0); });
         meet(Stage::kFfnUp);
         each_row([&](int i) { prepare(s_.ffn_h, i, {&w.w_down}); });
         done(Stage::kFfnUp);
@@ -565,17 +569,38 @@ class Pass {
         done(Stage::kRoute);
     }
 
+    // What an expert reads, and in `rows` which rows of it: those of h, or where kernels want it a copy side by side, made once
+    // by each thread that has a part of the expert.
+    Activation operand_of(const ExpertRows& e, const PackedTensor& t, const int32_t*& rows) {
+        const Activation h = operand(s_.h, t);
+        const int n = e.end - e.begin;
+        rows = s_.slot_row + e.begin;
+        const bool apart = n > 2 && info(t.format).act == ActKind::kBF16;  // two lie one stride apart
+        if (!apart || s_.together.empty()) return h;
+        const Activation& x = s_.together[static_cast<size_t>(tid_)];
+        const auto row_of = [](const Activation& a, int64_t i) { return static_cast<uint16_t*>(a.x) + i * a.stride; };
+        const auto bytes = static_cast<size_t>(2 * round_up(d_, kTileCols));
+        for (int i = 0; i < n && together_ != e.expert; ++i) std::memcpy(row_of(x, i), row_of(h, rows[i]), bytes);
+        together_ = e.expert;
+        rows = nullptr;
+        return x;
+    }
+
     // Every touched expert once for all its rows, then the shared expert, as one list of tile pairs.
     void experts_up(const LayerWeights& w) {
         const int pairs = w.experts_gate_up.row_tiles() / 2, shared_pairs = w.shared_gate_up.row_tiles() / 2;
         const int routed_pairs = static_cast<int>(s_.touched.size()) * pairs;
+        const Activation h = operand(s_.h, w.shared_gate_up);
+        together_ = -1;
         pool_.deal(routed_pairs + shared_pairs, kDealtPairs, [&](Range range) {
             each_slice({range.begin, std::min(range.end, routed_pairs)}, pairs, [&](int slice, Range p) {
                 const ExpertRows& e = s_.touched[static_cast<size_t>(slice)];
-                gate_up(w.experts_gate_up, e.expert, p, s_.slot_row + e.begin, e.end - e.begin, s_.expert_h, e.begin);
+                const int32_t* rows = nullptr;
+                const Activation x = operand_of(e, w.experts_gate_up, rows);
+                gate_up(w.experts_gate_up, e.expert, p, x, rows, e.end - e.begin, s_.expert_h, e.begin);
             });
             const Range p{std::max(range.begin - routed_pairs, 0), range.end - routed_pairs};
-            gate_up(w.shared_gate_up, 0, p, nullptr, n_, s_.shared_h, 0);
+            gate_up(w.shared_gate_up, 0, p, h, nullptr, n_, s_.shared_h, 0);
         });
         meet(Stage::kExpertsUp);
         each(int64_t{n_} * c_.num_experts_per_tok, [&](int slot) { prepare(s_.expert_h, slot, {&w.experts_down}); });
@@ -693,6 +718,7 @@ class Pass {
     const int tid_, threads_, n_, d_, heads_;
     const bool traced_;  // any of the sequences
     int layer_idx_ = 0;
+    int together_ = -1;  // the expert whose rows lie in this thread's s_.together
     std::string prefix_;
     mutable std::vector<int> expert_first_;
     std::map<std::string, std::vector<float>> taps_;  // of the blocks so far

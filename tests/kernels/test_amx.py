@@ -371,6 +371,17 @@ def test_what_a_processor_refuses_ends_the_process(library: Path, which: int) ->
     assert "tiles_by_signal: #" in run.stderr
 
 
+def test_passes_are_longer_than_on_other_sets() -> None:
+    """The rows of a pass share every weight that is read."""
+    sessions = [deepcalm.Model(deepcalm.demo_path(), threads=1, isa=isa).session() for isa in ("amx", "avx512x")]
+    assert [s.core.max_rows for s in sessions] == [512, 256]
+    ids = np.random.default_rng(1).integers(10, 2000, 300)
+    logits = sessions[0].prefill(ids)
+    assert sessions[0].stats.passes == 2, "one, and one of the MTP layer"
+    other = deepcalm.Model(deepcalm.demo_path(), threads=1, isa="amx").session(max_rows=64)
+    assert np.array_equal(other.prefill(ids), logits)
+
+
 # --- what is said ---------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -230,3 +231,23 @@ def test_threads_arrays_stay_as_they_are() -> None:
     s.prefill(IDS[::-1])
     del s
     assert all(np.array_equal(held[name], x) for name, x in before.items())
+
+
+def test_ctrl_c_ends_a_long_pass_between_layers() -> None:
+    """Its rows are not there afterwards, and the next pass computes what it would have."""
+    model = deepcalm.Model(deepcalm.demo_path(), threads=2)
+    ids = np.random.default_rng(3).integers(10, 2000, 512).astype(np.int32)
+    want = model.session(512, max_rows=512).prefill(ids)
+    session = model.session(512, max_rows=512)
+    session.prefill(ids[:1])
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    late = threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1))
+    try:
+        late.start()
+        with pytest.raises(KeyboardInterrupt):
+            session.prefill(ids[1:])
+    finally:
+        late.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert (session.pos, session.stats.passes) == (1, 1)  # a pass that ended is counted
+    assert np.array_equal(session.prefill(ids[1:]), want)
