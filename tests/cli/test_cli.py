@@ -44,7 +44,7 @@ SUMMARY = (
     r"(; decode [\d.]+ tok/s, [\d.]+ GB/s(, \d+ % of a plain read)?)?"
     r"(; \d+ of \d+ drafts accepted \([^)]+\), [\d.]+ tokens and [\d.]+ experts a pass)?"
     r"(; drafting turned off, it did not pay)?"
-    r"; cache (f32|f16|bf16|q8); (greedy|temp [\d.]+.*; seed \d+)"
+    rf"; ({'|'.join(ISAS)}), cache (f32|f16|bf16|q8); (greedy|temp [\d.]+.*; seed \d+)"
 )
 
 

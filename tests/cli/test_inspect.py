@@ -60,9 +60,9 @@ def test_inspect_shows_what_decides(show: Show, v3: Path, monkeypatch: pytest.Mo
     lines = {line[:14].strip(): line[14:] for line in show(v3, columns=200).splitlines()[1:]}
     assert lines["model"] == "deepseek_v3, 61 layers, 128 heads, 8 of 256 experts a token, 1 shared"
     assert lines["parameters"] == "671.03 G, 36.63 G of them for a token; 11.61 G more in the MTP layer"
-    assert lines["cache, f16"].split() == ["a", "token", "163,840", "tokens"]
+    assert lines["cache, f16"].split() == ["a", "token", "163,840", "tokens;", "instruction", "set", models.model().isa]
     monkeypatch.setenv("DEEPCALM_ISA", "amx")
-    assert "\ncache, bf16 " in show(v3)
+    assert "\ncache, bf16 " in show(v3) and "instruction set amx\n" in show(v3)
     assert lines["MLA, its own"].split() == ["70.27", "kB", "11.51", "GB", "1.00x"]
     assert lines["as MHA"].split() == ["5.00", "MB", "818.73", "GB", "71.11x"]
     info = json.loads(show(v3, "--json"))

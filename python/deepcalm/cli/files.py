@@ -222,7 +222,8 @@ def screen(info: dict[str, Any], width: int) -> str:
     from ..session import cache_type
 
     best = next(isa["name"] for isa in _core.isas() if isa["supported"])
-    kv = cache_type("auto", os.environ.get("DEEPCALM_ISA") or best)
+    isa = os.environ.get("DEEPCALM_ISA") or best
+    kv = cache_type("auto", isa)
     c, p, cache, longest = info["config"], info["parameters"], info["cache"], info["config"]["max_position_embeddings"]
     n, heads = c["n_routed_experts"], c["num_attention_heads"]
     experts = f"{c['num_experts_per_tok']} of {n} experts a token, {c['n_shared_experts']} shared" if n else "dense"
@@ -233,7 +234,7 @@ def screen(info: dict[str, Any], width: int) -> str:
         ("weights", f"{size(info['weight_bytes'])}, {size(info['active_bytes_per_token'])} read a token"),
         ("formats", ", ".join(f"{name} {size(b)}" for name, b in info["formats"].items())),
         ("", ""),
-        (f"cache, {kv}", f"{'a token':>9} {longest:>9,} tokens"),
+        (f"cache, {kv}", f"{'a token':>9} {longest:>9,} tokens; instruction set {isa}"),
     ]
     names = {"MLA": "MLA, its own", "MHA": "as MHA", "GQA": f"as GQA of {min(GROUPS, heads)}", "MQA": "as MQA"}
     rows += [(label, f"{size(cache[a]):>9} {size(cache[a] * longest):>9} {cache[a] / cache['MLA']:5.2f}x")

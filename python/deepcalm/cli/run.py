@@ -264,8 +264,9 @@ def summary(answer: TextGeneration, stats: Stats, seed: int | None, read: float 
     if drafts.switches and not drafts.drafting:
         line += "; drafting turned off, it did not pay"
     how = answer.generation.sampling
-    line += f"; cache {answer.generation.session.kv}"
-    line += f"; {sampling_text({k: getattr(how, k) for k in NO_SAMPLING}, answer.generation.session.model)}"
+    session = answer.generation.session
+    line += f"; {session.model.isa}, cache {session.kv}"
+    line += f"; {sampling_text({k: getattr(how, k) for k in NO_SAMPLING}, session.model)}"
     return line if seed is None else f"{line}; seed {seed}"
 
 
