@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import bench_amx
 import bench_batch
 import bench_draft
 import bench_peers
@@ -207,6 +208,19 @@ def test_batch_rows_and_gaps_of_a_tiny_model(tmp_path: Path, monkeypatch: pytest
     assert len({r["sha256"] for r in rows}) == 4 and head["gaps"]["steps"] == 3  # of 64 rows
     text = out.with_suffix(".md").read_text()
     assert text.count("\n| 4 |") == 2 and "Longest time between two tokens of 8 answers" in text
+
+
+@pytest.mark.skipif("amx" not in models.ISAS, reason="no avx512x here, on which amx is emulated")
+def test_amx_beside_avx512x(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"model": models.packed(), "prompts": 9, "rounds": 2, "threads": 1}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", ["bench_amx.py", *options])
+    assert bench_amx.main() == 0
+    out = capsys.readouterr().out
+    assert ("EMULATED: not measured" in out) == any(i["emulated"] for i in _core.isas())
+    assert [line.split(" | ")[1] for line in out.splitlines()[-3:]] == [
+        "prefill of 9, tok/s", "decode of a row, GB/s", "8 rows, GB/s"
+    ]  # fmt: skip
 
 
 def test_batch_rows_whose_texts_differ_are_no_result() -> None:
