@@ -240,6 +240,7 @@ ATTENTION = [(64, 16, 5, [3, 64, 65, 200, 131, 1, 190]), (24, 8, 3, [1, 2, 33, 6
          (512, 64, 16, [77]), (32, 32, 1, [*range(125, 131)])]  # fmt: skip
 
 
+@pytest.mark.by_turns("kind", 3)
 @pytest.mark.parametrize("kind", ["usual", "tiny", "steep"])
 @pytest.mark.parametrize(("c", "dr", "heads", "ends"), ATTENTION)
 def test_attention_follows_the_definition(
