@@ -35,11 +35,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ``by_turns(name, n)`` marks a product of parameters exhaustive, but for one of the ``n`` values of ``name`` with
     each choice of the others, the next one each time, and for the value of index ``always``.
     """
+    known: dict[str, tuple[list[str], list[str]]] = {}  # of a test: values of the parameter, and choices of the others
     for item in items:
         for mark in item.iter_markers("by_turns"):
-            indices = dict(getattr(item, "callspec").indices)  # noqa: B009  # pytest does not declare it
-            name, n = mark.args
-            if indices.pop(name) not in (sum(indices.values()) % n, mark.kwargs.get("always")):
+            params = dict(getattr(item, "callspec").params)  # noqa: B009  # pytest does not declare it
+            (name, n), places = mark.args, list[int]()
+            for seen, what in zip(
+                known.setdefault(item.nodeid.partition("[")[0], ([], [])),
+                (repr(params.pop(name)), repr(params)),
+                strict=True,
+            ):
+                if what not in seen:
+                    seen.append(what)
+                places.append(seen.index(what))
+            if places[0] not in (places[1] % n, mark.kwargs.get("always")):
                 item.add_marker("exhaustive")
     for mark in ("exhaustive", "ray"):
         if mark not in config.option.markexpr:
