@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -220,3 +221,18 @@ def test_a_test_run_removes_what_a_killed_one_left() -> None:
     (dead / "m.dcalm").touch()
     shutil.rmtree(models.root.__wrapped__())
     assert living.exists() and not dead.exists()
+
+
+def test_project_products_by_turns_take_every_value_and_every_choice(pytestconfig: pytest.Config) -> None:
+    hook = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py")).pytest_collection_modifyitems
+    marked, mark = list[tuple[int, int]](), pytest.mark.by_turns("b", 3, always=2).mark
+    items = [
+        SimpleNamespace(
+            nodeid=f"t[{a}-{b}]", callspec=SimpleNamespace(params={"a": a, "b": b}),
+            iter_markers=lambda name: [mark] if name == "by_turns" else [],
+            get_closest_marker=lambda _: None, add_marker=lambda _, pair=(a, b): marked.append(pair),
+        )
+        for a in range(4) for b in range(3)
+    ]  # fmt: skip
+    hook(pytestconfig, items)
+    assert marked == [(0, 1), (1, 0), (2, 0), (2, 1), (3, 1)]
