@@ -162,6 +162,18 @@ def accepted_table() -> list[Row]:
     return rows
 
 
+def drafters_table() -> list[Row]:
+    """Drafts of the text itself, counted: how many were accepted, and the gain in bytes by model and drafts a round."""
+    found = {(r["text"], r["model"], r["k"]): r for r in jsonl.read(DOCS / "perf" / "zen4" / "drafters.jsonl")[1:]
+             if r.get("drafter") == "ngram"}  # fmt: skip
+    columns = [("demo", 3), ("demo", 7), ("demo", "auto"), ("V2-Lite", "auto"), ("V3", "auto")]
+    rows: list[Row] = [("text", "accepted", *(f"{m}, {k if k == 'auto' else f'K = {k}'}" for m, k in columns))]
+    for text in dict.fromkeys(text for text, *_ in found):
+        gains = (f"{found[text, model, k]['gain_bytes']:.2f}" for model, k in columns)
+        rows.append((f"`{text}`", f"{found[text, 'demo', 3]['acceptance']:.0%}", *gains))
+    return rows
+
+
 SHAPES = {
     "lite27-q8": "DeepSeek-V2-Lite, q8",
     "lite27-q4": "DeepSeek-V2-Lite, q4",
@@ -193,6 +205,7 @@ def rows_table(folder: Path) -> list[Row]:
 TABLES: dict[str, Callable[[], list[Row]]] = {
     "cache": cache_table, "intensity": intensity_table, "products": product_table, "experts": experts_table,
     "union": union_table, "gain": gain_table, "accepted": accepted_table,
+    "drafters": drafters_table,
     "xeon": lambda: rows_table(DOCS / "perf"), "zen4": lambda: rows_table(DOCS / "perf" / "zen4"),
 }  # fmt: skip
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)

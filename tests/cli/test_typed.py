@@ -46,6 +46,7 @@ NOT_TYPED = {
     "tools/bench_peers.py --build": "downloads and compiles llama.cpp, and measures for hours",
     "tools/bench_rows.py --repeats": "measures for an hour",
     "tools/bench_draft.py": "measures for an hour",
+    "tools/bench_drafters.py": "measures for minutes",
     "tools/bench_batch.py": "measures for minutes; tests/tools/test_bench_tools.py calls its parts",
     "tools/bench_serve.py": "measures for minutes; tests/serve calls its parts",
     "tools/quality.py": "measures whole texts and large models; tests/tools/test_bench_tools.py calls its parts",

@@ -14,6 +14,7 @@ import pytest
 import bench_amx
 import bench_batch
 import bench_draft
+import bench_drafters
 import bench_peers
 import bench_plot
 import bench_rows
@@ -168,8 +169,8 @@ def test_the_tables_of_the_docs_are_made_from_the_rows_beside_them(folder: Path)
     for name, tool in (("rows", bench_rows), ("peers", bench_peers)):
         results = bench_rows.Results(folder / f"{name}.jsonl", again=False)
         assert tool.markdown(results) == (folder / f"{name}.md").read_text()
-    if folder == bench_rows.DOCS:
-        assert bench_draft.markdown(jsonl.read(folder / "draft.jsonl")) == (folder / "draft.md").read_text()
+    name, page = ("draft", bench_draft) if folder == bench_rows.DOCS else ("drafters", bench_drafters)
+    assert page.markdown(jsonl.read(folder / f"{name}.jsonl")) == (folder / f"{name}.md").read_text()
 
 
 def test_a_result_of_bench_is_drawn(tmp_path: Path) -> None:
