@@ -66,9 +66,10 @@ deepcalm verify -m FILE --against DIR --layers 0 --prompt "on the other hand" --
 deepcalm bench -m FILE --prompt 8 --context 4 --tokens 3 --isa scalar --json-file new.json -q
 deepcalm bench --synthetic v3:2 --attn-dtype bf16 --head-dtype f16 --keep new.dcalm --contexts 0
 deepcalm batch IN.jsonl out.jsonl --overwrite --cache-bytes 9999999 -c 64 --kv q8 --top-p 0.9 --top-k 9 --min-p 0.1 -s 3
-deepcalm batch IN.jsonl out.jsonl --stop END --draft 1 --device cpu -t 1 --isa scalar --lock -q
+deepcalm batch IN.jsonl out.jsonl --stop END --draft 1 --drafter ngram --device cpu -t 1 --isa scalar --lock -q
 deepcalm serve --max-waiting 9 --cache-bytes 99999999 --grace 1 --draft 1 -t 1 --isa scalar -c 64 --kv q8 --lock -q
-deepcalm serve --device cpu
+deepcalm serve --device cpu --drafter ngram
+deepcalm chat --drafter ngram
 deepcalm perplexity -m v3.dcalm book.txt --device cpu -t 1 --isa scalar -c 64 --kv q8 -q
 """
 # Values of config.json that make a synthetic model small, whatever geometry is asked for.
