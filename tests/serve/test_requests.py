@@ -312,10 +312,18 @@ def test_names_and_keys_need_not_be_utf8(run: commands.Run, tmp_path: Path, monk
     path, key = tmp_path / "\udcff.dcalm", tmp_path / "key"
     path.symlink_to(deepcalm.demo_path())
     key.write_bytes(b"k\xff\n")
-    ask = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\xff\r\nConnection: close\r\n\r\n"
-    with Server("-m", path, "--api-key-file", key) as server, socket.create_connection(server.address) as sock:
-        sock.sendall(ask)
-        assert b'"id":"\\\\udcff"' in b"".join(iter(lambda: sock.recv(4096), b""))
+    head = b"Host: localhost\r\nAuthorization: Bearer k\xff\r\nConnection: close\r\n"
+    body = b'{"prompt":"Once","max_tokens":9}'
+    kind = b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body)
+    with Server("-m", path, "--api-key-file", key, "--draft", "2", "--drafter", f"model:{path}") as server:
+        for ask, more, answer in (
+            (b"GET /v1/models", b"\r\n", b'"id":"\\\\udcff"'),
+            (b"POST /v1/completions", kind + b"\r\n" + body, b'"text":'),
+            (b"GET /metrics", b"\r\n", b'\\\\udcff.dcalm"} '),
+        ):
+            with socket.create_connection(server.address) as sock:
+                sock.sendall(ask + b" HTTP/1.1\r\n" + head + more)
+                assert answer in b"".join(iter(lambda sock=sock: sock.recv(4096), b""))  # type: ignore[misc]
     monkeypatch.setenv("DEEPCALM_API_KEY", os.fsdecode(b"k\xff"))
     assert read_key(None) == read_key(key)
     commands.ended_servers(monkeypatch)

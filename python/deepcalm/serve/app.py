@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from .. import _core, wire
 from ..batch import Batch
-from ..errors import ResourceError, one_line
+from ..errors import ResourceError, one_line, utf8
 from ..wire import RequestError
 from . import page
 from .engine import Answer, Engine, shutdown
@@ -174,7 +174,7 @@ class Api(Collector):
         for i, what in enumerate(("offered", "accepted")):
             of = counter(f"deepcalm_drafter_{what}", f"Drafts {what}, by who made them.", labels=["drafter"])
             for name, counts in self.engine.batch.drafted.copy().items():
-                of.add_metric([name], counts[i])
+                of.add_metric([utf8(name)], counts[i])
             yield of
 
     def _model(self) -> dict[str, Any]:
