@@ -56,7 +56,7 @@ AREAS = (
         without=(*BATCH, *CLUSTER, *WIRE, *MARKUP),
     ),
     Area("Python batch", BATCH, 1127),
-    Area("Python cluster", CLUSTER, 483),
+    Area("Python cluster", CLUSTER, 490),
     Area("Python requests", WIRE, 531),
     Area("Python markup", MARKUP, 535),
     Area("Python serve", SERVE, 902),

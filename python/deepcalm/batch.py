@@ -547,4 +547,5 @@ class Batch(Closing):
             s.pos = min(s.pos, len(s.ids))
             s.reserved = s.pos if self._lazy else s.reserved
             s.core.truncate(s.pos)
+            self._drafters.forget(s.core)  # whose memory is not among that of the rows which are kept
             self._idle = [*self._idle, s][-MAX_IDLE:]

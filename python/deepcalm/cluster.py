@@ -34,6 +34,7 @@ from .arguments import integer
 from .batch_file import record
 from .batch_lines import AHEAD, Line, Lines, Result, Settings
 from .closing import Closing
+from .drafters import absolute
 from .errors import Error, ResourceError, UnsupportedError, one_line
 from .model import Model, demo_path
 from .names import ISAS
@@ -58,6 +59,14 @@ class Setup:
     model: Mapping[str, Any]  # threads
     batch: Mapping[str, Any]  # max_sequences, ctx, kv, cache_bytes, draft, drafter
     lock: bool = False
+
+    @classmethod
+    def of(
+        cls, model: str | os.PathLike[str] | None, threads: int | None, batch: Mapping[str, Any], lock: bool = False
+    ) -> Setup:
+        """Of files named as in this process, which workers find from whatever folder they are in."""
+        path = None if model is None else str(Path(model).absolute())
+        return cls(path, {"threads": threads}, {**batch, "drafter": absolute(batch.get("drafter", "auto"))}, lock)
 
     @property
     def blocks(self) -> int:
@@ -420,10 +429,8 @@ def generate(
         raise Error(f"the dataset has no column {min(missing)}, but {one_line(', '.join(columns), 200)}")
     if twice := set(columns) & ADDED.keys():
         raise Error(f"the dataset has a column {min(twice)} already; rename it, for the answers get it")
-    setup = Setup(
-        None if model is None else str(Path(model).absolute()), {"threads": options.get("threads")},
-        {"max_sequences": 8, **{k: options[k] for k in BATCH if k in options}},
-    )  # fmt: skip
+    batch = {"max_sequences": 8, **{k: options[k] for k in BATCH if k in options}}
+    setup = Setup.of(model, options.get("threads"), batch)
     seed, stop, limit = options.get("seed", 0), options.get("stop", ()), options.get("max_tokens", 256)
     sampling = {k: options[k] for k in SAMPLING if k in options}
     Sampling(seed=seed, **sampling), integer("max_tokens", limit, 1)  # or what is wrong with them

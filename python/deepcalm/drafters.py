@@ -13,6 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,6 +47,12 @@ def keeps_mtp(draft: str | int, drafter: str = "auto") -> bool | None:
     return draft not in ("off", 0) and ("mtp" in names or (None if "auto" in names else False))
 
 
+def absolute(drafter: str) -> str:
+    """The same names, files as a process in another folder finds them. Raises as ``check_drafter``."""
+    names = (name.partition("model:") for name in check_drafter(drafter))
+    return ",".join(f"model:{Path(file).absolute()}" if file else name for name, _, file in names)
+
+
 class Drafter:
     """What makes drafts; ``cost``: of rounds with them."""
 
@@ -60,6 +67,9 @@ class Drafter:
         """Sets ``drafts`` of texts that share a step and took its offers; adds the "bytes" and "seconds" it takes."""
         for text in texts:
             text.drafts = text.offer.ids[: text.k] if text.offer else ()
+
+    def forget(self, core: _core.Session) -> None:
+        """Nothing is drafted for this sequence any more: what is kept of it goes."""
 
 
 class Mtp(Drafter):
@@ -175,6 +185,10 @@ class Second(Drafter):
         for text in texts:
             text.drafts = made[text]
 
+    def forget(self, core: _core.Session) -> None:
+        """Its sequence."""
+        self._following.pop(core, None)
+
 
 class Drafters:
     """Those at hand for the sequences of a model.
@@ -188,7 +202,8 @@ class Drafters:
     def __init__(self, model: Model, drafter: str, draft: str | int, mtp: bool) -> None:
         cost = CostModel.of(model.core.weight_bytes, model.config)
         self._all: dict[str, Drafter] = {}
-        for name in () if draft in ("off", 0) else check_drafter(drafter):
+        names = check_drafter(drafter)
+        for name in () if draft in ("off", 0) else names:
             if name == "mtp" and not mtp:
                 raise SessionError("drafter mtp: the session keeps no MTP state; make it with session(mtp=True)")
             if name == "mtp" or (name == "auto" and mtp):
@@ -213,3 +228,8 @@ class Drafters:
             if mine := [text for text in texts if text.key[0] == name]:
                 drafter.make(mine, spent)
         return spent
+
+    def forget(self, core: _core.Session) -> None:
+        """Nothing is drafted for this sequence any more."""
+        for drafter in self._all.values():
+            drafter.forget(core)

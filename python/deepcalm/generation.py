@@ -30,9 +30,10 @@ class Options(TypedDict, total=False):
     ``max_tokens``: at most this many, 1 or more; None: until something else ends it. ``temp``, ``top_k``, ``top_p``,
     ``min_p``, ``seed``: see ``Sampling``; greedy by default. ``eos_ids``: ids that end it; None: the model's own.
     ``draft``: drafts per round, "off", or "auto": as many as pay. ``drafter``: who makes them, "mtp" (the MTP layer),
-    "ngram" (the text itself: what followed its last tokens before), several with commas between, or "auto": those at
-    hand. The tokens are the same with any of them. ``logprobs``: keep every token's probability and those of so many
-    most probable ones (``Generation.scores``); None: keep none.
+    "ngram" (the text itself: what followed its last tokens before), "model:FILE" (another model with the same tokens),
+    several with commas between, or "auto": the first two where they are at hand. The tokens are the same with any of
+    them. ``logprobs``: keep every token's probability and those of so many most probable ones (``Generation.scores``);
+    None: keep none.
     """
 
     max_tokens: int | None
@@ -94,8 +95,8 @@ class Generation(Iterator[int]):
         self.cost = CostModel.of(model.core.weight_bytes, model.config)
         self.sampling = Sampling(**sampling)
         check_draft(draft)
-        if drafter == draft == "auto" and model.device != "cpu":  # it drafts without waiting for the host
-            drafter, draft = "mtp", "auto" if session.keeps_mtp else "off"
+        if drafter == "auto" and model.device != "cpu" and (session.keeps_mtp or draft == "auto"):
+            drafter, draft = "mtp", draft if session.keeps_mtp else "off"  # it drafts without waiting for the host
         self.drafters = Drafters(model, drafter, draft, session.keeps_mtp)
         self.session = session
         self.max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)

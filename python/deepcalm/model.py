@@ -350,7 +350,8 @@ class Model(Closing):
             ctx: positions of each; None: the model's maximum, at most 4096.
             kv: cache type, "f16" | "bf16" | "f32" | "q8"; "auto": bf16 with the instruction set amx, else f16.
             cache_bytes: for the rows of all caches together, of finished sequences too; None: as many as
-                ``max_sequences`` of ``ctx`` take, or the available memory where that is less.
+                ``max_sequences`` of ``ctx`` take, or the available memory where that is less. Another model that drafts
+                has rows of its own beside them, of running sequences.
             draft, drafter: drafts of a sequence and pass, and who makes them (``generation.Options``).
 
         Raises:

@@ -22,6 +22,7 @@ import device_cases
 import models
 import tiny
 from deepcalm import _core
+from deepcalm.cluster import Setup
 from deepcalm.drafters import MATCHES, Ngram, continuation
 from deepcalm.drafting import LIMIT, LIMIT_TOKENS, Controller, CostModel, Text
 from deepcalm.errors import SessionError, UnsupportedError
@@ -78,13 +79,17 @@ def test_on_a_device() -> None:
     copied = model.session(32).generate([5, 6, 7], max_tokens=8, draft=3, drafter=f"model:{file}", eos_ids=())
     assert list(copied) == list(plain)
     assert copied.drafts.stats.accepted == copied.drafts.stats.drafted > 0
+    layer = model.session(32).generate([5, 6, 7], max_tokens=8, draft=2, eos_ids=())
+    assert list(layer) == list(plain.tokens) and layer.drafts.stats.drafted > 0
+    assert layer._device, "a number of drafts is the layer's there, which does not wait for the host"
 
 
 def test_names() -> None:
     model = models.model("moonlight")  # no MTP layer
     for bad in ("", "eagle", "auto,eagle", "ngram,", "MTP", "model:", None):
-        with pytest.raises(ValueError, match="expected auto, mtp, ngram or model:FILE"):
-            model.session().generate([1], drafter=bad)  # type: ignore[arg-type]
+        for draft in ("auto", "off"):
+            with pytest.raises(ValueError, match="expected auto, mtp, ngram or model:FILE"):
+                model.session().generate([1], draft=draft, drafter=bad)  # type: ignore[arg-type]
     with pytest.raises(SessionError, match="drafter mtp: the session keeps no MTP state"):
         model.session().generate([1], drafter="mtp")
     assert list(model.session().generate([1], drafter="mtp", draft="off", max_tokens=1))
@@ -92,6 +97,14 @@ def test_names() -> None:
     generation = with_layer.session().generate([1, 2, 1, 2, 1, 2], max_tokens=20, draft=2, eos_ids=())
     list(generation)
     assert set(generation.drafts.stats.drafters) == {"mtp"}, "a number asks the MTP layer first"
+
+
+def test_files_are_named_for_processes_in_other_folders() -> None:
+    setup = Setup.of("main.dcalm", 2, {"drafter": "ngram,model:a,b.dcalm,model:/c"})
+    here = Path.cwd()
+    assert setup.path == f"{here}/main.dcalm"
+    assert setup.batch["drafter"] == f"ngram,model:{here}/a,b.dcalm,model:/c"
+    assert Setup.of(None, None, {}).batch == {"drafter": "auto"}
 
 
 # ---- another model
@@ -201,6 +214,7 @@ def test_caches_go_when_they_are_given_up() -> None:
         assert not following
         list(batch.run())
         assert request.done and len(request.choices[0].tokens) == 9
+        assert batch._idle and not following, "its rows are kept, those of the other model are not"
 
 
 def test_models_that_cannot_draft_are_refused() -> None:

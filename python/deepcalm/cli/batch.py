@@ -102,7 +102,7 @@ def _on_cluster(path: Path | None, shape: dict[str, Any], given: dict[str, Any],
 
     if given["device"] != "cpu":
         raise UnsupportedError(f"--ray works on processors so far, not with --device {given['device']}")
-    setup = Setup(None if path is None else str(path.absolute()), {"threads": given["threads"]}, shape, given["lock"])
+    setup = Setup.of(path, given["threads"], shape, given["lock"])
     address = None if given["ray"] == HERE else given["ray"]
     with Crew(address, setup, given["isa"], lambda text: say(text, quiet)) as crew:
         yield crew.record, crew.run
