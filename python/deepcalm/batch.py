@@ -467,7 +467,7 @@ class Batch(Closing):
             [self._drafters.offers(text) for text in texts],
             len(answers) + min(room, sum(s.missing for s in prompts)),
             MAX_SEQUENCES - len(self._running),
-            self._passes.expert_union(),
+            self._passes.expert_union,
         )
         self._spent = self._drafters.make(texts)
         work = [(s, 1, s.drafting.drafts) for s in answers]

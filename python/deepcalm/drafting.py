@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from array import array
@@ -193,7 +195,7 @@ def count_drafts(drafters: dict[str, tuple[int, int]], drafter: str, r: Mapping[
         drafters[drafter] = offered + r["drafted"], accepted + r["accepted"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Offer:
     """What a drafter could do in the next round.
 
@@ -337,9 +339,10 @@ class Controller:
         self.kinds: dict[tuple[str, int], Kind] = {}
         self._read = self._lost = 0.0  # bytes of all answers without drafts; what drafts took and did not bring
         self._cache = 0.0  # bytes of the last step that were no weights
+        self._random = np.array([cost.layers * cost.distinct(rows) for rows in range(MAX_BATCH_ROWS + 1)])
         self._union: list[float] = []  # [rows] distinct (layer, expert) pairs of a pass
         self._plain = [0.0]  # [answers] bytes of a step without drafts
-        self._steps = 0
+        self._steps = self._fresh = 0  # when counted unions are looked at again
         self._late = 0.0  # what drafts took by the clock and did not bring, in bytes that could be read in that time
         self._pace: deque[float] = deque([0.0], maxlen=9)  # bytes a second without drafts, lately
         self._fit = [0.0] * 5  # of seconds to bytes and rows of a step: sums of products, lately
@@ -356,7 +359,7 @@ class Controller:
 
     def choose(
         self, answers: Sequence[Text], offers: Sequence[Sequence[Offer]], rows: int, most: int,
-        counted: Sequence[tuple[int, int]] = (),
+        counted: Callable[[], Sequence[tuple[int, int]]],
     ) -> None:  # fmt: skip
         """Sets each answer's ``offer`` and ``k``.
 
@@ -365,7 +368,7 @@ class Controller:
             offers: of the drafters at hand, for each answer.
             rows: of the main pass besides those of drafts.
             most: drafts of all answers together.
-            counted: ``expert_union()`` of the ``_core.Batch``, or of the session.
+            counted: ``expert_union`` of the ``_core.Batch``, or of the session.
         """
         n = len(answers)
         for d, own in zip(answers, offers, strict=True):
@@ -374,9 +377,11 @@ class Controller:
                 d.k = max(min(self.fixed, d.offer.most, most // n), 0)
         if self.fixed is not None or not answers:
             return
-        if self._steps % UNION_EVERY == 0:
-            self._union = self._unions(counted)
         self._steps += 1
+        if n == 1 and self._union and not any(self._kind(offer).pause <= 0 for offer in offers[0]):
+            return
+        if self._steps >= self._fresh:
+            self._union, self._fresh = self._unions(counted()), self._steps + UNION_EVERY
         cost, union = self.cost, self._union
         self._plain = [0.0, *(cost.plain + (u - union[1]) * cost.expert + self._cache * (i + 1) / n
                               for i, u in enumerate(union[1 : n + 1]))]  # fmt: skip
@@ -395,11 +400,14 @@ class Controller:
                 for d in answers:
                     d.accepted[key].fade()
 
-    def _promise(self, d: Text, offer: Offer, rows: int, n: int) -> tuple[float, Offer, list[float]] | None:
-        """Bytes that an offer saves an answer, as if all of them used it, and the chances of its drafts to count."""
+    def _kind(self, offer: Offer) -> Kind:
         if (kind := self.kinds.get(offer.key)) is None:
             kind = self.kinds[offer.key] = Kind(offer.prior, PLAIN_FIRST - self._steps)
-        if kind.pause > 0:
+        return kind
+
+    def _promise(self, d: Text, offer: Offer, rows: int, n: int) -> tuple[float, Offer, list[float]] | None:
+        """Bytes that an offer saves an answer, as if all of them used it, and the chances of its drafts to count."""
+        if (kind := self._kind(offer)).pause > 0:
             return None
         rates = Acceptance(offer.prior).rates() if kind.probing else d.accepted[offer.key].rates(kind.rates())
         chances = [1.0, *accumulate(rates, mul)]
@@ -447,17 +455,12 @@ class Controller:
 
     def _unions(self, counted: Sequence[tuple[int, int]]) -> list[float]:
         """[rows] as if routed at random, times what counting found for about as many rows."""
-        random = [self.cost.layers * self.cost.distinct(rows) for rows in range(MAX_BATCH_ROWS + 1)]
-        scale = {
-            rows: experts / n / random[rows] for rows, (n, experts) in enumerate(counted, 1) if n >= 8 and random[rows]
-        }
-        near = sorted(scale) or [1]
-        out, at = [], 0
-        for rows, union in enumerate(random):
-            while at + 1 < len(near) and near[at + 1] - rows <= rows - near[at]:
-                at += 1
-            out.append(union * scale.get(near[at], 1.0))
-        return list(accumulate(out, max))
+        rows, random = np.arange(MAX_BATCH_ROWS + 1), self._random
+        known = [(j, experts / n / random[j]) for j, (n, experts) in enumerate(counted, 1) if n >= 8 and random[j]]
+        at, scales = np.array(known or [(1, 1.0)]).T
+        nearest = np.abs(rows[:, None] - at).argmin(axis=1)
+        unions: list[float] = np.maximum.accumulate(random * scales[nearest]).tolist()
+        return unions
 
     def min_confidence(self, rows: int) -> float:
         """Probability below which a draft is not worth its row in a pass of ``rows``."""
@@ -480,8 +483,9 @@ class Controller:
         if self.fixed is not None or not answers:
             return
         cost, n, tried, made = self.cost, len(answers), any(d.k for d, _ in answers), 0
-        before = 0.0 if others else self._remaining([d for d, _ in answers])
-        mtp = [d for d, _ in answers if d.key[0] == "mtp"]
+        account = tried or prefill  # else the step was what it is without drafts
+        before = self._remaining([d for d, _ in answers]) if account and not others else 0.0
+        mtp = [d for d, _ in answers if d.key[0] == "mtp"] if tried else []
         depth, mtp_rows = max((d.k for d in mtp), default=0), sum(d.pending for d in mtp)
         for kind in self.kinds.values():
             kind.pause -= 1
@@ -490,10 +494,12 @@ class Controller:
                 self.kinds[d.key].add(d.k, r["accepted"])
             d.add(r["accepted"])
             made += 1 + r["accepted"]
-        without = made * self._plain[n] / n if others else before - self._remaining([d for d, _ in answers])
+        without = float(step["verify_bytes"])
+        if account:
+            without = made * self._plain[n] / n if others else before - self._remaining([d for d, _ in answers])
         weights = cost.plain + (step["experts_verify"] - cost.layers * cost.top_k) * cost.expert
         self._cache = max(step["verify_bytes"] - weights, 0.0)
-        self._read += without if tried or prefill else step["verify_bytes"]
+        self._read += without
         seconds = step["draft_seconds"] + step["verify_seconds"]
         if not prefill and seconds > 0:  # each step counts as much, the slow ones too
             byte, row = (step["draft_bytes"] + step["verify_bytes"]) / seconds, step["rows"] / seconds

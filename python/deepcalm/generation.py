@@ -190,7 +190,7 @@ class Generation(Iterator[int]):
         # No row is verified for a token that plain decoding would not return.
         left, pending = min(session.ctx - session.pos, self._left()), session.mtp_pending if session.keeps_mtp else 1
         text = self.text_now(left, pending)
-        control.choose([text], [self.drafters.offers(text)], 1, MAX_DRAFT, session.expert_union)
+        control.choose([text], [self.drafters.offers(text)], 1, MAX_DRAFT, session.core.expert_union)
         spent = self.drafters.make([text])
         k, drafts = (text.drafts, None) if isinstance(text.drafts, int) else (0, text.drafts)
         r = session.draft_round(
@@ -198,11 +198,12 @@ class Generation(Iterator[int]):
             k,
             self.sampling,
             self.n_valid,
-            control.min_confidence(1 + k),
+            control.min_confidence(1 + k) if k else 0.0,
             drafts=drafts,
             want_logits=self.logprobs is not None,
         )
-        session.count("decode", 0, spent["seconds"], spent["bytes"])
+        if spent:
+            session.count("decode", 0, spent["seconds"], spent["bytes"])
         self.observe(text, r, spent)
         return list(zip(r["tokens"], r.get("logits", [None] * len(r["tokens"])), strict=True))
 
@@ -213,9 +214,10 @@ class Generation(Iterator[int]):
 
     def observe(self, text: Text, r: dict[str, Any], spent: Mapping[str, Any]) -> None:
         """Takes a round into account, and what its drafts took beside it."""
-        step = r | {f"draft_{unit}": r[f"draft_{unit}"] + spent[unit] for unit in ("bytes", "seconds")}
+        step = {**r, "mtp_bytes": r["draft_bytes"], "rows": 1 + r["drafted"]}
+        for unit, more in spent.items():
+            step[f"draft_{unit}"] += more
         self.drafts.stats.add(step, text.key[0])
-        step |= {"mtp_bytes": r["draft_bytes"], "rows": 1 + r["drafted"]}
         self.drafts.observe([(text, r)], step, False, True)
 
     def close(self, reason: str = "closed") -> None:
@@ -256,7 +258,7 @@ class DeviceRounds:
             while len(self._in_flight) <= AHEAD:
                 text = generation.text_now(MAX_DRAFT + 1, 1)
                 offers = generation.drafters.offers(text)
-                generation.drafts.choose([text], [offers], 1, MAX_DRAFT, self.session.expert_union)
+                generation.drafts.choose([text], [offers], 1, MAX_DRAFT, self.session.core.expert_union)
                 core.decode_step(text.k)
                 self._in_flight.append(text)
             for r in core.decode_poll():

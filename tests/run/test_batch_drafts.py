@@ -39,7 +39,7 @@ class World:
 
     def choose(self) -> list[int]:
         offers = [[Offer("mtp", self.cost, rows=d.pending)] for d in self.answers]
-        self.control.choose(self.answers, offers, self.n, 64 - self.n, self.counted)
+        self.control.choose(self.answers, offers, self.n, 64 - self.n, lambda: self.counted)
         return [d.k for d in self.answers]
 
     def step(self) -> None:

@@ -304,7 +304,7 @@ def test_auto_drafts_from_texts_that_repeat_themselves(again: int, least: float)
     while (n := len(text.ids)) < len(ids) - 1:
         text.left = len(ids) - n
         offer = drafter.offer(text, min(7, text.left - 1))
-        control.choose([text], [[offer] if offer else []], 1, 7)
+        control.choose([text], [[offer] if offer else []], 1, 7, tuple)
         text.drafts = ()
         drafter.make([text] if text.k else [], Counter())
         assert not isinstance(text.drafts, int)

@@ -372,7 +372,7 @@ class World:
     def step(self) -> None:
         text, offers = self.text, [Offer("mtp", self.cost, rows=self.last)]
         text.left = 10**6
-        self.control.choose([text], [offers], 1, 7)
+        self.control.choose([text], [offers], 1, 7, tuple)
         k, a = text.k, 0
         while a < k and self.rng.random() < self.acceptance(self.tokens):
             a += 1
