@@ -485,7 +485,8 @@ class Batch(Closing):
         """Results of ``work``."""
         assert self._passes is not None
         rows = sum(n + (d if isinstance(d, int) else len(d)) for _, n, d in work)
-        n_valid, sure = self.model.n_valid, self._control.min_confidence(rows)
+        drafted = any(d for _, _, d in work)  # else the pass may have more rows than any with drafts
+        n_valid, sure = self.model.n_valid, self._control.min_confidence(rows) if drafted else 0.0
         items: list[Any] = [
             (s.core, s.ids[s.pos : s.pos + n], d, s.sampling if n == s.missing else None, n_valid, sure, s.n_top)
             for s, n, d in work

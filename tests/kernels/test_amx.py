@@ -381,6 +381,11 @@ def test_passes_are_longer_than_on_other_sets() -> None:
     assert sessions[0].stats.passes == 2, "one, and one of the MTP layer"
     other = deepcalm.Model(deepcalm.demo_path(), threads=1, isa="amx").session(max_rows=64)
     assert np.array_equal(other.prefill(ids), logits)
+    with sessions[0].model.batch(ctx=512) as batch:
+        for prompt in (ids[:4], np.resize(ids, 400)):  # a pass of a prompt alone after one that might have had drafts
+            request = batch.submit(prompt, max_tokens=12, eos_ids=())
+            list(batch.run())
+            assert request.choices[0].reason == "length"
 
 
 # --- what is said ---------------------------------------------------------------------------------------------------
