@@ -178,15 +178,23 @@ class PySession {
         const auto copy = copy_ids(ids);
         F32Array out({logit_rows(want, ids.size()), vocab_});
         float* data = out.mutable_data();
-        // Ctrl-C works between the layers of a long pass too.
-        const auto interrupted = +[] {
+        // Ctrl-C works between the layers of a long pass too. Its handler runs when the pass has ended, for it may ask the
+        // model, which waits for passes; so may finalizers, which PyErr_CheckSignals runs since Python 3.12.
+        static thread_local bool interrupted;
+        const auto ask = +[] {
             const py::gil_scoped_acquire gil;
-            return PyErr_CheckSignals() != 0;
+            return interrupted = PyOS_InterruptOccurred() != 0;
         };
-        Status ran = call(&Session::forward, copy, want, data, interrupted);
-        if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-        unwrap(std::move(ran));
-        return out;
+        for (;;) {
+            interrupted = false;
+            Status ran = call(&Session::forward, copy, want, data, ask);
+            if (!interrupted) {
+                unwrap(std::move(ran));
+                return out;
+            }
+            PyErr_SetInterrupt();
+            if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+        }
     }
 
     py::tuple mtp_forward(const I32Array& ids, const F32Array& hidden, const std::string& logits) {
