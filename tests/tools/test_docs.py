@@ -33,7 +33,7 @@ def defines(text: str, path: str, name: str) -> bool:
     """Whether a source defines or declares a function: in C++ a type stands before it, or it is a kernel's pointer."""
     owner, _, leaf = name.rpartition("::")
     if path.endswith(".py"):
-        return not owner and re.search(rf"^ *def {leaf}\(", text, re.M) is not None
+        return not owner and re.search(rf"^ *(async )?def {leaf}\(", text, re.M) is not None
     kind = r"(?!\s*(?:return|else|throw|case)\b)[\w:<>,&*\[\] ]*[\w>&*\]]"
     if not owner:
         return re.search(rf"^{kind} [*&]?(?:\w+::)*{leaf}\(|\(\*{leaf}\)\(", text, re.M) is not None
