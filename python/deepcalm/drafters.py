@@ -134,7 +134,8 @@ class Second(Drafter):
         """The sequence that follows a text from now on."""
         ctx = min(self._limit, text.core.ctx)
         mine = _core.Session(self.model.core, ctx, "f16", min(PASS_ROWS, ctx), False)
-        if self.model.device == "cpu" and mine.cache_bytes > (limits.available_memory() or mine.cache_bytes):
+        available = limits.available_memory() if self.model.device == "cpu" else None
+        if available is not None and mine.cache_bytes > available:
             raise MemoryError
         self._following[text.core] = mine
         return mine

@@ -251,6 +251,10 @@ def test_a_model_that_fails_drafts_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise MemoryError
 
     main.second(file)
+    generation = main.session(96).generate(ids, max_tokens=9, eos_ids=(), draft=3, drafter=f"model:{file}")
+    with monkeypatch.context() as patch:
+        patch.setattr("deepcalm.limits.available_memory", lambda: 0)
+        assert len(list(generation)) == 9 and not generation.drafts.stats.drafters
     monkeypatch.setattr(_core, "Batch", no_memory)
     assert text_of(main, ids, draft=3, drafter=f"model:{file}") == (*plain[:2], {})
 
