@@ -9,6 +9,7 @@
 
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <cstring>
 #include <functional>
 
@@ -180,13 +181,18 @@ class PySession {
         float* data = out.mutable_data();
         // Ctrl-C works between the layers of a long pass too. Its handler runs when the pass has ended, for it may ask the
         // model, which waits for passes; so may finalizers, which PyErr_CheckSignals runs since Python 3.12.
+        using Clock = std::chrono::steady_clock;
         static thread_local bool interrupted;
-        const auto ask = +[] {
+        static thread_local Clock::time_point asked;
+        const auto ask = +[] {  // seldom: where other threads are busy, the interpreter is to be had after 5 ms
+            if (Clock::now() - asked < std::chrono::milliseconds(50)) return false;
+            asked = Clock::now();
             const py::gil_scoped_acquire gil;
             return interrupted = PyOS_InterruptOccurred() != 0;
         };
         for (;;) {
             interrupted = false;
+            asked = Clock::now();
             Status ran = call(&Session::forward, copy, want, data, ask);
             if (!interrupted) {
                 unwrap(std::move(ran));
