@@ -16,11 +16,9 @@ import statistics
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import mul
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 if TYPE_CHECKING:
     from array import array
@@ -339,7 +337,7 @@ class Controller:
         self.kinds: dict[tuple[str, int], Kind] = {}
         self._read = self._lost = 0.0  # bytes of all answers without drafts; what drafts took and did not bring
         self._cache = 0.0  # bytes of the last step that were no weights
-        self._random = np.array([cost.layers * cost.distinct(rows) for rows in range(MAX_BATCH_ROWS + 1)])
+        self._random = [cost.layers * cost.distinct(rows) for rows in range(MAX_BATCH_ROWS + 1)]
         self._union: list[float] = []  # [rows] distinct (layer, expert) pairs of a pass
         self._plain = [0.0]  # [answers] bytes of a step without drafts
         self._steps = self._fresh = 0  # when counted unions are looked at again
@@ -455,12 +453,12 @@ class Controller:
 
     def _unions(self, counted: Sequence[tuple[int, int]]) -> list[float]:
         """[rows] as if routed at random, times what counting found for about as many rows."""
-        rows, random = np.arange(MAX_BATCH_ROWS + 1), self._random
-        known = [(j, experts / n / random[j]) for j, (n, experts) in enumerate(counted, 1) if n >= 8 and random[j]]
-        at, scales = np.array(known or [(1, 1.0)]).T
-        nearest = np.abs(rows[:, None] - at).argmin(axis=1)
-        unions: list[float] = np.maximum.accumulate(random * scales[nearest]).tolist()
-        return unions
+        random = self._random
+        known = {j: experts / n / random[j] for j, (n, experts) in enumerate(counted, 1) if n >= 8 and random[j]}
+        known = known or {1: 1.0}
+        edges = [(j + after + 1) // 2 for j, after in pairwise(known)]  # from here on the later one is as near
+        parts = zip(known.values(), [0, *edges], [*edges, len(random)], strict=True)
+        return [*accumulate((scale * u for scale, begin, end in parts for u in random[begin:end]), max)]
 
     def min_confidence(self, rows: int) -> float:
         """Probability below which a draft is not worth its row in a pass of ``rows``."""

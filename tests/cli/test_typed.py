@@ -123,7 +123,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (here / name).symlink_to(base)
     for name, folder, dtype in (
         ("v2-lite", lite, "q8"), ("v2-lite-chat", lite, "q8"), ("chat", lite, "q8"), ("v2-lite-q4", lite, "q4"),
-        ("v2-lite-bf16", lite, "bf16"), ("v3", large, "q8"),
+        ("v2-lite-bf16", lite, "bf16"), ("v2", lite, "f32"), ("v3", large, "q8"),
     ):  # fmt: skip
         (here / f"{name}.dcalm").symlink_to(models.pack(folder, dtype=dtype).path)
     (here / "FILE").symlink_to(models.pack(base, dtype="q8").path)
@@ -131,7 +131,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (here / f"{name}.jsonl").write_text('{"prompt": "the", "max_tokens": 2}\n' * 3)
     (here / "key.txt").write_text("secret\n")
     for name in ("book.txt", "question.txt"):
-        (here / name).write_text("the other thing in the air and the hour " * 6)
+        (here / name).write_text("the other thing in the air and the hour " * 20)
     return here
 
 
