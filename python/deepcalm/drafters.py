@@ -7,6 +7,7 @@ costs time, never the text.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import weakref
 from array import array
@@ -130,20 +131,21 @@ class Second(Drafter):
         self._limit = int(model.config["max_position_embeddings"])
         self._following: weakref.WeakKeyDictionary[_core.Session, _core.Session | None] = weakref.WeakKeyDictionary()
 
-    def _start(self, text: Text) -> _core.Session:
-        """The sequence that follows a text from now on."""
-        ctx = min(self._limit, text.core.ctx)
-        mine = _core.Session(self.model.core, ctx, "f16", min(PASS_ROWS, ctx), False)
-        available = limits.available_memory() if self.model.device == "cpu" else None
-        if available is not None and mine.cache_bytes > available:
-            raise MemoryError
+    def _start(self, text: Text) -> _core.Session | None:
+        """The sequence that follows a text from now on; None: there is no memory for it."""
+        ctx, mine = min(self._limit, text.core.ctx), None
+        with contextlib.suppress(Error, MemoryError):
+            mine = _core.Session(self.model.core, ctx, "f16", min(PASS_ROWS, ctx), False)
+            available = limits.available_memory() if self.model.device == "cpu" else None
+            if available is not None and mine.cache_bytes > available:
+                mine = None
         self._following[text.core] = mine
         return mine
 
     def _missing(self, text: Text) -> list[int]:
         """The tokens that the sequence which follows lacks, once those that differ are cut off; one at least."""
-        if (mine := self._following.get(text.core)) is None:
-            return text.ids.tolist()
+        mine = self._following[text.core]
+        assert mine
         ids, have = np.array(text.ids, np.int32), mine.tokens
         n = min(len(ids) - 1, len(have))
         same = int(np.append(np.flatnonzero(ids[:n] != have[:n]), n)[0])
@@ -154,20 +156,24 @@ class Second(Drafter):
     def offer(self, text: Text, most: int) -> Offer | None:
         """As long as it has room and has not failed."""
         most = min(most, min(self._limit, text.core.ctx) - len(text.ids) + 1)
-        failed = self._following.get(text.core, text) is None
-        return None if most < 1 or failed else Offer(self._name, self.cost, most, len(self._missing(text)))
+        mine = self._following.get(text.core, text)
+        if most < 1 or mine is None:
+            return None
+        return Offer(self._name, self.cost, most, len(text.ids) if mine is text else len(self._missing(text)))
 
     def make(self, texts: Sequence[Text], spent: Counter[str]) -> None:
         """Passes that all of them share: what is missing, then token by token, with the noise of the draft's place."""
-        todo, made = {text: self._missing(text) for text in texts}, {text: list[int]() for text in texts}
+        made = {text: list[int]() for text in texts}
         try:
+            todo = {text: self._missing(text) for text in texts if self._following.get(text.core) or self._start(text)}
             passes = _core.Batch(self.model.core, PASS_ROWS)
             while todo:
                 work, room = [], PASS_ROWS
                 for text, ids in todo.items():
                     part = ids[:room]
                     room -= len(part)
-                    mine = self._following.get(text.core) or self._start(text)
+                    mine = self._following[text.core]
+                    assert mine
                     how = text.sampling if len(part) == len(ids) else None
                     work.append((text, (mine, part, 0, how, self._n_valid, 0.0, -1)))
                     if not room:
@@ -182,7 +188,7 @@ class Second(Drafter):
                     if r["error"] is not None or len(made[text]) == text.k:
                         del todo[text]
         except (Error, MemoryError):  # the texts go on without these drafts
-            self._following |= {text.core: None for text in todo}
+            self._following |= {text.core: None for text in texts}
         for text in texts:
             text.drafts = made[text]
 

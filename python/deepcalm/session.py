@@ -32,7 +32,7 @@ from .drafting import MAX_DRAFT
 from .errors import Error, ResourceError, SessionError, one_line
 from .files.safetensors import File, whole_file
 from .generation import Generation
-from .names import KV_TYPES
+from .names import ISAS, KV_TYPES
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -675,8 +675,9 @@ class Session(Closing):
         found, wanted = f.metadata() or {}, self._identity()
         for key in ("format", "version", "kv") if force else wanted:
             if found.get(key) != wanted[key]:
+                here = f", --isa {found[key]} goes on with it" if key == "isa" and found.get(key) in ISAS else ""
                 raise SessionError(
-                    f"{path}: {key} is {one_line(found.get(key), 80)!r}, this session has {wanted[key]!r}"
+                    f"{path}: {key} is {one_line(found.get(key), 80)!r}, this session has {wanted[key]!r}{here}"
                     + ("" if key in ("format", "version", "kv") else "; force=True accepts it, the bits may differ")
                 )
         names = {"tokens": "I32", "cache": "U8", "mtp_cache": "U8", "hidden": "F32"}
@@ -688,7 +689,7 @@ class Session(Closing):
         if not self._mtp:
             state |= {name: self._empty[name] for name in ("mtp_cache", "hidden")}
         elif shapes["mtp_cache"][1] + shapes["hidden"][0] + 1 < n:
-            reason = "saved without MTP state; restore it into a session with mtp=False (--draft off)"
+            reason = "saved without MTP state; a session with mtp=False goes on with it"
             raise SessionError(f"{path}: {reason}")
         return state
 

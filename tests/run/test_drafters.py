@@ -262,6 +262,18 @@ def test_a_model_that_fails_drafts_nothing(tmp_path: Path, monkeypatch: pytest.M
 # ---- a batch
 
 
+def test_a_text_without_memory_stops_no_drafts_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    main, file = pair()
+    left = iter([0])
+    with main.batch(8, 64, draft=2, drafter=f"model:{file}", cache_bytes=10**8) as batch:
+        requests = [batch.submit([5, 6, 9 + i], max_tokens=12, eos_ids=()) for i in range(3)]
+        monkeypatch.setattr("deepcalm.limits.available_memory", lambda: next(left, None))
+        while batch.step():
+            pass
+        assert all(r.choices[0].reason == "length" for r in requests)
+        assert batch.drafted[f"model:{file}"][0] > 12
+
+
 @pytest.mark.parametrize("name", ["v2_lite", "v3"])
 def test_a_batch_with_drafters(name: str, rng: np.random.Generator) -> None:
     """Answers that share prompts, end early, are cancelled; tokens are those without drafts."""
