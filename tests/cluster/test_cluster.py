@@ -329,14 +329,23 @@ def test_a_head_that_is_gone_or_silent_ends_the_run_which_goes_on_elsewhere(
 
 
 def test_a_node_that_joins_works_too(cluster: Any, lines: Path, want: bytes, tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    with started(cluster, lines, out, "--max-sequences", "1", code="cluster.RECRUIT = 0.5") as process:
-        assert grown(out, 0, process)
+    out, said = tmp_path / "out.jsonl", b""
+    with (
+        started(cluster, lines, out, "--max-sequences", "1", code="cluster.RECRUIT = 0.5") as process,
+        contextlib.ExitStack() as stack,
+    ):
+        assert grown(out, 0, process) and process.stderr is not None
+        for pid in workers():  # else they may be done before it has joined
+            os.kill(pid, signal.SIGSTOP)
+            stack.callback(os.kill, pid, signal.SIGCONT)
         with odd_node(cluster, tmp_path, ""):
-            assert process.stderr is not None
-            err = process.stderr.read().decode()
-            assert process.wait(60) == 0, err
-    assert "works, too" in err and out.read_bytes() == want
+            while b"works, too" not in said:
+                said += (line := process.stderr.readline())
+                assert line, said
+            stack.close()
+            process.stderr.read()
+            assert process.wait(60) == 0
+    assert out.read_bytes() == want
 
 
 def test_addresses_and_files_that_are_not_there_are_said(cluster: Any, lines: Path, tmp_path: Path) -> None:
