@@ -182,8 +182,9 @@ class PySession {
         // Ctrl-C works between the layers of a long pass too. Its handler runs when the pass has ended, for it may ask the
         // model, which waits for passes; so may finalizers, which PyErr_CheckSignals runs since Python 3.12.
         using Clock = std::chrono::steady_clock;
-        static thread_local bool interrupted;
-        static thread_local Clock::time_point asked;
+        // In the block that a thread begins with: what is allocated later is freed where ThreadSanitizer sees no order.
+        [[gnu::tls_model("initial-exec")]] static thread_local bool interrupted;
+        [[gnu::tls_model("initial-exec")]] static thread_local Clock::time_point asked;
         const auto ask = +[] {  // seldom: where other threads are busy, the interpreter is to be had after 5 ms
             if (Clock::now() - asked < std::chrono::milliseconds(50)) return false;
             asked = Clock::now();
