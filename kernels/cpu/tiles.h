@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kNumTiles = 8, kTileLines = 16, kLineBytes = 64;
 
-// What LDTILECFG reads. A dot is [rows, 16 f32] += [rows, 2 k bf16] [k, 16 pairs of bf16]: see shape().
+// What LDTILECFG reads. A dot is [rows, 16 f32] += [rows, 2 k bf16] [k, 16 pairs of bf16].
 struct alignas(64) TileShapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};

@@ -517,9 +517,8 @@ class Controller:
         """What a row costs besides bytes, in bytes that could be read in that time."""
         bb, br, rr, bt, rt = self._fit
         scale = bb * rr - br * br
-        if (
-            sum(k.tried for k in self.kinds.values()) < PRIOR_WEIGHT or scale <= 1e-4 * bb * rr
-        ):  # steps were too much alike to tell
+        tried = sum(k.tried for k in self.kinds.values())
+        if tried < PRIOR_WEIGHT or scale <= 1e-4 * bb * rr:  # steps were too much alike to tell
             return 0.0
         byte, row = (bt * rr - rt * br) / scale, (rt * bb - bt * br) / scale
         return min(max(row / byte, 0.0), self._plain[1]) if byte > 0 else self._plain[1]
